@@ -1,0 +1,319 @@
+"""What stages hand on: frozen values, each written to and read from one folder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from factory.errors import StoreError
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal bytes on every machine."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Artifact(BaseModel):
+    """A frozen value that lies in a folder as one JSON file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    file_name: ClassVar[str]
+
+    def write(self, folder: Path) -> None:
+        """Write the JSON file into `folder`; paths and other machine facts are left out."""
+        (folder / self.file_name).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the value that `write` left in `folder`.
+
+        Raises:
+            StoreError: The file is missing or is not what `write` leaves.
+        """
+        path = folder / cls.file_name
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if "folder" in cls.model_fields:
+                value["folder"] = folder
+            return cls.model_validate(value)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"cannot read {path}: {str(error).splitlines()[0]}",
+                hint="delete that folder and run the same command again",
+            ) from error
+
+
+class Source(Artifact):
+    """A resolved model: what it is, before any weight is read.
+
+    `layer_parameters[i]` counts the parameters of decoder layer i; `num_parameters` counts each stored
+    tensor once, so tied embeddings count once.
+    """
+
+    file_name = "source.json"
+
+    name: str  # short: "Mistral-7B-v0.1"
+    repo_id: str | None = None  # None for a folder
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash
+    folder: Path | None = Field(default=None, exclude=True)  # None until the weights are here
+    model_type: str
+    architecture: str  # "MistralForCausalLM"
+    config: dict[str, Any]  # config.json as it stands
+    num_layers: int = Field(ge=1)
+    num_parameters: int = Field(ge=1)
+    layer_parameters: tuple[int, ...]
+    size_bytes: int = Field(ge=1)  # of the weight files
+    layer_bytes: tuple[int, ...]
+    vocab_size: int = Field(ge=1)
+    dtype: str  # "bfloat16": of most of the stored weights
+    license: str | None = None  # as on the source's card
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    has_chat_template: bool = False
+
+    @property
+    def local_folder(self) -> Path:
+        """Where the weights lie; only after a pull."""
+        if self.folder is None:
+            raise StoreError(f"{self.name} has not been pulled", hint="this is a bug; please report it")
+        return self.folder
+
+
+class DataSource(Artifact):
+    """Text that was used: where it comes from and which version, without paths."""
+
+    file_name = "data.json"
+
+    name: str  # "allenai/c4:en", "wiki.train.jsonl.xz", "stdlib:train"
+    version: str  # data set commit, or sha256 of the content
+    hub_id: str | None = None
+    split: str | None = None
+
+
+class DistanceProfile(Artifact):
+    """Mean angular distance between layer inputs, for every pair (arXiv 2403.17887, section 3.2).
+
+    `mean[l][m]`, 0 ≤ l, m ≤ L, is the distance in [0, 1] between the input of layer l and the input of
+    layer m; index L is the output of the last layer before the final norm. `stderr` is the standard
+    error of the mean over samples. Both are symmetric with a zero diagonal.
+    """
+
+    file_name = "profile.json"
+
+    num_layers: int = Field(ge=1)
+    num_samples: int = Field(ge=1)
+    sequence_length: int  # tokens, at most
+    num_tokens: int  # real tokens read
+    mean: tuple[tuple[float, ...], ...]
+    stderr: tuple[tuple[float, ...], ...]
+    data: DataSource
+
+    def block_distances(self, block_size: int) -> list[float]:
+        """Distance d(x^l, x^{l+n}) over each start l = 0 … L−n, for n = `block_size`."""
+        return [self.mean[start][start + block_size] for start in range(self.num_layers - block_size + 1)]
+
+
+class PruningPlan(Artifact):
+    """Which layers go, by which criterion, and what else was possible."""
+
+    file_name = "plan.json"
+
+    criterion: str
+    num_layers: int
+    dropped: tuple[int, ...]  # 0-based, ascending
+    distance: float | None = None  # of the dropped block, in [0, 1]
+    runner_up_start: int | None = None  # of the next best block of the same size
+    runner_up_distance: float | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """0-based indices of the layers that stay, ascending."""
+        gone = set(self.dropped)
+        return tuple(index for index in range(self.num_layers) if index not in gone)
+
+
+class Checkpoint(Artifact):
+    """A complete model folder that transformers can load."""
+
+    file_name = "checkpoint.json"
+
+    folder: Path = Field(exclude=True)
+    num_layers: int
+    num_parameters: int
+    size_bytes: int  # of the weight files
+    files: dict[str, str]  # weight file name → sha256
+    merge_base: str | None = None  # "source weights"; None where nothing was merged
+
+
+class LossPoint(BaseModel):
+    """One point of the healing curve; losses in nats a token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    loss: float
+
+
+class Adapter(Artifact):
+    """A LoRA adapter in peft's format, and how its training went. Losses in nats a token."""
+
+    file_name = "adapter.json"
+
+    folder: Path = Field(exclude=True)
+    objective: str  # "sft"
+    quantization: str  # "nf4"
+    rank: int
+    learning_rate: float
+    target_modules: tuple[str, ...]
+    num_steps: int
+    num_tokens: int  # real tokens seen in training, without padding
+    sequence_length: int
+    num_trainable_parameters: int
+    curve: tuple[LossPoint, ...]
+    guard_loss_before: float  # held back from the healing text, same 4-bit model, adapter off
+    guard_loss_after: float
+    data: DataSource
+
+    @property
+    def helped(self) -> bool:
+        """Whether healing lowered the loss on text that it did not train on."""
+        return self.guard_loss_after < self.guard_loss_before
+
+
+class TokenLoss(BaseModel):
+    """Mean token loss on fixed sequences. `stderr` treats documents, not tokens, as independent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nats: float
+    stderr: float
+    normalized: float  # nats / log V (arXiv 2403.17887, figure 4)
+    num_tokens: int  # that were predicted
+    num_documents: int
+    sequence_length: int
+    data: DataSource
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite past the float range."""
+        import math
+
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+
+class TaskScore(BaseModel):
+    """One lm-eval task and metric."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    label: str  # for people: "MMLU"
+    metric: str
+    value: float
+    stderr: float | None
+    num_fewshot: int
+    num_samples: int
+    chance: float | None  # None where there is none to speak of
+    version: str  # the task's, as the harness gives it
+
+
+class Evaluation(Artifact):
+    """Quality of one model, measured on the files that ship."""
+
+    file_name = "evaluation.json"
+
+    loss: TokenLoss
+    tasks: tuple[TaskScore, ...]
+    dtype: str  # that the model ran in
+    harness: str  # "lm-eval 0.4.13"
+
+
+class Speed(BaseModel):
+    """Medians over alternating rounds; spread is half the interquartile range over the median."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill_tokens_per_second: float
+    prefill_spread: float
+    decode_tokens_per_second: float
+    decode_spread: float
+
+
+class SpeedComparison(Artifact):
+    """Tokens a second of source and result, measured in turns in one run."""
+
+    file_name = "speed.json"
+
+    device: str
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    source: Speed
+    result: Speed
+
+
+class Build(Artifact):
+    """The whole of a build, as `build.json` holds it: no paths, no user names."""
+
+    file_name = "build.json"
+
+    factory_version: str
+    name: str  # "demo-drop0.3"
+    reference: str  # what was asked for; a folder by its name alone
+    config: dict[str, Any]  # every setting that was used
+    source: Source
+    plan: PruningPlan
+    profile_samples: int
+    calibration: DataSource
+    adapter: Adapter | None  # None for a build without healing
+    shipped: str  # "healed" or "pruned"
+    source_parameters: int
+    result_parameters: int
+    source_bytes: int
+    result_bytes: int
+    evaluations: dict[str, Evaluation]  # "source", "pruned", "healed"
+    speed: SpeedComparison | None
+    files: dict[str, str]  # published weight file → sha256
+    stages: dict[str, str]  # stage → key
+    versions: dict[str, str]  # library → version
+    seconds: dict[str, float]  # stage → wall time when it was made
+    device: str
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """0-based indices of the dropped layers."""
+        return self.plan.dropped
+
+
+class Publication(Artifact):
+    """What lies on the Hub."""
+
+    file_name = "publication.json"
+
+    repo_id: str
+    url: str
+    commit: str
+    private: bool
+    files: dict[str, str]  # every file → sha256
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Indices as people write them, inclusive: (14, 15, 16, 20) → "14–16, 20"."""
+    ranges: list[list[int]] = []
+    for layer in sorted(layers):
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)

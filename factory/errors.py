@@ -1,0 +1,77 @@
+"""Every deliberate error: one line that says what is wrong with the value in it, and a hint."""
+
+
+class FactoryError(Exception):
+    """Base of all errors the user can do something about.
+
+    Args:
+        message: One line: what is wrong, with the offending value in it.
+        hint: One line: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+# What was typed (exit code 2) ------------------------------------------------------------------
+
+
+class UsageError(FactoryError):
+    """The command line or a configuration value cannot mean anything."""
+
+    exit_code = 2
+
+
+class UnknownModelError(UsageError):
+    """A model reference that is no alias, no folder and no repository name."""
+
+
+class DropError(UsageError):
+    """`--drop` or a set of layers that leaves no usable model."""
+
+
+# What was found (exit code 1) ------------------------------------------------------------------
+
+
+class DataError(FactoryError):
+    """A data file or data set that is missing, empty or malformed."""
+
+
+class ModelError(FactoryError):
+    """A model that the factory cannot work on."""
+
+
+class UnsupportedArchitectureError(ModelError):
+    """No decoder stack found, or one whose layers cannot be removed safely."""
+
+
+class UnsupportedFieldError(ModelError):
+    """A configuration field that cannot be proved right after removal of layers."""
+
+
+class CheckpointError(ModelError):
+    """Weights that are missing, damaged, hostile or in a format that is not read."""
+
+
+class VerificationError(ModelError):
+    """An artefact that differs from what it must be."""
+
+
+class HubError(FactoryError):
+    """The Hub said no, could not be reached, or returned something else than it promised."""
+
+
+class DiskSpaceError(FactoryError):
+    """Too little disk for the build."""
+
+
+class StoreError(FactoryError):
+    """A stage or build folder that cannot be used."""
+
+
+class HealingError(FactoryError):
+    """Training diverged, or made the model worse where that is not acceptable."""
