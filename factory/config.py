@@ -69,7 +69,7 @@ class Recipe(Settings):
     alias: str
     repo_id: str | None = None
     source: Literal["hub", "embedded"] = "hub"
-    license_note: str | None = None
+    note: str | None = None  # what to know before the first build: gates, custom code
     provenance: str  # where each figure below comes from
     measure: MeasureSettings = MeasureSettings()
     heal: HealSettings = HealSettings()
