@@ -1,0 +1,273 @@
+"""Evaluate: token loss, lm-eval tasks and speed of checkpoints, loaded from disk as a user would."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factory.artifacts import Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
+from factory.config import EvaluateSettings
+from factory.errors import DataError, UsageError
+from factory.models import best_device, compute_dtype, device_name, load_model, load_tokenizer, pad_batch
+from factory.texts import Text, windows
+
+LOSS_BATCH_SIZE = 4
+TASK_BATCH_SIZE = 8
+METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
+EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
+LOSSES = "losses.json"  # [tokens, nats] a document, for paired comparisons
+
+
+def evaluate(
+    folder: Path,
+    text: Text,
+    *,
+    settings: EvaluateSettings,
+    into: Path,
+    progress: Callable[[int, int, str], None],
+) -> Evaluation:
+    """Loss and task scores of the checkpoint in `folder`; losses by document go to `into`.
+
+    Raises:
+        DataError: Too little text.
+        UsageError: An unknown task.
+    """
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)
+    tasks = [_score(model, tokenizer, task, settings=settings, progress=progress) for task in settings.tasks]
+    return Evaluation(
+        loss=loss,
+        tasks=tuple(tasks),
+        dtype=str(compute_dtype(model.device)).removeprefix("torch."),
+        harness=f"lm-eval {version('lm_eval')}",
+    )
+
+
+# Token loss -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def token_loss(
+    model: Any,
+    tokenizer: Any,
+    text: Text,
+    *,
+    settings: EvaluateSettings,
+    into: Path,
+    progress: Callable[[int, int, str], None],
+) -> TokenLoss:
+    """Mean next-token loss in nats over fixed windows of the first documents, in their own order.
+
+    The standard error is that of a ratio over documents, since tokens of one document are not
+    independent.
+    """
+    losses: list[tuple[int, float]] = []  # predicted tokens and summed nats, a document
+    documents = _first(text.documents(), settings.num_documents)
+    for index, document in enumerate(documents):
+        pieces = list(windows(tokenizer(document).input_ids, length=settings.sequence_length))
+        if pieces:
+            losses.append(_document_loss(model, pieces, pad_token_id=tokenizer.pad_token_id))
+        progress(index + 1, settings.num_documents, "loss")
+    if len(losses) < 2:
+        raise DataError(
+            f"{text.data.name} holds {len(losses)} usable documents; the loss needs at least 2",
+            hint="give more text with --eval-data",
+        )
+    (into / LOSSES).write_text(json.dumps(losses), encoding="utf-8")
+    tokens = sum(count for count, _ in losses)
+    nats = sum(total for _, total in losses) / tokens
+    residual = sum((total - nats * count) ** 2 for count, total in losses)
+    n = len(losses)
+    return TokenLoss(
+        nats=nats,
+        stderr=math.sqrt(residual * n / (n - 1)) / tokens,
+        normalized=nats / math.log(model.config.get_text_config().vocab_size),
+        num_tokens=tokens,
+        num_documents=n,
+        sequence_length=settings.sequence_length,
+        data=text.data,
+    )
+
+
+def _document_loss(model: Any, pieces: list[list[int]], *, pad_token_id: int) -> tuple[int, float]:
+    total, count = 0.0, 0
+    for start in range(0, len(pieces), LOSS_BATCH_SIZE):
+        ids, mask = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=pad_token_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [b, s, v]
+        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        for row, target in zip(logits[:, :-1], targets, strict=True):  # a row at a time: fp32 is large
+            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum"))
+            count += int((target != -100).sum())
+    return count, total
+
+
+def _first(documents: Iterator[str], count: int) -> Iterator[str]:
+    for document, _ in zip(documents, range(count), strict=False):
+        yield document
+
+
+# lm-eval ----------------------------------------------------------------------------------------
+
+
+def _score(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    settings: EvaluateSettings,
+    progress: Callable[[int, int, str], None],
+) -> TaskScore:
+    """One lm-eval task or group, given by name or as a YAML file."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    progress(0, 1, task)
+    name, manager = _find_task(task)
+    few_shot = settings.num_fewshot.get(task)
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE),
+        tasks=[name],
+        num_fewshot=few_shot,
+        limit=settings.limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    progress(1, 1, task)
+    return _task_score(name, results)
+
+
+def _find_task(task: str) -> tuple[str, Any]:
+    """The task's name and a manager that knows it; the default scan takes 18 s, so only if needed."""
+    from lm_eval.tasks import TaskManager
+
+    path = Path(task)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UsageError(f"task file {task!r} does not exist", hint="give a task name or a YAML file")
+        return _yaml_task_name(path), TaskManager(include_path=str(path.parent), include_defaults=False)
+    if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
+        return task, TaskManager(include_path=str(EMBEDDED_TASKS), include_defaults=False)
+    manager = TaskManager()
+    if task not in manager.all_tasks:
+        raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+    return task, manager
+
+
+def _yaml_task_name(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key in ("task", "group"):
+            return value.strip().strip("\"'")
+    raise UsageError(f"{path} names no task", hint="an lm-eval YAML has a line `task: NAME`")
+
+
+def _task_score(name: str, results: dict[str, Any]) -> TaskScore:
+    values = results["results"].get(name) or results["groups"][name]
+    metrics = {key.partition(",")[0]: key for key in values if "," in key and "_stderr" not in key}
+    metric = next((m for m in METRICS if m in metrics), next(iter(metrics)))
+    key = metrics[metric]
+    stderr = values.get(key.replace(metric, f"{metric}_stderr", 1))
+    samples = [sample for task in results["samples"].values() for sample in task]
+    shots = [shot for task, shot in results["n-shot"].items() if task in results["samples"]]
+    return TaskScore(
+        task=name,
+        label=values.get("alias", name).strip(" -"),
+        metric=metric,
+        value=float(values[key]),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        num_fewshot=int(shots[0]) if shots else 0,
+        num_samples=len(samples),
+        chance=_chance(samples) if metric.startswith("acc") else None,
+        version=str(results["versions"].get(name, "")),
+    )
+
+
+def _chance(samples: list[dict[str, Any]]) -> float | None:
+    """The score of a random guess: the mean of 1 / number of choices."""
+    choices = [len(sample["filtered_resps"]) for sample in samples]
+    if not choices or min(choices) < 2:
+        return None
+    return sum(1 / count for count in choices) / len(choices)
+
+
+# Speed ------------------------------------------------------------------------------------------
+
+
+def compare_speed(
+    source: Path,
+    result: Path,
+    *,
+    rounds: int = 5,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    progress: Callable[[int, int, str], None],
+) -> SpeedComparison:
+    """Prefill and decode rate of two checkpoints, measured in turns at batch size 1, after a warm-up."""
+    models = {"source": load_model(source), "result": load_model(result)}
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(best_device())
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            prefill, decode = _time_once(model, prompt, new_tokens=new_tokens)
+            if number > 0:  # the first round warms up
+                seconds.setdefault((name, "prefill"), []).append(prefill)
+                seconds.setdefault((name, "decode"), []).append(decode)
+        progress(number, rounds, "speed")
+    speeds = {
+        name: _speed(seconds[name, "prefill"], seconds[name, "decode"], prompt_tokens, new_tokens)
+        for name in models
+    }
+    return SpeedComparison(
+        device=device_name(best_device()),
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=1,
+        source=speeds["source"],
+        result=speeds["result"],
+    )
+
+
+@torch.inference_mode()
+def _time_once(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[float, float]:
+    """Seconds for one prefill of the prompt, and for `new_tokens` single-token steps after it."""
+    start = _now()
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prefilled = _now()
+    token = output.logits[:, -1:].argmax(dim=-1)
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return prefilled - start, _now() - prefilled
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _speed(prefill: list[float], decode: list[float], prompt_tokens: int, new_tokens: int) -> Speed:
+    return Speed(
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
+        prefill_spread=_spread(prefill),
+        decode_tokens_per_second=new_tokens / statistics.median(decode),
+        decode_spread=_spread(decode),
+    )
+
+
+def _spread(seconds: list[float]) -> float:
+    """Half the interquartile range over the median."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / 2 / middle

@@ -1,0 +1,241 @@
+"""Heal: QLoRA on the pruned checkpoint with TRL's SFTTrainer; the result is an adapter."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+
+import torch
+from datasets import Dataset, Features, List, Value
+from peft import LoraConfig
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from factory.artifacts import Adapter, Checkpoint, LossPoint
+from factory.config import HealSettings
+from factory.decoder import decoder_layers
+from factory.errors import DataError, HealingError, UnsupportedArchitectureError
+from factory.models import load_model, load_tokenizer
+from factory.texts import Text, windows
+
+GUARD_SEQUENCES = 64  # held back from the healing text
+GUARD_SHARE = 0.1  # at most, of the training tokens
+CURVE_POINTS = 50
+CHECKPOINTS = 10  # trainer checkpoints over a run
+
+
+def heal(
+    pruned: Checkpoint,
+    text: Text,
+    *,
+    settings: HealSettings,
+    seed: int,
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+) -> Adapter:
+    """Train a LoRA on the feed-forward modules of the NF4 model (arXiv 2403.17887, appendix A).
+
+    Works in `folder`, resumes from the last trainer checkpoint found there, and leaves peft's adapter
+    files in it. `progress` gets steps done, steps in all and the latest loss.
+
+    Raises:
+        DataError: Too little text.
+        HealingError: The loss is no longer finite.
+        UnsupportedArchitectureError: No feed-forward modules that LoRA can adapt.
+    """
+    set_seed(seed)
+    tokenizer = load_tokenizer(pruned.folder)
+    guard, train = _data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
+    model = load_model(pruned.folder, four_bit=True)
+    modules = feed_forward_modules(model)
+    trainer = _trainer(model, tokenizer, modules, train, guard, settings=settings, seed=seed, folder=folder)
+    trainer.add_callback(_Progress(progress))
+    before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    after = float(trainer.evaluate()["eval_loss"])
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    _save_adapter(trainer.model, folder)
+    for scratch in ("trainer", "tokens"):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    return Adapter(
+        folder=folder,
+        objective="sft",
+        quantization="nf4",
+        rank=settings.rank,
+        learning_rate=settings.learning_rate,
+        target_modules=tuple(modules),
+        num_steps=settings.num_steps,
+        num_tokens=int(trainer.state.num_input_tokens_seen),
+        sequence_length=settings.sequence_length,
+        num_trainable_parameters=trainable,
+        curve=_curve(trainer.state.log_history),
+        guard_loss_before=before,
+        guard_loss_after=after,
+        data=text.data,
+    )
+
+
+def feed_forward_modules(model: Any) -> list[str]:
+    """Names, relative to a layer, of the linear modules outside attention: ["mlp.down_proj", …].
+
+    Raises:
+        UnsupportedArchitectureError: There are none, or experts are fused into one parameter.
+    """
+    names: set[str] = set()
+    for layer in decoder_layers(model):
+        for name, module in layer.named_modules():
+            attention = any("att" in part.lower() or "mixer" in part.lower() for part in name.split("."))
+            router = name.split(".")[-1] in ("gate", "router")
+            if isinstance(module, torch.nn.Linear) and not attention and not router:
+                names.add(name)
+    if not names:
+        raise UnsupportedArchitectureError(
+            f"{model.config.model_type}: no feed-forward linear modules for LoRA to adapt",
+            hint="build it without healing: --no-heal",
+        )
+    return sorted(names)
+
+
+def _data_sets(
+    text: Text, tokenizer: Any, *, settings: HealSettings, seed: int, folder: Path
+) -> tuple[Dataset, Dataset]:
+    """Guard and training sequences, tokenised. Training stops taking text at its token budget."""
+    budget = settings.num_steps * settings.batch_size * settings.sequence_length
+    sequences = _sequences(text, tokenizer, settings=settings, seed=seed)
+    guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
+    guard = list(_until(sequences, num_tokens=guard_tokens))
+    train_tokens = folder / "tokens"
+    shutil.rmtree(train_tokens, ignore_errors=True)  # cut short: made again from the same text
+    train = Dataset.from_generator(
+        lambda: ({"input_ids": tokens} for tokens in _until(sequences, num_tokens=budget)),
+        features=Features({"input_ids": List(Value("int32"))}),
+        cache_dir=str(train_tokens),
+        fingerprint=f"heal-{seed}",
+    )
+    if len(train) == 0:
+        raise DataError(
+            f"{text.data.name} holds too little text to heal on",
+            hint="give more with --heal-data, or build without healing: --no-heal",
+        )
+    return Dataset.from_dict({"input_ids": guard}), train
+
+
+def _sequences(text: Text, tokenizer: Any, *, settings: HealSettings, seed: int) -> Iterator[list[int]]:
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for document in text.shuffled(seed):
+        yield from windows(tokenizer(document).input_ids + end, length=settings.sequence_length)
+
+
+def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:
+    taken = 0
+    for sequence in sequences:
+        yield sequence
+        taken += len(sequence)
+        if taken >= num_tokens:
+            return
+
+
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    modules: list[str],
+    train: Dataset,
+    guard: Dataset,
+    *,
+    settings: HealSettings,
+    seed: int,
+    folder: Path,
+) -> SFTTrainer:
+    on_gpu = model.device.type == "cuda"
+    arguments = SFTConfig(
+        output_dir=str(folder / "trainer"),
+        max_steps=settings.num_steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,
+        packing=True,
+        packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
+        max_length=settings.sequence_length,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu,
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=max(1, settings.num_steps // CURVE_POINTS),
+        save_steps=max(1, settings.num_steps // CHECKPOINTS),
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+    )
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=guard,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL casts QLoRA adapters to bf16, where a small update to a weight rounds to nothing.
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Reports steps and loss; stops a run whose loss is no longer finite."""
+
+    def __init__(self, report: Callable[[int, int, str], None]) -> None:
+        self.report = report
+        self.note = ""
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        self.note = f"loss {float(loss):.3f}"
+        if not torch.tensor(float(loss)).isfinite():
+            raise HealingError(
+                f"the loss is {loss} at step {state.global_step}",
+                hint="a lower --heal-lr usually helps",
+            )
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self.report(state.global_step, state.max_steps, self.note)
+
+
+def _curve(history: list[dict[str, Any]]) -> tuple[LossPoint, ...]:
+    return tuple(
+        LossPoint(step=entry["step"], loss=round(float(entry["loss"]), 4))
+        for entry in history
+        if "loss" in entry
+    )
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """peft's two files, without the local path that peft writes as the base model."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""A checkpoint in memory: device, dtype, tokenizer, padded batches."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """For people: "NVIDIA H100 80GB HBM3", "CPU, 2 cores"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU; fp32 on a CPU, where bf16 is 4 to 30 times slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(folder: Path, *, four_bit: bool = False) -> Any:
+    """Load a causal language model in evaluation mode, as a user would, onto the best device.
+
+    Args:
+        folder: A complete checkpoint.
+        four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
+    """
+    device = best_device()
+    dtype = compute_dtype(device)
+    quantization = None
+    if four_bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        trust_remote_code=False,
+    )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer; where it has no padding token, its end token serves (padding is masked)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad token lists to one batch: ids and attention mask, both [b, s]."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return ids, mask

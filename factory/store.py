@@ -1,0 +1,263 @@
+"""Stage folders: keys, resumption, locks, manifests. A folder with its final name is complete."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from factory.artifacts import canonical_json
+from factory.errors import StoreError
+
+MANIFEST = "stage.json"
+PARTIAL = ".partial"
+
+
+def default_home() -> Path:
+    """`$FACTORY_HOME`, else the platform's user cache directory."""
+    return Path(os.environ.get("FACTORY_HOME") or platformdirs.user_cache_dir("factory"))
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What decides the result of a stage: equal specs give equal keys on every machine."""
+
+    stage: str
+    version: int  # raised when the stage's code gives other results
+    parameters: Mapping[str, Any]  # JSON values that change the result
+    inputs: Mapping[str, str]  # name → key or commit of what goes in
+
+    @property
+    def key(self) -> str:
+        """First 16 hex digits of sha256 over the canonical JSON of the spec."""
+        value = {
+            "stage": self.stage,
+            "version": self.version,
+            "parameters": dict(self.parameters),
+            "inputs": dict(self.inputs),
+        }
+        return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A complete stage folder."""
+
+    key: str
+    folder: Path
+    reused: bool
+    seconds: float  # wall time when it was made, over all attempts
+
+
+@dataclass(frozen=True)
+class Store:
+    """The stages under one home folder, shared by all builds."""
+
+    home: Path
+
+    def folder(self, spec: StageSpec) -> Path:
+        """Where a complete stage of this spec lies, whether it is there or not."""
+        return self.home / "stages" / spec.stage / spec.key
+
+    def find(self, spec: StageSpec) -> StageResult | None:
+        """The complete stage of this spec, or None."""
+        folder = self.folder(spec)
+        if not folder.is_dir():
+            return None
+        return StageResult(spec.key, folder, reused=True, seconds=_read_manifest(folder)["seconds"])
+
+    def make(
+        self,
+        spec: StageSpec,
+        work: Callable[[Path], None],
+        *,
+        resumable: bool = False,
+        rerun: bool = False,
+        on_wait: Callable[[], None] | None = None,
+    ) -> StageResult:
+        """Return the complete stage of this spec, running `work` in a partial folder if need be.
+
+        `work` gets the partial folder. It is emptied first unless the stage is `resumable`. If `work`
+        fails or is killed the partial folder never takes the final name. `rerun` makes it again.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        folder = self.folder(spec)
+        partial = folder.with_name(folder.name + PARTIAL)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from error
+        with _locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
+            found = self.find(spec)
+            if found and not rerun:
+                return found
+            if rerun:
+                shutil.rmtree(folder, ignore_errors=True)
+            if partial.exists() and (rerun or not resumable):
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            seconds = _timed(work, partial)
+            _complete(partial, folder, spec=spec, seconds=seconds)
+        return StageResult(spec.key, folder, reused=False, seconds=seconds)
+
+    def stages(self) -> Iterator[dict[str, Any]]:
+        """Manifests of all complete stages, with `folder` and `size_bytes` added."""
+        for manifest in sorted((self.home / "stages").glob(f"*/*/{MANIFEST}")):
+            if manifest.parent.suffix != PARTIAL:
+                folder = manifest.parent
+                yield {**_read_manifest(folder), "folder": folder, "size_bytes": folder_bytes(folder)}
+
+    def register(self, build: Path, keys: Mapping[str, str]) -> None:
+        """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
+        roots = self.home / "builds"
+        roots.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(str(build.resolve()).encode()).hexdigest()[:16]
+        write_atomically(
+            roots / f"{name}.json", json.dumps({"build": str(build.resolve()), "keys": sorted(keys.values())})
+        )
+
+    def builds(self) -> list[Path]:
+        """Build folders that were registered and are still there."""
+        return [Path(root["build"]) for root in self._roots()]
+
+    def garbage(self) -> list[Path]:
+        """Stage folders, whole or partial, that no build uses and nobody is working on."""
+        used = {key for root in self._roots() for key in root["keys"]}
+        found = []
+        for folder in sorted((self.home / "stages").glob("*/*")):
+            if folder.is_dir() and folder.name.removesuffix(PARTIAL) not in used and not _is_locked(folder):
+                found.append(folder)
+        return found
+
+    def _roots(self) -> list[dict[str, Any]]:
+        roots = []
+        for path in sorted((self.home / "builds").glob("*.json")):
+            root = json.loads(path.read_text(encoding="utf-8"))
+            if (Path(root["build"]) / "build.json").is_file():
+                roots.append(root)
+        return roots
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, whatever happens."""
+    draft = path.with_name(path.name + PARTIAL)
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file where the file system allows it, else copy it."""
+    try:
+        os.link(source.resolve(), target)  # the Hub's cache holds symlinks: link what they point to
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _timed(work: Callable[[Path], None], partial: Path) -> float:
+    """Run the work; its wall time in seconds adds to that of attempts that were cut short."""
+    clock = partial / "seconds"
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    start = time.monotonic()
+    try:
+        work(partial)
+    except OSError as error:
+        if error.errno in (13, 30):  # EACCES, EROFS
+            raise _unwritable(partial, error) from error
+        raise
+    finally:
+        seconds = before + time.monotonic() - start
+        clock.write_text(f"{seconds:.3f}")
+    clock.unlink()
+    return round(seconds, 3)
+
+
+def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -> None:
+    """Write the manifest last, sync, and give the folder its final name."""
+    manifest = {
+        "stage": spec.stage,
+        "key": spec.key,
+        "version": spec.version,
+        "parameters": dict(spec.parameters),
+        "inputs": dict(spec.inputs),
+        "seconds": seconds,
+        "files": {
+            path.relative_to(partial).as_posix(): path.stat().st_size
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        },
+    }
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _sync(partial)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{folder} has no readable {MANIFEST}", hint="delete that folder and run the same command again"
+        ) from error
+    return manifest
+
+
+def _unwritable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot write to {folder}: {error.strerror}", hint="give another folder with --home or FACTORY_HOME"
+    )
+
+
+def _is_locked(folder: Path) -> bool:
+    lock = FileLock(folder.with_name(folder.name.removesuffix(PARTIAL) + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+@contextmanager
+def _locked(path: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    """Hold the lock of one stage; the operating system frees it when its holder dies."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if on_wait:
+                on_wait()
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,244 @@
+"""Text to measure, heal and evaluate on: a file, a Hub data set or Python's standard library."""
+
+import gzip
+import json
+import lzma
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from factory.artifacts import DataSource, sha256_of_file
+from factory.errors import DataError, HubError
+
+Split = Literal["train", "validation"]
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
+NOTATION = f"a file ({', '.join(FILE_SUFFIXES)}) or a Hub data set owner/name[:config][@revision]"
+SHUFFLE_BUFFER = 10_000  # documents held in memory
+PASSAGE_CHARACTERS = 3000  # source files are cut at blank lines into passages of about this
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents with a name and a version; `documents()` yields them anew in a fixed order."""
+
+    data: DataSource
+    documents: Callable[[], Iterator[str]]
+
+    def shuffled(self, seed: int) -> Iterator[str]:
+        """Documents through a shuffle buffer: the same order for the same seed, bounded memory."""
+        generator = random.Random(seed)
+        buffer: list[str] = []
+        for document in self.documents():
+            if len(buffer) < SHUFFLE_BUFFER:
+                buffer.append(document)
+                continue
+            index = generator.randrange(SHUFFLE_BUFFER)
+            yield buffer[index]
+            buffer[index] = document
+        generator.shuffle(buffer)
+        yield from buffer
+
+
+def open_text(reference: str, *, split: Split) -> Text:
+    """Resolve a data reference; reads only what names its version.
+
+    Args:
+        reference: A file, a Hub data set `owner/name[:config][@revision]`, or `stdlib:train`,
+            `stdlib:held-out`.
+        split: Which split of a Hub data set.
+
+    Raises:
+        DataError: No such file or data set, an unknown format, no text in it.
+        HubError: The Hub could not be reached.
+    """
+    if reference.startswith("stdlib:"):
+        return _standard_library(reference)
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return _file(path)
+    if reference.endswith(FILE_SUFFIXES) or path.exists() or reference.count("/") != 1:
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"data {reference!r} {problem}", hint=f"give {NOTATION}")
+    return _hub_data_set(reference, split=split)
+
+
+def check_text(text: Text) -> None:
+    """Read a local file once from end to end, so that a fault in its last line shows before the work.
+
+    Raises:
+        DataError: An empty file, or a line without text (by its number).
+    """
+    if text.data.hub_id is None:
+        for _ in text.documents():
+            pass
+
+
+# A file ---------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> Text:
+    if not path.name.endswith(FILE_SUFFIXES):
+        raise DataError(f"data {str(path)!r} has a format that is not read", hint=f"give {NOTATION}")
+    data = DataSource(name=path.name, version=sha256_of_file(path))
+    return Text(data, lambda: _not_empty(_read_file(path), name=str(path)))
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".txt":
+        return _read_paragraphs(path)
+    return _read_json_lines(path)
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(line, place=f"{path}, line {number}")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint="is it whole, and UTF-8?") from error
+
+
+def _text_of(line: str, *, place: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON: {line[:60]!r}", hint='one {"text": …} a line') from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f'{place}: no "text" in {line.strip()[:60]!r}', hint='one {"text": …} a line')
+    return text
+
+
+def _read_paragraphs(path: Path) -> Iterator[str]:
+    """Paragraphs between blank lines are documents."""
+    try:
+        with _open(path) as file:
+            yield from _paragraphs(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint="is it UTF-8?") from error
+
+
+def _paragraphs(lines: IO[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph)
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            raise DataError(f'{path} has no column "text" but {names}', hint="rename the column to text")
+        for batch in table.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint="is it a parquet file?") from error
+
+
+def _open(path: Path) -> IO[str]:
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    stream: IO[str] = opener(path, "rt", encoding="utf-8")  # type: ignore[operator]
+    return stream
+
+
+def _not_empty(documents: Iterator[str], *, name: str) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        raise DataError(f"{name} holds no text", hint=f"give {NOTATION}")
+
+
+# A Hub data set ---------------------------------------------------------------------------------
+
+
+def _hub_data_set(reference: str, *, split: Split) -> Text:
+    name, _, revision = reference.partition("@")
+    repo_id, _, config = name.partition(":")
+    commit = _data_set_commit(repo_id, revision=revision or None)
+    data = DataSource(name=name, version=commit, hub_id=repo_id, split=split)
+    return Text(data, lambda: _stream(data, config=config or None))
+
+
+def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise DataError(f"there is no data set {repo_id!r} on the Hub", hint=f"give {NOTATION}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"cannot look up the data set {repo_id!r}: {str(error).splitlines()[0]}",
+            hint="check the connection, or give a local file",
+        ) from error
+
+
+def _stream(data: DataSource, *, config: str | None) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(data.hub_id, config, split=data.split, revision=data.version, streaming=True)
+    except (ValueError, FileNotFoundError) as error:
+        raise DataError(
+            f"cannot open data set {data.name!r}: {str(error).splitlines()[0]}",
+            hint="name a configuration (owner/name:config) that has this split",
+        ) from error
+    for row in rows:
+        if "text" not in row:
+            raise DataError(f'data set {data.name!r} has no column "text"', hint=f"it has {', '.join(row)}")
+        if row["text"].strip():
+            yield row["text"]
+
+
+# Python's standard library ----------------------------------------------------------------------
+
+
+def _standard_library(reference: str) -> Text:
+    from factory.demo import corpus
+
+    split = reference.removeprefix("stdlib:")
+    if split not in ("train", "held-out"):
+        raise DataError(f"data {reference!r} is unknown", hint="give stdlib:train or stdlib:held-out")
+    data = DataSource(name=reference, version=corpus.fingerprint(split))
+    return Text(data, lambda: (part for file in corpus.documents(split) for part in _passages(file)))
+
+
+def _passages(source: str) -> Iterator[str]:
+    passage = ""
+    for paragraph in source.split("\n\n"):
+        if passage and len(passage) + len(paragraph) > PASSAGE_CHARACTERS:
+            yield passage
+            passage = ""
+        passage += paragraph + "\n\n"
+    if passage.strip():
+        yield passage
+
+
+# Tokens -----------------------------------------------------------------------------------------
+
+
+def windows(tokens: list[int], *, length: int) -> Iterator[list[int]]:
+    """Consecutive pieces of at most `length` tokens; a last piece of one token is left out."""
+    for start in range(0, len(tokens), length):
+        piece = tokens[start : start + length]
+        if len(piece) > 1:
+            yield piece
