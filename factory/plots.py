@@ -1,0 +1,268 @@
+"""Figures of the card and of the terminal: angular distances, the chosen block, the healing curve."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from factory.artifacts import Adapter, DistanceProfile, PruningPlan, layer_ranges
+
+INK = "#1f2328"
+GRID = "#d8dee4"
+LINE = "#2c5f8a"  # blue and vermilion stay apart under every common colour blindness
+ACCENT = "#d1440c"
+SHADES = "·░▒▓█"  # near to far
+DPI = 200  # 1,640 pixels wide: sharp at the card's 800
+
+# Fixed so that equal values give equal bytes on every machine; the fonts come with matplotlib.
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "hf-factory",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "image.cmap": "viridis",
+}
+
+
+def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: Path) -> list[Path]:
+    """Draw the distances of every block, the best block of each size, and where the cut was made.
+
+    Args:
+        profile: Distances in [0, 1] between all L + 1 layer inputs.
+        plan: The dropped layers; a block among them is outlined, scattered layers are only shaded.
+        path_stem: Path of the files without their endings.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 4.7), dpi=DPI, facecolor="white", layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.45, 1))
+        _draw_heat_map(figure.add_subplot(grid[:, 0]), profile, plan)
+        _draw_best_by_size(figure.add_subplot(grid[0, 1]), profile, plan)
+        _draw_single_layers(figure.add_subplot(grid[1, 1]), profile, plan)
+        return _save(figure, path_stem)
+
+
+def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
+    """Draw the training loss against the step, and the loss on held-back text before and after.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 3.2), dpi=DPI, facecolor="white", layout="constrained")
+        axes = figure.add_subplot()
+        steps = [point.step for point in adapter.curve]
+        losses = [point.loss for point in adapter.curve]
+        axes.plot(steps, losses, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None)
+        rose = adapter.guard_loss_after > adapter.guard_loss_before
+        _mark_loss(axes, adapter.guard_loss_before, "before healing", color=ACCENT, above=not rose)
+        _mark_loss(axes, adapter.guard_loss_after, "after healing", color=INK, above=rose)
+        axes.set_xlim(0, adapter.num_steps)
+        axes.margins(y=0.15)  # room for the labels
+        axes.grid(visible=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title("Training loss while healing")
+        return _save(figure, path_stem)
+
+
+def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int) -> str:
+    """Draw the distances with block characters: a row a block size, a column a start layer.
+
+    Args:
+        profile: Distances in [0, 1].
+        plan: The dropped layers, marked below the map; the row of their number is marked at its left.
+        width: Characters a line at most; below 40 it is taken for 40.
+
+    Returns:
+        Lines without colour codes and without a final line break. Each row is shaded on its own: `●` is
+        its nearest block, `·` the nearest fifth, `█` the farthest; at its right the distance across the
+        nearest.
+    """
+    count, room = profile.num_layers, max(width, 40) - len("▸126 ") - len("  0.123")
+    layers_per_cell = math.ceil(count / room)
+    cell = 2 if 2 * count <= room else 1  # characters
+    num_cells = math.ceil(count / layers_per_cell)
+
+    def line(label: str, cells: Sequence[str], end: str = "") -> str:
+        return f"{label:>4} {''.join(text * cell for text in cells)}{end}".rstrip()
+
+    lines = []
+    for size in reversed(_shown_sizes(count, chosen=len(plan.dropped))):
+        distances = profile.block_distances(size)
+        cells = _shades(distances, layers_per_cell=layers_per_cell)
+        cells += [" "] * (num_cells - len(cells))
+        mark = "▸" if size == len(plan.dropped) else ""
+        lines.append(line(f"{mark}{size}", cells, f"  {min(distances):.3f}"))
+    cells_cut = {layer // layers_per_cell for layer in plan.dropped}
+    lines.append(line("", ["▲" if index in cells_cut else "─" for index in range(num_cells)]))
+    lines.append(f"     0{count - 1:>{num_cells * cell - 1}}")
+    return "\n".join(lines)
+
+
+def _shown_sizes(num_layers: int, *, chosen: int) -> list[int]:
+    """At most 17 block sizes, spread evenly, with the chosen one among them."""
+    step = math.ceil((num_layers - 1) / 16)
+    return sorted({*range(1, num_layers, step), chosen})
+
+
+def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
+    """One character a cell: `●` for the nearest, else by rank, since layer 0 alone would fill a scale."""
+    cells = [
+        min(distances[index : index + layers_per_cell]) for index in range(0, len(distances), layers_per_cell)
+    ]
+    ranked = sorted(cells)
+    shades = [SHADES[len(SHADES) * ranked.index(distance) // len(cells)] for distance in cells]
+    shades[cells.index(ranked[0])] = "●"
+    return shades
+
+
+def best_starts(profile: DistanceProfile) -> list[int]:
+    """Start of the nearest block for each size n = 1 … L−1; the first of equals."""
+    starts = []
+    for size in range(1, profile.num_layers):
+        distances = profile.block_distances(size)
+        starts.append(distances.index(min(distances)))
+    return starts
+
+
+def is_block(layers: Sequence[int]) -> bool:
+    """Whether ascending layer indices follow one another without a gap."""
+    return len(layers) > 0 and layers[-1] - layers[0] + 1 == len(layers)
+
+
+def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    count = profile.num_layers
+    image = [  # [n, l]: row n−1 holds blocks of n layers
+        [profile.mean[start][start + size] if start + size <= count else math.nan for start in range(count)]
+        for size in range(1, count)
+    ]
+    shown = axes.imshow(
+        image,
+        origin="lower",
+        aspect="auto",
+        interpolation="none",
+        extent=(-0.5, count - 0.5, 0.5, count - 0.5),
+    )
+    cell = 270 / count  # points a layer, about
+    axes.plot(
+        best_starts(profile),
+        range(1, count),
+        linestyle="none",
+        marker="o",
+        markersize=max(2.2, min(5.0, 0.45 * cell)),
+        markerfacecolor="white",
+        markeredgecolor=INK,
+        markeredgewidth=0.7 if cell > 4 else 0.4,
+        label="nearest of its size",
+    )
+    if is_block(plan.dropped):
+        side = max(1.0, 7 / cell)  # layers; a cell of 2 points would not be seen
+        corner = (plan.dropped[0] - side / 2, len(plan.dropped) - side / 2)
+        outline = Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linewidth=2.2, zorder=4)
+        outline.set_label(
+            f"dropped: {'layer' if len(plan.dropped) == 1 else 'layers'} {layer_ranges(plan.dropped)}"
+        )
+        axes.add_patch(outline)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first layer of the block, ℓ")
+    axes.set_ylabel("layers in the block, n")
+    axes.set_title("Angular distance across each block")
+    bar = axes.figure.colorbar(
+        shown, cax=axes.inset_axes((0.53, 0.93, 0.43, 0.035)), orientation="horizontal", ticks=MaxNLocator(4)
+    )
+    bar.outline.set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.51, 0.87), frameon=False, borderpad=0, handlelength=1.2)
+
+
+def _draw_best_by_size(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    sizes = list(range(1, profile.num_layers))
+    starts = best_starts(profile)
+    best = [profile.mean[start][start + size] for start, size in zip(starts, sizes, strict=True)]
+    spread = [profile.stderr[start][start + size] for start, size in zip(starts, sizes, strict=True)]
+    low = [value - error for value, error in zip(best, spread, strict=True)]
+    high = [value + error for value, error in zip(best, spread, strict=True)]
+    axes.fill_between(sizes, low, high, color=LINE, alpha=0.25, linewidth=0)
+    axes.plot(sizes, best, color=LINE, linewidth=1.6)
+    if plan.distance is not None:
+        axes.plot([len(plan.dropped)], [plan.distance], "o", color=ACCENT, markersize=6)
+        late = len(plan.dropped) > 0.6 * profile.num_layers  # the label would leave the figure
+        axes.annotate(
+            f"n = {len(plan.dropped)}: {plan.distance:.3f}",
+            (len(plan.dropped), plan.distance),
+            xytext=(-6, 4) if late else (6, -4),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            va="bottom" if late else "top",
+            color=ACCENT,
+        )
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layers in the block, n")
+    axes.set_ylabel("angular distance")
+    axes.set_title("Nearest block of each size")
+
+
+def _draw_single_layers(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    layers = list(range(profile.num_layers))
+    for layer in plan.dropped:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=ACCENT, alpha=0.18, linewidth=0)
+    axes.bar(
+        layers,
+        [profile.mean[layer][layer + 1] for layer in layers],
+        width=0.8,
+        color=[ACCENT if layer in set(plan.dropped) else LINE for layer in layers],
+    )
+    axes.set_xlim(-0.7, profile.num_layers - 0.3)
+    axes.grid(visible=True, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer (dropped: shaded)")
+    axes.set_ylabel("angular distance")
+    axes.set_title("Distance across each layer")
+
+
+def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) -> None:
+    axes.axhline(loss, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
+    axes.annotate(
+        f"held-back text {label}: {loss:.3f}",
+        (1, loss),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3 if above else -4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        color=color,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+    )
+
+
+def _save(figure: Figure, path_stem: Path) -> list[Path]:
+    png, svg = path_stem.with_name(path_stem.name + ".png"), path_stem.with_name(path_stem.name + ".svg")
+    # By default the files carry the date and the version of matplotlib.
+    figure.savefig(png, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg]
