@@ -1,0 +1,145 @@
+"""The header of one safetensors file: where each tensor lies, read as if somebody hostile wrote it."""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from factory.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # torch's limit
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one stored tensor lies; `start` and `end` are byte offsets from the beginning of the file."""
+
+    name: str
+    dtype: str  # safetensors' word: "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape; 1 for a scalar."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the values take."""
+        return self.end - self.start
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, in the order of their bytes; no values are read.
+
+    Stricter than needed to parse: whatever the safetensors library refuses, this refuses too (a gap
+    between tensors could hide data, an overlap could alias it).
+
+    Raises:
+        CheckpointError: Unreadable, cut short, or not well-formed; says which and where.
+    """
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise damaged(path, f"only {size_bytes} bytes long")
+            if length > MAX_HEADER_BYTES:
+                raise damaged(path, f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+            if 8 + length > size_bytes:
+                raise damaged(path, f"a header of {length} bytes in a file of {size_bytes}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}", hint="is the download complete?"
+        ) from error
+    tensors = [
+        _tensor(path, name, entry, data_start=8 + length)
+        for name, entry in _parse_header(path, raw).items()
+        if name != "__metadata__"
+    ]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    _check_contiguous(path, tensors, data_start=8 + length, size_bytes=size_bytes)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for json: a name given twice is an error, not the last value.
+
+    Raises:
+        ValueError: Names the repeated key.
+    """
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"{name!r} appears twice")
+        mapping[name] = value
+    return mapping
+
+
+def damaged(path: Path, problem: str) -> CheckpointError:
+    """The error for a file that is not what its format asks for."""
+    return CheckpointError(f"{path.name} is damaged: {problem}", hint="download it again")
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"its header is not JSON: {str(error)[:200]}") from error
+    if not isinstance(header, dict) or raw[:1] != b"{":
+        raise damaged(path, f"its header is not a JSON object but begins {raw[:20]!r}")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(path, "__metadata__ must map strings to strings")
+    return header
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise damaged(path, f"tensor {name!r} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"tensor {name!r} in {path.name} has the unknown dtype {str(dtype)[:40]!r}",
+            hint=f"known are {', '.join(DTYPE_BITS)}",
+        )
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise damaged(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise damaged(path, f"tensor {name!r} has the offsets {str(offsets)[:80]}")
+    start, end = offsets
+    if (end - start) * 8 != prod(shape) * DTYPE_BITS[dtype]:
+        raise damaged(path, f"tensor {name!r}, {dtype} {shape}, does not take bytes {start} to {end}")
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + start, data_start + end)
+
+
+def _check_contiguous(path: Path, tensors: list[TensorInfo], *, data_start: int, size_bytes: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            raise damaged(
+                path, f"tensor {tensor.name!r} begins at byte {tensor.start} where {position} is due"
+            )
+        position = tensor.end
+    if position != size_bytes:
+        raise damaged(path, f"its tensors end at byte {position}, the file at {size_bytes}")
