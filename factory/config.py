@@ -1,16 +1,13 @@
 """What was asked: the configuration of a build and its parts, and the recipes of known models."""
 
-import difflib
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.errors import DropError, UnknownModelError
-
-RECIPES = Path(__file__).parent / "recipes"
+from factory.errors import DropError
+from factory.references import RECIPES, aliases, unknown_model
 
 
 class Settings(BaseModel):
@@ -76,11 +73,6 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
-def aliases() -> list[str]:
-    """Names of the known models, sorted."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def load_recipe(alias: str) -> Recipe:
     """Read the recipe of one alias.
 
@@ -93,14 +85,73 @@ def load_recipe(alias: str) -> Recipe:
     return Recipe.model_validate({"alias": alias, **fields})
 
 
-def unknown_model(reference: str) -> UnknownModelError:
-    """The error for a reference that is no alias, no folder and no repository name."""
-    near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UnknownModelError(
-        f"{reference!r} is no known model, no folder and no Hub repository name",
-        hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
+# Healing a model that has no recipe: between the paper's 7B models (164 M tokens at 3e-4) and a
+# 26 M-parameter Llama (best at 3e-3), learning rate falls with the power 0.4 of the size.
+TOKENS_PER_PARAMETER = 0.0227
+FEWEST_TOKENS = 500_000
+MOST_TOKENS = 164_000_000
+FEWEST_STEPS = 100
+
+
+def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
+    """Defaults for a model without a recipe: the paper's recipe, scaled to the size of the model.
+
+    Args:
+        num_parameters: Of the source.
+        max_length: Tokens the model was made for.
+    """
+    length = min(HealSettings().sequence_length, max_length)
+    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), FEWEST_TOKENS), MOST_TOKENS)
+    batch_size = min(max(tokens // (FEWEST_STEPS * length), 1), HealSettings().batch_size)
+    steps = math.ceil(tokens / (batch_size * length))
+    return HealSettings(
+        learning_rate=float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.4, 3e-3):.1e}"),
+        num_steps=steps,
+        warmup_steps=min(100, steps // 10),
+        batch_size=batch_size,
+        sequence_length=length,
     )
+
+
+def settle(
+    reference: str,
+    *,
+    drop: float,
+    recipe: Recipe | None,
+    num_parameters: int,
+    max_length: int,
+    is_folder: bool,
+    overrides: dict[str, Any],
+) -> BuildConfig:
+    """One complete configuration: what was typed over the recipe over the defaults.
+
+    Args:
+        recipe: Of a known model, else None.
+        max_length: Tokens the model was made for; longer default sequences are cut to it.
+        is_folder: A folder gets no tasks unless they are asked for, since their data is on the Hub.
+        overrides: {"measure": {…}, "heal": {…}, "evaluate": {…}, "seed": …}; None values are unset.
+    """
+    if recipe:
+        base = {
+            "measure": recipe.measure.model_dump(),
+            "heal": recipe.heal.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(),
+        }
+    else:
+        base = {
+            "measure": MeasureSettings().model_dump(),
+            "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
+            "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
+        }
+    for part in base.values():
+        part["sequence_length"] = min(part["sequence_length"], max_length)
+    fields: dict[str, Any] = {"reference": reference, "drop": drop, **base}
+    for name, value in overrides.items():
+        if isinstance(value, dict):
+            fields[name] = {**fields[name], **{k: v for k, v in value.items() if v is not None}}
+        elif value is not None:
+            fields[name] = value
+    return BuildConfig.model_validate(fields)
 
 
 def num_dropped(drop: float, num_layers: int) -> int:

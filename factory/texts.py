@@ -11,11 +11,10 @@ from typing import IO, Literal
 
 from factory.artifacts import DataSource, sha256_of_file
 from factory.errors import DataError, HubError
+from factory.references import DATA_NOTATION, check_data
 
 Split = Literal["train", "validation"]
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
-NOTATION = f"a file ({', '.join(FILE_SUFFIXES)}) or a Hub data set owner/name[:config][@revision]"
 SHUFFLE_BUFFER = 10_000  # documents held in memory
 PASSAGE_CHARACTERS = 3000  # source files are cut at blank lines into passages of about this
 
@@ -54,15 +53,11 @@ def open_text(reference: str, *, split: Split) -> Text:
         DataError: No such file or data set, an unknown format, no text in it.
         HubError: The Hub could not be reached.
     """
+    check_data(reference)
     if reference.startswith("stdlib:"):
         return _standard_library(reference)
     path = Path(reference).expanduser()
-    if path.is_file():
-        return _file(path)
-    if reference.endswith(FILE_SUFFIXES) or path.exists() or reference.count("/") != 1:
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data {reference!r} {problem}", hint=f"give {NOTATION}")
-    return _hub_data_set(reference, split=split)
+    return _file(path) if path.is_file() else _hub_data_set(reference, split=split)
 
 
 def check_text(text: Text) -> None:
@@ -80,8 +75,6 @@ def check_text(text: Text) -> None:
 
 
 def _file(path: Path) -> Text:
-    if not path.name.endswith(FILE_SUFFIXES):
-        raise DataError(f"data {str(path)!r} has a format that is not read", hint=f"give {NOTATION}")
     data = DataSource(name=path.name, version=sha256_of_file(path))
     return Text(data, lambda: _not_empty(_read_file(path), name=str(path)))
 
@@ -163,7 +156,7 @@ def _not_empty(documents: Iterator[str], *, name: str) -> Iterator[str]:
         empty = False
         yield document
     if empty:
-        raise DataError(f"{name} holds no text", hint=f"give {NOTATION}")
+        raise DataError(f"{name} holds no text", hint=f"give {DATA_NOTATION}")
 
 
 # A Hub data set ---------------------------------------------------------------------------------
@@ -184,7 +177,9 @@ def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
     try:
         return HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DataError(f"there is no data set {repo_id!r} on the Hub", hint=f"give {NOTATION}") from error
+        raise DataError(
+            f"there is no data set {repo_id!r} on the Hub", hint=f"give {DATA_NOTATION}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise HubError(
             f"cannot look up the data set {repo_id!r}: {str(error).splitlines()[0]}",
@@ -215,9 +210,7 @@ def _stream(data: DataSource, *, config: str | None) -> Iterator[str]:
 def _standard_library(reference: str) -> Text:
     from factory.demo import corpus
 
-    split = reference.removeprefix("stdlib:")
-    if split not in ("train", "held-out"):
-        raise DataError(f"data {reference!r} is unknown", hint="give stdlib:train or stdlib:held-out")
+    split = "train" if reference == "stdlib:train" else "held-out"
     data = DataSource(name=reference, version=corpus.fingerprint(split))
     return Text(data, lambda: (part for file in corpus.documents(split) for part in _passages(file)))
 

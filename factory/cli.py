@@ -1,0 +1,328 @@
+"""The command line: arguments in, screens and exit codes out. Heavy libraries are imported only to work."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from factory import __version__, references
+from factory.errors import FactoryError, UsageError
+
+if TYPE_CHECKING:
+    from factory.artifacts import Source
+    from factory.config import BuildConfig, Recipe
+
+RERUN_STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Fraction(click.ParamType[float]):
+    """A number strictly between 0 and 1."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuse what is no fraction, with the value in the message."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < 1:
+            raise UsageError(
+                f"--drop {value} is not a fraction between 0 and 1",
+                hint="--drop 0.3 drops three of ten layers",
+            )
+        return number
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="factory")
+def cli() -> None:
+    """Make a language model smaller: drop the layers it needs least, heal the cut, measure, publish.
+
+    \b
+    factory build demo --drop 0.3          a whole build on this machine, no network, minutes
+    factory build mistral-7b --drop 0.3    the same for a model on the Hub
+    """
+
+
+home_option = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="FACTORY_HOME",
+    help="Where finished stages are kept, for reuse by all builds.  [default: user cache]",
+)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option("--drop", type=Fraction(), required=True, help="Fraction of the decoder layers to drop.")
+@click.option("--calibration-data", metavar="DATA", help="Text to measure on.")
+@click.option("--heal-data", metavar="DATA", help="Text to heal on.")
+@click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the other two.")
+@click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
+@click.option("--limit", type=click.IntRange(1), help="Samples a task, for a quick look.")
+@click.option("--samples", type=click.IntRange(2), help="Documents to measure on.")
+@click.option("--sequence-length", type=click.IntRange(8), help="Tokens a sequence, in all stages.")
+@click.option("--heal/--no-heal", "heal_enabled", default=True, help="Heal the cut, or leave it.")
+@click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
+@click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
+@click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
+@click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
+@home_option
+@click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
+@click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
+@click.option("--rerun", type=click.Choice(RERUN_STAGES), multiple=True, help="Make a stage again.")
+@click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
+def build(model: str, drop: float, **options: Any) -> None:
+    """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
+
+    DATA is a .jsonl, .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set
+    owner/name[:config][@revision]. The same command again goes on where it was cut short, and
+    reuses whatever is finished.
+    """
+    references.check_model(model)
+    for data in ("calibration_data", "heal_data", "eval_data"):
+        if options[data] is not None:
+            references.check_data(options[data])
+    _build(model, drop, options)
+
+
+def _build(model: str, drop: float, options: dict[str, Any]) -> None:
+    from factory import hub, pipeline
+    from factory.config import load_recipe
+    from factory.layout import build_name
+    from factory.preview import preview
+    from factory.screen import StageLines, console, show_preview, show_result
+    from factory.store import Store, default_home
+
+    as_json = options["as_json"]
+    screen = console(stderr=as_json)
+    reporter = StageLines(screen)
+    recipe = load_recipe(model) if model in references.aliases() else None
+    source = _resolve(model, recipe)
+    config = _settle(model, drop, recipe, source, options)
+    out = options["out"] or Path("builds") / build_name(source.name, drop)
+    store = Store((options["home"] or default_home()).absolute())
+    texts = pipeline.open_texts(config)
+    run = pipeline.Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
+    pending = pipeline.pending(run, source)
+    shown = preview(source, config, pending=pending, home=store.home)
+    if {"measure", "heal", "evaluate"} & set(pending):
+        pipeline.check_texts(texts)
+    if not (as_json and options["dry_run"]):
+        show_preview(screen, shown, title=f"{source.name} → {out}", lines=_preview_lines(config))
+    if options["dry_run"]:
+        if as_json:
+            _print_json(vars(shown))
+        return
+    try:
+        if source.folder is None:
+            reporter.started("pull")
+            source = hub.pull(
+                source, progress=lambda done, total: reporter.progressed("pull", done, total, "")
+            )
+            reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+        made = pipeline.build(run, source, out=out)
+    finally:
+        reporter.stop()
+    repository = None
+    if options["push_to"]:
+        repository = _publish(out, options["push_to"], private=not options["public"])
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        show_result(screen, made, folder=out, repository=repository)
+        if repository:
+            screen.print(f"  published    {repository}")
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.argument("repository", required=False, metavar="[OWNER/NAME]")
+@click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--revision", help="Branch to commit to.  [default: main]")
+@click.option("--message", help="Commit message.")
+@click.option("--force", is_flag=True, help="Also into a repository that holds other content.")
+def push(folder: Path, repository: str | None, **options: Any) -> None:
+    """Publish a finished BUILD on the Hub, in one commit."""
+    url = _publish(folder, repository, **options)
+    click.echo(url)
+
+
+@cli.command(context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+def show(folder: Path) -> None:
+    """Show the result of a finished BUILD again."""
+    from factory.artifacts import Build, DistanceProfile
+    from factory.plots import terminal_heatmap
+    from factory.screen import console, show_result
+
+    found = Build.read(_build_folder(folder))
+    screen = console()
+    profile = DistanceProfile.read(folder)
+    screen.print(terminal_heatmap(profile, found.plan, width=min(screen.width, 100)), soft_wrap=True)
+    show_result(screen, found, folder=folder, repository=None)
+
+
+@cli.command("ls", context_settings=CONTEXT)
+@home_option
+def list_stages(home: Path | None) -> None:
+    """List finished stages and the builds that use them."""
+    from factory.screen import console, show_stages
+    from factory.store import Store, default_home
+
+    store = Store((home or default_home()).absolute())
+    show_stages(console(), list(store.stages()), store.builds())
+
+
+@cli.command("gc", context_settings=CONTEXT)
+@home_option
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def collect_garbage(home: Path | None, dry_run: bool) -> None:
+    """Remove stages that no build uses and what killed runs left behind."""
+    import shutil
+
+    from factory.screen import size
+    from factory.store import Store, default_home, folder_bytes
+
+    store = Store((home or default_home()).absolute())
+    freed = 0
+    for folder in store.garbage():
+        freed += folder_bytes(folder)
+        click.echo(f"{'would remove' if dry_run else 'removing'} {folder}")
+        if not dry_run:
+            shutil.rmtree(folder)
+    click.echo(f"{size(freed)} {'could be' if dry_run else ''} freed".replace("  ", " "))
+
+
+# Helpers of `build` -----------------------------------------------------------------------------
+
+
+def _resolve(model: str, recipe: "Recipe | None") -> "Source":
+    from factory import hub
+
+    if recipe is None:
+        return hub.resolve(model)
+    if recipe.source == "embedded":
+        found = hub.resolve(str(Path(__file__).parent / "demo" / "model"))
+        return found.model_copy(update={"name": recipe.alias, "license": "apache-2.0"})
+    assert recipe.repo_id is not None
+    return hub.resolve(recipe.repo_id)
+
+
+def _settle(
+    model: str, drop: float, recipe: "Recipe | None", source: "Source", options: dict[str, Any]
+) -> "BuildConfig":
+    from factory.config import settle
+
+    length = options["sequence_length"]
+    tasks = options["tasks"]
+    named = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
+    text_config = source.config.get("text_config", source.config)
+    return settle(
+        model,
+        drop=drop,
+        recipe=recipe,
+        num_parameters=source.num_parameters,
+        max_length=int(text_config.get("max_position_embeddings") or 2048),
+        is_folder=source.repo_id is None,
+        overrides={
+            "seed": options["seed"],
+            "heal_enabled": options["heal_enabled"],
+            "measure": {
+                "data": options["calibration_data"],
+                "num_samples": options["samples"],
+                "sequence_length": length,
+            },
+            "heal": {
+                "data": options["heal_data"],
+                "num_steps": options["heal_steps"],
+                "learning_rate": options["heal_lr"],
+                "rank": options["heal_rank"],
+                "sequence_length": length,
+            },
+            "evaluate": {
+                "data": options["eval_data"],
+                "num_documents": options["eval_documents"],
+                "sequence_length": length,
+                "tasks": named,
+                "limit": options["limit"],
+            },
+        },
+    )
+
+
+def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
+    heal, measure, evaluate = config.heal, config.measure, config.evaluate
+    tokens = heal.num_steps * heal.batch_size * heal.sequence_length
+    healing = (
+        f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
+        f"({tokens / 1e6:.2f} M) of {heal.data}, NF4 + LoRA rank {heal.rank}, rate {heal.learning_rate:g}"
+        if config.heal_enabled
+        else "no"
+    )
+    tasks = ", ".join(evaluate.tasks) or "no tasks (--tasks mmlu,boolq adds some)"
+    return [
+        ("measure", f"{measure.num_samples} documents of {measure.data}"),
+        ("heal", healing),
+        ("evaluate", f"loss on {evaluate.num_documents} documents of {evaluate.data}; {tasks}"),
+    ]
+
+
+def _build_folder(folder: Path) -> Path:
+    if not (folder / "build.json").is_file():
+        raise UsageError(f"{str(folder)!r} is no build folder", hint="give what `factory build` made")
+    return folder
+
+
+def _publish(folder: Path, repository: str | None, *, private: bool = True, **options: Any) -> str:
+    from factory import hub
+    from factory.artifacts import Build
+
+    found = Build.read(_build_folder(folder))
+    name = repository or hub.default_repo_name(found.source, found.config["drop"])
+    message = options.pop("message", None) or f"Publish {found.name}"
+    publication = hub.push(folder / "model", repo_id=name, private=private, message=message, **options)
+    publication.write(folder)
+    return publication.url
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become lines and exit codes."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), "factory --help", code=2)
+    except FactoryError as error:
+        _fail(error.message, error.hint, code=error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", "the same command goes on from here", code=130)
+
+
+def _fail(message: str, hint: str, *, code: int) -> None:
+    """One line that says what is wrong, one that says what to do."""
+    red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
+    sys.stderr.write(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n")
+    sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, so that no name or message can paint the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,152 @@
+"""The build folder: what is published, laid out whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factory import __version__
+from factory.artifacts import Build, Checkpoint, DistanceProfile
+from factory.config import BuildConfig
+from factory.errors import StoreError
+from factory.store import PARTIAL, link_or_copy
+
+if TYPE_CHECKING:
+    from factory.pipeline import Made, Texts
+
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+    "trl",
+)
+# Facts of the moment or the machine: two builds that differ only in these are the same build.
+MOMENTARY = {"seconds", "speed", "versions", "factory_version"}
+# Files of a stage folder that are the store's, not the model's.
+NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
+DISTANCE_FIGURE = "angular-distance"
+HEALING_FIGURE = "healing"
+
+
+def describe_build(
+    config: BuildConfig,
+    texts: "Texts",
+    made: "Made",
+    *,
+    keys: Mapping[str, str],
+    seconds: Mapping[str, float],
+) -> Build:
+    """Everything that `build.json` says, without paths."""
+    return Build(
+        factory_version=__version__,
+        name=build_name(made.source.name, config.drop),
+        reference=_without_path(config.reference, made.source.name, made.source.repo_id),
+        config=_config_without_paths(config, texts, made),
+        source=made.source,
+        plan=made.plan,
+        profile_samples=made.profile.num_samples,
+        calibration=made.profile.data,
+        adapter=made.adapter,
+        shipped=made.shipped_name,
+        source_parameters=made.source.num_parameters,
+        result_parameters=made.shipped.num_parameters,
+        source_bytes=made.source.size_bytes,
+        result_bytes=made.shipped.size_bytes,
+        evaluations=made.evaluations,
+        speed=made.speed,
+        files=made.shipped.files,
+        stages=dict(keys),
+        versions={library: version(library) for library in LIBRARIES},
+        seconds=dict(seconds),
+        device=made.speed.device,
+    )
+
+
+def build_name(source_name: str, drop: float) -> str:
+    """Folder name of a build: "Mistral-7B-v0.1-drop30"."""
+    return f"{source_name}-drop{drop * 100:.3g}"
+
+
+def read_if_same(build: Build, out: Path) -> Build | None:
+    """The build that lies in `out`, if it was made from the same stages and is whole.
+
+    Raises:
+        StoreError: `out` holds something that is no build.
+    """
+    if not out.exists():
+        return None
+    if not (out / Build.file_name).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        raise StoreError(
+            f"{out} is there already and is no build", hint="give another folder with --out, or move it away"
+        )
+    found = Build.read(out)
+    whole = all((out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json"])
+    same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
+    return found if whole and same else None
+
+
+def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
+    """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    target = partial / "model"
+    target.mkdir(parents=True)
+    for path in sorted(model.rglob("*")):
+        if path.is_file() and path.name not in NOT_THE_MODEL:
+            (target / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, target / path.relative_to(model))
+    write_card_and_figures(build, profile, target)
+    for folder in (target, partial):
+        build.write(folder)
+    profile.write(partial)
+    _swap(partial, out)
+
+
+def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path) -> None:
+    """README.md and figures of a build, into the folder that is published."""
+    from factory.card import write_card
+    from factory.plots import distance_figure, healing_figure
+
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    distance_figure(profile, build.plan, path_stem=figures / DISTANCE_FIGURE)
+    if build.adapter:
+        healing_figure(build.adapter, path_stem=figures / HEALING_FIGURE)
+    write_card(build, folder)
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Put the new folder where the old one is; a kill in between leaves one of them whole."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)  # noqa: PTH105  the pair reads better so
+    os.replace(partial, out)  # noqa: PTH105
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> dict[str, Any]:
+    """Settings with data and tasks by name, so that nothing says where they lay on this machine."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
+    values["measure"]["data"] = texts.calibration.data.name
+    values["heal"]["data"] = texts.healing.data.name
+    values["evaluate"]["data"] = texts.evaluation.data.name
+    values["evaluate"]["tasks"] = [Path(task).name for task in config.evaluate.tasks]
+    return values
+
+
+def _without_path(reference: str, name: str, repo_id: str | None) -> str:
+    return reference if repo_id or not Path(reference).expanduser().is_dir() else name

@@ -1,0 +1,148 @@
+"""What a build will do and need, worked out before anything heavy."""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.artifacts import Source
+from factory.config import BuildConfig, num_dropped
+from factory.errors import DiskSpaceError
+
+START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
+STAGE_SECONDS = 2.0  # loading a model and opening the text
+# FLOP a parameter a token: forward 2, backward to the activations 2, recomputation 2 (GPU only).
+FORWARD, FORWARD_BACKWARD, WITH_RECOMPUTATION = 2, 4, 6
+# Requests of lm-eval's tasks and tokens a request, about; others are taken to be OTHER_TASK.
+TASK_SIZES = {
+    "mmlu": (56_168, 700),
+    "boolq": (6_540, 180),
+    "gsm8k": (1_319, 1_200),
+    "next_line": (1_600, 200),
+}
+OTHER_TASK = (8_000, 120)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The plan in numbers. Sizes in bytes; `seconds` is an estimate for the stages still to run."""
+
+    num_layers: int
+    num_dropped: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    pending: tuple[str, ...]
+    download_bytes: int
+    disk_needed: int
+    disk_free: int
+    memory_needed: int
+    memory_total: int
+    device: str
+    seconds: float
+
+
+def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home: Path) -> Preview:
+    """Work out the preview; imports torch only if there is something to run.
+
+    Layers are taken to be of mean size, since which ones go is known only after measuring.
+
+    Raises:
+        DropError: The fraction means no usable number of layers.
+        DiskSpaceError: Too little disk for what is still to be written.
+    """
+    n = num_dropped(config.drop, source.num_layers)
+    share = n / source.num_layers
+    bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
+    parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
+    download = source.size_bytes if source.folder is None else 0
+    writes = sum(stage in pending for stage in ("prune", "merge"))
+    free = shutil.disk_usage(_existing(home)).free
+    device, memory_total, rate = _machine(source) if pending else ("", 0, 1.0)
+    result = Preview(
+        num_layers=source.num_layers,
+        num_dropped=n,
+        parameters_before=source.num_parameters,
+        parameters_after=parameters_after,
+        bytes_before=source.size_bytes,
+        bytes_after=bytes_after,
+        pending=tuple(pending),
+        download_bytes=download,
+        disk_needed=download + writes * bytes_after + (_token_bytes(config) if "heal" in pending else 0),
+        disk_free=free,
+        memory_needed=_memory_needed(source.num_parameters, parameters_after, on_gpu=not _is_cpu(device)),
+        memory_total=memory_total,
+        device=device,
+        seconds=_seconds(config, source.num_parameters, parameters_after, pending, device, rate),
+    )
+    if result.disk_needed > free:
+        raise DiskSpaceError(
+            f"the build needs {result.disk_needed / 1e9:.1f} GB of disk and {home} has {free / 1e9:.1f} GB",
+            hint="free some (`factory gc` removes what no build uses) or give another folder with --home",
+        )
+    return result
+
+
+def _seconds(
+    config: BuildConfig, before: int, after: int, pending: Sequence[str], device: str, rate: float
+) -> float:
+    if not pending:
+        return 0.0
+    measure, heal, evaluate = config.measure, config.heal, config.evaluate
+    backward = FORWARD_BACKWARD if _is_cpu(device) else WITH_RECOMPUTATION
+    sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
+    task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
+    evaluated = evaluate.num_documents * evaluate.sequence_length + task_tokens
+    work = {
+        "measure": measure.num_samples * measure.sequence_length * FORWARD * before,
+        "heal": heal.num_steps * heal.batch_size * heal.sequence_length * backward * after,
+        "evaluate": evaluated * FORWARD * (before + 2 * after),
+    }
+    if not config.heal_enabled:
+        work["heal"], work["evaluate"] = 0, evaluated * FORWARD * (before + after)
+    return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
+
+
+def _memory_needed(before: int, after: int, *, on_gpu: bool) -> int:
+    """Of the hungriest stage: source and result side by side for the speed comparison."""
+    return (before + after) * (2 if on_gpu else 4)
+
+
+def _token_bytes(config: BuildConfig) -> int:
+    return config.heal.num_steps * config.heal.batch_size * config.heal.sequence_length * 4
+
+
+def _machine(source: Source) -> tuple[str, int, float]:
+    """Device, its memory in bytes, and the FLOP a second it reaches on products of this model's width."""
+    import torch
+
+    from factory.models import best_device, compute_dtype, device_name
+
+    device = best_device()
+    text_config = source.config.get("text_config", source.config)
+    width = int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024)
+    rows = 512 if device.type == "cpu" else 4096
+    left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))
+    right = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(device))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        times.append(time.perf_counter() - start)
+    # Whole models reach about a third of a lone product's rate: norms, attention and small kernels.
+    rate = 2 * rows * width * 4 * width / min(times) / 3
+    if device.type == "cuda":
+        return device_name(device), torch.cuda.get_device_properties(device).total_memory, rate
+    return device_name(device), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rate
+
+
+def _is_cpu(device: str) -> bool:
+    return device.startswith("CPU")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())

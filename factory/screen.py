@@ -1,0 +1,231 @@
+"""What the terminal shows: progress, the preview, the result, lists. Plain lines without a terminal."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from factory.artifacts import Build, TaskScore, layer_ranges
+from factory.preview import Preview
+
+STAGE_WIDTH = 16
+PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Colours and bars only on a terminal; elsewhere lines are as long as they need to be."""
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    return (
+        made
+        if made.is_terminal
+        else Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=200, no_color=True)
+    )
+
+
+class StageLines:
+    """The reporter of a build: a line a stage, with a bar and the time left on a terminal."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self.bars = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=out,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.last_line = time.monotonic()
+
+    def started(self, stage: str) -> None:
+        """Show that a stage runs."""
+        self.last_line = time.monotonic()
+        if self.out.is_terminal:
+            self.bars.start()
+            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="")
+
+    def progressed(self, stage: str, done: int, total: int, note: str) -> None:
+        """Move the bar; without a terminal, say a line now and then."""
+        if self.task is not None:
+            self.bars.update(self.task, completed=done, total=total, note=note)
+        elif time.monotonic() - self.last_line > PLAIN_SECONDS:
+            self.last_line = time.monotonic()
+            self.out.print(f"    {stage:<{STAGE_WIDTH}}  {done:,} of {total:,}  {note}".rstrip())
+
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
+        """One line for good."""
+        self.stop()
+        mark, took = ("=", "reused") if reused else ("✓", duration(seconds))
+        line = Text.assemble(
+            (f"{mark} ", "dim" if reused else "green"),
+            (f"{stage:<{STAGE_WIDTH}}", "bold" if not reused else "dim"),
+            (f"{took:>8}  ", "dim"),
+            summary,
+        )
+        self.out.print(line, soft_wrap=True)
+
+    def waiting(self, stage: str) -> None:
+        """Somebody else makes this stage."""
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  another build is making it; waiting")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.bars.stop()
+            self.task = None
+
+
+def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tuple[str, str]]) -> None:
+    """What will happen, before it does."""
+    n, total = shown.num_dropped, shown.num_layers
+    rows = [
+        ("layers", f"dropping {n} of {total} ({n / total:.0%}), {total - n} stay; the last one always does"),
+        ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
+        ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
+        *lines,
+        ("disk", f"{size(shown.disk_needed)} needed, {size(shown.disk_free)} free"),
+    ]
+    if shown.download_bytes:
+        rows.append(("download", size(shown.download_bytes)))
+    if shown.pending:
+        rows.append(
+            (
+                "memory",
+                f"about {size(shown.memory_needed)} of {size(shown.memory_total)}, {shown.device}",
+            )
+        )
+        rows.append(("time", f"about {duration(shown.seconds)}, from {shown.pending[0]} on"))
+    else:
+        rows.append(("time", "nothing to do: every stage is there"))
+    out.print(Text(title, style="bold"))
+    for name, value in rows:
+        out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+    out.print()
+
+
+def result_table(build: Build) -> Table:
+    """Source, pruned and healed side by side."""
+    names = list(build.evaluations)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name + (" ←" if name == build.shipped else ""), justify="right")
+    evaluations = [build.evaluations[name] for name in names]
+    table.add_row("loss, nats a token", *(f"{e.loss.nats:.3f} ± {e.loss.stderr:.3f}" for e in evaluations))
+    table.add_row("loss / log V", *(f"{e.loss.normalized:.3f}" for e in evaluations))
+    table.add_row("perplexity", *(f"{e.loss.perplexity:.2f}" for e in evaluations))
+    for index, task in enumerate(evaluations[0].tasks):
+        chance = f" (chance {task.chance:.1%})" if task.chance is not None else ""
+        table.add_row(
+            f"{task.label}, {task.num_fewshot}-shot {task.metric}{chance}",
+            *(_score(e.tasks[index]) for e in evaluations),
+        )
+    after, bytes_after = count(build.result_parameters), size(build.result_bytes)
+    others = len(names) - 1
+    table.add_row("parameters", count(build.source_parameters), *[after] * others)
+    table.add_row("weights", size(build.source_bytes), *[bytes_after] * others)
+    if build.speed:
+        _add_speed(table, build, names)
+    return table
+
+
+def _add_speed(table: Table, build: Build, names: list[str]) -> None:
+    assert build.speed is not None
+    speeds = {"source": build.speed.source, build.shipped: build.speed.result}
+    for label, field in (("prefill, tokens/s", "prefill"), ("decode, tokens/s", "decode")):
+        cells = []
+        for name in names:
+            speed = speeds.get(name)
+            cells.append("" if speed is None else f"{getattr(speed, f'{field}_tokens_per_second'):,.0f}")
+        table.add_row(label, *cells)
+
+
+def _score(task: TaskScore) -> str:
+    return f"{task.value:.1%}" + (f" ± {task.stderr:.1%}" if task.stderr is not None else "")
+
+
+def show_result(out: Console, build: Build, *, folder: Path, repository: str | None) -> None:
+    """The table, what it means in a line, and what to type next."""
+    out.print()
+    out.print(result_table(build))
+    out.print()
+    out.print(verdict(build), soft_wrap=True)
+    out.print()
+    model = folder / "model"
+    rows = [
+        ("the model", str(model)),
+        ("its card", str(model / "README.md")),
+        (
+            "try it",
+            f'python -c "from transformers import pipeline; '
+            f"print(pipeline('text-generation', '{model}')('The', max_new_tokens=30)[0]['generated_text'])\"",
+        ),
+    ]
+    if repository is None:
+        rows.append(("publish it", f"factory push {folder}"))
+    for name, value in rows:
+        out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+
+
+def verdict(build: Build) -> str:
+    """One sentence on what the cut cost and what healing brought back."""
+    losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
+    gap = losses["pruned"] - losses["source"]
+    cut = f"Dropping layers {layer_ranges(build.dropped)} raised the loss by {gap:.3f}"
+    if "healed" not in losses:
+        return f"{cut}; this build was not healed."
+    change = losses["pruned"] - losses["healed"]
+    share = f" ({change / gap:.0%} of it)" if gap > 0 else ""
+    if build.shipped == "pruned":
+        return (
+            f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."
+        )
+    if change <= 0:
+        return f"{cut}; healing raised it by a further {-change:.3f} on this text. Look before you publish."
+    return f"{cut}; healing took back {change:.3f}{share}."
+
+
+def count(number: int) -> str:
+    """1234567 → "1.23 M"."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return str(number)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "4.1 s", "3 min 20 s", "5 h 12 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence[Path]) -> None:
+    """What lies in the store, and which builds use it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column, justify in (("stage", "left"), ("key", "left"), ("size", "right"), ("made in", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for stage in stages:
+        table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
+    out.print(table)
+    for build in builds:
+        out.print(f"build  {build}", soft_wrap=True)
