@@ -1,0 +1,190 @@
+"""Stages are complete or absent, are made once, and are found again by what decides their result."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factory.errors import StoreError
+from factory.store import StageSpec, Store, link_or_copy
+
+
+def spec(**parameters: object) -> StageSpec:
+    return StageSpec("prune", 1, parameters, {"source": "0" * 40})
+
+
+def write_hello(folder: Path) -> None:
+    (folder / "hello.txt").write_text("hello")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=5))
+def test_the_key_does_not_depend_on_the_order_of_parameters(parameters: dict[str, object]) -> None:
+    backwards = dict(reversed(list(parameters.items())))
+    assert StageSpec("s", 1, parameters, {}).key == StageSpec("s", 1, backwards, {}).key
+
+
+@given(st.integers(), st.integers())
+def test_different_parameters_give_different_keys(a: int, b: int) -> None:
+    assert (spec(n=a).key == spec(n=b).key) == (a == b)
+
+
+def test_stage_version_and_inputs_are_part_of_the_key() -> None:
+    keys = {
+        StageSpec("prune", 1, {}, {"source": "a"}).key,
+        StageSpec("prune", 2, {}, {"source": "a"}).key,
+        StageSpec("merge", 1, {}, {"source": "a"}).key,
+        StageSpec("prune", 1, {}, {"source": "b"}).key,
+    }
+    assert len(keys) == 4
+
+
+def test_a_stage_is_made_once_and_then_reused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    calls = []
+
+    def work(folder: Path) -> None:
+        calls.append(folder)
+        write_hello(folder)
+
+    first = store.make(spec(n=1), work)
+    second = store.make(spec(n=1), work)
+    assert (first.reused, second.reused, len(calls)) == (False, True, 1)
+    assert first.folder == second.folder
+    assert (first.folder / "hello.txt").read_text() == "hello"
+    manifest = json.loads((first.folder / "stage.json").read_text())
+    assert manifest["files"] == {"hello.txt": 5}
+    assert manifest["parameters"] == {"n": 1}
+
+
+def test_work_that_fails_leaves_nothing_with_the_final_name(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def work(folder: Path) -> None:
+        write_hello(folder)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.make(spec(), work)
+    assert store.find(spec()) is None
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_only_a_resumable_stage_sees_what_an_earlier_attempt_left(tmp_path: Path, resumable: bool) -> None:
+    store = Store(tmp_path)
+    seen = []
+
+    def work(folder: Path) -> None:
+        seen.append((folder / "hello.txt").exists())
+        write_hello(folder)
+        if len(seen) == 1:
+            raise ValueError("cut short")
+
+    with pytest.raises(ValueError):
+        store.make(spec(), work, resumable=resumable)
+    store.make(spec(), work, resumable=resumable)
+    assert seen == [False, resumable]
+
+
+def test_rerun_makes_a_complete_stage_again_from_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.make(spec(), write_hello)
+    result = store.make(spec(), lambda folder: (folder / "other.txt").write_text("x"), rerun=True)
+    assert not result.reused
+    assert not (result.folder / "hello.txt").exists()
+
+
+def slow_work(folder: Path) -> None:
+    (folder / "started").write_text("")
+    time.sleep(30)
+
+
+def make_slowly(home: Path) -> None:
+    Store(home).make(spec(), slow_work)
+
+
+def test_a_stage_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=make_slowly, args=(tmp_path,))
+    process.start()
+    started = tmp_path / "stages" / "prune" / f"{spec().key}.partial" / "started"
+    deadline = time.monotonic() + 20
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert started.exists()
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    result = Store(tmp_path).make(spec(), write_hello)  # the dead one's lock is free
+    assert sorted(path.name for path in result.folder.iterdir()) == ["hello.txt", "stage.json"]
+
+
+def count_and_make(home: Path) -> None:
+    def work(folder: Path) -> None:
+        with (home / "calls").open("a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        write_hello(folder)
+
+    Store(home).make(spec(), work)
+
+
+def test_four_at_once_make_a_stage_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=count_and_make, args=(tmp_path,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    used, unused = store.make(spec(n=1), write_hello), store.make(spec(n=2), write_hello)
+    partial = used.folder.with_name("feed.partial")
+    partial.mkdir()
+    build = tmp_path / "build"
+    build.mkdir()
+    (build / "build.json").write_text("{}")
+    store.register(build, {"prune": used.key})
+    assert sorted(store.garbage()) == sorted([unused.folder, partial])
+    assert store.builds() == [build]
+    (build / "build.json").unlink()  # the user deleted the build
+    assert used.folder in store.garbage()
+
+
+def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.write_text("")
+    with pytest.raises(StoreError, match="cannot write") as caught:
+        Store(home).make(spec(), write_hello)
+    assert "--home" in caught.value.hint
+
+
+def test_a_damaged_manifest_is_a_clear_error(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    result = store.make(spec(), write_hello)
+    (result.folder / "stage.json").write_text("{")
+    with pytest.raises(StoreError, match=r"no readable stage\.json"):
+        store.find(spec())
+
+
+def test_linked_files_share_their_bytes_also_through_a_symbolic_link(tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_text("weights")
+    (tmp_path / "snapshot").symlink_to(blob)
+    link_or_copy(tmp_path / "snapshot", tmp_path / "published")
+    assert not (tmp_path / "published").is_symlink()
+    assert (tmp_path / "published").stat().st_ino == blob.stat().st_ino
