@@ -1,0 +1,188 @@
+"""The merge stage: add a LoRA adapter to the weights it was trained for, tensor by tensor on disk."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from factory import checkpoint
+from factory.artifacts import Adapter, Checkpoint
+from factory.checkpoint import Progress, TensorInfo
+from factory.errors import CheckpointError, VerificationError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # peft's, before the name of the module in the model
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Fields that the merge reads, or that change training only. Any other field that is set is refused by
+# name: a variant of LoRA that peft adds tomorrow must not be merged as if it were plain.
+KNOWN_FIELDS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# Other initialisations change the base weights too, so that B·A does not belong to those on disk.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update: the tensor it belongs to becomes W + scale · B·A."""
+
+    a: TensorInfo  # [r, in]
+    b: TensorInfo  # [out, r]
+    scale: float
+    transposed: bool  # W is stored [in, out], as GPT-2's Conv1D does
+
+
+def merge(
+    pruned: Checkpoint, adapter: Adapter, *, folder: Path, progress: Progress | None = None
+) -> Checkpoint:
+    """Write `pruned` with the adapter added into `folder`; sums in fp32, results in the dtype on disk.
+
+    Args:
+        pruned: The checkpoint that the adapter was trained for.
+        adapter: LoRA in peft's format, with whatever quantisation it was trained over.
+        folder: Exists, and is empty or holds an earlier attempt.
+        progress: Called with (bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
+        VerificationError: The adapter does not fit the weights, or the result is not finite.
+    """
+    tensors = checkpoint.read_checkpoint(pruned.folder)
+    updates = read_updates(adapter.folder, tensors=tensors)
+
+    def transform(name: str, tensor: TensorInfo) -> memoryview | None:
+        return apply_update(tensor, updates[name]) if name in updates else None
+
+    files = checkpoint.write_checkpoint(
+        tensors.items(), folder=folder, transform=transform, progress=progress
+    )
+    checkpoint.copy_auxiliary_files(pruned.folder, folder)
+    shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
+    return Checkpoint(
+        folder=folder,
+        num_layers=pruned.num_layers,
+        num_parameters=pruned.num_parameters,
+        size_bytes=sum((folder / name).stat().st_size for name in files),
+        files=files,
+        merge_base="source weights",
+    )
+
+
+def read_updates(adapter_folder: Path, *, tensors: Mapping[str, TensorInfo]) -> dict[str, Update]:
+    """Tensor name → its update, checked against names, shapes and dtypes of the checkpoint.
+
+    Raises:
+        CheckpointError: Damaged files, or more than plain LoRA.
+        VerificationError: An update without its tensor, or of another shape.
+    """
+    config = _read_config(adapter_folder / ADAPTER_CONFIG)
+    stored = checkpoint.read_header(adapter_folder / ADAPTER_WEIGHTS)
+    updates = {}
+    for module in _module_names(stored):
+        name = f"{module}.weight"
+        if name not in tensors:
+            raise VerificationError(
+                f"the adapter changes {name!r}, which the checkpoint does not have",
+                hint="it was trained for another model, or on weights that load fused; leave that module out",
+            )
+        a, b = (stored[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
+        update = Update(a, b, _scale(config, module, rank=a.shape[0]), bool(config.get("fan_in_fan_out")))
+        _check_fits(tensors[name], update)
+        updates[name] = update
+    if not updates:
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
+    return updates
+
+
+def apply_update(tensor: TensorInfo, update: Update) -> memoryview:
+    """Values of W + scale · B·A in W's dtype, rounded once from fp32 (fp64 for fp64 weights).
+
+    Raises:
+        VerificationError: A value that is not finite.
+    """
+    dtype = DTYPES[tensor.dtype]
+    compute = torch.promote_types(dtype, torch.float32)
+    weight, a, b = (_load(info).to(compute) for info in (tensor, update.a, update.b))
+    if update.transposed:
+        a, b = b.T, a.T  # (B·A)ᵀ = Aᵀ·Bᵀ
+    merged = torch.addmm(weight, b, a, alpha=update.scale).to(dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise VerificationError(
+            f"merging makes {tensor.name!r} infinite or not a number",
+            hint="the training diverged; heal with a lower learning rate",
+        )
+    values: memoryview = merged.reshape(-1).view(torch.uint8).numpy().data
+    return values
+
+
+def _load(tensor: TensorInfo) -> torch.Tensor:
+    values = checkpoint.read_tensor_bytes(tensor)
+    return torch.frombuffer(values, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", hint="run the healing again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} is not a LoRA configuration", hint="only LoRA adapters can be merged")
+    unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
+    if config.get("bias", "none") != "none":
+        unsupported.append(f"bias={config['bias']}")
+    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
+    if unsupported:
+        raise CheckpointError(
+            f"the adapter uses {', '.join(unsupported)}, which is not merged here",
+            hint="train plain LoRA, or merge with peft's merge_and_unload",
+        )
+    return config
+
+
+def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of the adapted modules; every stored tensor must be half of such a pair."""
+    modules = []
+    for name in stored:
+        module, side, _ = name.rpartition(".lora_A.weight")
+        pair = {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+        if side and module.startswith(PREFIX) and pair <= stored.keys():
+            modules.append(module.removeprefix(PREFIX))
+        elif not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in stored:
+            raise CheckpointError(
+                f"the adapter holds {name!r}, which is not half of a LoRA pair",
+                hint="train plain LoRA on linear layers only",
+            )
+    return modules
+
+
+def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
+    """α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732); patterns match as in peft."""
+    alphas = config.get("alpha_pattern") or {}
+    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_fits(tensor: TensorInfo, update: Update) -> None:
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{tensor.name!r} is stored as {tensor.dtype}; a LoRA cannot be added to quantised values",
+            hint="start from the unquantised model",
+        )
+    a, b = update.a.shape, update.b.shape
+    expected = (a[-1:] + b[:1]) if update.transposed else (b[:1] + a[-1:])
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or tensor.shape != expected:
+        raise VerificationError(
+            f"{tensor.name!r} is {list(tensor.shape)}, the adapter's A {list(a)} and B {list(b)} do not fit",
+            hint="the adapter was trained for another model",
+        )

@@ -1,0 +1,220 @@
+"""Merging: equal to peft's own merge, refused where it would be wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from factory import checkpoint
+from factory.artifacts import Adapter, Checkpoint, DataSource
+from factory.errors import CheckpointError, VerificationError
+from factory.merge import merge
+
+LLAMA = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+
+
+def save_model(folder: Path, config: Any = LLAMA, *, max_shard_size: str = "20KB") -> Checkpoint:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tensors = checkpoint.read_checkpoint(folder)
+    return Checkpoint(
+        folder=folder,
+        num_layers=config.num_hidden_layers,
+        num_parameters=sum(tensor.num_elements for tensor in tensors.values()),
+        size_bytes=1,
+        files={},
+    )
+
+
+def save_adapter(folder: Path, pruned: Checkpoint, **settings: Any) -> Adapter:
+    """A LoRA adapter with random values in both halves, as a training run would leave it."""
+    defaults: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["gate_proj", "down_proj", "q_proj"],
+    }
+    model = AutoModelForCausalLM.from_pretrained(pruned.folder, dtype=torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(defaults | settings)))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    adapted.save_pretrained(folder)
+    return describe(folder)
+
+
+def describe(folder: Path) -> Adapter:
+    return Adapter(
+        folder=folder,
+        objective="sft",
+        quantization="nf4",
+        rank=4,
+        learning_rate=1e-4,
+        target_modules=(),
+        num_steps=1,
+        num_tokens=1,
+        sequence_length=8,
+        num_trainable_parameters=1,
+        curve=(),
+        guard_loss_before=2.0,
+        guard_loss_after=1.0,
+        data=DataSource(name="none", version="0"),
+    )
+
+
+def merged_by_peft(pruned: Checkpoint, adapter: Adapter) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(pruned.folder, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
+    return dict(merged.state_dict())
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def ulps(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """Largest distance in representable bf16 values; the sign-magnitude bits are put in order first."""
+    bits = [tensor.contiguous().view(torch.int16).to(torch.int32) for tensor in (actual, expected)]
+    ordered = [torch.where(value < 0, -32768 - value, value) for value in bits]
+    return int((ordered[0] - ordered[1]).abs().max())
+
+
+def assert_equals_peft(tmp_path: Path, config: Any, **settings: Any) -> None:
+    pruned = save_model(tmp_path / "pruned", config)
+    adapter = save_adapter(tmp_path / "adapter", pruned, **settings)
+    (tmp_path / "merged").mkdir()
+    result = merge(pruned, adapter, folder=tmp_path / "merged")
+    before, after = stored_tensors(pruned.folder), stored_tensors(result.folder)
+    expected = merged_by_peft(pruned, adapter)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    stored_pairs = [n for n in load_file(adapter.folder / "adapter_model.safetensors") if "lora_A" in n]
+    assert len(changed) == len(stored_pairs) > 0
+    assert max(ulps(after[name], expected[name]) for name in after) <= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"gate_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 64}},
+    ],
+    ids=["plain", "rank-stabilised", "patterns"],
+)
+def test_the_result_is_what_peft_makes_of_the_bf16_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert_equals_peft(tmp_path, LLAMA, **settings)
+
+
+def test_transposed_weights_of_gpt2_merge_as_in_peft(tmp_path: Path) -> None:
+    assert_equals_peft(tmp_path, GPT2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+
+
+def test_the_merged_folder_loads_and_says_what_it_was_merged_into(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    (tmp_path / "merged").mkdir()
+    result = merge(pruned, adapter, folder=tmp_path / "merged")
+    assert result.merge_base == "source weights"
+    assert result.num_parameters == pruned.num_parameters
+    assert (result.folder / "config.json").read_bytes() == (pruned.folder / "config.json").read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(result.folder).num_parameters() == pruned.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("target_parameters", ["mlp.experts.down_proj"]),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1]),
+        ("layer_replication", [[0, 1]]),
+        ("a_variant_of_tomorrow", {"rho": 1}),
+    ],
+)
+def test_more_than_plain_lora_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_config(adapter, **{field: value})
+    with pytest.raises(CheckpointError, match=field):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("field", "value"), [("bias", "all"), ("init_lora_weights", "pissa")])
+def test_settings_that_change_other_weights_are_refused(tmp_path: Path, field: str, value: str) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_config(adapter, **{field: value})
+    with pytest.raises(CheckpointError, match=f"{field}={value}"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def edit_config(adapter: Adapter, **fields: Any) -> None:
+    path = adapter.folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(adapter: Adapter, edit: Any) -> None:
+    path = adapter.folder / "adapter_model.safetensors"
+    save_file(edit(load_file(path)), path)
+
+
+def test_an_update_without_its_tensor_is_an_error_by_name(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_tensors(adapter, lambda t: {name.replace("layers.2.", "layers.7."): v for name, v in t.items()})
+    with pytest.raises(VerificationError, match=r"model\.layers\.7\.\S+weight"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def test_half_a_pair_is_an_error_by_name(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    gone = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    edit_tensors(adapter, lambda t: {name: v for name, v in t.items() if name != gone})
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.down_proj\.lora_B"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def test_an_adapter_for_another_width_is_an_error(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_tensors(adapter, lambda t: {n: v[:, :-1].clone() if "lora_A" in n else v for n, v in t.items()})
+    with pytest.raises(VerificationError, match=r"do not fit"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_adapter_is_an_error_by_name(tmp_path: Path, value: float) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_tensors(adapter, lambda t: {n: v.fill_(value) if "2.mlp.down" in n else v for n, v in t.items()})
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(VerificationError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def test_quantised_weights_are_refused_by_dtype(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned", max_shard_size="1GB")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    weights = stored_tensors(pruned.folder)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, pruned.folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="F8_E4M3"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
