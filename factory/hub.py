@@ -1,0 +1,113 @@
+"""The Hub, both ways: `resolve` a reference, `pull` its files, `push` a build."""
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+from huggingface_hub.utils.tqdm import tqdm
+
+from factory.artifacts import Source, sha256_of_file
+from factory.errors import HubError
+from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors
+from factory.publish import default_repo_name, push
+from factory.resolve import needed_files, resolve, weight_files
+
+__all__ = ["default_repo_name", "pull", "push", "resolve"]
+
+Progress = Callable[[int, int], None]
+
+
+def pull(source: Source, *, progress: Progress | None = None) -> Source:
+    """Download what a build needs of a source into the Hub's cache, and compare every checksum.
+
+    Never downloaded: pickled weights, GGUF, code, second copies of the weights. A file that the cache
+    already holds is read once for its checksum and not downloaded again.
+
+    Args:
+        source: As resolved; a folder's source is returned as it is.
+        progress: Called with the bytes that are done and all bytes.
+
+    Returns:
+        The source with `folder` set.
+
+    Raises:
+        HubError: No connection or access, or a file that is not what the Hub says it is; that file is
+            removed from the cache.
+        DiskSpaceError: The disk is full.
+    """
+    repo_id = source.repo_id
+    if repo_id is None:
+        return source
+    with hub_errors(repo_id, revision=source.commit):
+        files = _repository_files(hub_api(), repo_id, commit=source.commit)
+        weights = weight_files(repo_id, commit=source.commit, names=files)
+        needed = sorted(needed_files(files, weights))
+        total = sum(files[name].size for name in needed)
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=source.commit,
+                allow_patterns=needed,
+                tqdm_class=_counting_bar(progress, total=total) if progress else None,
+            )
+        )
+    for name in needed:
+        _verify(folder / name, files[name], repo_id=repo_id)
+    if progress:
+        progress(total, total)
+    return source.model_copy(update={"folder": folder})
+
+
+def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFile]:
+    """Every file at a commit; out of reach of the Hub, from the cache, without checksums of large files."""
+    try:
+        entries = list(api.list_repo_tree(repo_id, revision=commit, recursive=True))
+    except UNREACHABLE as error:
+        try:
+            entries = list(get_cached_repo_tree(repo_id, revision=commit))
+        except CachedRepoTreeNotFoundError:
+            raise error from None
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _verify(path: Path, file: RepoFile, *, repo_id: str) -> None:
+    """Compare a downloaded file with the Hub's checksum: the client itself compares only the size."""
+    blob = path.resolve()
+    if file.lfs or len(blob.name) == 64:  # the cache names a large file by its sha256
+        actual, expected = sha256_of_file(path), file.lfs.sha256 if file.lfs else blob.name
+    else:
+        actual, expected = git_hash(path.read_bytes()), file.blob_id
+    if actual != expected:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise HubError(
+            f"{file.path} of {repo_id} arrived damaged: its checksum is {actual[:12]}…, not {expected[:12]}…",
+            hint=f"it was removed from the cache; {AGAIN}",
+        )
+
+
+def _counting_bar(progress: Progress, *, total: int) -> type[tqdm]:
+    """A progress bar class that draws nothing and reports bytes; the client takes classes only."""
+    lock = Lock()
+    done = 0
+
+    class CountingBar(tqdm):
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+            # The client makes three bars: bytes on disk, bytes from the network, files.
+            self.counts = name == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            if self.counts:
+                with lock:
+                    done = min(done + int(n or 0), total)
+                    progress(done, total)
+            return None
+
+    return CountingBar

@@ -1,0 +1,223 @@
+"""The Hub's client as the factory uses it: bounded in time, silent, its many errors told in one line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from factory import __version__
+from factory.errors import HubError
+
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 120.0  # of the server; a large commit takes it a while
+AGAIN = "run the same command again"
+UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
+# Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
+CLIENT_ERRORS = (
+    httpx2.HTTPError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    RevisionResolutionError,
+    EntryNotFoundError,
+    CachedRepoTreeNotFoundError,
+)
+
+
+def hub_api() -> HfApi:
+    """A client without progress bars, whose calls end even if the server falls silent.
+
+    The client's own session waits for ever.
+    """
+    disable_progress_bars()
+    get_session().timeout = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+    return HfApi(library_name="hf-factory", library_version=__version__)
+
+
+@contextmanager
+def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = False) -> Iterator[None]:
+    """Turn the client's errors into a `HubError` about `repo_id`; other errors pass.
+
+    Args:
+        repo_id: What the block is about.
+        revision: That was asked for.
+        writing: The block changes the repository: a refusal then means something else.
+
+    Raises:
+        HubError: Never with a token in it.
+    """
+    try:
+        yield
+    except CLIENT_ERRORS as error:
+        explained = explain(error, repo_id=repo_id, revision=revision, writing=writing)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain(
+    error: BaseException, *, repo_id: str, revision: str | None = None, writing: bool = False
+) -> HubError | None:
+    """What an error of the client means; None if it is not about the Hub."""
+    for cause in _causes(error):
+        if isinstance(cause, LocalTokenNotFoundError):
+            return not_logged_in()
+        if isinstance(cause, HFValidationError):
+            return HubError(f"{repo_id!r} is no repository name", hint="give owner/name")
+        if isinstance(cause, OfflineModeIsEnabled):
+            return HubError(
+                f"HF_HUB_OFFLINE is set and {repo_id} is not completely in the cache",
+                hint="unset HF_HUB_OFFLINE, or pull the model while online",
+            )
+        if isinstance(cause, HfHubHTTPError):
+            return _explain_answer(cause, repo_id=repo_id, revision=revision, writing=writing)
+        if isinstance(cause, httpx2.TimeoutException):
+            return HubError(f"{constants.ENDPOINT} did not answer in time", hint=_later(writing))
+        if isinstance(cause, httpx2.TransportError):
+            return HubError(f"no connection to {constants.ENDPOINT}: {_line(cause)}", hint=_later(writing))
+    return _explain_builtin(error, repo_id=repo_id, writing=writing)
+
+
+def not_logged_in() -> HubError:
+    """The error for a command that needs a token."""
+    return HubError("you are not logged in to the Hub", hint="run `hf auth login`, or set HF_TOKEN")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether the answer to a request is unknown, as opposed to a refusal."""
+    return any(isinstance(cause, httpx2.TransportError) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _later(writing: bool) -> str:
+    return (
+        f"nothing was published; check the network and {AGAIN}"
+        if writing
+        else f"check the network and {AGAIN}"
+    )
+
+
+def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> HubError | None:
+    """Errors that come without a response: xet's `ConnectionError`, LFS's `ValueError`, a cut download."""
+    text = str(error)
+    if isinstance(error, ConnectionError):
+        status = re.search(r"\b([45]\d\d) [A-Z]", text)
+        if status:
+            return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
+        return HubError(f"the transfer with {repo_id} failed: {_line(error)}", hint=_later(writing))
+    if text.startswith("LFS batch API"):
+        return HubError(
+            f"the Hub refuses a file for {repo_id}: {_line(text.partition(chr(10))[2])}",
+            hint="nothing was published; it may be too large, or the quota full",
+        )
+    if text.startswith("Consistency check failed"):
+        return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
+    return None
+
+
+def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:
+    """Errors that the Hub itself sent."""
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    message = error.server_message or ""
+    if isinstance(error, GatedRepoError):
+        return HubError(
+            f"{repo_id} is gated, and your account has not been given access",
+            hint=f"accept its terms at {page}, then run `hf auth login`",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(
+            f"{repo_id} has no revision {revision or 'main'!r}",
+            hint=f"its branches and commits: {page}/commits",
+        )
+    if isinstance(error, RemoteEntryNotFoundError):
+        return HubError(f"{repo_id} lacks {error.response.url.path.rsplit('/', 1)[-1]}", hint=f"see {page}")
+    if isinstance(error, DisabledRepoError):
+        return HubError(f"{repo_id} has been disabled by the Hub or its owner", hint=f"see {page}")
+    if error.response.status_code == 401 and "credentials" in (
+        error.response.headers.get("X-Error-Message") or ""
+    ):
+        return _bad_token()
+    if isinstance(error, RepositoryNotFoundError) or (error.response.status_code == 401 and not writing):
+        access = "a private one needs " + (
+            "a token of yours that may read it" if get_token() else "`hf auth login` first"
+        )
+        return HubError(
+            f"there is no repository {repo_id} that you can see", hint=f"check the name; {access}"
+        )
+    retry = error.response.headers.get("Retry-After", "")
+    wait = f"{retry} s" if retry.isdigit() else ""
+    return _by_status(error.response.status_code, _line(message), repo_id=repo_id, writing=writing, wait=wait)
+
+
+def _bad_token() -> HubError:
+    return HubError(
+        "the Hub does not accept your token", hint="run `hf auth login`; HF_TOKEN, where set, comes first"
+    )
+
+
+def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: str = "") -> HubError:
+    """Errors known by their number alone."""
+    said = f": {message}" if message else ""
+    nothing = "nothing was published; " if writing else ""
+    if status == 401:
+        return _bad_token()
+    if status == 403 and writing:
+        return HubError(
+            f"your token may not write to {repo_id}{said}",
+            hint=f"nothing was published; make one that may at {constants.ENDPOINT}/settings/tokens",
+        )
+    if status == 403:
+        return HubError(f"the Hub denies access to {repo_id}{said}", hint="use a token that may read it")
+    if status in (402, 413):
+        return HubError(
+            f"the Hub has no room for {repo_id} ({status}){said}",
+            hint=f"{nothing}see {constants.ENDPOINT}/settings/billing, or publish publicly",
+        )
+    if status == 409:
+        return HubError(f"{repo_id} is being changed by somebody else (409){said}", hint=f"{nothing}{AGAIN}")
+    if status == 412:
+        return HubError(
+            f"somebody else committed to {repo_id} in the meantime",
+            hint=f"nothing was published; look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
+        )
+    if status == 429:
+        return HubError(
+            "too many requests to the Hub (429)", hint=f"{nothing}wait {wait or 'a while'} and {AGAIN}"
+        )
+    if status >= 500:
+        return HubError(f"the Hub is out of order ({status})", hint=f"{nothing}{AGAIN} later")
+    return HubError(
+        f"the Hub refused a request about {repo_id} ({status}){said}", hint=f"{nothing}see the message"
+    )
+
+
+def _line(text: object) -> str:
+    """One line of at most 200 characters, without anything that could be a token."""
+    line = " ".join(str(text).split())
+    token = get_token()
+    if token:
+        line = line.replace(token, "…")
+    return re.sub(r"\bhf_\w+", "hf_…", line)[:200]

@@ -1,0 +1,252 @@
+"""Folder → Publication: one commit that holds everything, or none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.hf_api import CommitInfo, RepoFile
+from huggingface_hub.utils.sha import git_hash
+
+from factory.artifacts import Build, Publication, Source, sha256_of_file
+from factory.errors import HubError
+from factory.hub_errors import (
+    AGAIN,
+    CLIENT_ERRORS,
+    explain,
+    hub_api,
+    hub_errors,
+    is_lost_connection,
+    not_logged_in,
+)
+
+README = "README.md"
+THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
+
+
+def default_repo_name(source: Source, drop: float) -> str:
+    """Name of the repository for a source without some of its layers: "Mistral-7B-v0.1-drop30"."""
+    return f"{source.name}-drop{100 * drop:g}"
+
+
+def push(
+    folder: Path,
+    *,
+    repo_id: str,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str,
+    force: bool = False,
+) -> Publication:
+    """Publish a folder exactly as it is, in one commit, and read back what the Hub then holds.
+
+    The card is checked before the first byte goes up. Weight files of an earlier build that this one does
+    not have are deleted in the same commit. If every file is already there, nothing is committed.
+
+    Args:
+        folder: A build's `model/`.
+        repo_id: `owner/name`; `name` and `~/name` mean the account that is logged in.
+        private: Of a new repository; an existing one stays as it is.
+        revision: Branch to commit to; made from `main` if it is new. None: `main`.
+        create_pr: Propose the commit as a pull request.
+        message: Of the commit.
+        force: Overwrite a repository that the factory did not make.
+
+    Raises:
+        HubError: Says what was refused; either everything was published or nothing.
+    """
+    if get_token() is None:
+        raise not_logged_in()
+    api = hub_api()
+    with hub_errors(repo_id, writing=True):
+        repo_id = _full_name(api, repo_id)
+    _check_card(folder, repo_id=repo_id)
+    local = _local_files(folder)
+    with hub_errors(repo_id, revision=revision, writing=True):
+        private, head, target = _open_repository(api, repo_id, private=private, revision=revision)
+        remote = _remote_files(api, repo_id, commit=head)
+        if not (force or create_pr):
+            _check_ours(remote, repo_id=repo_id, commit=head)
+    stale = [name for name in remote if _is_weight(name) and name not in local]
+    commit = head
+    if stale or not _same(folder, local, remote):
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, folder / name) for name in local),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+        request = {
+            "commit_message": message,
+            "revision": target,
+            "create_pr": create_pr,
+            "parent_commit": head,
+        }
+        commit = _commit(api, repo_id, operations, request, folder=folder, local=local)
+    return Publication(
+        repo_id=repo_id,
+        url=f"{constants.ENDPOINT}/{repo_id}",
+        commit=commit,
+        private=private,
+        files=local,
+    )
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    """`name` and `~/name` belong to whoever is logged in."""
+    owner, _, name = repo_id.rpartition("/")
+    if owner in ("", "~"):
+        return f"{api.whoami(cache=True)['name']}/{name}"
+    return repo_id
+
+
+def _check_card(folder: Path, *, repo_id: str) -> None:
+    """Let the Hub check the card's front matter, which it would otherwise refuse after the upload."""
+    path = folder / README
+    if not path.is_file():
+        raise HubError(f"{folder} has no {README}", hint="publish the model folder of a finished build")
+    try:
+        with hub_errors(repo_id, writing=True):
+            ModelCard.load(path).validate()
+    except ValueError as error:
+        raise HubError(
+            f"the Hub refuses the card {path}: {_reasons(str(error))}",
+            hint="nothing was published; mend the card",
+        ) from error
+
+
+def _reasons(body: str) -> str:
+    """What the Hub says about a card, in one line."""
+    try:
+        errors = json.loads(body)["errors"]
+        return "; ".join(str(error["message"]) for error in errors)
+    except (ValueError, KeyError, TypeError):
+        return body.splitlines()[0] if body else "no reason given"
+
+
+def _local_files(folder: Path) -> dict[str, str]:
+    """Every file below the folder → sha256."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _open_repository(
+    api: HfApi, repo_id: str, *, private: bool, revision: str | None
+) -> tuple[bool, str, str | None]:
+    """Find or create repository and branch: whether it is private, its head, and the branch."""
+    try:
+        info = api.model_info(repo_id)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        info = None
+    if info is None:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        info = api.model_info(repo_id)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+    return bool(info.private), str(info.sha), revision
+
+
+def _remote_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFile]:
+    entries = api.list_repo_tree(repo_id, revision=commit, recursive=True)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _check_ours(remote: dict[str, RepoFile], *, repo_id: str, commit: str) -> None:
+    """Refuse a repository with content that is not an earlier build's."""
+    others = sorted(remote.keys() - THE_HUBS_OWN)
+    if not others:
+        return
+    if Build.file_name in remote:
+        path = Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
+        try:
+            value: Any = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and "factory_version" in value:
+            return
+    raise HubError(
+        f"{repo_id} holds content that is not a build's: {', '.join(others[:3])}{', …' * (len(others) > 3)}",
+        hint="nothing was published; choose another name, or --create-pr, or --force to overwrite it",
+    )
+
+
+def _is_weight(name: str) -> bool:
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _same(folder: Path, local: dict[str, str], remote: dict[str, RepoFile]) -> bool:
+    """Whether the Hub holds every local file with the same content."""
+    return all(
+        name in remote and _is_same(folder / name, digest, remote[name]) for name, digest in local.items()
+    )
+
+
+def _is_same(path: Path, digest: str, file: RepoFile) -> bool:
+    if file.lfs:
+        return file.lfs.sha256 == digest
+    return file.size == path.stat().st_size and file.blob_id == git_hash(path.read_bytes())
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    request: dict[str, Any],
+    *,
+    folder: Path,
+    local: dict[str, str],
+) -> str:
+    """Make the one commit and compare every file with what then lies on the Hub; returns its hash."""
+    try:
+        made: CommitInfo = api.create_commit(repo_id, operations, **request)
+        commit = made.oid
+    except CLIENT_ERRORS as error:
+        # The commit may have been made although its answer was lost.
+        landed = is_lost_connection(error) and _landed(
+            api, repo_id, request["revision"], folder=folder, local=local
+        )
+        if not landed:
+            explained = explain(error, repo_id=repo_id, revision=request["revision"], writing=True)
+            if explained is None:
+                raise
+            raise explained from error
+        commit = landed
+    try:
+        remote = _remote_files(api, repo_id, commit=commit)
+    except CLIENT_ERRORS as error:
+        raise HubError(
+            f"{repo_id} was published as {commit[:12]}, but the Hub did not let it be read back",
+            hint=f"{AGAIN}: it compares and uploads nothing twice",
+        ) from error
+    for name, digest in local.items():
+        if name not in remote or not _is_same(folder / name, digest, remote[name]):
+            raise HubError(
+                f"{name} on {repo_id} at {commit[:12]} is not what was uploaded",
+                hint=f"{AGAIN}; if it happens twice, report it",
+            )
+    return commit
+
+
+def _landed(
+    api: HfApi, repo_id: str, revision: str | None, *, folder: Path, local: dict[str, str]
+) -> str | None:
+    """The head of the branch, if it holds every local file."""
+    try:
+        head = str(api.model_info(repo_id, revision=revision).sha)
+        return head if _same(folder, local, _remote_files(api, repo_id, commit=head)) else None
+    except CLIENT_ERRORS:
+        return None

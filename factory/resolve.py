@@ -1,0 +1,309 @@
+"""Reference → Source: what a model is, found out before any weight is read."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.repocard import metadata_load
+
+from factory.artifacts import Source, canonical_json, sha256_of_file
+from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint
+from factory.decoder import locate
+from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError
+from factory.hub_errors import UNREACHABLE, hub_api, hub_errors
+from factory.references import HUB_NAME, unknown_model
+
+CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+README = "README.md"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# safetensors' words for the types that transformers calls otherwise
+DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "I32": "int32",
+}
+
+Progress = Callable[[int, int], None]
+
+
+def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
+    """Find out what a model is, without its weights: configuration and safetensors headers only.
+
+    Args:
+        reference: A folder, or `owner/name[@revision]`.
+        recipe_repo_id: The repository that an alias stands for; `reference` then gives the revision alone.
+
+    Raises:
+        UnknownModelError: No folder, and not written like a repository name.
+        HubError: No such repository or revision, no access, no connection.
+        CheckpointError: Weights that are missing or in a format that is not read.
+        ModelError: A model that the factory cannot work on.
+    """
+    folder = Path(reference).expanduser()
+    if recipe_repo_id is None and folder.is_dir():
+        return _resolve_folder(folder)
+    name, _, revision = reference.partition("@")
+    repo_id = recipe_repo_id or name
+    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
+        raise unknown_model(reference)
+    with hub_errors(repo_id, revision=revision or None):
+        return _resolve_repository(repo_id, revision=revision or None)
+
+
+def _resolve_folder(folder: Path) -> Source:
+    """The commit of a folder is a hash of the files that make the model, not of its card."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    _check_names(names, where=str(folder))
+    config = _read_config(folder / CONFIG)
+    tensors = read_checkpoint(folder)
+    weights = sorted({tensor.file.name for tensor in tensors.values()})
+    hashed = [
+        (name, sha256_of_file(folder / name))
+        for name in sorted(needed_files(names, weights))
+        if name != README and not name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "COPYING"))
+    ]
+    source = _source(
+        name=folder.resolve().name,
+        repo_id=None,
+        commit=sha256(canonical_json(hashed).encode()).hexdigest()[:40],
+        config=config,
+        tensors=tensors,
+        size_bytes=sum((folder / name).stat().st_size for name in weights),
+        card=_card_of(folder),
+        has_chat_template=_has_chat_template(names, folder / TOKENIZER_CONFIG),
+    )
+    return source.model_copy(update={"folder": folder.resolve()})
+
+
+def _resolve_repository(repo_id: str, *, revision: str | None) -> Source:
+    api = hub_api()
+    commit = api.resolve_revision(repo_id, revision=revision).resolved
+    try:
+        info = api.model_info(repo_id, revision=commit, files_metadata=True)
+    except UNREACHABLE:
+        folder = _cached_snapshot(repo_id, commit=commit)
+        if folder is None:
+            raise
+        # The same facts from the cache; `pull` then finds the files complete.
+        cached = _resolve_folder(folder)
+        update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
+        return cached.model_copy(update=update)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    _check_names(sizes, where=repo_id)
+    config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
+    weights = weight_files(repo_id, commit=commit, names=sizes)
+    tokenizer_config = Path(TOKENIZER_CONFIG)
+    if TOKENIZER_CONFIG in sizes:
+        tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
+    return _source(
+        name=repo_id.split("/")[1],
+        repo_id=repo_id,
+        commit=commit,
+        config=config,
+        tensors=_remote_tensors(api, repo_id, commit=commit, weights=weights),
+        size_bytes=sum(sizes[name] for name in weights),
+        card=dict(info.card_data.to_dict()) if info.card_data else {},  # type: ignore[no-untyped-call]
+        has_chat_template=_has_chat_template(sizes, tokenizer_config),
+    )
+
+
+def _check_names(names: Collection[str], *, where: str) -> None:
+    """Refuse, by name, a repository or folder that transformers could not load as safetensors."""
+    if WEIGHTS not in names and WEIGHTS_INDEX not in names:
+        pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
+        ggufs = sorted(name for name in names if name.endswith(".gguf"))
+        if "adapter_config.json" in names:
+            raise CheckpointError(
+                f"{where} is an adapter, not a model", hint="give the model it was made for"
+            )
+        if pickles:
+            raise CheckpointError(
+                f"{where} has only pickled weights ({_some(pickles)}), which can run code when read",
+                hint="choose a repository with safetensors, or convert it with transformers' save_pretrained",
+            )
+        if ggufs:
+            raise CheckpointError(
+                f"{where} has only GGUF weights ({_some(ggufs)})",
+                hint="choose the repository they were converted from",
+            )
+        raise CheckpointError(
+            f"{where} has neither {WEIGHTS} nor {WEIGHTS_INDEX}", hint="give a model with safetensors weights"
+        )
+    if CONFIG not in names:
+        raise CheckpointError(f"{where} has no {CONFIG}", hint="give a model that transformers can load")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, if transformers knows its model type without foreign code."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is damaged: {error}", hint="download it again") from error
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise CheckpointError(
+            f"{path.name} has no model_type", hint="give a model that transformers can load"
+        )
+    if config["model_type"] not in CONFIG_MAPPING:
+        foreign = config.get("auto_map")
+        code = (
+            f"needs its own code ({next(iter(foreign.values()))})"
+            if foreign
+            else "is unknown to transformers"
+        )
+        raise UnsupportedArchitectureError(
+            f"model type {config['model_type']!r} {code}",
+            hint="foreign code is never run; choose a model that transformers has itself",
+        )
+    return config
+
+
+def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
+    """The safetensors files that transformers would load, sorted."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
+    try:
+        weights = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} is damaged", hint="choose another revision"
+        ) from error
+    missing = [str(name) for name in weights if name not in names]
+    if missing or not weights:
+        raise CheckpointError(
+            f"{repo_id} lacks {_some(missing) or 'weights'} that its {WEIGHTS_INDEX} names",
+            hint="its upload is incomplete: choose another revision",
+        )
+    return weights
+
+
+def _remote_tensors(api: HfApi, repo_id: str, *, commit: str, weights: list[str]) -> dict[str, TensorInfo]:
+    """Headers of all weight files, by range requests. Offsets count from the end of each header."""
+
+    def read(name: str) -> dict[str, TensorInfo]:
+        try:
+            header = api.parse_safetensors_file_metadata(repo_id, name, revision=commit).tensors
+        except (SafetensorsParsingError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} of {repo_id} is no safetensors file", hint="choose another revision"
+            ) from error
+        return {
+            tensor: TensorInfo(tensor, info.dtype, tuple(info.shape), Path(name), *info.data_offsets)
+            for tensor, info in header.items()
+        }
+
+    with ThreadPoolExecutor(8) as pool:
+        return {tensor: info for part in pool.map(read, weights) for tensor, info in part.items()}
+
+
+def _source(
+    *,
+    name: str,
+    repo_id: str | None,
+    commit: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    size_bytes: int,
+    card: Mapping[str, Any],
+    has_chat_template: bool,
+) -> Source:
+    stack = locate(config, list(tensors))
+    layers = [
+        [t for key, t in tensors.items() if key.startswith(f"{stack.tensor_prefix}{index}.")]
+        for index in range(stack.num_layers)
+    ]
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.num_elements
+    dtype = dtypes.most_common(1)[0][0]
+    languages = card.get("language") or ()
+    return Source(
+        name=name,
+        repo_id=repo_id,
+        commit=commit,
+        model_type=config["model_type"],
+        architecture=(config.get("architectures") or [""])[0],
+        config=config,
+        num_layers=stack.num_layers,
+        num_parameters=sum(t.num_elements for t in tensors.values()),
+        layer_parameters=tuple(sum(t.num_elements for t in layer) for layer in layers),
+        size_bytes=size_bytes,
+        layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
+        vocab_size=_vocab_size(config),
+        dtype=DTYPES.get(dtype, dtype.lower()),
+        license=card.get("license") if isinstance(card.get("license"), str) else None,
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        languages=(languages,) if isinstance(languages, str) else tuple(languages),
+        has_chat_template=has_chat_template,
+    )
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int:
+    for part in (config, config.get("text_config") or {}):
+        if isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    raise ModelError(f"{CONFIG} has no vocab_size", hint="give a text model that transformers can load")
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    """Front matter of a folder's README.md; nothing where there is none."""
+    try:
+        return (metadata_load(folder / README) if (folder / README).is_file() else None) or {}
+    except ValueError as error:
+        raise ModelError(
+            f"{folder / README}: {str(error).splitlines()[0]}", hint="mend its front matter"
+        ) from error
+
+
+def _has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:
+    if any(name.startswith("chat_template.") for name in names):
+        return True
+    return tokenizer_config.is_file() and '"chat_template"' in tokenizer_config.read_text(encoding="utf-8")
+
+
+def needed_files(names: Collection[str], weights: Collection[str]) -> set[str]:
+    """Weights, configuration, tokenizer, chat templates, licence texts and card."""
+    patterns = (CONFIG, WEIGHTS_INDEX, README, *AUXILIARY)
+    return {
+        name
+        for name in names
+        if name in weights or any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
+    } - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
+
+
+def _cached_snapshot(repo_id: str, *, commit: str) -> Path | None:
+    """The cache's folder of a commit, if a pull has completed it."""
+    try:
+        names = [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
+        weights = weight_files(repo_id, commit=commit, names=names)
+        allowed = sorted(needed_files(names, weights))
+        return Path(
+            snapshot_download(repo_id, revision=commit, allow_patterns=allowed, local_files_only=True)
+        )
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+        return None

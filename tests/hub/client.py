@@ -1,0 +1,90 @@
+"""A process that runs the factory's Hub functions with the real client against the loopback Hub.
+
+The client reads its endpoint, its home and the choice of xet at import, so it needs a process of its own;
+one that stays and takes calls as JSON lines costs one import instead of one a test.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.hub.server import Hub
+
+SCRIPT = """
+import json, os, sys, traceback
+from pathlib import Path
+from factory import hub, hub_errors, publish
+from factory.artifacts import Source
+from factory.errors import FactoryError
+
+hub_errors.SILENCE_SECONDS = 2.0
+
+def pull(reference):
+    seen = []
+    source = hub.pull(hub.resolve(reference), progress=lambda done, total: seen.append((done, total)))
+    return {**json.loads(source.model_dump_json()), "folder": str(source.folder), "progress": seen}
+
+def resolve(reference, **options):
+    return json.loads(hub.resolve(reference, **options).model_dump_json())
+
+def push(folder, **options):
+    return json.loads(publish.push(Path(folder), **options).model_dump_json())
+
+for line in sys.stdin:
+    call = json.loads(line)
+    token = call["token"]
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    try:
+        answer = {"value": globals()[call["function"]](*call["arguments"], **call["options"])}
+    except FactoryError as error:
+        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    except Exception:
+        answer = {"error": "traceback", "message": traceback.format_exc(), "hint": ""}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave: a value, or the name of an error with its message and hint."""
+
+    value: Any = None
+    error: str | None = None
+    message: str = ""
+    hint: str = ""
+
+
+class Client:
+    """The process."""
+
+    def __init__(self, hub: Hub, home: Path, **variables: str) -> None:
+        import os
+
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, **hub.environment(home, token=None), **variables},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def call(self, function: str, *arguments: Any, token: str | None, **options: Any) -> Answer:
+        """Run one function of the script above."""
+        call = {"function": function, "arguments": arguments, "options": options, "token": token}
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        return Answer(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(timeout=10)

@@ -1,0 +1,46 @@
+"""Faults that a test can inject: which requests go wrong, how, and how often."""
+
+import re
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+
+FOREVER = 10**9
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests that match.
+
+    `status` answers with that status instead of the route; `drop` closes the connection without an
+    answer (`after` the route has done its work, or before); `truncate` sends half of the body and closes;
+    `short` sends half of the body as if it were all; `corrupt` flips one bit in the middle.
+    """
+
+    method: str  # regular expression, on the whole method
+    path: str  # regular expression, searched in the raw path
+    status: int | None = None
+    body: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: bool = False
+    after: bool = False
+    truncate: bool = False
+    short: bool = False
+    corrupt: bool = False
+    delay_seconds: float = 0.0
+    times: int = FOREVER
+
+    def matches(self, method: str, path: str) -> bool:
+        """Whether this request is to go wrong."""
+        return self.times > 0 and bool(re.fullmatch(self.method, method)) and bool(re.search(self.path, path))
+
+    def damage(self, response: Response) -> Response:
+        """The answer after `short` or `corrupt`."""
+        body = bytes(response.body)
+        if self.corrupt:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        if self.short:
+            body = body[: len(body) // 2]
+        headers = {k: v for k, v in response.headers.items() if k != "content-length"}
+        return Response(body, response.status_code, headers)

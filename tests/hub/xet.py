@@ -1,0 +1,50 @@
+"""The xet client's local store (`casUrl: local://…`), as the loopback Hub reads it."""
+
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+import hf_xet
+
+HEADER_SIZE = ENTRY_SIZE = 48
+END = b"\xff" * 32
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 → xet hash of every file in the store, from its shards.
+
+    A shard is a 48-byte header and, for each file, a 48-byte record (hash, flags, number of entries),
+    that many entries, as many verification entries (flag bit 31) and the sha256 (flag bit 30).
+    """
+    found: dict[str, str] = {}
+    for shard in (folder / "xet" / "xorbs" / "shards").glob("*.mdb"):
+        data = shard.read_bytes()
+        offset = HEADER_SIZE
+        while (file_hash := data[offset : offset + 32]) != END:
+            flags, num_entries = struct.unpack_from("<II", data, offset + 32)
+            offset += ENTRY_SIZE * (1 + num_entries * (1 + (flags >> 31 & 1)))
+            if flags >> 30 & 1:
+                found[_hex(data[offset : offset + 32])] = _hex(file_hash)
+                offset += ENTRY_SIZE
+    return found
+
+
+def read(folder: Path, xet_hash: str, *, size_bytes: int) -> bytes:
+    """The bytes of one file.
+
+    Works on a copy: a store takes one process at a time, and the client may still hold it.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        store, target = Path(copy) / "store", Path(copy) / "file"
+        shutil.copytree(folder, store)
+        with hf_xet.XetSession().new_file_download_group(
+            endpoint=f"local://{store}", token="t", token_expiry_unix_secs=2**40, custom_headers={}
+        ) as group:
+            group.start_download_file(hf_xet.XetFileInfo(xet_hash, size_bytes), str(target))
+        return target.read_bytes()
+
+
+def _hex(hash_bytes: bytes) -> str:
+    """A hash is written as four little-endian 64-bit words."""
+    return "".join(hash_bytes[i : i + 8][::-1].hex() for i in range(0, 32, 8))
