@@ -1,0 +1,144 @@
+"""The command line refuses what it cannot mean in one line, at once, and writes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "gradio", "lm_eval")
+
+
+def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """The installed command, in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "factory", *arguments],
+        cwd=home,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "FACTORY_HOME": str(home / "home"),
+            "HF_HOME": str(home / "hf"),
+            **options,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def error_of(*arguments: str, home: Path) -> tuple[int, str, str]:
+    """Exit code, message and hint; checks that nothing else came out and nothing was written."""
+    before = sorted(path.name for path in home.rglob("*"))
+    done = run(*arguments, home=home)
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert len(lines) == 2, done.stderr
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert sorted(path.name for path in home.rglob("*")) == before
+    return done.returncode, lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "hint"),
+    [
+        (["build", "mistral-7", "--drop", "0.3"], "'mistral-7'", "did you mean 'mistral-7b'"),
+        (["build", "./nowhere", "--drop", "0.3"], "'./nowhere'", "./folder"),
+        (["build", "demo", "--drop", "1.5"], "--drop 1.5", "--drop 0.3"),
+        (["build", "demo", "--drop", "0"], "--drop 0 ", "--drop 0.3"),
+        (["build", "demo", "--drop", "-1"], "--drop -1", "--drop 0.3"),
+        (["build", "demo", "--drop", "nan"], "--drop nan", "--drop 0.3"),
+        (["build", "demo", "--drop", "some"], "--drop some", "--drop 0.3"),
+        (["build", "demo"], "--drop", "--help"),
+        (["build", "demo", "--drop", "0.3", "--samples", "1"], "1", "--help"),
+        (["build", "demo", "--drop", "0.3", "--rerun", "everything"], "everything", "--help"),
+        (["bild"], "'bild'", "--help"),
+        (["show", "nothing"], "'nothing'", "factory build"),
+    ],
+)
+def test_a_usage_error_says_the_value_and_what_to_do(
+    tmp_path: Path, arguments: list[str], value: str, hint: str
+) -> None:
+    code, message, advice = error_of(*arguments, home=tmp_path)
+    assert code == 2
+    assert value in message
+    assert hint in advice
+
+
+@pytest.mark.parametrize("option", ["--calibration-data", "--heal-data", "--eval-data"])
+def test_data_that_is_missing_or_empty_is_refused_by_name(tmp_path: Path, option: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, problem in (("nix.jsonl", "does not exist"), ("empty.jsonl", "is empty"), (".", "is a folder")):
+        code, message, _ = error_of("build", "demo", "--drop", "0.3", option, name, home=tmp_path)
+        assert code == 1
+        assert f"'{name}' {problem}" in message
+
+
+def test_a_line_without_text_is_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"body": "y"}\n')
+    code, message, _ = error_of("build", "demo", "--drop", "0.3", "--heal-data", "a.jsonl", home=tmp_path)
+    assert code == 1
+    assert "a.jsonl, line 2" in message
+
+
+@pytest.mark.parametrize("drop", ["0.01", "0.99"])
+def test_a_fraction_that_leaves_no_model_is_refused(tmp_path: Path, drop: str) -> None:
+    code, message, _ = error_of("build", "demo", "--drop", drop, home=tmp_path)
+    assert code == 2
+    assert f"--drop {drop}" in message
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
+    done = run("build", "\x1b[31mred\x07", "--drop", "0.3", home=tmp_path)
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+    assert "\x07" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["build", "--help"],
+        ["--version"],
+        ["build", "mistral-7", "--drop", "0.3"],
+        ["build", "demo", "--drop", "2"],
+        ["build", "demo", "--drop", "0.3", "--heal-data", "nix.jsonl"],
+        ["bild"],
+    ],
+)
+def test_help_and_usage_errors_import_no_heavy_library(tmp_path: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from factory.cli import main\n"
+        f"sys.argv = ['factory', *{arguments!r}]\n"
+        "try: main()\n"
+        f"finally: print(sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_help_names_every_command_and_the_first_thing_to_try(tmp_path: Path) -> None:
+    shown = run("--help", home=tmp_path).stdout
+    for word in ("build", "push", "show", "ls", "gc", "factory build demo --drop 0.3"):
+        assert word in shown
+
+
+def test_an_empty_store_lists_and_collects_nothing(tmp_path: Path) -> None:
+    assert run("ls", home=tmp_path).returncode == 0
+    done = run("gc", home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "0 bytes freed\n")
+
+
+def test_a_dry_run_prints_the_preview_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("build", "demo", "--drop", "0.3", "--dry-run", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    preview = json.loads(done.stdout)
+    assert (preview["num_layers"], preview["num_dropped"]) == (16, 5)
+    assert preview["parameters_after"] < preview["parameters_before"]
+    assert not (tmp_path / "builds").exists()
+    assert not (tmp_path / "home" / "stages").exists()
