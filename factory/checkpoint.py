@@ -192,10 +192,9 @@ def _plan_shards(
     for name, count in Counter(name for name, _ in tensors).items():
         if count > 1:
             raise CheckpointError(f"{count} tensors would be named {name!r}", hint="please report this bug")
-    rank = {file: number for number, file in enumerate(dict.fromkeys(tensor.file for _, tensor in tensors))}
     shards: list[list[tuple[str, TensorInfo]]] = [[]]
     size_bytes = 0
-    for name, tensor in sorted(tensors, key=lambda pair: (rank[pair[1].file], pair[1].start)):
+    for name, tensor in sorted(tensors, key=lambda pair: (pair[1].file, pair[1].start, pair[1].end, pair[0])):
         if shards[-1] and size_bytes + tensor.size_bytes > max_shard_bytes:
             shards.append([])
             size_bytes = 0

@@ -1,0 +1,540 @@
+"""Safetensors on disk: hostile headers, byte-for-byte copies, shards, what is copied beside them."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from factory import checkpoint
+from factory.checkpoint import TensorInfo
+from factory.errors import CheckpointError, DiskSpaceError
+from factory.header import DTYPE_BITS
+
+FILE = "model.safetensors"
+QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def raw_file(path: Path, header: object, *, data: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file with this header: bytes as they are, anything else as JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+# Headers -----------------------------------------------------------------------------------------
+
+
+def test_a_header_gives_absolute_offsets_in_the_order_of_the_bytes(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+        "a": torch.ones(4),
+        "s": torch.tensor(3),
+    }
+    save_file(tensors, tmp_path / FILE)
+    header = checkpoint.read_header(tmp_path / FILE)
+    assert {name: info.shape for name, info in header.items()} == {"b": (2, 3), "a": (4,), "s": ()}
+    assert header["b"].dtype == "BF16"
+    assert (header["b"].num_elements, header["b"].size_bytes) == (6, 12)
+    assert header["s"].num_elements == 1
+    content = (tmp_path / FILE).read_bytes()
+    for name, info in header.items():
+        assert content[info.start : info.end] == tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert bytes(checkpoint.read_tensor_bytes(info)) == content[info.start : info.end]
+    starts = [info.start for info in header.values()]
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(("dtype", "size_bytes"), [("F4", 2), ("F6_E2M3", 3), ("F8_E8M0", 4), ("C64", 32)])
+def test_packed_and_wide_dtypes_have_their_size(tmp_path: Path, dtype: str, size_bytes: int) -> None:
+    path = raw_file(tmp_path / FILE, {"a": entry(dtype, [4], [0, size_bytes])}, data=bytes(size_bytes))
+    assert checkpoint.read_header(path)["a"].size_bytes == size_bytes
+
+
+HOSTILE = {
+    "length past the file": ({}, {"length": 10_000}, "10000 bytes in a file of"),
+    "absurd length": ({}, {"length": 2**63}, "limit is 100000000"),
+    "not UTF-8": (b"\xff\xfe{}", {}, "not JSON"),
+    "not JSON": (b"{nonsense", {}, "not JSON"),
+    "nested beyond reason": (b"[" * 200_000, {}, "not JSON"),
+    "an endless number": (b'{"a":' + b"9" * 5000 + b"}", {}, "not JSON"),
+    "a list": ([], {}, "not a JSON object"),
+    "space before the object": (b" {}", {}, "not a JSON object"),
+    "a name twice": (b'{"a":1,"a":2}', {}, "'a' appears twice"),
+    "a field twice": (b'{"a":{"dtype":"F32","dtype":"F16"}}', {}, "'dtype' appears twice"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, {}, "__metadata__"),
+    "metadata as a list": ({"__metadata__": []}, {}, "__metadata__"),
+    "an entry that is a number": ({"a": 1}, {}, "must have dtype"),
+    "a missing field": ({"a": {"dtype": "F32", "shape": [2]}}, {}, "must have dtype"),
+    "a surplus field": ({"a": entry() | {"x": 1}}, {"data": bytes(8)}, "must have dtype"),
+    "an unknown dtype": ({"a": entry("F5")}, {"data": bytes(8)}, "unknown dtype 'F5'"),
+    "a dtype that is a list": ({"a": entry([])}, {"data": bytes(8)}, "unknown dtype"),  # type: ignore[arg-type]
+    "a negative dimension": ({"a": entry("F32", [-2])}, {"data": bytes(8)}, r"shape \[-2\]"),
+    "two negative dimensions": ({"a": entry("F32", [-2, -1])}, {"data": bytes(8)}, r"shape \[-2, -1\]"),
+    "a true dimension": ({"a": entry("F32", [True, 2])}, {"data": bytes(8)}, "shape"),
+    "a fractional dimension": ({"a": entry("F32", [2.0])}, {"data": bytes(8)}, "shape"),
+    "a shape that is a text": ({"a": entry("F32", "2")}, {"data": bytes(8)}, "shape"),
+    "an overflowing shape": ({"a": entry("F32", [2**62, 8])}, {"data": bytes(8)}, "does not take"),
+    "a thousand dimensions": ({"a": entry("F32", [1] * 1000)}, {"data": bytes(8)}, "shape"),
+    "a size that disagrees": ({"a": entry("F32", [3])}, {"data": bytes(8)}, "does not take bytes 0 to 8"),
+    "half a byte": ({"a": entry("F4", [3], [0, 1])}, {"data": bytes(1)}, "does not take"),
+    "offsets in reverse": ({"a": entry("F32", [2], [8, 0])}, {"data": bytes(8)}, "does not take"),
+    "three offsets": ({"a": entry("F32", [2], [0, 8, 8])}, {"data": bytes(8)}, "offsets"),
+    "a negative offset": ({"a": entry("F32", [2], [-8, 0])}, {"data": bytes(8)}, "offsets"),
+    "bytes past the end": ({"a": entry()}, {"data": bytes(4)}, "end at byte"),
+    "bytes that no tensor has": ({"a": entry()}, {"data": bytes(12)}, "end at byte"),
+    "a gap": ({"a": entry("F32", [2], [4, 12])}, {"data": bytes(12)}, "begins at byte"),
+    "an overlap": (
+        {"a": entry(), "b": entry("F32", [2], [4, 12])}, {"data": bytes(12)}, "'b' begins at byte",
+    ),
+    "one tensor over another": ({"a": entry(), "b": entry()}, {"data": bytes(8)}, "begins at byte"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_header_is_refused_with_what_is_wrong(tmp_path: Path, case: str) -> None:
+    header, options, message = HOSTILE[case]
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_header(raw_file(tmp_path / FILE, header, **options))
+
+
+def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"\x01\x02")
+    with pytest.raises(CheckpointError, match="only 2 bytes"):
+        checkpoint.read_header(tmp_path / FILE)
+
+
+def test_a_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=FILE):
+        checkpoint.read_header(tmp_path / FILE)
+
+
+def library_reads(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """What the safetensors library makes of the file; None where it refuses."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError):
+        return None
+
+
+def our_reading(path: Path) -> dict[str, tuple[int, ...]] | None:
+    try:
+        return {name: info.shape for name, info in checkpoint.read_header(path).items()}
+    except CheckpointError:
+        return None
+
+
+VALUES = st.none() | st.booleans() | st.integers(-4, 2**65) | st.floats() | st.text(max_size=4)
+JSON = st.recursive(
+    VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*DTYPE_BITS, "F5"]) | JSON,
+        "shape": st.lists(st.integers(0, 4), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(0, 24), min_size=2, max_size=2) | JSON,
+    }
+)
+
+
+@settings(QUICK, max_examples=500)
+@given(
+    st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | JSON, max_size=3),
+    st.integers(0, 32),
+)
+def test_any_header_is_read_as_the_library_reads_it_or_refused(
+    tmp_path: Path, header: dict[str, Any], num_bytes: int
+) -> None:
+    path = raw_file(tmp_path / FILE, header, data=bytes(num_bytes))
+    ours = our_reading(path)
+    assert ours is None or ours == library_reads(path)
+
+
+@settings(QUICK, max_examples=1000)
+@given(position=st.integers(0, 400), replacement=st.binary(max_size=6), cut=st.integers(0, 40))
+def test_a_damaged_file_is_read_as_the_library_reads_it_or_refused(
+    tmp_path: Path, position: int, replacement: bytes, cut: int
+) -> None:
+    path = tmp_path / FILE
+    save_file(
+        {"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, path, metadata={"format": "pt"}
+    )
+    content = bytearray(path.read_bytes())
+    content[position : position + len(replacement)] = replacement
+    path.write_bytes(content[: len(content) - cut] if cut < 20 else content)
+    ours = our_reading(path)
+    assert ours is None or ours == library_reads(path)
+
+
+@settings(QUICK, max_examples=300)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(["F32", "BF16", "U8", "I64"]), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=6,
+    )
+)
+def test_whatever_the_library_writes_is_read(
+    tmp_path: Path, layout: dict[str, tuple[str, list[int]]]
+) -> None:
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64}
+    save_file({name: torch.zeros(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in layout.items()},
+              tmp_path / FILE)  # fmt: skip
+    header = checkpoint.read_header(tmp_path / FILE)
+    assert {name: (info.dtype, list(info.shape)) for name, info in header.items()} == layout
+
+
+# Folders -----------------------------------------------------------------------------------------
+
+
+def save_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]], *, index: Any = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index or {"weight_map": weight_map}))
+    return folder
+
+
+def test_all_shards_are_read(tmp_path: Path) -> None:
+    save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}, "x-2.safetensors": {"b": torch.ones(3)}})
+    tensors = checkpoint.read_checkpoint(tmp_path)
+    assert {name: info.file.name for name, info in tensors.items()} == {
+        "a": "x-1.safetensors",
+        "b": "x-2.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "a\\x.safetensors", "C:x.safetensors",
+              "x.bin", "..", "", "x\0.safetensors", 3, None, ["x.safetensors"]],
+)  # fmt: skip
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, shard: object) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_shards(tmp_path / "model", {}, index={"weight_map": {"a": shard}})
+    with pytest.raises(CheckpointError, match="beside it"):
+        checkpoint.read_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {}}, 3, "text"])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, index: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_missing_shard_is_an_error_with_its_name(tmp_path: Path) -> None:
+    save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}, "x-2.safetensors": {"b": torch.ones(2)}})
+    (tmp_path / "x-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"x-2\.safetensors"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_tensor_that_the_index_promises_but_no_shard_has_is_an_error(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "x-1.safetensors", "b": "x-1.safetensors"}}
+    save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}}, index=index)
+    with pytest.raises(CheckpointError, match="'b'"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
+    save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)},
+                           "x-2.safetensors": {"a": torch.ones(2), "b": torch.ones(2)}})  # fmt: skip
+    index = {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"'a' is in x-1\.safetensors and in x-2\.safetensors"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither"):
+        checkpoint.read_checkpoint(tmp_path)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, blobs / "etag")
+    (snapshot / FILE).symlink_to("../../blobs/etag")
+    assert list(checkpoint.read_checkpoint(snapshot)) == ["a"]
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def some_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Two shards of mixed dtypes, odd sizes and an empty tensor."""
+    torch.manual_seed(0)
+    first = {f"layers.{i}.w": torch.randn(5, 7).to(torch.bfloat16) for i in range(6)}
+    first |= {
+        "mask": torch.arange(13, dtype=torch.uint8),
+        "scalar": torch.tensor(1.5),
+        "none": torch.ones(0, 3),
+    }
+    second = {f"layers.{i}.w": torch.randn(3, 11) for i in range(6, 12)}
+    save_shards(folder, {"s-1.safetensors": first, "s-2.safetensors": second})
+    return first | second
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@settings(QUICK, max_examples=25)
+@given(st.data())
+def test_any_choice_of_tensors_is_copied_byte_for_byte(tmp_path: Path, data: st.DataObject) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    values = some_tensors(source)
+    tensors = checkpoint.read_checkpoint(source)
+    chosen = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True, min_size=1))
+    max_shard_bytes = data.draw(st.sampled_from([1, 64, 200, 10**9]))
+    target.mkdir(exist_ok=True)
+    files = checkpoint.write_checkpoint(
+        [(f"new.{name}", tensors[name]) for name in chosen], folder=target, max_shard_bytes=max_shard_bytes
+    )
+    result = written(target)
+    assert result.keys() == {f"new.{name}" for name in chosen}
+    assert all(torch.equal(result[f"new.{name}"], values[name]) for name in chosen)
+    assert files == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in target.glob("*.safetensors")}
+    again = checkpoint.read_checkpoint(target)
+    assert sum(info.size_bytes for info in again.values()) == sum(tensors[name].size_bytes for name in chosen)
+
+
+def write(folder: Path, sizes: list[int], *, max_shard_bytes: int) -> Path:
+    source, target = folder / "source", folder / "target"
+    source.mkdir()
+    target.mkdir()
+    save_file(
+        {f"t{i:02d}": torch.ones(size, dtype=torch.uint8) for i, size in enumerate(sizes)}, source / FILE
+    )
+    checkpoint.write_checkpoint(
+        checkpoint.read_checkpoint(source).items(), folder=target, max_shard_bytes=max_shard_bytes
+    )
+    return target
+
+
+def test_a_checkpoint_of_exactly_one_shard_has_no_index(tmp_path: Path) -> None:
+    target = write(tmp_path, [50, 50], max_shard_bytes=100)
+    assert [path.name for path in target.iterdir()] == [FILE]
+
+
+def test_one_byte_more_makes_two_shards_and_an_index(tmp_path: Path) -> None:
+    target = write(tmp_path, [50, 51], max_shard_bytes=100)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert sorted(path.name for path in target.iterdir()) == [first, second, "model.safetensors.index.json"]
+    assert json.loads((target / "model.safetensors.index.json").read_text()) == {
+        "metadata": {"total_size": 101},
+        "weight_map": {"t00": first, "t01": second},
+    }
+
+
+def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
+    target = write(tmp_path, [10, 500, 10], max_shard_bytes=100)
+    tensors = checkpoint.read_checkpoint(target)
+    assert [tensors[name].file.name[6:11] for name in ("t00", "t01", "t02")] == ["00001", "00002", "00003"]
+
+
+def test_the_data_begins_at_a_multiple_of_eight_and_the_file_says_pt(tmp_path: Path) -> None:
+    target = write(tmp_path, [3, 5], max_shard_bytes=100)
+    assert min(info.start for info in checkpoint.read_checkpoint(target).values()) % 8 == 0
+    with safe_open(target / FILE, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_tensors_stay_aligned_to_their_type_in_a_file_that_mixes_types(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    header = {
+        "odd": entry("U8", [3], [0, 3]),
+        "w": entry("F32", [2], [3, 11]),
+        "h": entry("BF16", [1], [11, 13]),
+    }
+    raw_file(source / FILE, header, data=bytes(range(13)))
+    tensors = checkpoint.read_checkpoint(source)
+    checkpoint.write_checkpoint(tensors.items(), folder=target)
+    for name, info in checkpoint.read_checkpoint(target).items():
+        assert info.start % (DTYPE_BITS[info.dtype] // 8) == 0
+        assert checkpoint.read_tensor_bytes(info) == checkpoint.read_tensor_bytes(tensors[name])
+
+
+def test_equal_input_gives_equal_bytes_in_any_order(tmp_path: Path) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = list(checkpoint.read_checkpoint(tmp_path / "source").items())
+    digests = []
+    for name, pairs in (("a", tensors), ("b", tensors[::-1])):
+        (tmp_path / name).mkdir()
+        digests.append(checkpoint.write_checkpoint(iter(pairs), folder=tmp_path / name, max_shard_bytes=300))
+    assert digests[0] == digests[1]
+
+
+def test_new_values_replace_some_tensors_and_leave_the_rest(tmp_path: Path) -> None:
+    values = some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+
+    def transform(name: str, info: TensorInfo) -> bytes | None:
+        return bytes(info.size_bytes) if name == "layers.3.w" else None
+
+    checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=transform)
+    result = written(tmp_path / "target")
+    assert not result.pop("layers.3.w").any()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in result.items())
+
+
+def test_new_values_of_another_size_are_an_error(tmp_path: Path) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CheckpointError, match="was given 1 bytes"):
+        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=lambda *_: b"x")
+
+
+def test_two_tensors_with_one_name_are_an_error(tmp_path: Path) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CheckpointError, match="2 tensors would be named 'same'"):
+        checkpoint.write_checkpoint(
+            [("same", tensors["mask"]), ("same", tensors["scalar"])], folder=tmp_path / "target"
+        )
+
+
+def test_weights_of_an_earlier_attempt_do_not_stay(tmp_path: Path) -> None:
+    target = write(tmp_path, [50, 51], max_shard_bytes=100)
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    checkpoint.write_checkpoint(tensors.items(), folder=target)
+    assert [path.name for path in target.iterdir()] == [FILE]
+
+
+def test_the_source_is_never_written_over(tmp_path: Path) -> None:
+    values = some_tensors(tmp_path / "source")
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="holds the source's weights"):
+        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "link")
+    assert all(torch.equal(tensor, values[name]) for name, tensor in written(tmp_path / "source").items())
+
+
+def test_progress_ends_at_the_size_of_the_tensors(tmp_path: Path) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    calls: list[tuple[int, int]] = []
+    checkpoint.write_checkpoint(
+        tensors.items(),
+        folder=tmp_path / "target",
+        max_shard_bytes=300,
+        progress=lambda *call: calls.append(call),
+    )
+    total = sum(info.size_bytes for info in tensors.values())
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+
+
+def test_a_source_that_is_cut_during_the_copy_is_an_error(tmp_path: Path) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    os.truncate(tmp_path / "source" / "s-2.safetensors", 300)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CheckpointError, match="changed during the build"):
+        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target")
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_a_file_system_that_cannot_copy_in_the_kernel_gets_a_plain_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        if code is None:  # some file systems copy nothing and call it success
+            return 0
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    values = some_tensors(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target")
+    assert all(torch.equal(tensor, values[name]) for name, tensor in written(tmp_path / "target").items())
+
+
+def test_a_full_disk_is_an_error_that_says_how_much_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    some_tensors(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    with pytest.raises(DiskSpaceError, match="GB to write"):
+        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target")
+
+
+# Beside the weights ------------------------------------------------------------------------------
+
+COPIED = [
+    "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "additional_chat_templates/rag.jinja",
+    "chat_template.jinja", "generation_config.json", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+]  # fmt: skip
+LEFT = [
+    "README.md", "config.json", "consolidated.safetensors", "model.gguf", "model.onnx", "modeling_custom.py",
+    "optimizer.pt", "pytorch_model.bin", "tokenization_custom.py", "trainer_state.json", "training_args.bin",
+]  # fmt: skip
+
+
+def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    target.mkdir()
+    for name in COPIED + LEFT:
+        (source / name).write_text(name)
+    assert checkpoint.copy_auxiliary_files(source, target) == COPIED
+    assert (
+        sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()) == COPIED
+    )
+    assert (target / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret").write_text("key")
+    (source / "LICENSE").symlink_to("../secret")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        checkpoint.copy_auxiliary_files(source, tmp_path)
+
+
+@pytest.mark.parametrize("blob", ["models--o--n/blobs/etag", "blobs/ab/abcd"])
+def test_a_link_into_the_hub_cache_is_copied_as_a_file(tmp_path: Path, blob: str) -> None:
+    snapshot, target = tmp_path / "models--o--n" / "snapshots" / "0", tmp_path / "target"
+    snapshot.mkdir(parents=True)
+    target.mkdir()
+    (tmp_path / blob).parent.mkdir(parents=True)
+    (tmp_path / blob).write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / blob)
+    checkpoint.copy_auxiliary_files(snapshot, target)
+    assert not (target / "tokenizer.json").is_symlink()
+    assert (target / "tokenizer.json").read_text() == "{}"
