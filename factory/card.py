@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import unicodedata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,11 +12,23 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, Evaluation, TaskScore, layer_ranges
-from factory.config import BuildConfig, load_recipe
+from factory.artifacts import Build, DataSource, Evaluation, TaskScore
+from factory.config import BuildConfig, load_recipe, settle
+from factory.markdown import (
+    HUB,
+    clean,
+    filters,
+    markdown,
+    number,
+    percent,
+    plain,
+    rate,
+    ratio,
+    size,
+    with_error,
+)
 from factory.references import aliases
 
-HUB = "https://huggingface.co"
 _ROOT = Path(__file__).parent
 # A wheel carries the template inside the package; an editable install finds it in the repository.
 TEMPLATES = next(
@@ -62,9 +73,12 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             source=build.evaluations["source"],
             shipped=build.evaluations[build.shipped],
             quality=quality_rows(build),
-            tasks=task_findings(build),
+            tasks=sorted(task_findings(build), key=_by_recovery),
+            writes=any(s.metric == "exact_match" for s in build.evaluations["source"].tasks),
+            gap_closed=gap_closed(build),
             sizes=size_rows(build),
             command=reproduction_command(build),
+            without_option=_without_option(build),
             data=data_rows(build),
             license_url=_license_url(build),
             angular_figure=ANGULAR_FIGURE,
@@ -72,6 +86,19 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
         )
     )
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=False,  # HTML's rules are not Markdown's: `finalize` escapes instead
+        finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters())
+    return environment
 
 
 # Front matter -----------------------------------------------------------------------------------
@@ -101,7 +128,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
             {"name": _title(build, repo_id=repo_id), "results": _results(build.evaluations[build.shipped])}
         ],
     }
-    return {key: _clean(value) for key, value in fields.items() if value}
+    return {key: clean(value) for key, value in fields.items() if value}
 
 
 def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -158,21 +185,21 @@ def quality_rows(build: Build) -> list[list[str]]:
     findings = task_findings(build)
     rows = [
         ["", *(f"{name} (this model)" if name == build.shipped else name for name in names)],
-        ["Loss, nats per token ↓", *(_with_error(loss.nats, loss.stderr) for loss in losses)],
-        ["Loss / log V ↓", *(_number(loss.normalized) for loss in losses)],
-        ["Perplexity ↓", *(_number(loss.perplexity) for loss in losses)],
+        ["Loss, nats per token ↓", *(with_error(loss.nats, loss.stderr) for loss in losses)],
+        ["Loss / log V ↓", *(number(loss.normalized) for loss in losses)],
+        ["Perplexity ↓", *(number(loss.perplexity, digits=2) for loss in losses)],
     ]
     if findings:
         rows = [[*row, "recovery" if row is rows[0] else ""] for row in rows]
     for finding in findings:
         task: TaskScore = finding["source"]
-        chance = "" if task.chance is None else f" (chance {_number(task.chance)})"
+        chance = "" if task.chance is None else f" (chance {number(task.chance)})"
         scores = [_score_of(evaluation, task) for evaluation in evaluations]
         rows.append(
             [
                 f"{task.label}, {task.num_fewshot}-shot, {task.metric} ↑{chance}",
-                *(_with_error(score.value, score.stderr) for score in scores),
-                "n/a" if finding["recovery"] is None else _percent(finding["recovery"]),
+                *(with_error(score.value, score.stderr) for score in scores),
+                "n/a" if finding["recovery"] is None else percent(finding["recovery"]),
             ]
         )
     return rows
@@ -194,7 +221,19 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
                 "says_nothing": source.chance is not None and not is_above_chance(source),
             }
         )
-    return sorted(findings, key=lambda finding: 1.0 if finding["recovery"] is None else finding["recovery"])
+    return findings
+
+
+def _by_recovery(finding: dict[str, Any]) -> float:
+    return math.inf if finding["recovery"] is None else float(finding["recovery"])
+
+
+def gap_closed(build: Build) -> float | None:
+    """Share of the loss that the cut had added and healing took away again; None without such a loss."""
+    if build.shipped != "healed":
+        return None
+    source, pruned, healed = (build.evaluations[name].loss.nats for name in ("source", "pruned", "healed"))
+    return (pruned - healed) / (pruned - source) if pruned > source else None
 
 
 def _score_of(evaluation: Evaluation, like: TaskScore) -> TaskScore:
@@ -216,166 +255,101 @@ def recovery(source: TaskScore, shipped: TaskScore) -> float | None:
 def size_rows(build: Build) -> list[list[str]]:
     """Label, source, this model, ratio: parameters, bytes and, where measured, tokens a second."""
     before, after = build.source_parameters, build.result_parameters
-    rows = [["Parameters", f"{before:,}", f"{after:,}", _ratio(after, before)]]
+    rows = [["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]]
     before, after = build.source_bytes, build.result_bytes
-    rows.append(["Weight files", _size(before), _size(after), _ratio(after, before)])
+    rows.append(["Weight files", size(before), size(after), ratio(after, before)])
     if build.speed:
         old, new = build.speed.source, build.speed.result
         for label, speed, spread in (
-            ("Reading the prompt, tokens/s", "prefill_tokens_per_second", "prefill_spread"),
-            ("Writing, tokens/s", "decode_tokens_per_second", "decode_spread"),
+            ("Prefill (reading the prompt), tokens/s", "prefill_tokens_per_second", "prefill_spread"),
+            ("Decode (writing), tokens/s", "decode_tokens_per_second", "decode_spread"),
         ):
-            rates = [_rate(getattr(side, speed), getattr(side, spread)) for side in (old, new)]
-            rows.append([label, *rates, _ratio(getattr(new, speed), getattr(old, speed))])
+            rates = [rate(getattr(side, speed), getattr(side, spread)) for side in (old, new)]
+            rows.append([label, *rates, ratio(getattr(new, speed), getattr(old, speed))])
     return rows
 
 
-def data_rows(build: Build) -> list[tuple[str, str, str]]:
-    """Use, name and version of each text."""
-    loss = build.evaluations[build.shipped].loss
+def data_rows(build: Build) -> list[tuple[str, DataSource]]:
+    """Each text with what it was used for."""
     used = [("calibration text", build.calibration)]
     if build.adapter:
         used.append(("healing text", build.adapter.data))
-    used.append(("evaluation text", loss.data))
-    return [(use, f"{d.name}, {d.split} split" if d.split else d.name, d.version) for use, d in used]
+    return [*used, ("evaluation text", build.evaluations[build.shipped].loss.data)]
 
 
 # Reproduction -----------------------------------------------------------------------------------
 
+FLAGS = {
+    ("measure", "data"): "--calibration-data",
+    ("measure", "num_samples"): "--samples",
+    ("heal", "data"): "--heal-data",
+    ("heal", "num_steps"): "--heal-steps",
+    ("heal", "learning_rate"): "--heal-lr",
+    ("heal", "rank"): "--heal-rank",
+    ("evaluate", "data"): "--eval-data",
+    ("evaluate", "num_documents"): "--eval-documents",
+    ("evaluate", "tasks"): "--tasks",
+    ("evaluate", "limit"): "--limit",
+}
+SECTIONS = ("measure", "heal", "evaluate")
+
 
 def reproduction_command(build: Build) -> Markup:
-    """The command that makes this build, with each setting that differs from what it would be unsaid."""
+    """The command that makes this build, with each option whose absence would mean something else."""
     config = BuildConfig.model_validate(build.config)
-    if build.source.repo_id:
-        reference = f"{build.source.repo_id}@{build.source.commit}"
-    else:
-        reference = build.reference if build.reference in aliases() else f"./{build.reference}"
-    parts = ["factory build", _shell(reference), f"--drop {config.drop:g}"]
+    parts = [f"factory build {shlex.quote(plain(_reference(build)))} --drop {config.drop:g}"]
     if config.seed:
         parts.append(f"--seed {config.seed}")
     if not config.heal_enabled:
         parts.append("--no-heal")
-    usual: Any = (
-        load_recipe(reference) if reference in aliases() else BuildConfig(reference="", drop=config.drop)
-    )
-    sections = ["measure", "heal", "evaluate"] if config.heal_enabled else ["measure", "evaluate"]
-    for section in sections:
-        asked = {**getattr(config, section).model_dump(mode="json"), "data": _data_name(build, section)}
-        for key, value in getattr(usual, section).model_dump(mode="json").items():
-            if asked[key] != value:
-                text = asked[key] if isinstance(asked[key], str) else json.dumps(asked[key])
-                parts.append(f"--set {_shell(f'{section}.{key}={text}')}")
-    return Markup(" \\\n  ".join([" ".join(parts[:3]), *parts[3:]]))
+    differing = differing_settings(build)
+    lengths = {getattr(config, section).sequence_length for section in SECTIONS}
+    if len(lengths) == 1 and any(key == "sequence_length" for _, key in differing):
+        parts.append(f"--sequence-length {lengths.pop()}")
+    for name, value in differing.items():
+        if name in FLAGS:
+            text = (",".join(value) or "none") if isinstance(value, list) else str(value)
+            parts.append(f"{FLAGS[name]} {shlex.quote(plain(text))}")
+    return Markup(" \\\n  ".join(parts))
 
 
-def _data_name(build: Build, section: str) -> str:
-    """The text's name, never the path that was typed."""
-    if section == "measure":
-        return build.calibration.name
-    if section == "heal" and build.adapter:
-        return build.adapter.data.name
-    return build.evaluations["source"].loss.data.name
+def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
+    """(section, name) → value of each setting that the reference and the drop alone would not give."""
+    asked = BuildConfig.model_validate(build.config)
+    text_config = build.source.config.get("text_config", build.source.config)
+    usual = settle(
+        asked.reference,
+        drop=asked.drop,
+        recipe=load_recipe(build.reference) if build.reference in aliases() else None,
+        num_parameters=build.source.num_parameters,
+        max_length=int(text_config.get("max_position_embeddings") or 2048),
+        is_folder=build.source.repo_id is None,
+        overrides={},
+    ).model_dump(mode="json")
+    return {
+        (section, key): value
+        for section in SECTIONS
+        if section != "heal" or asked.heal_enabled
+        for key, value in getattr(asked, section).model_dump(mode="json").items()
+        if value != usual[section][key]
+    }
 
 
-def _shell(text: str) -> str:
-    return shlex.quote(_plain(text))
+def _reference(build: Build) -> str:
+    """An alias as it was typed, since it stands for settings too; a repository with its commit."""
+    if build.reference in aliases():
+        return build.reference
+    repo_id = build.source.repo_id
+    return f"{repo_id}@{build.source.commit}" if repo_id else f"./{build.reference}"
 
 
-# Text -------------------------------------------------------------------------------------------
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=False,  # HTML's rules are not Markdown's: `finalize` escapes instead
-        finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        code=code,
-        count=_count,
-        exact=lambda value: f"{value:,}",
-        hub_url=lambda repo_id: Markup(f"{HUB}/{quote(_plain(repo_id))}"),
-        url=lambda text: Markup(quote(_plain(text), safe=":/?=&%#~+,;@")),
-        python=lambda text: Markup(json.dumps(_plain(text), ensure_ascii=False)),
-        layers=layer_ranges,
-        number=_number,
-        percent=_percent,
-        general=lambda value: f"{value:g}",
-        duration=_duration,
-        rule=lambda cells: Markup("|---|" + "--:|" * (len(cells) - 1)),
-        row=lambda cells: Markup(f"| {' | '.join(markdown(cell) for cell in cells)} |"),
-    )
-    return environment
-
-
-def _plain(text: str) -> str:
-    """Text on one line without control, format (such as right-to-left) and surrogate characters."""
-    spaced = " ".join(text.split())
-    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
-
-
-def _clean(value: Any) -> Any:
-    """`_plain` on every string of a nested value."""
-    if isinstance(value, str):
-        return _plain(value)
-    if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value
-
-
-def markdown(text: str) -> Markup:
-    """Text that shows as it is, in prose and in tables: nothing in it is Markdown, HTML or a link."""
-    escaped = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", _plain(text))
-    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Markup(re.sub(r"://|(?<=www)\.", lambda match: "\\" + match[0], escaped, flags=re.IGNORECASE))
-
-
-def code(text: str) -> Markup:
-    """A code span; with a backtick or a table's bar in it, escaped text, which no span can hold safely."""
-    plain = _plain(text)
-    return markdown(plain) if "`" in plain or "|" in plain or not plain else Markup(f"`{plain}`")
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "∞"
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    return _number(value) if stderr is None else f"{_number(value)} ± {_number(stderr)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _count(value: int) -> str:
-    """7241732096 → "7.24 billion"."""
-    for size, name in ((10**9, " billion"), (10**6, " million"), (10**3, " thousand")):
-        if value >= size:
-            return f"{value / size:.3g}{name}"
-    return str(value)
-
-
-def _size(size_bytes: int) -> str:
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size_bytes >= size:
-            return f"{size_bytes / size:.2f} {unit}"
-    return f"{size_bytes} B"
-
-
-def _ratio(after: float, before: float) -> str:
-    return f"{after / before:.2f} ×" if before else "n/a"
-
-
-def _rate(tokens_per_second: float, spread: float) -> str:
-    digits = 0 if tokens_per_second >= 100 else 1
-    return f"{tokens_per_second:,.{digits}f} ± {100 * spread:.0f} %"
+def _without_option(build: Build) -> str:
+    """Settings that no option of the command sets, as `heal.dropout = 0.1`."""
+    config = BuildConfig.model_validate(build.config)
+    one_length = len({getattr(config, section).sequence_length for section in SECTIONS}) == 1
+    left = {
+        name: value
+        for name, value in differing_settings(build).items()
+        if name not in FLAGS and not (name[1] == "sequence_length" and one_length)
+    }
+    return ", ".join(f"{section}.{key} = {json.dumps(value)}" for (section, key), value in left.items())

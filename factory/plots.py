@@ -99,7 +99,7 @@ def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int)
     Returns:
         Lines without colour codes and without a final line break. Each row is shaded on its own: `●` is
         its nearest block, `·` the nearest fifth, `█` the farthest; at its right the distance across the
-        nearest.
+        nearest. Blocks that hold the last layer are not shown, since no plan chooses them.
     """
     count, room = profile.num_layers, max(width, 40) - len("▸126 ") - len("  0.123")
     layers_per_cell = math.ceil(count / room)
@@ -111,7 +111,7 @@ def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int)
 
     lines = []
     for size in reversed(_shown_sizes(count, chosen=len(plan.dropped))):
-        distances = profile.block_distances(size)
+        distances = profile.block_distances(size)[:-1]
         cells = _shades(distances, layers_per_cell=layers_per_cell)
         cells += [" "] * (num_cells - len(cells))
         mark = "▸" if size == len(plan.dropped) else ""
@@ -135,16 +135,20 @@ def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
     ]
     ranked = sorted(cells)
     shades = [SHADES[len(SHADES) * ranked.index(distance) // len(cells)] for distance in cells]
-    shades[cells.index(ranked[0])] = "●"
+    shades[max(index for index, cell in enumerate(cells) if cell == ranked[0])] = "●"  # as in `best_starts`
     return shades
 
 
 def best_starts(profile: DistanceProfile) -> list[int]:
-    """Start of the nearest block for each size n = 1 … L−1; the first of equals."""
+    """Start of the nearest block of n = 1 … L−1 layers that keeps the last layer; the deepest of equals.
+
+    These are the blocks that a plan can choose.
+    """
     starts = []
     for size in range(1, profile.num_layers):
-        distances = profile.block_distances(size)
-        starts.append(distances.index(min(distances)))
+        distances = profile.block_distances(size)[:-1]
+        nearest = min(distances)
+        starts.append(max(start for start, distance in enumerate(distances) if distance == nearest))
     return starts
 
 
@@ -176,7 +180,7 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
         markerfacecolor="white",
         markeredgecolor=INK,
         markeredgewidth=0.7 if cell > 4 else 0.4,
-        label="nearest of its size",
+        label="nearest, last layer kept",
     )
     if is_block(plan.dropped):
         side = max(1.0, 7 / cell)  # layers; a cell of 2 points would not be seen

@@ -1,11 +1,23 @@
 """The card: golden files for three builds, and what holds for every card."""
 
+import json
+import math
 import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markdown_it import MarkdownIt
 
+from factory import cli as command_line
 from factory.artifacts import (
     Adapter,
     Build,
@@ -19,8 +31,9 @@ from factory.artifacts import (
     TaskScore,
     TokenLoss,
 )
-from factory.card import render
+from factory.card import TEMPLATES, front_matter, recovery, render, reproduction_command, write_card
 from factory.config import BuildConfig, load_recipe
+from factory.markdown import markdown
 
 GOLDEN = Path(__file__).parent / "golden"
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -37,7 +50,7 @@ def a_source(**changes: Any) -> Source:
         "commit": COMMIT,
         "model_type": "mistral",
         "architecture": "MistralForCausalLM",
-        "config": {"num_hidden_layers": 32},
+        "config": {"num_hidden_layers": 32, "max_position_embeddings": 32_768},
         "num_layers": 32,
         "num_parameters": 7_241_732_096,
         "layer_parameters": (218_112_000,) * 32,
@@ -52,15 +65,15 @@ def a_source(**changes: Any) -> Source:
 
 
 def an_evaluation(
-    nats: float, data: DataSource, *scores: TaskScore, vocabulary: float = 10.3735, tokens: int = 1_961_243
+    nats: float, data: DataSource, *scores: TaskScore, vocab_size: int = 32_000, num_documents: int = 1000
 ) -> Evaluation:
     return Evaluation(
         loss=TokenLoss(
             nats=nats,
             stderr=0.0131,
-            normalized=nats / vocabulary,
-            num_tokens=tokens,
-            num_documents=1000,
+            normalized=nats / math.log(vocab_size),
+            num_tokens=num_documents * 1961,
+            num_documents=num_documents,
             sequence_length=2048,
             data=data,
         ),
@@ -111,7 +124,7 @@ def demo_healed() -> Build:
     losses = {"source": 2.2214, "pruned": 4.9071, "healed": 2.6127}
     lines = {"source": 0.781, "pruned": 0.344, "healed": 0.662}
     return a_build(
-        name="demo-drop0.3",
+        name="demo-drop30",
         reference="demo",
         config=config.model_dump(mode="json"),
         source=a_source(
@@ -161,8 +174,8 @@ def demo_healed() -> Build:
                 losses[name],
                 held_out,
                 a_score("next_line", lines[name], chance=0.25),
-                vocabulary=7.6246,
-                tokens=16_320,
+                vocab_size=2048,
+                num_documents=64,
             )
             for name in losses
         },
@@ -203,7 +216,7 @@ def chat_with_other_licence() -> Build:
         "healed": (0.6341, 0.8302, 0.3215, 0.5080, 0.2510),
     }
     return a_build(
-        name="Llama-3.1-8B-Instruct-drop0.25",
+        name="Llama-3.1-8B-Instruct-drop25",
         reference="meta-llama/Llama-3.1-8B-Instruct",
         config=config.model_dump(mode="json"),
         source=a_source(
@@ -260,7 +273,7 @@ def chat_with_other_licence() -> Build:
                 a_score("gsm8k", scores[name][2], chance=None, shots=5, metric="exact_match"),
                 a_score("winogrande", scores[name][3], chance=0.5),
                 a_score("arc_fr|hard", scores[name][4], chance=0.25),
-                vocabulary=11.7618,
+                vocab_size=128_256,
             )
             for name in losses
         },
@@ -292,7 +305,7 @@ def unhealed() -> Build:
     config = BuildConfig(reference="mistral-7b", drop=0.28, heal_enabled=False)
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"tasks": ()})})
     return a_build(
-        name="Mistral-7B-v0.1-drop0.28",
+        name="Mistral-7B-v0.1-drop28",
         reference="mistral-7b",
         config=config.model_dump(mode="json"),
         source=a_source(license=None, languages=()),
@@ -322,10 +335,17 @@ def healing_discarded() -> Build:
     """Healing was tried and made the model worse."""
     build = chat_with_other_licence()
     assert build.adapter is not None
-    adapter = build.adapter.model_copy(update={"guard_loss_before": 2.91, "guard_loss_after": 3.05})
+    changes = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distillation"}
+    adapter = build.adapter.model_copy(update=changes)
+    limited = build.config | {
+        "evaluate": build.config["evaluate"] | {"limit": 1000},
+        "heal": build.config["heal"] | {"dropout": 0.1},
+    }
     evaluations = dict(build.evaluations)
     evaluations["pruned"], evaluations["healed"] = evaluations["healed"], evaluations["pruned"]
-    return build.model_copy(update={"adapter": adapter, "shipped": "pruned", "evaluations": evaluations})
+    return build.model_copy(
+        update={"adapter": adapter, "config": limited, "shipped": "pruned", "evaluations": evaluations}
+    )
 
 
 # Golden files -----------------------------------------------------------------------------------
@@ -348,3 +368,293 @@ def test_the_card_is_the_golden_one(name: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(card, encoding="utf-8")
     assert card == path.read_text(encoding="utf-8")
+
+
+# What the template names ------------------------------------------------------------------------
+
+
+def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (TEMPLATES / "card.md.j2").read_text(encoding="utf-8")
+    monkeypatch.setattr("factory.card.TEMPLATES", tmp_path)
+    words = {"if", "else", "elif", "endif", "for", "endfor", "in", "set", "and", "or", "not", "none", "is"}
+    survivors, tried = [], 0
+    for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
+        without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
+        for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):
+            is_filter = re.search(r"\|\s*$", without_strings[: name.start()])
+            if name[0] in words or is_filter or without_strings[name.end() :].startswith("="):
+                continue
+            place = expression.start() + name.end()
+            (tmp_path / "card.md.j2").write_text(template[:place] + "_x" + template[place:], encoding="utf-8")
+            tried += 1
+            if not any(_fails(card) for card in CARDS.values()):
+                survivors.append((template[:place].count("\n") + 1, name[0]))
+    assert tried > 100
+    assert survivors == []
+
+
+def _fails(card: Callable[[], str]) -> bool:
+    try:
+        card()
+    except (UndefinedError, TypeError):  # formatting an undefined value is a TypeError
+        return True
+    return False
+
+
+# Numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [demo_healed(), chat_with_other_licence(), unhealed(), healing_discarded()])
+def test_every_number_on_the_card_is_in_the_build_or_follows_from_it(build: Build) -> None:
+    card = render(build, has_healing_figure=True)
+    body = card.split("\n---\n", 1)[1].split("## Citation")[0]
+    body = re.sub(r"```python.*?```", "", body, flags=re.DOTALL)
+    known = _written(json.loads(build.model_dump_json())) | _derived(build) | {"0", "1"}  # ends of scales
+    for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)*", body):
+        grouped = re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", number)
+        plain = number.replace(",", "") if grouped else number.rstrip(",")
+        assert plain in known, f"{number} comes from nowhere"
+
+
+def _written(value: Any) -> set[str]:
+    """Every number of a nested value, in each way that a card writes numbers."""
+    if isinstance(value, dict):
+        return set().union(*(_written(item) for item in value.values()), *(_written(key) for key in value))
+    if isinstance(value, list):
+        return set().union(*map(_written, value))
+    if isinstance(value, str):
+        return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*", value)) | {value[:12]}
+    if isinstance(value, bool) or value is None:
+        return set()
+    forms = {f"{value:.{digits}f}" for digits in range(4)} | {f"{value:g}", f"{100 * value:.0f}"}
+    return (
+        forms
+        | {f"{value / unit:.3g}" for unit in (1e9, 1e6, 60)}
+        | {f"{value / unit:.2f}" for unit in (1e9, 1e6)}
+        | {f"{value / 60:.0f}", f"{value / 3600:.1f}"}
+    )
+
+
+def _derived(build: Build) -> set[str]:
+    source, shipped = build.evaluations["source"], build.evaluations[build.shipped]
+    n, layers = len(build.dropped), build.plan.num_layers
+    values = [math.exp(evaluation.loss.nats) for evaluation in build.evaluations.values()]
+    values += [shipped.loss.nats - source.loss.nats, math.exp(shipped.loss.nats - source.loss.nats)]
+    values += [build.result_parameters / build.source_parameters, build.result_bytes / build.source_bytes]
+    values += [build.source_parameters - build.result_parameters, n, n / layers, layers - 1, layers - n - 1]
+    for before, after in zip(source.tasks, shipped.tasks, strict=True):
+        if before.chance is not None:
+            values.append((after.value - before.chance) / (before.value - before.chance))
+    if "healed" in build.evaluations:
+        loss = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
+        values.append((loss["pruned"] - loss["healed"]) / (loss["pruned"] - loss["source"]))
+    if build.speed:
+        old, new = build.speed.source, build.speed.result
+        values.append(new.prefill_tokens_per_second / old.prefill_tokens_per_second)
+        values.append(new.decode_tokens_per_second / old.decode_tokens_per_second)
+    return _written(values)
+
+
+def test_the_template_itself_holds_no_numbers_but_the_ends_of_scales() -> None:
+    template = (TEMPLATES / "card.md.j2").read_text(encoding="utf-8").split("## Citation")[0]
+    prose = re.sub(r"```python.*?```|\{[{%].*?[%}]\}", "", template, flags=re.DOTALL)
+    assert set(re.findall(r"\d+", prose)) <= {"0", "1"}
+
+
+def test_recovery_counts_from_chance_and_is_unknown_where_the_source_is_at_chance() -> None:
+    source = a_score("mmlu", 0.75, chance=0.25)
+    assert recovery(source, a_score("mmlu", 0.50, chance=0.25)) == 0.5
+    assert recovery(source, source) == 1
+    assert recovery(source, a_score("mmlu", 0.25, chance=0.25)) == 0
+    assert recovery(a_score("mmlu", 0.26, chance=0.25), source) is None  # 0.01 above, stderr 0.0081
+    assert recovery(a_score("gsm8k", 0.7, chance=None), source) is None
+
+
+def test_a_perplexity_beyond_the_float_range_is_shown_as_infinite_and_kept_from_the_hub() -> None:
+    build = unhealed()
+    pruned = build.evaluations["pruned"]
+    loss = pruned.loss.model_copy(update={"nats": 800.0})
+    evaluations = build.evaluations | {"pruned": pruned.model_copy(update={"loss": loss})}
+    build = build.model_copy(update={"evaluations": evaluations})
+    assert "| Perplexity ↓ | 8.19 | ∞ |" in render(build, has_healing_figure=False)
+    metrics = front_matter(build, repo_id=None)["model-index"][0]["results"][0]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["loss", "normalized_loss"]
+
+
+# Front matter -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_the_hub_client_reads_the_front_matter_whole(card: Callable[[], str]) -> None:
+    data = ModelCard(card()).data
+    known = set(vars(ModelCardData())) | {"base_model_relation"}
+    assert set(vars(data)) <= known
+    assert data.eval_results
+    assert data.eval_results[0].metric_type == "loss"
+    assert "merge" not in data.tags
+
+
+def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> None:
+    fields = front_matter(demo_healed(), repo_id=None)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(fields)
+    assert fields["license"] == "apache-2.0"
+
+
+def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:
+    build = chat_with_other_licence()
+    link = front_matter(build, repo_id=None)["license_link"]
+    assert link == f"https://huggingface.co/{build.source.repo_id}/blob/{build.source.commit}/LICENSE"
+
+
+def test_a_discarded_healing_text_is_not_among_the_data_sets() -> None:
+    build = healing_discarded()
+    assert build.adapter is not None
+    data = build.adapter.data.model_copy(update={"hub_id": "somebody/else"})
+    build = build.model_copy(update={"adapter": build.adapter.model_copy(update={"data": data})})
+    assert front_matter(build, repo_id=None)["datasets"] == ["allenai/c4"]
+
+
+# Hostile names ----------------------------------------------------------------------------------
+
+PARSER = MarkdownIt("commonmark").enable("table")
+
+
+def _outline(card: str) -> list[str]:
+    """Every element of the body in order, links and images with their address; text is left out."""
+    outline = []
+    for token in PARSER.parse(card.split("\n---\n", 1)[1]):
+        for part in [token, *(token.children or [])]:
+            if part.type not in ("text", "text_special", "code_inline"):
+                outline.append(f"{part.type} {part.attrs.get('src', '')}{part.attrs.get('href', '')}")
+    return outline
+
+
+def _build_named(name: str) -> Build:
+    """The demo with everything that a model, a text, a task or a user can name called `name`."""
+    build = demo_healed()
+    assert build.adapter is not None
+    evaluation = build.evaluations["source"]
+    data = build.calibration.model_copy(update={"name": name, "version": name, "split": name or "-"})
+    score = evaluation.tasks[0].model_copy(update={"label": name, "metric": name, "task": name})
+    loss = evaluation.loss.model_copy(update={"data": data})
+    evaluation = evaluation.model_copy(
+        update={"tasks": (score,), "loss": loss, "harness": name, "dtype": name}
+    )
+    return build.model_copy(
+        update={
+            "name": f"x{name}",
+            "device": name,
+            "source": build.source.model_copy(update={"name": name, "license": f"x{name}"}),
+            "calibration": data,
+            "adapter": build.adapter.model_copy(update={"data": data, "target_modules": (name,)}),
+            "evaluations": dict.fromkeys(build.evaluations, evaluation),
+            "versions": {name: name},
+        }
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.text(max_size=60) | st.text(alphabet="`|*_[]()<>#!&~$\\\n\t -=+1.:/ab", max_size=60))
+@example(name="</code><script>alert(1)</script>")
+@example(name="a | b | c\n\n# A heading\n---\nlicense: mit")
+@example(name="[click](https://example.com) ![x](https://example.com/x.png) <https://example.com>")
+@example(name="`` ` ``` \\` \u202e\u200b\x1b[31m")
+@example(name="{{ 7 * 7 }} {% raw %} ~~a~~ **b** __c__ $d$ &lt;")
+def test_no_name_changes_the_shape_of_the_card(name: str) -> None:
+    card = render(_build_named(name), has_healing_figure=True)
+    assert _outline(card) == _outline(render(_build_named("word"), has_healing_figure=True))
+    assert [c for c in card if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n"] == []
+    assert ModelCard(card, ignore_metadata_errors=True).data.library_name == "transformers"
+
+
+def test_an_address_in_a_name_does_not_become_a_link() -> None:
+    assert markdown("https://example.com") == r"https\://example.com"
+    assert markdown("WWW.example.com") == r"WWW\.example.com"
+
+
+# Code on the card -------------------------------------------------------------------------------
+
+
+def _tiny_model(folder: Path, *, chat: bool) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "A": 2, "glacier": 3, "is": 4, "What": 5, "a": 6, "?": 7}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("has_chat_template", [False, True])
+def test_the_code_on_the_card_runs(
+    has_chat_template: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    build = demo_healed()
+    source = build.source.model_copy(update={"has_chat_template": has_chat_template})
+    card = render(build.model_copy(update={"source": source}), has_healing_figure=False)
+    found = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert found
+    _tiny_model(tmp_path / "model", chat=has_chat_template)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(found[1], "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+# Reproduction and files -------------------------------------------------------------------------
+
+
+def _options(build: Build) -> dict[str, Any]:
+    words = shlex.split(str(reproduction_command(build)).replace("\\\n", " "))
+    assert words[:2] == ["factory", "build"]
+    return dict(command_line.build.make_context("build", words[2:]).params)
+
+
+def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:
+    options = _options(chat_with_other_licence())
+    assert options["model"].startswith("meta-llama/Llama-3.1-8B-Instruct@0e9e39f")
+    assert (options["drop"], options["seed"], options["heal_enabled"]) == (0.25, 3, True)
+    assert (options["heal_rank"], options["heal_steps"], options["samples"]) == (8, 2000, None)
+    options = _options(unhealed())
+    assert (options["model"], options["heal_enabled"], options["tasks"]) == ("mistral-7b", False, "none")
+
+
+def test_the_command_of_a_recipe_left_alone_is_short() -> None:
+    assert str(reproduction_command(demo_healed())) == "factory build demo --drop 0.3"
+
+
+@pytest.mark.parametrize("name", ["$(touch x)", "a b; rm -r c", "it's", "`id`"])
+def test_a_folder_name_is_one_word_of_the_command(name: str) -> None:
+    build = demo_healed().model_copy(update={"reference": name})
+    assert shlex.split(str(reproduction_command(build)).replace("\\\n", " "))[2] == f"./{name}"
+
+
+def test_a_setting_without_an_option_is_still_on_the_card() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"dropout": 0.25}}
+    card = render(build.model_copy(update={"config": config}), has_healing_figure=False)
+    assert "| settings without an option | heal.dropout = 0.25 |" in card
+
+
+def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp_path: Path) -> None:
+    assert "healing.png" not in write_card(demo_healed(), tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "healing.png").touch()
+    path = write_card(demo_healed(), tmp_path, repo_id="me/demo-7-layers")
+    card = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "README.md"
+    assert "](figures/healing.png)" in card
+    assert 'model="me/demo-7-layers"' in card

@@ -1,0 +1,130 @@
+"""Markdown of the card: escaping what others named, and how numbers, sizes and texts are written."""
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from factory.artifacts import DataSource, layer_ranges
+
+HUB = "https://huggingface.co"
+
+
+def filters() -> dict[str, Any]:
+    """Filters of the card's template; those that return `Markup` escape on their own."""
+    return {
+        "code": code,
+        "count": count,
+        "duration": duration,
+        "exact": lambda value: f"{value:,}",
+        "general": lambda value: f"{value:g}",
+        "hub_url": lambda repo_id: Markup(f"{HUB}/{quote(plain(repo_id))}"),
+        "layers": layer_ranges,
+        "number": number,
+        "percent": percent,
+        "python": lambda text: Markup(json.dumps(plain(text), ensure_ascii=False)),
+        "row": row,
+        "rule": lambda cells: Markup("|---|" + "--:|" * (len(cells) - 1)),
+        "text": text_name,
+        "url": lambda text: Markup(quote(plain(text), safe=":/?=&%#~+,;@")),
+    }
+
+
+def plain(text: str) -> str:
+    """Text on one line without control, format (such as right-to-left) and surrogate characters."""
+    spaced = " ".join(text.split())
+    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
+
+
+def clean(value: Any) -> Any:
+    """`plain` on every string of a nested value."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, list) else value
+
+
+def markdown(text: str) -> Markup:
+    """Text that shows as it is, in prose and in tables: nothing in it is Markdown, HTML or a link."""
+    escaped = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", plain(text))
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(re.sub(r"://|(?<=www)\.", lambda match: "\\" + match[0], escaped, flags=re.IGNORECASE))
+
+
+def code(text: str) -> Markup:
+    """A code span; with a backtick or a table's bar in it, escaped text, which no span can hold safely."""
+    shown = plain(text)
+    return markdown(shown) if "`" in shown or "|" in shown or not shown else Markup(f"`{shown}`")
+
+
+def row(cells: Sequence[str]) -> Markup:
+    """One row of a table."""
+    return Markup(f"| {' | '.join(markdown(cell) for cell in cells)} |")
+
+
+def number(value: float, *, digits: int = 3) -> str:
+    """With a fixed number of decimals; past the float range it is infinite."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """0.624 ± 0.004."""
+    return number(value) if stderr is None else f"{number(value)} ± {number(stderr)}"
+
+
+def percent(share: float) -> str:
+    """0.785 → "79 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def text_name(data: DataSource) -> Markup:
+    """A Hub data set as a link; Python's own sources with what they are."""
+    split = f", {data.split} split" if data.split else ""
+    if data.hub_id:
+        link = f"{HUB}/datasets/{quote(plain(data.hub_id))}"
+        return Markup(f"[{markdown(data.name)}]({link}){markdown(split)}")
+    if data.name.startswith("stdlib:"):
+        return Markup(f"the source code of Python's standard library ({code(data.name)})")
+    return Markup(f"{markdown(data.name)}{markdown(split)}")
+
+
+def count(value: int) -> str:
+    """7241732096 → "7.24 billion"."""
+    for unit, name in ((10**9, " billion"), (10**6, " million"), (10**3, " thousand")):
+        if value >= 0.9995 * unit:  # what rounds up to the unit is written in it
+            return f"{value / unit:.3g}{name}"
+    return str(value)
+
+
+def size(size_bytes: int) -> str:
+    """14483464192 → "14.48 GB"."""
+    for unit_bytes, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.2f} {unit}"
+    return f"{size_bytes} B"
+
+
+def ratio(after: float, before: float) -> str:
+    """After over before: "0.73 ×"."""
+    return f"{after / before:.2f} ×" if before else "n/a"
+
+
+def rate(tokens_per_second: float, spread: float) -> str:
+    """Tokens a second with the spread as a share of it: "2,210 ± 2 %"."""
+    digits = 0 if tokens_per_second >= 100 else 1
+    return f"{tokens_per_second:,.{digits}f} ± {100 * spread:.0f} %"
