@@ -79,12 +79,12 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         _mark_loss(axes, adapter.guard_loss_before, "before healing", color=ACCENT, above=not rose)
         _mark_loss(axes, adapter.guard_loss_after, "after healing", color=INK, above=rose)
         axes.set_xlim(0, adapter.num_steps)
-        axes.margins(y=0.15)  # room for the labels
+        axes.margins(y=0.1)
         axes.grid(visible=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per token)")
-        axes.set_title("Training loss while healing")
+        axes.set_title("Training loss while healing (line), loss on held-back text (dashed)")
         return _save(figure, path_stem)
 
 
@@ -250,17 +250,16 @@ def _draw_single_layers(axes: Axes, profile: DistanceProfile, plan: PruningPlan)
 
 
 def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) -> None:
+    """A dashed line with its label at the right of the axes, where no curve runs."""
     axes.axhline(loss, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
     axes.annotate(
-        f"held-back text {label}: {loss:.3f}",
+        f"{loss:.3f} {label}",
         (1, loss),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3 if above else -4),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
-        va="bottom" if above else "top",
+        va="bottom" if above else "top",  # apart even where the two losses are equal
         color=color,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
     )
 
 

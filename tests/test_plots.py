@@ -1,0 +1,147 @@
+"""Figures: what is marked, that bytes repeat, and that the terminal's map keeps to its width."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from factory.artifacts import Adapter, DataSource, DistanceProfile, LossPoint, PruningPlan
+from factory.plan import plan
+from factory.plots import best_starts, distance_figure, healing_figure, terminal_heatmap
+
+
+def a_profile(steps: list[float]) -> DistanceProfile:
+    """Layers that turn the state by `steps` in one plane, so that distances add up."""
+    places = [math.fsum(steps[:index]) for index in range(len(steps) + 1)]
+    mean = [[abs(a - b) for b in places] for a in places]
+    return DistanceProfile(
+        num_layers=len(steps),
+        num_samples=8,
+        sequence_length=64,
+        num_tokens=512,
+        mean=mean,
+        stderr=[[0.05 * value for value in row] for row in mean],
+        data=DataSource(name="text", version="0"),
+    )
+
+
+def even_profile(num_layers: int) -> DistanceProfile:
+    return a_profile([0.5 / num_layers * (1 + 0.3 * math.sin(layer)) for layer in range(num_layers)])
+
+
+def an_adapter(*, curve: tuple[LossPoint, ...], after: float = 3.0) -> Adapter:
+    return Adapter(
+        folder=Path(),
+        objective="sft",
+        quantization="nf4",
+        rank=8,
+        learning_rate=3e-4,
+        target_modules=("mlp.up_proj",),
+        num_steps=100,
+        num_tokens=1000,
+        sequence_length=64,
+        num_trainable_parameters=10,
+        curve=curve,
+        guard_loss_before=5.0,
+        guard_loss_after=after,
+        data=DataSource(name="text", version="0"),
+    )
+
+
+CURVE = tuple(LossPoint(step=step, loss=3 + 2 * math.exp(-step / 20)) for step in range(10, 101, 10))
+
+
+@pytest.mark.parametrize(("num_layers", "block_size"), [(3, 1), (4, 2), (32, 10), (126, 40)])
+def test_the_distance_figure_is_drawn_for_shallow_and_deep_models(
+    num_layers: int, block_size: int, tmp_path: Path
+) -> None:
+    profile = even_profile(num_layers)
+    chosen = plan(profile, block_size=block_size)
+    png, svg = distance_figure(profile, chosen, path_stem=tmp_path / "angular-distance")
+    assert [png.name, svg.name] == ["angular-distance.png", "angular-distance.svg"]
+    with Image.open(png) as image:
+        assert image.width == 1640
+        assert image.convert("RGBA").getextrema()[3] == (255, 255)  # opaque: shows on a dark page too
+    assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
+    assert svg.stat().st_size < 250_000
+
+
+def test_equal_values_give_equal_bytes_without_a_date(tmp_path: Path) -> None:
+    profile = even_profile(12)
+    chosen = plan(profile, block_size=3)
+    first = distance_figure(profile, chosen, path_stem=tmp_path / "a")
+    first += healing_figure(an_adapter(curve=CURVE), path_stem=tmp_path / "b")
+    matplotlib.rcParams["font.size"] = 30  # what somebody else has set does not count
+    try:
+        second = distance_figure(profile, chosen, path_stem=tmp_path / "c")
+        second += healing_figure(an_adapter(curve=CURVE), path_stem=tmp_path / "d")
+        assert matplotlib.rcParams["font.size"] == 30
+    finally:
+        matplotlib.rcdefaults()
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+        assert b"<dc:date>" not in one.read_bytes()
+        assert b"Software" not in one.read_bytes()
+
+
+def test_scattered_layers_are_drawn_without_a_block(tmp_path: Path) -> None:
+    scattered = PruningPlan(criterion="influence", num_layers=12, dropped=(2, 7, 9))
+    for path in distance_figure(even_profile(12), scattered, path_stem=tmp_path / "x"):
+        assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize(("curve", "after"), [(CURVE, 3.0), (CURVE[:1], 5.5), ((), 3.0)])
+def test_the_healing_figure_is_drawn_for_short_curves_and_for_a_loss_that_rose(
+    curve: tuple[LossPoint, ...], after: float, tmp_path: Path
+) -> None:
+    png, svg = healing_figure(an_adapter(curve=curve, after=after), path_stem=tmp_path / "healing")
+    with Image.open(png) as image:
+        assert image.width == 1640
+    assert svg.stat().st_size > 0
+
+
+steps = st.lists(st.floats(0.001, 0.02), min_size=3, max_size=48)
+
+
+@given(steps=steps)
+def test_circles_mark_what_a_plan_would_choose(steps: list[float]) -> None:
+    profile = a_profile(steps)
+    starts = best_starts(profile)
+    assert len(starts) == profile.num_layers - 1
+    for size, start in enumerate(starts, start=1):
+        assert plan(profile, block_size=size).dropped[0] == start
+
+
+@settings(deadline=None)
+@given(num_layers=st.integers(3, 130), width=st.integers(10, 200), data=st.data())
+def test_the_terminal_map_keeps_to_the_width_and_marks_the_cut(
+    num_layers: int, width: int, data: st.DataObject
+) -> None:
+    profile = even_profile(num_layers)
+    chosen = plan(profile, block_size=data.draw(st.integers(1, num_layers - 1)))
+    text = terminal_heatmap(profile, chosen, width=width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= max(width, 40)
+    assert len(lines) <= 19
+    assert all(line == line.rstrip() for line in lines)
+    assert text.isprintable() or "\n" in text
+    assert [line for line in lines if line.lstrip().startswith(f"▸{len(chosen.dropped)} ")]
+    assert all("●" in line for line in lines[:-2])
+    assert "▲" in lines[-2]
+
+
+def test_the_terminal_map_is_readable() -> None:
+    profile = a_profile([0.2, 0.05, 0.012, 0.02, 0.01, 0.1])
+    assert terminal_heatmap(profile, plan(profile, block_size=2), width=60).splitlines() == [
+        "   5 ●●            0.292",
+        "   4 ▒▒●●          0.092",
+        "   3 ▓▓░░●●        0.042",
+        "  ▸2 ▓▓▒▒░░●●      0.030",
+        "   1 ██▓▓░░▒▒●●    0.010",
+        "     ──────▲▲▲▲──",
+        "     0          5",
+    ]
