@@ -15,6 +15,7 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import CheckpointError, VerificationError
+from factory.reload import parameter_names
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +59,8 @@ def merge(
         VerificationError: The adapter does not fit the weights, or the result is not finite.
     """
     tensors = checkpoint.read_checkpoint(pruned.folder)
-    updates = read_updates(adapter.folder, tensors=tensors)
+    names = parameter_names(pruned.folder, tensors)
+    updates = read_updates(adapter.folder, {name: tensors[stored] for name, stored in names.items()})
 
     def transform(name: str, tensor: TensorInfo) -> memoryview | None:
         return apply_update(tensor, updates[name]) if name in updates else None
@@ -78,8 +80,12 @@ def merge(
     )
 
 
-def read_updates(adapter_folder: Path, *, tensors: Mapping[str, TensorInfo]) -> dict[str, Update]:
-    """Tensor name → its update, checked against names, shapes and dtypes of the checkpoint.
+def read_updates(adapter_folder: Path, parameters: Mapping[str, TensorInfo]) -> dict[str, Update]:
+    """Name of a stored tensor → its update, checked against names, shapes and dtypes of the checkpoint.
+
+    Args:
+        adapter_folder: Holds the adapter in peft's format.
+        parameters: Parameter name in the loaded model → the tensor that it is stored as.
 
     Raises:
         CheckpointError: Damaged files, or more than plain LoRA.
@@ -90,15 +96,15 @@ def read_updates(adapter_folder: Path, *, tensors: Mapping[str, TensorInfo]) -> 
     updates = {}
     for module in _module_names(stored):
         name = f"{module}.weight"
-        if name not in tensors:
+        if name not in parameters:
             raise VerificationError(
-                f"the adapter changes {name!r}, which the checkpoint does not have",
-                hint="it was trained for another model, or on weights that load fused; leave that module out",
+                f"the adapter changes {name!r}, which the checkpoint does not store as such",
+                hint="it was trained for another model, or on weights that are tied, or fused on loading",
             )
         a, b = (stored[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
         update = Update(a, b, _scale(config, module, rank=a.shape[0]), bool(config.get("fan_in_fan_out")))
-        _check_fits(tensors[name], update)
-        updates[name] = update
+        _check_fits(parameters[name], update)
+        updates[parameters[name].name] = update
     if not updates:
         raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
     return updates

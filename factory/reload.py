@@ -1,0 +1,177 @@
+"""What transformers makes of a checkpoint: its names and shapes without values, and its logits."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging as transformers_logging
+
+from factory import checkpoint, decoder
+from factory.errors import VerificationError
+
+NUM_NAMED = 4  # tensors that an error message names
+RELATIVE_LIMIT = 1e-4  # of the largest logit; fp32 sums in another order stay far below
+
+transformers_logging.disable_progress_bar()
+
+
+def verify(folder: Path, *, source_folder: Path | None = None) -> None:
+    """Match names and shapes on disk with the architecture that config.json describes, on the meta device.
+
+    transformers does the matching, so renamed and fused weights, tied embeddings and buffers are its
+    business. Packed tensors of a quantised checkpoint are not compared: their loaders ask for a library
+    of their own and often for a GPU.
+
+    Args:
+        folder: A complete checkpoint.
+        source_folder: What it was made from; tensors that its architecture leaves unused may be unused
+            here too.
+
+    Raises:
+        VerificationError: Names the first tensors that are missing, left over or of another shape.
+    """
+    config = _config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    report = _loading_report(folder, config)
+    unexpected = report["unexpected_keys"]
+    if unexpected and source_folder:
+        unused = _loading_report(source_folder, _config(source_folder))["unexpected_keys"]
+        allowed = {_any_layer(name) for name in unused}
+        unexpected = {name for name in unexpected if _any_layer(name) not in allowed}
+    problems = [
+        f"{kind} {_some(names)}"
+        for kind, names in (
+            ("missing", report["missing_keys"]),
+            ("unexpected", unexpected),
+            ("of another shape", {name for name, *_ in report["mismatched_keys"]}),
+        )
+        if names
+    ]
+    if problems:
+        raise VerificationError(
+            f"the weights are not those of config.json: {'; '.join(problems)}",
+            hint="the model disagrees with its own configuration, or this architecture is not supported",
+        )
+
+
+def parameter_names(folder: Path, stored_names: Iterable[str]) -> dict[str, str]:
+    """Parameter name in the loaded model → tensor name on disk, for those that load as they are stored.
+
+    The two differ where transformers renames weights (Gemma 3) or adds a prefix (GPT-2). Tensors that
+    are fused on loading (experts of Mixtral) are left out.
+    """
+    model = _skeleton(_config(folder))
+    expected = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = {}
+    for stored in stored_names:
+        name, fused = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if fused is None and name in expected:
+            names[name] = stored
+    return names
+
+
+@torch.no_grad()
+def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence[int]) -> None:
+    """Compare the reloaded checkpoint, in fp32 on the CPU, with the source whose layers are skipped.
+
+    Catches what names and shapes cannot show: a per-layer setting that went to another layer, and layers
+    whose number in the cache is not their place. Both models are in memory: for small ones only.
+
+    Raises:
+        VerificationError: Logits differ, or differ between one pass and a pass with a cache.
+    """
+    source, pruned = _load(source_folder), _load(pruned_folder)
+    vocab_size = pruned.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
+    with _quietly():  # transformers would remark on padding tokens among the random ones
+        with decoder.skip_layers(source, dropped):
+            expected = source(tokens, use_cache=False).logits  # [b, s, V]
+        actual = pruned(tokens, use_cache=False).logits
+        prefix = pruned(tokens[:, :-4], use_cache=True)
+        rest = pruned(tokens[:, -4:], past_key_values=prefix.past_key_values, use_cache=True)
+    _check_equal(actual, expected, what="the source without the dropped layers")
+    cached = torch.cat([prefix.logits, rest.logits], dim=1)
+    _check_equal(cached, actual, what="one pass over the same tokens without a cache")
+
+
+def _config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
+    """What `from_pretrained` finds wrong: sets missing_keys, unexpected_keys and mismatched_keys."""
+    state = {
+        name: torch.empty(tensor.shape, device="meta")
+        for name, tensor in checkpoint.read_checkpoint(folder).items()
+    }
+    architecture = type(_skeleton(config))
+    with _quietly():
+        try:
+            _, report = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=torch.float32,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported, not raised
+            )
+        except RuntimeError as error:  # parts of a fused weight that do not fit together
+            raise VerificationError(
+                f"the weights in {folder} cannot be fused as this architecture needs them",
+                hint="the model disagrees with its own configuration",
+            ) from error
+    found: dict[str, Any] = report
+    return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' reports and remarks off the terminal; what matters in them is raised."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:NUM_NAMED])
+    return shown if len(ordered) <= NUM_NAMED else f"{shown} and {len(ordered) - NUM_NAMED} more"
+
+
+def _check_equal(actual: torch.Tensor, expected: torch.Tensor, *, what: str) -> None:
+    difference = float((actual - expected).abs().max())
+    limit = RELATIVE_LIMIT * float(expected.abs().max())
+    if not difference <= limit:  # NaN fails too
+        raise VerificationError(
+            f"the pruned model's logits differ by {difference:.3g} from {what} (limit {limit:.3g})",
+            hint="this architecture is not pruned right; please report it",
+        )
