@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -304,6 +305,8 @@ def main() -> None:
     """Run the command line; the one place where errors become lines and exit codes."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -4,15 +4,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, disable_progress_bars
 from peft import LoraConfig
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -22,6 +23,8 @@ from factory.decoder import decoder_layers
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.models import load_model, load_tokenizer
 from factory.texts import Text, windows
+
+disable_progress_bars()
 
 GUARD_SEQUENCES = 64  # held back from the healing text
 GUARD_SHARE = 0.1  # at most, of the training tokens
@@ -54,6 +57,7 @@ def heal(
     model = load_model(pruned.folder, four_bit=True)
     modules = feed_forward_modules(model)
     trainer = _trainer(model, tokenizer, modules, train, guard, settings=settings, seed=seed, folder=folder)
+    trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(_Progress(progress))
     before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
@@ -109,19 +113,20 @@ def _data_sets(
     sequences = _sequences(text, tokenizer, settings=settings, seed=seed)
     guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
     guard = list(_until(sequences, num_tokens=guard_tokens))
-    train_tokens = folder / "tokens"
-    shutil.rmtree(train_tokens, ignore_errors=True)  # cut short: made again from the same text
-    train = Dataset.from_generator(
-        lambda: ({"input_ids": tokens} for tokens in _until(sequences, num_tokens=budget)),
-        features=Features({"input_ids": List(Value("int32"))}),
-        cache_dir=str(train_tokens),
-        fingerprint=f"heal-{seed}",
-    )
-    if len(train) == 0:
+    first = next(sequences, None)
+    if first is None:
         raise DataError(
             f"{text.data.name} holds too little text to heal on",
             hint="give more with --heal-data, or build without healing: --no-heal",
         )
+    scratch = folder / "tokens"
+    shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
+    train = Dataset.from_generator(
+        lambda: ({"input_ids": tokens} for tokens in _until(chain([first], sequences), num_tokens=budget)),
+        features=Features({"input_ids": List(Value("int32"))}),
+        cache_dir=str(scratch),
+        fingerprint=f"heal-{seed}",
+    )
     return Dataset.from_dict({"input_ids": guard}), train
 
 
@@ -170,6 +175,7 @@ def _trainer(
         gradient_checkpointing=on_gpu,
         include_num_input_tokens_seen="non_padding",
         logging_steps=max(1, settings.num_steps // CURVE_POINTS),
+        logging_nan_inf_filter=False,  # a loss that is not finite must show
         save_steps=max(1, settings.num_steps // CHECKPOINTS),
         save_total_limit=2,
         seed=seed,

@@ -1,9 +1,13 @@
 """A checkpoint in memory: device, dtype, tokenizer, padded batches."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises on kernels not needed here
+
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -48,7 +52,20 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
         device_map={"": device},
         trust_remote_code=False,
     )
+    if four_bit and device.type == "cpu":
+        _keep_trainable(model)
     return model.eval()
+
+
+def _keep_trainable(model: Any) -> None:
+    """Keep 4-bit weights in the layout that has gradients.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer for good at its first forward pass in
+    evaluation mode; training after that runs without a gradient for the layer's input, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(folder: Path) -> Any:

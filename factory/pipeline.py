@@ -73,6 +73,7 @@ class Run:
     texts: Texts
     rerun: frozenset[str] = frozenset()
     only_look: bool = False  # raise Missing instead of working
+    remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -91,7 +92,8 @@ class Run:
         name = f"{stage} {label}".strip()
         libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
         spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
-        if self.only_look and (stage in self.rerun or self.store.find(spec) is None):
+        rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
+        if self.only_look and (rerun or self.store.find(spec) is None):
             raise Missing(stage)
 
         def make(folder: Path) -> None:
@@ -102,9 +104,11 @@ class Run:
             spec,
             make,
             resumable=stage == "heal",
-            rerun=stage in self.rerun,
+            rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
         )
+        if not result.reused:
+            self.remade.add(result.key)
         value = artifact.read(result.folder)
         self.keys[name] = result.key
         self.seconds[name] = result.seconds

@@ -19,7 +19,6 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
             "PATH": "/usr/bin:/bin",
             "FACTORY_HOME": str(home / "home"),
             "HF_HOME": str(home / "hf"),
-            **options,
         },
         capture_output=True,
         text=True,

@@ -1,0 +1,131 @@
+"""Healing lowers the loss, resumes where it was cut short, and leaves an adapter without a path in it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from factory.artifacts import Adapter, Checkpoint, DataSource
+from factory.config import HealSettings
+from factory.errors import DataError, HealingError
+from factory.heal import feed_forward_modules, heal
+from factory.models import load_model
+from factory.texts import Text
+from tests.tiny import rhymes, save_llama
+
+SETTINGS = HealSettings(
+    data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=2, sequence_length=64
+)
+
+
+def text_of(documents: list[str]) -> Text:
+    return Text(DataSource(name="rhymes", version="1"), lambda: iter(documents))
+
+
+def checkpoint(folder: Path) -> Checkpoint:
+    return Checkpoint(folder=folder, num_layers=4, num_parameters=1, size_bytes=1, files={})
+
+
+def quiet(_done: int, _total: int, _note: str) -> None: ...
+
+
+def run(
+    model: Path,
+    folder: Path,
+    *,
+    settings: HealSettings = SETTINGS,
+    progress: Callable[[int, int, str], None] = quiet,
+    documents: list[str] | None = None,
+) -> Adapter:
+    folder.mkdir(exist_ok=True)
+    text = text_of(rhymes(60) if documents is None else documents)
+    return heal(checkpoint(model), text, settings=settings, seed=0, folder=folder, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def healed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    return run(model, tmp_path_factory.mktemp("adapter"))
+
+
+def test_healing_lowers_the_loss_on_text_held_back(healed: Adapter) -> None:
+    assert healed.helped
+    assert healed.guard_loss_after < healed.guard_loss_before - 0.05
+    assert healed.curve[-1].loss < healed.curve[0].loss
+    assert healed.num_tokens > 0.8 * 12 * 2 * 64  # packed: hardly any padding
+
+
+def test_only_peft_files_stay_and_they_name_no_path(healed: Adapter, model: Path) -> None:
+    names = sorted(path.name for path in healed.folder.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((healed.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 4, 0.05)
+    assert str(model) not in json.dumps(config)
+
+
+def test_the_adapter_is_on_the_feed_forward_modules_alone_and_in_fp32(healed: Adapter) -> None:
+    tensors = load_file(healed.folder / "adapter_model.safetensors")
+    modules = {name.split(".layers.")[1].split(".", 1)[1].split(".lora_")[0] for name in tensors}
+    assert modules == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"} == set(healed.target_modules)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert len(tensors) == 4 * 3 * 2
+
+
+def test_a_run_cut_short_ends_with_the_adapter_of_an_undisturbed_one(
+    model: Path, healed: Adapter, tmp_path: Path
+) -> None:
+    def cut(done: int, _total: int, _note: str) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "adapter", progress=cut)
+    steps: list[int] = []
+    resumed = run(model, tmp_path / "adapter", progress=lambda done, _total, _note: steps.append(done))
+    assert steps[0] > 1  # it did not begin anew
+    name = "adapter_model.safetensors"
+    assert (resumed.folder / name).read_bytes() == (healed.folder / name).read_bytes()
+    assert resumed.model_dump(exclude={"folder"}) == healed.model_dump(exclude={"folder"})
+
+
+def test_four_bit_weights_keep_their_gradient_after_a_pass_in_evaluation_mode(model: Path) -> None:
+    def input_gradient(*, evaluate_first: bool) -> torch.Tensor:
+        loaded = load_model(model, four_bit=True)
+        if evaluate_first:
+            with torch.no_grad():
+                loaded(torch.arange(8)[None])
+        loaded.train()
+        embeddings = loaded.get_input_embeddings()(torch.arange(8)[None]).detach().requires_grad_()
+        loaded(inputs_embeds=embeddings).logits.square().mean().backward()
+        return embeddings.grad
+
+    assert torch.equal(input_gradient(evaluate_first=True), input_gradient(evaluate_first=False))
+
+
+def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="rhymes holds too little text"):
+        run(model, tmp_path / "adapter", documents=["one two"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model: Path, tmp_path: Path) -> None:
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(HealingError, match="the loss is nan at step") as caught:
+        run(model, tmp_path / "adapter", settings=wild)
+    assert "--heal-lr" in caught.value.hint
+
+
+def test_feed_forward_modules_are_found_by_structure() -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, vocab_size=32))
+    phi = Phi3ForCausalLM(Phi3Config(**size, vocab_size=32, num_key_value_heads=2, pad_token_id=0))
+    assert feed_forward_modules(neox) == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
+    assert feed_forward_modules(phi) == ["mlp.down_proj", "mlp.gate_up_proj"]
