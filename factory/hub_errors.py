@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from factory import __version__
-from factory.errors import HubError
+from factory.errors import DiskSpaceError, FactoryError, HubError
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0  # of the server; a large commit takes it a while
@@ -42,18 +43,24 @@ CLIENT_ERRORS = (
 
 
 def hub_api() -> HfApi:
-    """A client without progress bars, whose calls end even if the server falls silent.
-
-    The client's own session waits for ever.
-    """
+    """A client without progress bars, whose calls end even if the server falls silent."""
     disable_progress_bars()
-    get_session().timeout = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+    hooks = get_session().event_hooks["request"]
+    if _bound_in_time not in hooks:
+        hooks.append(_bound_in_time)
     return HfApi(library_name="hf-factory", library_version=__version__)
+
+
+def _bound_in_time(request: httpx2.Request) -> None:
+    """Bound every wait that the client leaves open; it asks for most things with `timeout=None`."""
+    bounds = {"connect": CONNECT_SECONDS, "pool": None, "read": SILENCE_SECONDS, "write": SILENCE_SECONDS}
+    asked = {key: value for key, value in request.extensions["timeout"].items() if value is not None}
+    request.extensions["timeout"] = bounds | asked
 
 
 @contextmanager
 def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Turn the client's errors into a `HubError` about `repo_id`; other errors pass.
+    """Turn the client's errors into a `FactoryError` about `repo_id`; other errors pass.
 
     Args:
         repo_id: What the block is about.
@@ -62,6 +69,7 @@ def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = Fal
 
     Raises:
         HubError: Never with a token in it.
+        DiskSpaceError: The disk is full.
     """
     try:
         yield
@@ -74,7 +82,7 @@ def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = Fal
 
 def explain(
     error: BaseException, *, repo_id: str, revision: str | None = None, writing: bool = False
-) -> HubError | None:
+) -> FactoryError | None:
     """What an error of the client means; None if it is not about the Hub."""
     for cause in _causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
@@ -82,10 +90,8 @@ def explain(
         if isinstance(cause, HFValidationError):
             return HubError(f"{repo_id!r} is no repository name", hint="give owner/name")
         if isinstance(cause, OfflineModeIsEnabled):
-            return HubError(
-                f"HF_HUB_OFFLINE is set and {repo_id} is not completely in the cache",
-                hint="unset HF_HUB_OFFLINE, or pull the model while online",
-            )
+            lacks = "nothing can be published" if writing else f"{repo_id} is not completely in the cache"
+            return HubError(f"HF_HUB_OFFLINE is set and {lacks}", hint=f"unset it and {AGAIN}")
         if isinstance(cause, HfHubHTTPError):
             return _explain_answer(cause, repo_id=repo_id, revision=revision, writing=writing)
         if isinstance(cause, httpx2.TimeoutException):
@@ -120,14 +126,11 @@ def _later(writing: bool) -> str:
     )
 
 
-def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> HubError | None:
-    """Errors that come without a response: xet's `ConnectionError`, LFS's `ValueError`, a cut download."""
+def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> FactoryError | None:
+    """Errors that come without a response: xet's, LFS's `ValueError`, a cut download, a full disk."""
     text = str(error)
-    if isinstance(error, ConnectionError):
-        status = re.search(r"\b([45]\d\d) [A-Z]", text)
-        if status:
-            return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
-        return HubError(f"the transfer with {repo_id} failed: {_line(error)}", hint=_later(writing))
+    if "No space left" in text:
+        return DiskSpaceError(f"the disk is full: {_line(text)}", hint=f"make room and {AGAIN}")
     if text.startswith("LFS batch API"):
         return HubError(
             f"the Hub refuses a file for {repo_id}: {_line(text.partition(chr(10))[2])}",
@@ -135,6 +138,15 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Hu
         )
     if text.startswith("Consistency check failed"):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
+    if isinstance(error, JSONDecodeError):
+        return HubError(
+            f"{constants.ENDPOINT} does not answer like a Hub", hint="check HF_ENDPOINT and proxies"
+        )
+    if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError):
+        status = re.search(r"\(([45]\d\d) [A-Z]", text)  # xet: "… client error (403 Forbidden), domain: …"
+        if status:
+            return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
+        return HubError(f"the transfer with {repo_id} failed: {_line(text)}", hint=_later(writing))
     return None
 
 
@@ -142,6 +154,7 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
     """Errors that the Hub itself sent."""
     page = f"{constants.ENDPOINT}/{repo_id}"
     message = error.server_message or ""
+    refused_token = "credentials" in (error.response.headers.get("X-Error-Message") or "")
     if isinstance(error, GatedRepoError):
         return HubError(
             f"{repo_id} is gated, and your account has not been given access",
@@ -156,10 +169,8 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
         return HubError(f"{repo_id} lacks {error.response.url.path.rsplit('/', 1)[-1]}", hint=f"see {page}")
     if isinstance(error, DisabledRepoError):
         return HubError(f"{repo_id} has been disabled by the Hub or its owner", hint=f"see {page}")
-    if error.response.status_code == 401 and "credentials" in (
-        error.response.headers.get("X-Error-Message") or ""
-    ):
-        return _bad_token()
+    if error.response.status_code == 401 and refused_token:
+        return _bad_token(writing)
     if isinstance(error, RepositoryNotFoundError) or (error.response.status_code == 401 and not writing):
         access = "a private one needs " + (
             "a token of yours that may read it" if get_token() else "`hf auth login` first"
@@ -172,9 +183,11 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
     return _by_status(error.response.status_code, _line(message), repo_id=repo_id, writing=writing, wait=wait)
 
 
-def _bad_token() -> HubError:
+def _bad_token(writing: bool) -> HubError:
+    nothing = "nothing was published; " if writing else ""
     return HubError(
-        "the Hub does not accept your token", hint="run `hf auth login`; HF_TOKEN, where set, comes first"
+        "the Hub does not accept your token",
+        hint=f"{nothing}run `hf auth login` (HF_TOKEN, where set, comes first)",
     )
 
 
@@ -183,7 +196,7 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
     said = f": {message}" if message else ""
     nothing = "nothing was published; " if writing else ""
     if status == 401:
-        return _bad_token()
+        return _bad_token(writing)
     if status == 403 and writing:
         return HubError(
             f"your token may not write to {repo_id}{said}",

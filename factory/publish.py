@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -13,12 +14,12 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source, sha256_of_file
-from factory.errors import HubError
+from factory.errors import HubError, UsageError
 from factory.hub_errors import (
     AGAIN,
     CLIENT_ERRORS,
@@ -64,7 +65,12 @@ def push(
 
     Raises:
         HubError: Says what was refused; either everything was published or nothing.
+        UsageError: A pull request to another branch than main.
     """
+    if create_pr and revision not in (None, "main"):
+        raise UsageError(
+            f"a pull request goes to main, not to {revision!r}", hint="leave out --revision or --create-pr"
+        )
     if get_token() is None:
         raise not_logged_in()
     api = hub_api()
@@ -116,7 +122,7 @@ def _check_card(folder: Path, *, repo_id: str) -> None:
     try:
         with hub_errors(repo_id, writing=True):
             ModelCard.load(path).validate()
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"the Hub refuses the card {path}: {_reasons(str(error))}",
             hint="nothing was published; mend the card",
@@ -147,12 +153,10 @@ def _open_repository(
     """Find or create repository and branch: whether it is private, its head, and the branch."""
     try:
         info = api.model_info(repo_id)
-    except GatedRepoError:
-        raise
     except RepositoryNotFoundError:
         info = None
-    if info is None:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+    if info is None:  # `exist_ok` would hide who else made it in between, and fails on some 409 answers
+        api.create_repo(repo_id, private=private)
         info = api.model_info(repo_id)
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)

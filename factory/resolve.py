@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
@@ -274,7 +275,7 @@ def _card_of(folder: Path) -> dict[str, Any]:
     """Front matter of a folder's README.md; nothing where there is none."""
     try:
         return (metadata_load(folder / README) if (folder / README).is_file() else None) or {}
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ModelError(
             f"{folder / README}: {str(error).splitlines()[0]}", hint="mend its front matter"
         ) from error

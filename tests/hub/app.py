@@ -78,6 +78,8 @@ class Application:
             return
         fault.times -= 1
         await asyncio.sleep(fault.delay_seconds)
+        if fault.meanwhile:
+            fault.meanwhile()
         if fault.drop:
             if fault.after:
                 self.answer(request)

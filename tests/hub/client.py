@@ -22,13 +22,16 @@ from factory.errors import FactoryError
 
 hub_errors.SILENCE_SECONDS = 2.0
 
-def pull(reference):
+def pull(source):
     seen = []
-    source = hub.pull(hub.resolve(reference), progress=lambda done, total: seen.append((done, total)))
-    return {**json.loads(source.model_dump_json()), "folder": str(source.folder), "progress": seen}
+    pulled = hub.pull(Source.model_validate(source), progress=lambda done, total: seen.append((done, total)))
+    return {"folder": str(pulled.folder), "progress": seen}
 
 def resolve(reference, **options):
     return json.loads(hub.resolve(reference, **options).model_dump_json())
+
+def default_repo_name(source, drop):
+    return hub.default_repo_name(Source.model_validate(source), drop)
 
 def push(folder, **options):
     return json.loads(publish.push(Path(folder), **options).model_dump_json())

@@ -1,6 +1,7 @@
 """Faults that a test can inject: which requests go wrong, how, and how often."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
@@ -14,7 +15,8 @@ class Fault:
 
     `status` answers with that status instead of the route; `drop` closes the connection without an
     answer (`after` the route has done its work, or before); `truncate` sends half of the body and closes;
-    `short` sends half of the body as if it were all; `corrupt` flips one bit in the middle.
+    `short` sends half of the body as if it were all; `corrupt` flips one bit in the middle; `meanwhile` is
+    called before the route, which then answers as always.
     """
 
     method: str  # regular expression, on the whole method
@@ -28,6 +30,7 @@ class Fault:
     short: bool = False
     corrupt: bool = False
     delay_seconds: float = 0.0
+    meanwhile: Callable[[], object] | None = None
     times: int = FOREVER
 
     def matches(self, method: str, path: str) -> bool:
@@ -35,7 +38,9 @@ class Fault:
         return self.times > 0 and bool(re.fullmatch(self.method, method)) and bool(re.search(self.path, path))
 
     def damage(self, response: Response) -> Response:
-        """The answer after `short` or `corrupt`."""
+        """The answer after `short` or `corrupt`; the same answer without them."""
+        if not (self.short or self.corrupt):
+            return response
         body = bytes(response.body)
         if self.corrupt:
             middle = len(body) // 2

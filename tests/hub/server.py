@@ -129,5 +129,5 @@ def _bound_socket() -> socket.socket:
 
 def _uvicorn_config(app: Application) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http="h11", lifespan="off", log_level="error", access_log=False, proxy_headers=False
+        app, http="h11", lifespan="off", log_level="critical", access_log=False, proxy_headers=False
     )
