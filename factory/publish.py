@@ -14,8 +14,8 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.hf_api import CommitInfo, RepoFile
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source, sha256_of_file
@@ -79,10 +79,13 @@ def push(
     _check_card(folder, repo_id=repo_id)
     local = _local_files(folder)
     with hub_errors(repo_id, revision=revision, writing=True):
-        private, head, target = _open_repository(api, repo_id, private=private, revision=revision)
+        info, new_branch = _open_repository(api, repo_id, private=private, revision=revision)
+        head = str(info.sha)
         remote = _remote_files(api, repo_id, commit=head)
         if not (force or create_pr):
             _check_ours(remote, repo_id=repo_id, commit=head)
+        if new_branch:
+            api.create_branch(repo_id, branch=new_branch, revision=head)
     stale = [name for name in remote if _is_weight(name) and name not in local]
     commit = head
     if stale or not _same(folder, local, remote):
@@ -92,7 +95,7 @@ def push(
         ]
         request = {
             "commit_message": message,
-            "revision": target,
+            "revision": revision,
             "create_pr": create_pr,
             "parent_commit": head,
         }
@@ -101,7 +104,7 @@ def push(
         repo_id=repo_id,
         url=f"{constants.ENDPOINT}/{repo_id}",
         commit=commit,
-        private=private,
+        private=bool(info.private),
         files=local,
     )
 
@@ -149,8 +152,8 @@ def _local_files(folder: Path) -> dict[str, str]:
 
 def _open_repository(
     api: HfApi, repo_id: str, *, private: bool, revision: str | None
-) -> tuple[bool, str, str | None]:
-    """Find or create repository and branch: whether it is private, its head, and the branch."""
+) -> tuple[ModelInfo, str | None]:
+    """The repository, created if it is new, at the head to commit on; and the branch to make."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -158,10 +161,12 @@ def _open_repository(
     if info is None:  # `exist_ok` would hide who else made it in between, and fails on some 409 answers
         api.create_repo(repo_id, private=private)
         info = api.model_info(repo_id)
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-    return bool(info.private), str(info.sha), revision
+    if revision is None:
+        return info, None
+    try:
+        return api.model_info(repo_id, revision=revision), None
+    except RevisionNotFoundError:
+        return info, revision
 
 
 def _remote_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFile]:
@@ -220,9 +225,7 @@ def _commit(
         commit = made.oid
     except CLIENT_ERRORS as error:
         # The commit may have been made although its answer was lost.
-        landed = is_lost_connection(error) and _landed(
-            api, repo_id, request["revision"], folder=folder, local=local
-        )
+        landed = is_lost_connection(error) and _landed(api, repo_id, request, folder=folder, local=local)
         if not landed:
             explained = explain(error, repo_id=repo_id, revision=request["revision"], writing=True)
             if explained is None:
@@ -246,11 +249,24 @@ def _commit(
 
 
 def _landed(
-    api: HfApi, repo_id: str, revision: str | None, *, folder: Path, local: dict[str, str]
+    api: HfApi, repo_id: str, request: dict[str, Any], *, folder: Path, local: dict[str, str]
 ) -> str | None:
-    """The head of the branch, if it holds every local file."""
+    """The head of the branch if it holds every local file; None if it does not.
+
+    Raises:
+        HubError: It cannot be found out.
+    """
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    if request["create_pr"]:
+        raise HubError(
+            f"the connection was lost while a pull request to {repo_id} was on its way",
+            hint=f"look whether it is at {page}/discussions; if not, {AGAIN}",
+        )
     try:
-        head = str(api.model_info(repo_id, revision=revision).sha)
+        head = str(api.model_info(repo_id, revision=request["revision"]).sha)
         return head if _same(folder, local, _remote_files(api, repo_id, commit=head)) else None
-    except CLIENT_ERRORS:
-        return None
+    except CLIENT_ERRORS as error:
+        raise HubError(
+            f"the connection to the Hub was lost; whether {repo_id} was published is unknown",
+            hint=f"check the network and {AGAIN}: it publishes what is missing, once",
+        ) from error

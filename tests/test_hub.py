@@ -369,8 +369,10 @@ def test_a_bare_name_belongs_to_whoever_is_logged_in(hub: Hub, xet: Client, buil
 def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client, build: Path) -> None:
     hub.storage.put("model", "alice/thesis", {"thesis.txt": b"years of work"})
     before = hub.files("alice/thesis")
-    refused(push(xet, build, "alice/thesis"), "thesis.txt", "nothing was published")
+    for branch in (None, "v2"):
+        refused(push(xet, build, "alice/thesis", revision=branch), "thesis.txt", "nothing was published")
     assert hub.files("alice/thesis") == before
+    assert hub.repository("alice/thesis").refs.keys() == {"main"}
     proposal = push(xet, build, "alice/thesis", create_pr=True)
     assert hub.files("alice/thesis") == before
     assert hub.files("alice/thesis", revision=proposal.value["commit"]) == before | content_of(build)
@@ -479,6 +481,27 @@ def test_a_commit_whose_answer_is_lost_is_found(hub: Hub, xet: Client, build: Pa
     assert answer.error is None, answer.message
     assert answer.value["commit"] == hub.repository("alice/landed").refs["main"]
     assert num_commits(hub, "alice/landed") == 1
+
+
+def test_where_the_hub_is_gone_for_good_nothing_is_claimed(hub: Hub, xet: Client, build: Path) -> None:
+    gone = hub.fail("GET", "/api/models/alice/gone", drop=True, times=0)
+
+    def vanish() -> None:
+        gone.times = 9
+
+    hub.fail("POST", "/commit/", drop=True, after=True, times=1, meanwhile=vanish)
+    refused(push(xet, build, "alice/gone"), "unknown", "same command")
+    gone.times = 0
+    assert push(xet, build, "alice/gone").error is None
+    assert num_commits(hub, "alice/gone") == 1
+
+
+def test_a_lost_pull_request_is_not_made_twice_unasked(hub: Hub, xet: Client, build: Path) -> None:
+    push(xet, build, "alice/pr")
+    (build / "README.md").write_text(README + "newer\n")
+    hub.fail("POST", "/commit/", drop=True, after=True)
+    refused(push(xet, build, "alice/pr", create_pr=True), "pull request", f"{hub.url}/alice/pr/discussions")
+    assert num_commits(hub, "alice/pr") == 2
 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(hub: Hub, xet: Client, build: Path) -> None:
