@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from factory import decoder_fields as fields
-from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.errors import UnsupportedArchitectureError
 
 if TYPE_CHECKING:
     from torch.nn import ModuleList
 
 FIRST_NUMBER = re.compile(r"^(|.*?\.)(\d+)\.")
-LAYER_IN_NAME = re.compile(r"^(.*\b(?:layers|layer|h|blocks|block)\.)(\d+)(\b.*)$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
             indices.setdefault(match[1], set()).add(int(match[2]))
     # Layers of multi-token prediction may be numbered on after the last decoder layer.
     whole = [prefix for prefix, found in indices.items() if found >= set(range(num_layers))]
-    prefix = _only_decoder(whole, model_type=model_type, num_layers=num_layers)
+    prefix = only_decoder(whole, model_type=model_type, num_layers=num_layers)
     return DecoderStack(model_type, num_layers, prefix, path)
 
 
@@ -80,20 +79,19 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
         UnsupportedArchitectureError: transformers does not know the model type, or it is no decoder.
         UnsupportedFieldError: A field would give a kept layer another kind, window or position encoding.
     """
-    from factory.decoder_proof import text_config, verify_structure
+    from factory.decoder_proof import text_config, values_of
 
     path, num_layers = _path_and_count(config)
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < num_layers:
         raise ValueError(f"kept layers {list(kept)} are not ascending numbers below {num_layers}")
     pruned = copy.deepcopy(config)
     target = _at(pruned, path)
-    values = {**_values_of(text_config(config)), **target}
-    for name, value in values.items():
-        if name not in fields.NOT_PER_LAYER:
-            _prune_field(target, name, value, kept=kept, num_layers=num_layers, config=config)
-    _prune_kv_sharing(target, values, kept=kept, num_layers=num_layers, config=config)
-    target[_count_name(values)] = len(kept)
-    _renumber_module_names(pruned.get("quantization_config"), kept=kept)
+    values = {**values_of(text_config(config)), **target}
+    target |= fields.rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+    if "quantization_config" in pruned:
+        pruned["quantization_config"] = fields.renumber_module_names(
+            pruned["quantization_config"], kept=kept, num_layers=num_layers
+        )
     verify_structure(config, pruned, kept)
     return pruned
 
@@ -138,10 +136,19 @@ def skip_layers(model: Any, dropped: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-def _hand_on(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook that puts the input's hidden states into the output."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook that puts the layer's input into its output.
+
+    Where a layer returns more than the hidden states, what it was given in the same place and shape is
+    handed on too (the router states of ZAYA).
+    """
+    if not isinstance(output, tuple | list):
+        return args[0] if args else kwargs["hidden_states"]
+    given = [*args, *[None] * len(output)] if args else [kwargs["hidden_states"], *[None] * len(output)]
+    return type(output)(
+        before if place == 0 or getattr(before, "shape", None) == getattr(after, "shape", 0) else after
+        for place, (before, after) in enumerate(zip(given, output, strict=False))
+    )
 
 
 def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -159,13 +166,13 @@ def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     path = (nested[0],) if nested else ()
     target = _at(config, path)
     if not any(isinstance(target.get(name), int) for name in fields.COUNTS):
-        from factory.decoder_proof import text_config
+        from factory.decoder_proof import text_config, values_of
 
-        target = _values_of(text_config(config))
-    return path, int(target[_count_name(target)])
+        target = values_of(text_config(config))
+    return path, int(target[count_name(target)])
 
 
-def _count_name(values: Mapping[str, Any]) -> str:
+def count_name(values: Mapping[str, Any]) -> str:
     for name in fields.COUNTS:
         if isinstance(values.get(name), int):
             return name
@@ -180,16 +187,7 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     return config
 
 
-def _values_of(config: Any) -> dict[str, Any]:
-    """Fields of a config class with its defaults filled in, without nested configurations."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if not isinstance(value, dict) or name == "per_layer_config"
-    }
-
-
-def _only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
+def only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
     """The decoder's among names of lists of layers, with or without a closing dot."""
     text = [name for name in names if not any(word in name for word in fields.TOWERS)]
     usual = [name for name in text if name.rstrip(".").rpartition(".")[2] in fields.STACKS]
@@ -201,62 +199,3 @@ def _only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
             hint="only models with a single stack of decoder layers can be pruned",
         )
     return found[0]
-
-
-def _prune_field(
-    target: dict[str, Any], name: str, value: Any, *, kept: Sequence[int], num_layers: int, config: Any
-) -> None:
-    """Rewrite one field for the kept layers, or refuse it."""
-    if name == "per_layer_config" and value:
-        by_layer = {int(layer): entry for layer, entry in value.items()}
-        target[name] = {str(new): by_layer[old] for new, old in enumerate(kept) if old in by_layer}
-    elif name in fields.LAYER_NUMBERS and isinstance(value, list):
-        target[name] = [new for new, old in enumerate(kept) if old in value]
-    elif name in fields.THRESHOLDS and isinstance(value, int):
-        target[name] = sum(layer < value for layer in kept)
-    elif isinstance(value, list) and len(value) == num_layers:
-        if name not in fields.PER_LAYER:
-            raise UnsupportedFieldError(
-                f"{config['model_type']}: {name} has {num_layers} entries, perhaps one a layer",
-                hint="this field is not known, so it is not guessed",
-            )
-        target[name] = [value[layer] for layer in kept]
-
-
-def _prune_kv_sharing(
-    target: dict[str, Any], values: Mapping[str, Any], *, kept: Sequence[int], num_layers: int, config: Any
-) -> None:
-    """The last `num_kv_shared_layers` layers read keys and values of the last earlier layer of their type."""
-    num_shared = values.get("num_kv_shared_layers") or 0
-    if not num_shared:
-        return
-    first_shared = num_layers - num_shared
-    types = values.get("layer_types") or ["full_attention"] * num_layers
-    for layer in kept:
-        if layer < first_shared:
-            continue
-        sources = [i for i in range(first_shared) if types[i] == types[layer]]
-        if not sources or sources[-1] not in kept:
-            raise UnsupportedFieldError(
-                f"{config['model_type']}: num_kv_shared_layers lets layer {layer} read the keys and values "
-                f"of layer {sources[-1] if sources else 'none'}, which would be dropped",
-                hint="keep that layer",
-            )
-    target["num_kv_shared_layers"] = sum(layer >= first_shared for layer in kept)
-
-
-def _renumber_module_names(value: Any, *, kept: Sequence[int]) -> None:
-    """Renumber layers in lists of module names, such as those that quantisation leaves out."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            _renumber_module_names(inner, kept=kept)
-    elif isinstance(value, list):
-        new_index = {old: new for new, old in enumerate(kept)}
-        names = []
-        for name in value:
-            match = LAYER_IN_NAME.match(name) if isinstance(name, str) else None
-            if match is None:
-                names.append(name)
-            elif int(match[2]) in new_index:
-                names.append(f"{match[1]}{new_index[int(match[2])]}{match[3]}")
-        value[:] = names

@@ -1,7 +1,7 @@
 """The proof that a pruned configuration is right: both models built without weights, layer by layer."""
 
-import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 
 if TYPE_CHECKING:
     from torch.nn import Module, ModuleList
+
+# What classes of transformers raise on values that they were not made for.
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
 
 
 def full_config(config: dict[str, Any]) -> Any:
@@ -20,6 +23,7 @@ def full_config(config: dict[str, Any]) -> Any:
         UnsupportedFieldError: It refuses the configuration.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     model_type = str(config.get("model_type"))
     try:
@@ -32,12 +36,21 @@ def full_config(config: dict[str, Any]) -> Any:
         ) from None
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     try:
-        return config_class.from_dict(copy.deepcopy(plain))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return config_class.from_dict(_decode_floats(plain))
+    except (*CONFIG_ERRORS, StrictDataclassError) as error:
         raise UnsupportedFieldError(
             f"transformers refuses the configuration of {model_type}: {str(error).strip().splitlines()[-1]}",
             hint="the kept layers cannot be described by this model type",
         ) from error
+
+
+def _decode_floats(value: Any) -> Any:
+    """A copy with the tagged floats that transformers writes ({"__float__": "Infinity"}) as floats."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decode_floats(inner) for name, inner in value.items()}
+    return [_decode_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def text_config(config: dict[str, Any]) -> Any:
@@ -51,6 +64,15 @@ def text_config(config: dict[str, Any]) -> Any:
     return whole.get_text_config(decoder=True)
 
 
+def values_of(config: Any) -> dict[str, Any]:
+    """Fields of a config class with its defaults filled in, without nested configurations."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if not isinstance(value, dict) or name == "per_layer_config"
+    }
+
+
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """See `factory.decoder.verify_structure`."""
     old, new = _build(config), _build(pruned_config)
@@ -62,19 +84,64 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
             f"{model_type}: {len(new_layers)} layers at {new_path} instead of {len(kept)} at {old_path}",
             hint=_suspects(config),
         )
+    _check_causal(old_layers[0], model_type=model_type)
+    stride = fields.NUMBERS_A_LAYER.get(model_type, 1)
     for position, layer in enumerate(kept):
-        before = _signature(old_layers[layer], index=layer)
-        after = _signature(new_layers[position], index=position)
+        before = _signature(old_layers[layer], first_number=layer * stride)
+        after = _signature(new_layers[position], first_number=position * stride)
         _compare(before, after, where=f"{model_type}: layer {layer} as layer {position}", config=config)
-    outside = [
-        {
-            name: tuple(tensor.shape)
-            for name, tensor in model.state_dict().items()
-            if not name.startswith(old_path)
-        }
-        for model in (old, new)
-    ]
-    _compare(*outside, where=f"{model_type}: beside the layers,", config=config)
+    _compare(
+        *(_shapes(model, without=old_path) for model in (old, new)),
+        where=f"{model_type}: beside the layers, the model",
+        config=config,
+    )
+    _check_shared_weights(old_layers, new_layers, kept=kept, model_type=model_type)
+
+
+def _shapes(model: "Module", *, without: str) -> dict[str, Any]:
+    """Shapes of the weights outside the decoder's layers."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{without}.")
+    }
+
+
+def _check_causal(layer: "Module", *, model_type: str) -> None:
+    """Refuse encoders: they load as causal language models but attend to what follows."""
+    if any(getattr(module, "is_decoder", None) is False for module in layer.modules()):
+        raise UnsupportedArchitectureError(
+            f"{model_type}: is_decoder is false, so this is an encoder",
+            hint="only decoder-only language models can be pruned",
+        )
+
+
+def _check_shared_weights(
+    old: "ModuleList", new: "ModuleList", *, kept: Sequence[int], model_type: str
+) -> None:
+    """Layers that share weights must go on sharing them, and the one they are stored with must stay."""
+    shared = _shared_weights(old, numbers=range(len(old)))
+    for layers in shared:
+        if len(layers & set(kept)) and min(layers) not in kept:
+            raise UnsupportedFieldError(
+                f"{model_type}: layers {sorted(layers)} share weights stored with layer {min(layers)}",
+                hint=f"keep layer {min(layers)}",
+            )
+    before = {group for layers in shared if len(group := layers & set(kept)) > 1}
+    if before != _shared_weights(new, numbers=kept):
+        raise UnsupportedFieldError(
+            f"{model_type}: other layers would share weights than {sorted(map(sorted, before))}",
+            hint="keep all layers that share weights, or one of each group",
+        )
+
+
+def _shared_weights(layers: "ModuleList", *, numbers: Sequence[int]) -> set[frozenset[int]]:
+    """Sets of layers with a common weight; `numbers` names the layers."""
+    users: dict[int, set[int]] = {}
+    for number, layer in zip(numbers, layers, strict=True):
+        for tensor in layer.parameters():
+            users.setdefault(id(tensor), set()).add(number)
+    return {frozenset(group) for group in users.values() if len(group) > 1}
 
 
 def find_layers(model: Any) -> tuple[str, "ModuleList"]:
@@ -85,10 +152,10 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
     """
     from torch.nn import ModuleList
 
-    from factory.decoder import _count_name, _only_decoder, _values_of
+    from factory.decoder import count_name, only_decoder
 
-    values = _values_of(model.config.get_text_config(decoder=True))
-    num_layers = values[_count_name(values)]
+    values = values_of(model.config.get_text_config(decoder=True))
+    num_layers = values[count_name(values)]
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -96,7 +163,7 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
         and len(module) == num_layers
         and not any(part.isdigit() for part in name.split("."))
     }
-    name = _only_decoder(list(lists), model_type=model.config.model_type, num_layers=num_layers)
+    name = only_decoder(list(lists), model_type=model.config.model_type, num_layers=num_layers)
     return name, lists[name]
 
 
@@ -109,7 +176,7 @@ def _build(config: dict[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(whole, attn_implementation="eager")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError) as error:
+    except (*CONFIG_ERRORS, ImportError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedArchitectureError(
             f"transformers cannot build {config['model_type']} as a causal language model: {reason}",
@@ -117,14 +184,14 @@ def _build(config: dict[str, Any]) -> Any:
         ) from error
 
 
-def _signature(layer: "Module", *, index: int) -> dict[str, Any]:
-    """What a layer is: classes, shapes, plain attributes; its own number stands as True if right."""
+def _signature(layer: "Module", *, first_number: int) -> dict[str, Any]:
+    """What a layer is: classes, shapes, plain attributes; its number is counted from its first."""
     found: dict[str, Any] = {}
     for path, module in layer.named_modules():
         found[f"{path}:class"] = type(module).__qualname__
         for name, value in vars(module).items():
             if name in fields.INDEX_ATTRIBUTES:
-                found[f"{path}.{name}"] = value == index
+                found[f"{path}.{name}"] = value if value is None else value - first_number
             elif not name.startswith("_") and name != "training" and _is_plain(value):
                 found[f"{path}.{name}"] = value
             elif callable(value) and not isinstance(value, functools.partial):
@@ -141,12 +208,19 @@ def _is_plain(value: Any) -> bool:
 
 
 def _compare(before: dict[str, Any], after: dict[str, Any], *, where: str, config: dict[str, Any]) -> None:
-    for name in before.keys() | after.keys():
-        if before.get(name) != after.get(name):
+    for name in sorted(before.keys() | after.keys()):
+        if not _is_same(before.get(name), after.get(name)):
             raise UnsupportedFieldError(
                 f"{where} would have {name.lstrip('.:')} {after.get(name)} instead of {before.get(name)}",
                 hint=_suspects(config),
             )
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    """Equal, or floats that differ by no more than the order of their computation."""
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12)
+    return bool(before == after)
 
 
 def _suspects(config: dict[str, Any]) -> str:
