@@ -8,10 +8,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
@@ -27,8 +26,7 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-BLOCK_BYTES = 16 * 2**20  # copied, hashed and reported at a time
-NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+BLOCK_BYTES = 2**20  # stays in the processor's cache while it is read, hashed and written
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AUXILIARY = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
@@ -140,8 +138,9 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
 
-    Values go from file to file in the kernel; nothing larger than a block is held, save what `transform`
-    returns. Tensors keep the order of the source files, so that both sides are read and written in order.
+    Values pass through memory once, a block at a time, and are hashed on the way; nothing larger is held,
+    save what `transform` returns. Tensors keep the order of the source files, so that both sides are read
+    and written in order.
 
     Args:
         tensors: Pairs (new name, where its values lie).
@@ -246,90 +245,49 @@ def _write_shard(
     transform: Transform | None,
     advance: Callable[[int], None],
 ) -> str:
-    """Write one file; a thread hashes each block while the next one is copied. Returns the sha256."""
+    """Write one file, hashing each block as it passes. Returns the sha256."""
     digest = hashlib.sha256(header)
-    pending: Future[None] | None = None
-    with path.open("xb", buffering=0) as file, path.open("rb", buffering=0) as written:
-        for _ in _write_all(file, memoryview(header)):
-            pass
-        written.seek(len(header))
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            for num_bytes in _write_values(file, shard, transform=transform):
-                if pending:
-                    pending.result()  # at most one block behind, so it is still in the page cache
-                pending = thread.submit(_hash_next, digest, written, num_bytes)
-                advance(num_bytes)
-        if pending:
-            pending.result()
+    with path.open("xb", buffering=0) as file:
+        _write_all(file, memoryview(header))
+        for block in _blocks(shard, transform=transform):
+            digest.update(block)
+            _write_all(file, block)
+            advance(len(block))
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _hash_next(digest: "hashlib._Hash", file: IO[bytes], num_bytes: int) -> None:
-    while num_bytes > 0:
-        block = file.read(min(num_bytes, BLOCK_BYTES))
-        if not block:
-            raise damaged(Path(file.name), f"{num_bytes} bytes that were written are gone")
-        digest.update(block)
-        num_bytes -= len(block)
+def _write_all(file: FileIO, block: memoryview) -> None:
+    while block:
+        block = block[file.write(block) :]
 
 
-def _write_values(
-    file: IO[bytes], shard: list[tuple[str, TensorInfo]], *, transform: Transform | None
-) -> Iterator[int]:
-    """Append the values of each tensor; yields the number of bytes after each block."""
-    run: tuple[Path, int, int] | None = None  # neighbours in one source file, copied in one go
+def _blocks(shard: list[tuple[str, TensorInfo]], *, transform: Transform | None) -> Iterator[memoryview]:
+    """Values of each tensor in turn; the memory of a block is used again for the next."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
     for name, tensor in shard:
         values = transform(name, tensor) if transform else None
-        if values is None and run and run[0] == tensor.file and run[2] == tensor.start:
-            run = (tensor.file, run[1], tensor.end)
-            continue
-        if run:
-            yield from _copy_range(file, *run)
-        run = (tensor.file, tensor.start, tensor.end) if values is None else None
-        if values is not None:
-            if len(values) != tensor.size_bytes:
-                raise CheckpointError(
-                    f"{name!r} was given {len(values)} bytes for {tensor.size_bytes}",
-                    hint="please report this bug",
-                )
-            yield from _write_all(file, memoryview(values))
-    if run:
-        yield from _copy_range(file, *run)
+        if values is None:
+            yield from _read_blocks(tensor, buffer=buffer)
+        elif len(values) == tensor.size_bytes:
+            yield memoryview(values)
+        else:
+            raise CheckpointError(
+                f"{name!r} was given {len(values)} bytes for {tensor.size_bytes}",
+                hint="please report this bug",
+            )
 
 
-def _write_all(file: IO[bytes], values: memoryview) -> Iterator[int]:
-    while values:
-        count = file.write(values[:BLOCK_BYTES])
-        yield count
-        values = values[count:]
-
-
-def _copy_range(file: IO[bytes], source: Path, start: int, end: int) -> Iterator[int]:
-    """Append bytes [start, end) of `source`: in the kernel where it can, else through a buffer."""
-    in_kernel = hasattr(os, "copy_file_range")
-    with source.open("rb", buffering=0) as reader:
-        while start < end:
-            num_bytes = min(end - start, BLOCK_BYTES)
-            count = _copy_in_kernel(reader, file, start=start, num_bytes=num_bytes) if in_kernel else 0
-            if count == 0:
-                in_kernel = False
-                reader.seek(start)
-                count = file.write(reader.read(num_bytes))
-            if count == 0:
-                raise damaged(source, f"it ends before byte {end}; it changed during the build")
-            start += count
-            yield count
-
-
-def _copy_in_kernel(reader: IO[bytes], file: IO[bytes], *, start: int, num_bytes: int) -> int:
-    """Bytes copied; 0 where the file systems cannot, which some say with an error and some with a 0."""
-    try:
-        return os.copy_file_range(reader.fileno(), file.fileno(), num_bytes, offset_src=start)
-    except OSError as error:
-        if error.errno in NO_KERNEL_COPY:
-            return 0
-        raise
+def _read_blocks(tensor: TensorInfo, *, buffer: memoryview) -> Iterator[memoryview]:
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(tensor.start)
+        remaining = tensor.size_bytes
+        while remaining:
+            count = file.readinto(buffer[:remaining])
+            if not count:
+                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
+            remaining -= count
+            yield buffer[:count]
 
 
 def _sync_folder(folder: Path) -> None:
