@@ -102,8 +102,9 @@ def read_updates(adapter_folder: Path, parameters: Mapping[str, TensorInfo]) -> 
                 hint="it was trained for another model, or on weights that are tied, or fused on loading",
             )
         a, b = (stored[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
-        update = Update(a, b, _scale(config, module, rank=a.shape[0]), bool(config.get("fan_in_fan_out")))
-        _check_fits(parameters[name], update)
+        rank, scale = _rank_and_scale(config, module)
+        update = Update(a, b, scale, bool(config.get("fan_in_fan_out")))
+        _check_fits(parameters[name], update, rank=rank)
         updates[parameters[name].name] = update
     if not updates:
         raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
@@ -143,6 +144,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}", hint="run the healing again") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} is not a LoRA configuration", hint="only LoRA adapters can be merged")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise CheckpointError(f"{path} does not give r and lora_alpha", hint="run the healing again")
     unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
     if config.get("bias", "none") != "none":
         unsupported.append(f"bias={config['bias']}")
@@ -172,23 +175,25 @@ def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
     return modules
 
 
-def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
-    """α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732); patterns match as in peft."""
-    alphas = config.get("alpha_pattern") or {}
+def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """r, and α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732); patterns match as in peft."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = int(ranks.get(get_pattern_key(list(ranks), module), config["r"]))
     alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_fits(tensor: TensorInfo, update: Update) -> None:
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{tensor.name!r} is stored as {tensor.dtype}; a LoRA cannot be added to quantised values",
-            hint="start from the unquantised model",
-        )
+def _check_fits(tensor: TensorInfo, update: Update, *, rank: int) -> None:
+    for stored in (tensor, update.a, update.b):
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{stored.name!r} is stored as {stored.dtype}; a LoRA cannot be added to quantised values",
+                hint="start from the unquantised model",
+            )
     a, b = update.a.shape, update.b.shape
-    expected = (a[-1:] + b[:1]) if update.transposed else (b[:1] + a[-1:])
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or tensor.shape != expected:
+    shape = tensor.shape[::-1] if update.transposed else tensor.shape
+    if len(shape) != 2 or a != (rank, shape[1]) or b != (shape[0], rank):
         raise VerificationError(
-            f"{tensor.name!r} is {list(tensor.shape)}, the adapter's A {list(a)} and B {list(b)} do not fit",
+            f"{tensor.name!r} is {list(tensor.shape)}; A {list(a)} and B {list(b)} of rank {rank} do not fit",
             hint="the adapter was trained for another model",
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig
 
 from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint, DataSource
@@ -25,6 +25,11 @@ LLAMA = LlamaConfig(
 )
 GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
 
+TEXT_FIELDS = set(LLAMA.to_dict()) & {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+}  # fmt: skip
+
 
 def save_model(folder: Path, config: Any = LLAMA, *, max_shard_size: str = "20KB") -> Checkpoint:
     torch.manual_seed(0)
@@ -33,7 +38,7 @@ def save_model(folder: Path, config: Any = LLAMA, *, max_shard_size: str = "20KB
     tensors = checkpoint.read_checkpoint(folder)
     return Checkpoint(
         folder=folder,
-        num_layers=config.num_hidden_layers,
+        num_layers=config.get_text_config().num_hidden_layers,
         num_parameters=sum(tensor.num_elements for tensor in tensors.values()),
         size_bytes=1,
         files={},
@@ -79,7 +84,9 @@ def describe(folder: Path) -> Adapter:
 def merged_by_peft(pruned: Checkpoint, adapter: Adapter) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(pruned.folder, dtype=torch.bfloat16)
     merged = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload()
-    return dict(merged.state_dict())
+    folder = adapter.folder / "merged"
+    merged.save_pretrained(folder)
+    return stored_tensors(folder)
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +107,7 @@ def assert_equals_peft(tmp_path: Path, config: Any, **settings: Any) -> None:
     result = merge(pruned, adapter, folder=tmp_path / "merged")
     before, after = stored_tensors(pruned.folder), stored_tensors(result.folder)
     expected = merged_by_peft(pruned, adapter)
-    assert after.keys() == before.keys()
+    assert after.keys() == before.keys() == expected.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     stored_pairs = [n for n in load_file(adapter.folder / "adapter_model.safetensors") if "lora_A" in n]
     assert len(changed) == len(stored_pairs) > 0
@@ -122,6 +129,31 @@ def test_the_result_is_what_peft_makes_of_the_bf16_model(tmp_path: Path, setting
 
 def test_transposed_weights_of_gpt2_merge_as_in_peft(tmp_path: Path) -> None:
     assert_equals_peft(tmp_path, GPT2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+
+
+def test_names_without_the_model_s_prefix_find_their_updates(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned", GPT2, max_shard_size="1GB")
+    adapter = save_adapter(tmp_path / "adapter", pruned, target_modules=["c_fc"], fan_in_fan_out=True)
+    expected = merged_by_peft(pruned, adapter)
+    weights = {name.removeprefix("transformer."): t for name, t in stored_tensors(pruned.folder).items()}
+    save_file(weights, pruned.folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "merged").mkdir()
+    result = stored_tensors(merge(pruned, adapter, folder=tmp_path / "merged").folder)
+    assert result.keys() == weights.keys()
+    assert not torch.equal(result["h.1.mlp.c_fc.weight"], weights["h.1.mlp.c_fc.weight"])
+    assert max(ulps(tensor, expected[f"transformer.{name}"]) for name, tensor in result.items()) <= 1
+
+
+def test_updates_reach_tensors_that_load_under_another_name(tmp_path: Path) -> None:
+    """Gemma 3 stores language_model.model.layers… and loads it as model.language_model.layers…"""
+    text = {name: value for name, value in LLAMA.to_dict().items() if name in TEXT_FIELDS}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(
+        text_config=text | {"head_dim": 8}, vision_config=vision, mm_tokens_per_image=4, boi_token_index=90,
+        eoi_token_index=91, image_token_index=92,
+    )  # fmt: skip
+    assert_equals_peft(tmp_path, config, target_modules=r".*language_model.*\.(up|down)_proj")
 
 
 def test_the_merged_folder_loads_and_says_what_it_was_merged_into(tmp_path: Path) -> None:
@@ -196,6 +228,23 @@ def test_an_adapter_for_another_width_is_an_error(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", pruned)
     edit_tensors(adapter, lambda t: {n: v[:, :-1].clone() if "lora_A" in n else v for n, v in t.items()})
     with pytest.raises(VerificationError, match=r"do not fit"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def test_a_rank_that_the_weights_do_not_have_is_an_error(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    edit_config(adapter, r=8)
+    with pytest.raises(VerificationError, match="of rank 8 do not fit"):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"peft_type": "LORA"}', '{"peft_type": "IA3"}'])
+def test_a_damaged_adapter_configuration_is_an_error_with_its_path(tmp_path: Path, content: str) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    (adapter.folder / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         merge(pruned, adapter, folder=tmp_path / "merged")
 
 

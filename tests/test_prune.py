@@ -157,6 +157,23 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     assert first.files == drop(source, (1, 2), tmp_path / "second").files
 
 
+def test_tensors_that_the_source_itself_leaves_unused_stay_unused(tmp_path: Path) -> None:
+    folder = save_source(tmp_path / "source").local_folder
+    edit(
+        folder, lambda tensors: tensors | {f"model.layers.{i}.spare.weight": torch.ones(2) for i in range(6)}
+    )
+    pruned = drop(describe(folder), (1, 2), tmp_path / "pruned")
+    assert "model.layers.3.spare.weight" in stored(pruned.folder)
+
+
+def test_names_without_the_model_s_prefix_are_kept_as_they_are(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=6, n_head=4, bos_token_id=1, eos_token_id=1)
+    folder = save_source(tmp_path / "source", config).local_folder
+    edit(folder, lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()})
+    pruned = drop(describe(folder), (1, 2), tmp_path / "pruned")
+    assert "h.3.mlp.c_fc.weight" in stored(pruned.folder)
+
+
 # The gate ----------------------------------------------------------------------------------------
 
 
