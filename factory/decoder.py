@@ -164,21 +164,12 @@ def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         )
     nested = [name for name in fields.NESTED if isinstance(config.get(name), dict)]
     path = (nested[0],) if nested else ()
-    target = _at(config, path)
-    if not any(isinstance(target.get(name), int) for name in fields.COUNTS):
-        from factory.decoder_proof import text_config, values_of
+    counts = [value for name in fields.COUNTS if isinstance(value := _at(config, path).get(name), int)]
+    if counts:
+        return path, counts[0]
+    from factory.decoder_proof import num_layers_of, text_config
 
-        target = values_of(text_config(config))
-    return path, int(target[count_name(target)])
-
-
-def count_name(values: Mapping[str, Any]) -> str:
-    for name in fields.COUNTS:
-        if isinstance(values.get(name), int):
-            return name
-    raise UnsupportedArchitectureError(
-        f"{values.get('model_type')} does not say how many layers it has", hint="it has no decoder stack"
-    )
+    return path, num_layers_of(text_config(config))
 
 
 def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

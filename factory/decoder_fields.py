@@ -133,13 +133,18 @@ INSEPARABLE = {
     "ple_layer_ids": "embeddings depend on the numbers of their layers",
 }
 
+# Types whose layers are not a chain of functions of the hidden states.
+UNPROVEN = {"reformer": "its layers are reversible and hand on two streams"}
+
 # Words in a tensor's or module's name that mark a stack which is not the decoder.
 TOWERS = ("vision", "visual", "audio", "image", "speech")
 # Names under which models keep their list of layers.
 STACKS = frozenset({"layers", "h", "layer", "blocks", "block"})
 # Attributes in which a module keeps its layer's number.
 INDEX_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
-# How many numbers a layer takes in the cache, where it is not one.
+# Attributes in which a module keeps the numbers of several layers.
+INDEX_LISTS = frozenset({"layer_block_map"})
+# How many numbers the parts of a layer take in the cache, where it is not one.
 NUMBERS_A_LAYER = {"longcat_flash": 2}
 
 # Groups of fields, some of them about layers.
@@ -186,6 +191,7 @@ def rewritten(
         changed["attention_types"] = [[[layers[layer]], 1] for layer in kept]
     changed |= _kv_sharing(values, kept=kept, num_layers=num_layers, model_type=model_type)
     _check_indexers(values, kept=kept, model_type=model_type)
+    _check_attention(values, kept=kept, model_type=model_type)
     return changed
 
 
@@ -285,6 +291,21 @@ def _check_indexers(values: Mapping[str, Any], *, kept: Sequence[int], model_typ
             raise UnsupportedFieldError(
                 f"{model_type}: indexer_types: layer {layer} uses the indexer of layer {source}",
                 hint=f"keep layer {source}",
+            )
+
+
+def _check_attention(values: Mapping[str, Any], *, kept: Sequence[int], model_type: str) -> None:
+    """transformers counts the tokens in a cache by an attention layer: one must stay."""
+    for name in ("layer_types", "layers_block_type"):
+        types = values.get(name)
+        if not isinstance(types, list):
+            continue
+        before = [
+            i for i, kind in enumerate(types) if re.search("attention|hybrid", kind) and "linear" not in kind
+        ]
+        if before and not set(before) & set(kept):
+            raise UnsupportedFieldError(
+                f"{model_type}: {name} would have no attention layer left", hint=f"keep one of {before}"
             )
 
 

@@ -55,6 +55,10 @@ def _decode_floats(value: Any) -> Any:
 
 def text_config(config: dict[str, Any]) -> Any:
     """The decoder's part of `full_config`, with all defaults filled in."""
+    if reason := fields.UNPROVEN.get(config["model_type"]):
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']}: {reason}", hint="no way is known to prove what is left without a layer"
+        )
     whole = full_config(config)
     if whole.is_encoder_decoder:
         raise UnsupportedArchitectureError(
@@ -73,6 +77,23 @@ def values_of(config: Any) -> dict[str, Any]:
     }
 
 
+def num_layers_of(config: Any) -> int:
+    """How many decoder layers a config class describes.
+
+    Raises:
+        UnsupportedArchitectureError: It does not say.
+    """
+    values = values_of(config)
+    counts = [values[name] for name in fields.COUNTS if isinstance(values.get(name), int)]
+    # Some classes count the entries of a list instead.
+    count = counts[0] if counts else getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} does not say how many layers it has", hint="it has no decoder stack"
+        )
+    return count
+
+
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """See `factory.decoder.verify_structure`."""
     old, new = _build(config), _build(pruned_config)
@@ -86,9 +107,10 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
         )
     _check_causal(old_layers[0], model_type=model_type)
     stride = fields.NUMBERS_A_LAYER.get(model_type, 1)
+    new_numbers = {old_number: number for number, old_number in enumerate(kept)}
     for position, layer in enumerate(kept):
-        before = _signature(old_layers[layer], first_number=layer * stride)
-        after = _signature(new_layers[position], first_number=position * stride)
+        before = _signature(old_layers[layer], number=layer, stride=stride, renumbered=new_numbers)
+        after = _signature(new_layers[position], number=position, stride=stride, renumbered=None)
         _compare(before, after, where=f"{model_type}: layer {layer} as layer {position}", config=config)
     _compare(
         *(_shapes(model, without=old_path) for model in (old, new)),
@@ -152,10 +174,9 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
     """
     from torch.nn import ModuleList
 
-    from factory.decoder import count_name, only_decoder
+    from factory.decoder import only_decoder
 
-    values = values_of(model.config.get_text_config(decoder=True))
-    num_layers = values[count_name(values)]
+    num_layers = num_layers_of(model.config.get_text_config(decoder=True))
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -184,15 +205,29 @@ def _build(config: dict[str, Any]) -> Any:
         ) from error
 
 
-def _signature(layer: "Module", *, first_number: int) -> dict[str, Any]:
-    """What a layer is: classes, shapes, plain attributes; its number is counted from its first."""
+def _signature(
+    layer: "Module", *, number: int, stride: int, renumbered: dict[int, int] | None
+) -> dict[str, Any]:
+    """What a layer is: classes, shapes, plain attributes; its number is counted from its first.
+
+    Args:
+        number: 0-based, in its model.
+        stride: How many numbers the parts of a layer take.
+        renumbered: New numbers of the layers that stay, for the layers of the original model.
+    """
     found: dict[str, Any] = {}
     for path, module in layer.named_modules():
         found[f"{path}:class"] = type(module).__qualname__
         for name, value in vars(module).items():
-            if name in fields.INDEX_ATTRIBUTES:
-                found[f"{path}.{name}"] = value if value is None else value - first_number
-            elif not name.startswith("_") and name != "training" and _is_plain(value):
+            if name.startswith("_") or name == "training":
+                continue
+            if name in fields.PER_LAYER and isinstance(value, list | tuple):
+                continue  # the whole list, of which the layer reads its entry
+            if name in fields.INDEX_ATTRIBUTES and isinstance(value, int) and value >= 0:
+                value -= number * (stride if path else 1)
+            elif name in fields.INDEX_LISTS and renumbered is not None:
+                value = [renumbered[layer] for layer in value if layer in renumbered]
+            if _is_plain(value):
                 found[f"{path}.{name}"] = value
             elif callable(value) and not isinstance(value, functools.partial):
                 found[f"{path}.{name}"] = getattr(value, "__qualname__", type(value).__qualname__)
