@@ -32,6 +32,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import factory.decoder_proof  # loaded once, before the forks
 import factory.prune
 from factory import decoder
 from factory.artifacts import PruningPlan

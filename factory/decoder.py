@@ -48,7 +48,7 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
             indices.setdefault(match[1], set()).add(int(match[2]))
     # Layers of multi-token prediction may be numbered on after the last decoder layer.
     whole = [prefix for prefix, found in indices.items() if found >= set(range(num_layers))]
-    prefix = only_decoder(whole, model_type=model_type, num_layers=num_layers)
+    prefix = fields.only_decoder(whole, model_type=model_type, num_layers=num_layers)
     return DecoderStack(model_type, num_layers, prefix, path)
 
 
@@ -176,17 +176,3 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for name in path:
         config = config[name]
     return config
-
-
-def only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
-    """The decoder's among names of lists of layers, with or without a closing dot."""
-    text = [name for name in names if not any(word in name for word in fields.TOWERS)]
-    usual = [name for name in text if name.rstrip(".").rpartition(".")[2] in fields.STACKS]
-    found = usual or text
-    if len(found) != 1:
-        listed = ", ".join(sorted(found)) or "none"
-        raise UnsupportedArchitectureError(
-            f"{model_type}: expected one stack of {num_layers} layers, found {listed}",
-            hint="only models with a single stack of decoder layers can be pruned",
-        )
-    return found[0]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from factory.errors import UnsupportedFieldError
+from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 
 # Number of decoder layers; the first that a configuration has counts, others must agree with it.
 COUNTS = (
@@ -337,3 +337,17 @@ def renumber_module_names(value: Any, *, kept: Sequence[int], num_layers: int) -
         return value
 
     return walk(value)
+
+
+def only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
+    """The decoder's among names of lists of layers, with or without a closing dot."""
+    text = [name for name in names if not any(word in name for word in TOWERS)]
+    usual = [name for name in text if name.rstrip(".").rpartition(".")[2] in STACKS]
+    found = usual or text
+    if len(found) != 1:
+        listed = ", ".join(sorted(found)) or "none"
+        raise UnsupportedArchitectureError(
+            f"{model_type}: expected one stack of {num_layers} layers, found {listed}",
+            hint="only models with a single stack of decoder layers can be pruned",
+        )
+    return found[0]

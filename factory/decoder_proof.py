@@ -174,8 +174,6 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
     """
     from torch.nn import ModuleList
 
-    from factory.decoder import only_decoder
-
     num_layers = num_layers_of(model.config.get_text_config(decoder=True))
     lists = {
         name: module
@@ -184,7 +182,7 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
         and len(module) == num_layers
         and not any(part.isdigit() for part in name.split("."))
     }
-    name = only_decoder(list(lists), model_type=model.config.model_type, num_layers=num_layers)
+    name = fields.only_decoder(list(lists), model_type=model.config.model_type, num_layers=num_layers)
     return name, lists[name]
 
 

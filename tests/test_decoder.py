@@ -1,0 +1,325 @@
+"""Decoder surgery: finding the stack, renumbering names, rewriting configurations, proving the result."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from factory.decoder import (
+    DecoderStack,
+    decoder_layers,
+    locate,
+    prune_config,
+    renumber,
+    skip_layers,
+    verify_structure,
+)
+from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64,
+    "sliding_window": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE: dict[str, Any] = {**TINY, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MLA: dict[str, Any] = {
+    **MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": TINY,
+    "qwen2": {**TINY, "use_sliding_window": True, "max_window_layers": 4},
+    "qwen3": TINY,
+    "gemma2": TINY,
+    "gemma3_text": TINY,
+    "smollm3": TINY,
+    "gpt2": GPT2,
+    "gpt_neo": {
+        "hidden_size": 32, "num_layers": 8, "num_heads": 4, "vocab_size": 64, "window_size": 4,
+        "attention_types": [[["global", "local"], 4]], "max_position_embeddings": 64,
+    },
+    "gpt_neox": TINY,
+    "phi3": TINY,
+    "qwen3_moe": {**MOE, "num_experts": 4, "mlp_only_layers": [2, 6]},
+    "deepseek_v3": {**MLA, "first_k_dense_replace": 3},
+    "glm4_moe": {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 2},
+    "minicpm3": {**MLA, "scale_depth": 1.4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 64},
+}  # fmt: skip
+
+
+def config_of(model_type: str, **fields: Any) -> dict[str, Any]:
+    """A configuration as config.json holds it."""
+    config = CONFIG_MAPPING[model_type](**{**FAMILIES.get(model_type, TINY), **fields})
+    return {**config.to_dict(), "model_type": model_type}
+
+
+def plain(model_type: str, **fields: Any) -> dict[str, Any]:
+    """A configuration that leaves everything else to the defaults of its class."""
+    return {"model_type": model_type, **TINY, **fields}
+
+
+def build(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    model = AutoModelForCausalLM.from_config(whole, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+def names(prefix: str, num_layers: int) -> list[str]:
+    return [f"{prefix}{i}.mlp.experts.{e}.w.weight" for i in range(num_layers) for e in range(3)]
+
+
+def test_the_stack_is_found_without_importing_torch() -> None:
+    code = (
+        "import sys; from factory.decoder import locate;"
+        "print(locate({'model_type': 'llama', 'num_hidden_layers': 1}, ['model.layers.0.w']).tensor_prefix,"
+        "'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["model.layers.", "False", "False"]
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.", "transformer.h.", "h.", "gpt_neox.layers."])
+def test_the_stack_is_the_first_numbered_part_of_the_names(prefix: str) -> None:
+    config = {"model_type": "any", "num_hidden_layers": 4}
+    assert locate(config, ["wte.weight", *names(prefix, 4)]) == DecoderStack("any", 4, prefix, ())
+
+
+def test_the_text_stack_is_taken_where_the_vision_tower_is_as_deep() -> None:
+    config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 4}, "vision_config": {}}
+    tensors = names("model.language_model.layers.", 4) + names("model.vision_tower.encoder.layers.", 4)
+    stack = locate(config, tensors)
+    assert (stack.tensor_prefix, stack.config_path) == ("model.language_model.layers.", ("text_config",))
+
+
+def test_a_count_that_config_json_leaves_out_comes_from_the_class() -> None:
+    assert locate({"model_type": "qwen2"}, names("model.layers.", 32)).num_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, [], "t5 is an encoder-decoder"),
+        ({"model_type": "t5"}, [], "t5 is an encoder-decoder"),
+        ({"model_type": "llama", "num_hidden_layers": 4}, names("a.layers.", 3), "found none"),
+        (
+            {"model_type": "x", "num_hidden_layers": 2},
+            names("a.layers.", 2) + names("b.layers.", 2),
+            "found a.layers., b.layers.",
+        ),
+        ({"model_type": "nonesuch"}, [], "nonesuch is not known to transformers"),
+        ({"model_type": "nonesuch", "auto_map": {}}, [], "nonesuch needs custom code"),
+        ({}, [], "config.json names no model_type"),
+    ],
+)
+def test_what_has_no_single_stack_is_refused_by_name(
+    config: dict[str, Any], tensors: list[str], said: str
+) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=said):
+        locate(config, tensors)
+
+
+@given(st.data(), st.integers(2, 40), st.integers(0, 2))
+def test_renumbering_is_a_bijection_onto_the_layers_that_stay(
+    data: st.DataObject, num_layers: int, num_extra: int
+) -> None:
+    kept = sorted(data.draw(st.sets(st.integers(0, num_layers - 1), min_size=1)))
+    stack = DecoderStack("any", num_layers, "model.layers.", ())
+    kept_index = {old: new for new, old in enumerate(kept)}
+    old_names = ["lm_head.weight", *names("model.layers.", num_layers + num_extra)]
+    new_names = [renumber(name, stack=stack, kept_index=kept_index) for name in old_names]
+    expected = ["lm_head.weight", *names("model.layers.", len(kept) + num_extra)]
+    assert [name for name in new_names if name is not None] == expected
+
+
+# Fields -------------------------------------------------------------------------------------------
+
+
+def test_a_llama_changes_in_one_field_only() -> None:
+    config = plain("llama")
+    assert prune_config(config, kept=[0, 1, 5, 7]) == {**config, "num_hidden_layers": 4}
+    assert config["num_hidden_layers"] == 8
+
+
+def test_windows_that_follow_from_the_class_are_written_down() -> None:
+    types = prune_config(plain("gemma2"), kept=[0, 3, 4, 6])["layer_types"]
+    sliding, full = "sliding_attention", "full_attention"
+    assert types == [sliding, full, sliding, sliding]
+
+
+def test_position_encodings_stay_with_their_layers() -> None:
+    pruned = prune_config(plain("smollm3"), kept=[0, 3, 4, 7])
+    assert pruned["no_rope_layers"] == [1, 0, 1, 0]
+
+
+def test_thresholds_count_the_kept_layers_below_them() -> None:
+    config = plain("qwen2", use_sliding_window=True, max_window_layers=4)
+    pruned = prune_config(config, kept=[0, 3, 4, 7])
+    assert pruned["max_window_layers"] == 2
+    assert pruned["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert prune_config(config_of("deepseek_v3"), kept=[2, 3, 7])["first_k_dense_replace"] == 1
+
+
+def test_lists_of_layer_numbers_follow_their_layers() -> None:
+    assert prune_config(config_of("qwen3_moe"), kept=[0, 2, 5, 6])["mlp_only_layers"] == [1, 3]
+
+
+def test_the_nested_text_config_is_edited() -> None:
+    text = config_of("gemma3_text", layer_types=["full_attention", "sliding_attention"] * 4)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 8}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    pruned = prune_config(config, kept=[1, 3, 4])
+    assert pruned["text_config"]["num_hidden_layers"] == 3
+    assert pruned["text_config"]["layer_types"] == ["sliding_attention"] * 2 + ["full_attention"]
+    assert pruned["vision_config"] == vision
+
+
+def test_names_of_layers_in_quantisation_settings_are_renumbered() -> None:
+    settings = {"modules_to_not_convert": ["lm_head", "model.layers.1.mlp", "model.layers.7.mlp"]}
+    pruned = prune_config({**plain("llama"), "quantization_config": settings}, kept=[0, 2, 7])
+    assert pruned["quantization_config"] == {"modules_to_not_convert": ["lm_head", "model.layers.2.mlp"]}
+
+
+def test_overrides_of_single_layers_follow_their_layers() -> None:
+    types = ["sliding_attention", "full_attention"] * 4
+    config = plain("gemma4_text", hidden_size_per_layer_input=0, global_head_dim=16, layer_types=types)
+    pruned = prune_config(config, kept=[0, 1, 2, 4, 7])
+    assert pruned["per_layer_config"] == {"1": {"head_dim": 16}, "4": {"head_dim": 16}}
+
+
+def test_patterns_become_explicit() -> None:
+    pruned = prune_config(config_of("gpt_neo"), kept=[0, 2, 3])
+    assert pruned["attention_types"] == [[["global"], 1], [["global"], 1], [["local"], 1]]
+    recurrent = prune_config(plain("recurrent_gemma"), kept=[1, 2, 5])
+    assert recurrent["block_types"] == ["recurrent", "attention", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "said"),
+    [
+        (plain("diffllama"), [0, 2], "diffllama: layer 2 as layer 1 would have self_attn.lambda_init"),
+        (plain("minimax"), [0, 2, 7], "minimax: .*num_hidden_layers"),
+        (plain("gemma3n_text"), [0, 1], "gemma3n_text: hidden_size_per_layer_input = 256"),
+        (plain("llama", mystery=[1, 2, 3, 4, 5, 6, 7, 8]), [0, 1], "llama: mystery has 8 entries"),
+        (plain("llama", odd_layers=[3]), [0, 1], "llama: odd_layers has 1 entries"),
+        (plain("llama", group={"mystery": [0] * 8}), [0, 1], "llama: group.mystery has 8 entries"),
+        (
+            {**plain("llama"), "quantization_config": {"ignore": [r"re:model\.layers\.[0-3]\..*"]}},
+            [0, 1],
+            "quantization_config chooses layers by 're:",
+        ),
+        (
+            plain("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=1),
+            [0, 2],
+            "jamba: layer 2 as layer 1",
+        ),
+        (
+            plain(
+                "gemma4_text",
+                hidden_size_per_layer_input=0,
+                num_kv_shared_layers=4,
+                layer_types=["sliding_attention", "full_attention"] * 4,
+            ),
+            [0, 1, 2, 5],
+            "num_kv_shared_layers = 4: layer 5 reads the keys and values of layer 3",
+        ),
+        (
+            plain("kimi_linear", layer_types=["linear_attention"] * 7 + ["full_attention"]),
+            [0, 1],
+            "layer_types would have no attention layer left",
+        ),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
+)
+def test_what_cannot_be_right_is_refused_by_the_name_of_its_field(
+    config: dict[str, Any], kept: list[int], said: str
+) -> None:
+    with pytest.raises(UnsupportedFieldError, match=said):
+        prune_config(config, kept=kept)
+
+
+def test_a_period_is_accepted_where_the_kept_layers_still_follow_it() -> None:
+    config = plain("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=1)
+    assert prune_config(config, kept=[0, 1, 4, 7])["num_hidden_layers"] == 4
+
+
+def test_an_encoder_with_a_language_model_head_is_refused() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="bert: is_decoder is false"):
+        prune_config(plain("bert"), kept=[0, 1])
+
+
+def test_a_field_that_was_not_rewritten_is_found_in_the_structure() -> None:
+    config = config_of("gemma2")
+    wrong = {**config, "num_hidden_layers": 3, "layer_types": config["layer_types"][:3]}
+    verify_structure(config, wrong, [0, 1, 2])
+    with pytest.raises(UnsupportedFieldError, match="gemma2: layer 2 as layer 1 would have"):
+        verify_structure(config, wrong, [0, 2, 3])
+
+
+# Whole models -------------------------------------------------------------------------------------
+
+ATTRIBUTES = ("layer_type", "attention_type", "sliding_window", "use_rope", "is_sliding", "is_local")
+
+
+def kinds(model: Any) -> list[dict[str, Any]]:
+    """Of each layer: what decides its window, position encoding and MLP."""
+    return [
+        {
+            (path, name): value
+            for path, module in layer.named_modules()
+            for name, value in [*vars(module).items(), ("class", type(module).__name__)]
+            if name in (*ATTRIBUTES, "class")
+        }
+        for layer in decoder_layers(model)
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe", "glm4_moe", "deepseek_v3"]),
+    st.sets(st.integers(0, 7), min_size=1, max_size=7),
+)
+def test_each_kept_layer_keeps_its_kind_window_and_position_encoding(model_type: str, kept: set[int]) -> None:
+    config = config_of(model_type)
+    with torch.device("meta"):
+        before = kinds(build(config))
+        after = kinds(build(prune_config(config, kept=sorted(kept))))
+    assert after == [before[layer] for layer in sorted(kept)]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_and_cached_generation_equal_those_of_the_original_with_its_layers_skipped(
+    model_type: str,
+) -> None:
+    kept, dropped = [0, 2, 5, 6, 7], [1, 3, 4]
+    config = config_of(model_type)
+    original = build(config)
+    state = original.state_dict()
+    stack = locate(config, state)
+    kept_index = {old: new for new, old in enumerate(kept)}
+    pruned = build(prune_config(config, kept=kept))
+    renamed = {renumber(name, stack=stack, kept_index=kept_index): value for name, value in state.items()}
+    renamed.pop(None, None)
+    pruned.load_state_dict(renamed)  # raises if any name or shape differs
+    tokens = torch.randint(3, 64, (2, 16))
+    whole = original(tokens).logits.detach()
+    generate = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), skip_layers(original, dropped):
+        expected = original(tokens).logits
+        words = original.generate(tokens[:, :8], **generate)
+    assert float((whole - expected).abs().max()) > 1e-3
+    assert torch.equal(pruned(tokens).logits, expected)
+    assert torch.equal(pruned.generate(tokens[:, :8], **generate), words)
+    assert torch.equal(original(tokens).logits, whole)
