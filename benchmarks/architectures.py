@@ -165,7 +165,7 @@ class Outcome:
     """What became of one model type."""
 
     model_type: str
-    verdict: str  # exact, refused, wrong, unbuilt
+    verdict: str  # exact; refused; exact, or refused (by cut); wrong; unbuilt: transformers cannot run it
     note: str
 
 
@@ -285,7 +285,7 @@ def examine(model_type: str) -> Outcome:
         return Outcome(model_type, "unbuilt", reason)
     if not notes:
         return Outcome(model_type, "exact", "")
-    return Outcome(model_type, "refused" if len(notes) == len(CUTS) else "exact or refused", "; ".join(notes))
+    return Outcome(model_type, "refused" if len(notes) == len(CUTS) else "exact, or refused", notes[0])
 
 
 def _config_type(folder: Path) -> str:

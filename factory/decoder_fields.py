@@ -147,6 +147,12 @@ INDEX_LISTS = frozenset({"layer_block_map"})
 # How many numbers the parts of a layer take in the cache, where it is not one.
 NUMBERS_A_LAYER = {"longcat_flash": 2}
 
+# Code that computes with the number of a layer.
+ARITHMETIC = re.compile(
+    r"layer_(?:idx|id|index|number)\s*(?:[-+*/%]|//)\s"
+    r"|(?:[-+*/%]|//)\s*(?:float\()?(?:self\.)?layer_(?:idx|id|index|number)\b"
+)
+
 # Groups of fields, some of them about layers.
 GROUPS = frozenset({"linear_attn_config", "sparse_attention_config"})
 # Groups whose lists are about something else.

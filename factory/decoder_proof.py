@@ -1,7 +1,9 @@
 """The proof that a pruned configuration is right: both models built without weights, layer by layer."""
 
 import functools
+import inspect
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +108,8 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
             hint=_suspects(config),
         )
     _check_causal(old_layers[0], model_type=model_type)
+    if list(kept) != list(range(len(kept))):
+        _check_arithmetic(old_layers, model_type=model_type)
     stride = fields.NUMBERS_A_LAYER.get(model_type, 1)
     new_numbers = {old_number: number for number, old_number in enumerate(kept)}
     for position, layer in enumerate(kept):
@@ -136,6 +140,25 @@ def _check_causal(layer: "Module", *, model_type: str) -> None:
             f"{model_type}: is_decoder is false, so this is an encoder",
             hint="only decoder-only language models can be pruned",
         )
+
+
+def _check_arithmetic(layers: "ModuleList", *, model_type: str) -> None:
+    """Refuse layers that compute with their number when they run.
+
+    What a constructor computes is among the attributes and shapes that are compared; what other methods
+    compute is not.
+    """
+    classes = {type(module) for layer in layers for module in layer.modules()}
+    for cls in sorted(classes, key=lambda cls: cls.__qualname__):
+        for name, function in vars(cls).items():
+            if not cls.__module__.startswith("transformers.") or not inspect.isfunction(function):
+                continue
+            code = re.sub(r"#.*", "", inspect.getsource(function))
+            if name != "__init__" and fields.ARITHMETIC.search(code):
+                raise UnsupportedFieldError(
+                    f"{model_type}: {cls.__qualname__}.{name} computes with the number of its layer",
+                    hint="only layers at the end can be dropped",
+                )
 
 
 def _check_shared_weights(
