@@ -160,12 +160,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Equal in exact arithmetic alone: logits may differ by 1e-5 of the largest.
+ROUNDED = {"rwkv": "states are halved after every 6th layer (rescale_every), which is now another one"}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one model type."""
 
     model_type: str
-    verdict: str  # exact; refused; exact, or refused (by cut); wrong; unbuilt: transformers cannot run it
+    verdict: str  # of the words in the table
     note: str
 
 
@@ -235,7 +239,7 @@ def _inputs() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def compare(original: Path, pruned: Path, dropped: tuple[int, ...]) -> str | None:
+def compare(original: Path, pruned: Path, dropped: tuple[int, ...], *, limit: float) -> str | None:
     """What differs between the pruned checkpoint and the original with its layers skipped, if anything."""
     source, result = load(original), load(pruned)
     tokens, prompt = _inputs()
@@ -246,7 +250,8 @@ def compare(original: Path, pruned: Path, dropped: tuple[int, ...]) -> str | Non
     actual = result(tokens).logits
     if float((whole - expected).abs().max()) < 1e-4:
         return "the dropped layers do nothing, so nothing is shown"
-    if difference := float((actual - expected).abs().max()):
+    difference = float((actual - expected).abs().max())
+    if not difference <= limit * float(expected.abs().max()):
         return f"logits differ by {difference:.2g}"
     if not torch.equal(result.generate(**prompt, **GENERATE), words):
         return "cached generation differs"
@@ -264,6 +269,7 @@ def examine(model_type: str) -> Outcome:
             reason = why_unbuilt(load(original))
         except Exception as error:  # noqa: BLE001  whatever a model raises is its outcome
             return _refusal(model_type) or Outcome(model_type, "unbuilt", _reason(error))
+        limit = 1e-5 if model_type in ROUNDED else 0.0
         notes: list[str] = []
         for number, dropped in enumerate(CUTS):
             pruned = Path(folder) / f"pruned-{number}"
@@ -271,7 +277,7 @@ def examine(model_type: str) -> Outcome:
             plan = PruningPlan(criterion="benchmark", num_layers=NUM_LAYERS, dropped=dropped)
             try:
                 factory.prune.prune(resolve(str(original)), plan, folder=pruned)
-                wrong = None if reason else compare(original, pruned, dropped)
+                wrong = None if reason else compare(original, pruned, dropped, limit=limit)
             except FactoryError as error:
                 notes.append(f"{list(dropped)}: {type(error).__name__}: {error.message} ({error.hint})")
                 if type(error).__name__ == "VerificationError":
@@ -284,7 +290,7 @@ def examine(model_type: str) -> Outcome:
     if reason and not notes:
         return Outcome(model_type, "unbuilt", reason)
     if not notes:
-        return Outcome(model_type, "exact", "")
+        return Outcome(model_type, "to rounding" if limit else "exact", ROUNDED.get(model_type, ""))
     return Outcome(model_type, "refused" if len(notes) == len(CUTS) else "exact, or refused", notes[0])
 
 
