@@ -102,6 +102,8 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     from factory.screen import StageLines, console, show_preview, show_result
     from factory.store import Store, default_home
 
+    if options["push_to"]:
+        hub.full_name(options["push_to"])  # nobody logged in: say so now, not after hours
     as_json = options["as_json"]
     screen = console(stderr=as_json)
     reporter = StageLines(screen)
@@ -132,15 +134,17 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
         made = pipeline.build(run, source, out=out)
     finally:
         reporter.stop()
-    repository = None
+    url = None
     if options["push_to"]:
-        repository = _publish(out, options["push_to"], private=not options["public"])
+        message = f"Publish {made.name}"
+        publication = pipeline.publish(
+            out, options["push_to"], private=not options["public"], message=message
+        )
+        url = publication.url
     if as_json:
         _print_json(made.model_dump(mode="json"))
     else:
-        show_result(screen, made, folder=out, repository=repository)
-        if repository:
-            screen.print(f"  published    {repository}")
+        show_result(screen, made, folder=out, url=url)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -153,8 +157,10 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
 @click.option("--force", is_flag=True, help="Also into a repository that holds other content.")
 def push(folder: Path, repository: str | None, **options: Any) -> None:
     """Publish a finished BUILD on the Hub, in one commit."""
-    url = _publish(folder, repository, **options)
-    click.echo(url)
+    from factory.pipeline import publish
+
+    message = options.pop("message") or "Publish a model without some of its layers"
+    click.echo(publish(_build_folder(folder), repository, message=message, **options).url)
 
 
 @cli.command(context_settings=CONTEXT)
@@ -169,7 +175,7 @@ def show(folder: Path) -> None:
     screen = console()
     profile = DistanceProfile.read(folder)
     screen.print(terminal_heatmap(profile, found.plan, width=min(screen.width, 100)), soft_wrap=True)
-    show_result(screen, found, folder=folder, repository=None)
+    show_result(screen, found, folder=folder, url=None)
 
 
 @cli.command("ls", context_settings=CONTEXT)
@@ -283,18 +289,6 @@ def _build_folder(folder: Path) -> Path:
     return folder
 
 
-def _publish(folder: Path, repository: str | None, *, private: bool = True, **options: Any) -> str:
-    from factory import hub
-    from factory.artifacts import Build
-
-    found = Build.read(_build_folder(folder))
-    name = repository or hub.default_repo_name(found.source, found.config["drop"])
-    message = options.pop("message", None) or f"Publish {found.name}"
-    publication = hub.push(folder / "model", repo_id=name, private=private, message=message, **options)
-    publication.write(folder)
-    return publication.url
-
-
 def _print_json(value: Any) -> None:
     import json
 
@@ -306,6 +300,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # builds side by side do not spin each other out
     warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
     try:
         cli.main(standalone_mode=False)

@@ -1,6 +1,7 @@
 """Evaluate: token loss, lm-eval tasks and speed of checkpoints, loaded from disk as a user would."""
 
 import json
+import logging
 import math
 import statistics
 import time
@@ -19,6 +20,7 @@ from factory.texts import Text, windows
 
 LOSS_BATCH_SIZE = 4
 TASK_BATCH_SIZE = 8
+BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
 EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
 LOSSES = "losses.json"  # [tokens, nats] a document, for paired comparisons
@@ -127,22 +129,54 @@ def _score(
 ) -> TaskScore:
     """One lm-eval task or group, given by name or as a YAML file."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    progress(0, 1, task)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
+
     name, manager = _find_task(task)
-    few_shot = settings.num_fewshot.get(task)
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE),
+        model=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
         tasks=[name],
-        num_fewshot=few_shot,
+        num_fewshot=settings.num_fewshot.get(task),
         limit=settings.limit,
         task_manager=manager,
-        bootstrap_iters=0,
+        bootstrap_iters=BOOTSTRAP_ROUNDS,
         log_samples=True,
     )
-    progress(1, 1, task)
     return _task_score(name, results)
+
+
+def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
+    """lm-eval's own model class, but for its progress bars: rows done are reported instead."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Reporting(HFLM):  # type: ignore[misc]
+        done, total = 0, 0
+
+        def loglikelihood(self, requests: list[Any], **_: Any) -> Any:
+            self.done, self.total = 0, len(requests)
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> Any:
+            self.done, self.total = 0, len(requests)
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], **_: Any) -> Any:
+            self.done, self.total = 0, len(requests)
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._count(len(inputs))
+            return super()._model_call(inputs, *args, **kwargs)
+
+        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._count(len(context))
+            return super()._model_generate(context, *args, **kwargs)
+
+        def _count(self, rows: int) -> None:
+            self.done = min(self.done + rows, self.total)
+            report(self.done, self.total)
+
+    return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
 
 
 def _find_task(task: str) -> tuple[str, Any]:

@@ -14,10 +14,10 @@ from huggingface_hub.utils.tqdm import tqdm
 from factory.artifacts import Source, sha256_of_file
 from factory.errors import HubError
 from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors
-from factory.publish import default_repo_name, push
+from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
 
-__all__ = ["default_repo_name", "pull", "push", "resolve"]
+__all__ = ["default_repo_name", "full_name", "pull", "push", "resolve"]
 
 Progress = Callable[[int, int], None]
 

@@ -14,8 +14,10 @@ from factory.artifacts import (
     DistanceProfile,
     Evaluation,
     PruningPlan,
+    Publication,
     Source,
     SpeedComparison,
+    sha256_of_file,
 )
 from factory.config import BuildConfig, num_dropped
 from factory.store import StageSpec, Store
@@ -320,7 +322,10 @@ def evaluate_stage(run: Run, source: Source, name: str, folder: Path) -> Evaluat
         Evaluation,
         work,
         label=name,
-        parameters=_without_data(run.config.evaluate),
+        parameters={
+            **_without_data(run.config.evaluate),
+            "tasks": [_task_identity(task) for task in run.config.evaluate.tasks],
+        },
         inputs={"model": model_key, "text": run.texts.evaluation.data.version},
         summary=lambda e: ", ".join(
             [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.value:.1%}" for t in e.tasks)]
@@ -369,11 +374,36 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     return build
 
 
+def publish(folder: Path, repository: str | None, **options: Any) -> Publication:
+    """Publish a finished build: its card names the repository, then everything goes up in one commit.
+
+    Args:
+        folder: The build.
+        repository: `owner/name`; None: the source's name and the fraction, under who is logged in.
+        options: Of `hub.push`.
+    """
+    from factory import hub
+    from factory.card import write_card
+
+    build = Build.read(folder)
+    repo_id = hub.full_name(repository or hub.default_repo_name(build.source, build.config["drop"]))
+    write_card(build, folder / "model", repo_id=repo_id)
+    publication = hub.push(folder / "model", repo_id=repo_id, **options)
+    publication.write(folder)
+    return publication
+
+
 def _without_data(settings: Any) -> dict[str, Any]:
     """Parameters for a key: the data counts by its version, not by the path it was given as."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")
     return values
+
+
+def _task_identity(task: str) -> str:
+    """A task's name; for a YAML file its name and content, so that an edited task is another task."""
+    path = Path(task)
+    return f"{path.name}:{sha256_of_file(path)}" if path.is_file() else task
 
 
 def _millions(count: int) -> str:

@@ -39,6 +39,21 @@ def default_repo_name(source: Source, drop: float) -> str:
     return f"{source.name}-drop{100 * drop:g}"
 
 
+def full_name(repo_id: str) -> str:
+    """`owner/name`; `name` and `~/name` belong to whoever is logged in.
+
+    Raises:
+        HubError: Nobody is logged in, or the Hub could not be asked who it is.
+    """
+    if get_token() is None:
+        raise not_logged_in()
+    owner, _, name = repo_id.rpartition("/")
+    if owner not in ("", "~"):
+        return repo_id
+    with hub_errors(repo_id, writing=True):
+        return f"{hub_api().whoami(cache=True)['name']}/{name}"
+
+
 def push(
     folder: Path,
     *,
@@ -71,11 +86,8 @@ def push(
         raise UsageError(
             f"a pull request goes to main, not to {revision!r}", hint="leave out --revision or --create-pr"
         )
-    if get_token() is None:
-        raise not_logged_in()
+    repo_id = full_name(repo_id)
     api = hub_api()
-    with hub_errors(repo_id, writing=True):
-        repo_id = _full_name(api, repo_id)
     _check_card(folder, repo_id=repo_id)
     local = _local_files(folder)
     with hub_errors(repo_id, revision=revision, writing=True):
@@ -107,14 +119,6 @@ def push(
         private=bool(info.private),
         files=local,
     )
-
-
-def _full_name(api: HfApi, repo_id: str) -> str:
-    """`name` and `~/name` belong to whoever is logged in."""
-    owner, _, name = repo_id.rpartition("/")
-    if owner in ("", "~"):
-        return f"{api.whoami(cache=True)['name']}/{name}"
-    return repo_id
 
 
 def _check_card(folder: Path, *, repo_id: str) -> None:

@@ -152,7 +152,7 @@ def _score(task: TaskScore) -> str:
     return f"{task.value:.1%}" + (f" ± {task.stderr:.1%}" if task.stderr is not None else "")
 
 
-def show_result(out: Console, build: Build, *, folder: Path, repository: str | None) -> None:
+def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
     """The table, what it means in a line, and what to type next."""
     out.print()
     out.print(result_table(build))
@@ -169,8 +169,7 @@ def show_result(out: Console, build: Build, *, folder: Path, repository: str | N
             f"print(pipeline('text-generation', '{model}')('The', max_new_tokens=30)[0]['generated_text'])\"",
         ),
     ]
-    if repository is None:
-        rows.append(("publish it", f"factory push {folder}"))
+    rows.append(("published", url) if url else ("publish it", f"factory push {folder}"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
 

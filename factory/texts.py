@@ -210,7 +210,7 @@ def _stream(data: DataSource, *, config: str | None) -> Iterator[str]:
 def _standard_library(reference: str) -> Text:
     from factory.demo import corpus
 
-    split = "train" if reference == "stdlib:train" else "held-out"
+    split: corpus.Split = "train" if reference == "stdlib:train" else "held-out"
     data = DataSource(name=reference, version=corpus.fingerprint(split))
     return Text(data, lambda: (part for file in corpus.documents(split) for part in _passages(file)))
 
