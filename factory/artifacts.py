@@ -169,7 +169,7 @@ class Adapter(Artifact):
 
     file_name = "adapter.json"
 
-    folder: Path = Field(exclude=True)
+    folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
     objective: str  # "sft"
     quantization: str  # "nf4"
     rank: int

@@ -97,6 +97,7 @@ def build(model: str, drop: float, **options: Any) -> None:
 def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     from factory import hub, pipeline
     from factory.config import load_recipe
+    from factory.decoder import check_decoder
     from factory.layout import build_name
     from factory.preview import preview
     from factory.screen import StageLines, console, show_preview, show_result
@@ -115,9 +116,11 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     texts = pipeline.open_texts(config)
     run = pipeline.Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     pending = pipeline.pending(run, source)
-    shown = preview(source, config, pending=pending, home=store.home)
+    if "prune" in pending:
+        check_decoder(source.config)
     if {"measure", "heal", "evaluate"} & set(pending):
         pipeline.check_texts(texts)
+    shown = preview(source, config, pending=pending, home=store.home)
     if not (as_json and options["dry_run"]):
         show_preview(screen, shown, title=f"{source.name} → {out}", lines=_preview_lines(config))
     if options["dry_run"]:

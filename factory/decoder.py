@@ -108,6 +108,17 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
     verify(config, pruned_config, kept)
 
 
+def check_decoder(config: dict[str, Any]) -> None:
+    """Refuse early, whatever the cut, what is no decoder that transformers can build.
+
+    Raises:
+        UnsupportedArchitectureError: Says the model type.
+    """
+    from factory.decoder_proof import check
+
+    check(config)
+
+
 def decoder_layers(model: Any) -> "ModuleList":
     """The decoder's layers of a loaded causal language model, as the list that its forward walks.
 

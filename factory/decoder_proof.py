@@ -96,6 +96,12 @@ def num_layers_of(config: Any) -> int:
     return count
 
 
+def check(config: dict[str, Any]) -> None:
+    """See `factory.decoder.check_decoder`."""
+    _, layers = find_layers(_build(config))
+    _check_causal(layers[0], model_type=config["model_type"])
+
+
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """See `factory.decoder.verify_structure`."""
     old, new = _build(config), _build(pruned_config)

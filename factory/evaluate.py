@@ -23,6 +23,7 @@ TASK_BATCH_SIZE = 8
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
 EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
+ORDER = 0  # the same for every model and build: only then can losses be compared
 LOSSES = "losses.json"  # [tokens, nats] a document, for paired comparisons
 
 
@@ -65,13 +66,13 @@ def token_loss(
     into: Path,
     progress: Callable[[int, int, str], None],
 ) -> TokenLoss:
-    """Mean next-token loss in nats over fixed windows of the first documents, in their own order.
+    """Mean next-token loss in nats over fixed windows of the first documents in a fixed shuffled order.
 
     The standard error is that of a ratio over documents, since tokens of one document are not
     independent.
     """
     losses: list[tuple[int, float]] = []  # predicted tokens and summed nats, a document
-    documents = _first(text.documents(), settings.num_documents)
+    documents = _first(text.shuffled(ORDER), settings.num_documents)
     for index, document in enumerate(documents):
         pieces = list(windows(tokenizer(document).input_ids, length=settings.sequence_length))
         if pieces:

@@ -158,7 +158,8 @@ def _some(names: list[str]) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json, if transformers knows its model type without foreign code."""
-    from transformers import CONFIG_MAPPING
+    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses everything never needs.
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.name} has no model_type", hint="give a model that transformers can load"
         )
-    if config["model_type"] not in CONFIG_MAPPING:
+    if config["model_type"] not in CONFIG_MAPPING_NAMES:
         foreign = config.get("auto_map")
         code = (
             f"needs its own code ({next(iter(foreign.values()))})"

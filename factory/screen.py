@@ -178,7 +178,7 @@ def verdict(build: Build) -> str:
     """One sentence on what the cut cost and what healing brought back."""
     losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
     gap = losses["pruned"] - losses["source"]
-    cut = f"Dropping layers {layer_ranges(build.dropped)} raised the loss by {gap:.3f}"
+    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
     if "healed" not in losses:
         return f"{cut}; this build was not healed."
     change = losses["pruned"] - losses["healed"]
@@ -188,8 +188,12 @@ def verdict(build: Build) -> str:
             f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."
         )
     if change <= 0:
-        return f"{cut}; healing raised it by a further {-change:.3f} on this text. Look before you publish."
+        return f"{cut}; healing {_moved(-change)} on this text. Look before you publish."
     return f"{cut}; healing took back {change:.3f}{share}."
+
+
+def _moved(change: float) -> str:
+    return f"{'raised' if change > 0 else 'lowered'} the loss by {abs(change):.3f}"
 
 
 def count(number: int) -> str:

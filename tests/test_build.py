@@ -1,0 +1,355 @@
+"""Whole builds through the real command line: what they leave, how they resume, what they say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory.artifacts import Build
+from tests.hub import Hub
+from tests.tiny import rhymes, save_llama
+
+QUICK = [
+    "--samples",
+    "8",
+    "--sequence-length",
+    "128",
+    "--heal-steps",
+    "6",
+    "--limit",
+    "12",
+    "--eval-documents",
+    "4",
+]
+DEMO = ["build", "demo", "--drop", "0.3", *QUICK]
+MOMENTARY = ("seconds", "speed")
+
+# Ends the process without a word at the n-th event of the interpreter whose name and first argument match:
+# from outside that is a power cut at a chosen moment.
+KILLER = """
+import os, re, signal, sys
+event, pattern, with_signal = sys.argv[1:4]
+def watch(name, arguments):
+    if name == event and arguments and re.search(pattern, str(arguments[0])):
+        os.kill(os.getpid(), getattr(signal, with_signal))
+sys.addaudithook(watch)
+sys.argv = ["factory", *sys.argv[4:]]
+from factory.cli import main
+main()
+"""
+
+
+INHERITED = ("PATH", "HOME", "OMP_NUM_THREADS", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    own = {"FACTORY_HOME": str(home / "home"), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+    return inherited | own | more
+
+
+def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "factory", *arguments],
+        cwd=home,
+        env=environment(home, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def killed(
+    event: str, pattern: str, *arguments: str, home: Path, by: str = "SIGKILL"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", KILLER, event, pattern, by, *arguments],
+        cwd=home,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def without_moments(build: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((build / "build.json").read_text())
+    return {name: field for name, field in value.items() if name not in MOMENTARY}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed build of the demo; the folder it was made in."""
+    home = tmp_path_factory.mktemp("built")
+    done = factory(*DEMO, home=home)
+    assert done.returncode == 0, done.stderr
+    (home / "output").write_text(done.stdout)
+    return home
+
+
+BUILD = Path("builds") / "demo-drop30"
+
+
+def test_the_build_says_what_it_will_do_what_it_does_and_what_came_of_it(built: Path) -> None:
+    output = (built / "output").read_text()
+    assert "dropping 7 of 24 (29%)" in output
+    for stage in (
+        "measure",
+        "plan",
+        "prune",
+        "heal",
+        "merge",
+        "evaluate source",
+        "evaluate healed",
+        "speed",
+        "card",
+    ):
+        assert f"✓ {stage}" in output
+    assert "source" in output
+    assert "loss, nats a token" in output
+    assert "factory push builds/demo-drop30" in output
+    assert "\x1b" not in output  # no terminal, no colours
+
+
+def test_the_table_and_the_build_agree(built: Path) -> None:
+    build = Build.read(built / BUILD)
+    output = (built / "output").read_text()
+    for evaluation in build.evaluations.values():
+        assert f"{evaluation.loss.nats:.3f} ± {evaluation.loss.stderr:.3f}" in output
+
+
+def test_nothing_in_the_published_folder_names_a_place_or_a_user(built: Path) -> None:
+    for path in (built / BUILD / "model").rglob("*"):
+        if path.suffix in (".json", ".md", ".svg"):
+            text = path.read_text()
+            assert str(built) not in text
+            assert os.environ.get("HOME", "/root") + "/" not in text
+
+
+def test_the_published_folder_is_complete(built: Path) -> None:
+    model = built / BUILD / "model"
+    names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert names >= {
+        "README.md",
+        "build.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "figures/angular-distance.png",
+        "figures/angular-distance.svg",
+        "figures/healing.png",
+    }
+    assert not names & {"stage.json", "checkpoint.json", "adapter_model.safetensors"}
+
+
+RELOAD = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokens = tokenizer("def main():", return_tensors="pt").input_ids
+settings = dict(max_new_tokens=24, do_sample=False)
+print(json.dumps({
+    "parameters": model.num_parameters(),
+    "layers": model.config.num_hidden_layers,
+    "cached": model.generate(tokens, use_cache=True, **settings).tolist(),
+    "uncached": model.generate(tokens, use_cache=False, **settings).tolist(),
+}))
+"""
+
+
+def test_the_model_loads_elsewhere_and_generates_the_same_with_and_without_a_cache(built: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(built / BUILD / "model")],
+        env=environment(built),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    build = Build.read(built / BUILD)
+    assert found["cached"] == found["uncached"]
+    assert found["layers"] == 24 - 7
+    assert found["parameters"] == build.result_parameters
+    assert f"{build.result_parameters / 1e6:.2f}" in (built / BUILD / "model" / "README.md").read_text()
+
+
+def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path) -> None:
+    program = (
+        "import sys; from factory.cli import main\n"
+        f"sys.argv = ['factory', *{DEMO!r}]\n"
+        "main()\n"
+        "print(sorted({'torch', 'trl', 'peft', 'datasets', 'lm_eval'} & set(sys.modules)))"
+    )
+    before = (built / BUILD / "build.json").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=built,
+        env=environment(built),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "nothing to do" in done.stdout
+    assert "✓" not in done.stdout
+    assert done.stdout.count("reused") == 10
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (built / BUILD / "build.json").read_bytes() == before
+
+
+def test_another_fraction_that_means_the_same_layers_shares_their_checkpoint(built: Path) -> None:
+    done = factory("build", "demo", "--drop", "0.31", *QUICK, home=built)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reused") == 9
+    assert "✓ card" in done.stdout
+    assert (built / "builds" / "demo-drop31" / "model" / "model.safetensors").stat().st_nlink > 1
+
+
+def test_json_is_the_build_and_nothing_else_on_standard_output(built: Path) -> None:
+    done = factory(*DEMO, "--json", home=built)
+    assert done.returncode == 0
+    assert Build.model_validate(json.loads(done.stdout)).plan.num_layers == 24
+
+
+def test_show_prints_the_map_and_the_table(built: Path) -> None:
+    done = factory("show", str(BUILD), home=built)
+    assert done.returncode == 0, done.stderr
+    assert "loss, nats a token" in done.stdout
+
+
+def test_ls_and_gc_know_what_the_builds_use(built: Path) -> None:
+    assert "evaluate" in factory("ls", home=built).stdout
+    assert factory("gc", "--dry-run", home=built).stdout == "0 bytes could be freed\n"
+
+
+MOMENTS = (  # event of the interpreter, its first argument: one in each stage, in the order of a build
+    ("os.rename", r"stages/measure/\w+\.partial$"),
+    ("os.mkdir", r"stages/plan/\w+\.partial$"),
+    ("open", r"stages/prune/\w+\.partial/config\.json"),
+    ("os.mkdir", r"stages/heal/\w+\.partial/trainer/checkpoint-4"),
+    ("open", r"stages/merge/\w+\.partial/model\.safetensors"),
+    ("os.rename", r"stages/evaluate/\w+\.partial/stage\.json\.partial$"),
+    ("open", r"stages/speed/\w+\.partial/speed\.json"),
+    ("open", r"\.demo-drop30\.partial/model/README\.md"),
+)
+
+
+def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(built: Path, tmp_path: Path) -> None:
+    for event, pattern in MOMENTS:
+        done = killed(event, pattern, *DEMO, home=tmp_path)
+        assert done.returncode == -signal.SIGKILL, (pattern, done.stdout, done.stderr)
+        assert not (tmp_path / BUILD).exists()
+    last = factory(*DEMO, home=tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert last.stdout.count("reused") == 9  # everything but the card
+    assert without_moments(tmp_path / BUILD) == without_moments(built / BUILD)
+    weights = Path("model") / "model.safetensors"
+    assert (tmp_path / BUILD / weights).read_bytes() == (built / BUILD / weights).read_bytes()
+
+
+def test_an_interrupted_build_says_how_to_go_on(tmp_path: Path) -> None:
+    done = killed("os.mkdir", r"stages/measure/\w+\.partial$", *DEMO, home=tmp_path, by="SIGINT")
+    assert done.returncode == 130
+    assert done.stderr.strip() == "error: interrupted\nhint: the same command goes on from here"
+
+
+def test_a_build_without_healing_ships_the_pruned_model(built: Path) -> None:
+    done = factory(*DEMO, "--no-heal", "--out", "unhealed", home=built)
+    assert done.returncode == 0, done.stderr
+    build = Build.read(built / "unhealed")
+    assert (build.shipped, build.adapter, sorted(build.evaluations)) == ("pruned", None, ["pruned", "source"])
+    assert "this build was not healed" in done.stdout
+
+
+def test_a_folder_that_is_no_build_is_not_overwritten(built: Path) -> None:
+    (built / "mine").mkdir()
+    (built / "mine" / "thesis.txt").write_text("years of work")
+    done = factory(*DEMO, "--out", "mine", home=built)
+    assert done.returncode == 1
+    assert "mine is there already and is no build" in done.stderr
+    assert (built / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_any_folder_can_be_built_from_local_files(tmp_path: Path) -> None:
+    save_llama(tmp_path / "tiny", num_layers=6)
+    for name in ("calibration", "healing", "evaluation"):
+        lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = (
+        "--calibration-data calibration.jsonl --heal-data healing.jsonl --eval-data evaluation.jsonl "
+        "--sequence-length 64 --heal-steps 4"
+    )
+    done = factory("build", "tiny", "--drop", "0.4", *options.split(), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    build = Build.read(tmp_path / "builds" / "tiny-drop40")
+    assert len(build.dropped) == 2
+    assert build.reference == "tiny"
+    assert build.calibration.name == "calibration.jsonl"
+    assert not build.evaluations["source"].tasks
+
+
+def test_a_build_is_published_whole_and_comes_back_byte_for_byte(built: Path, hub: Hub) -> None:
+    online = {**hub.environment(built / "hf"), "HF_HUB_OFFLINE": "0"}
+    done = factory(*DEMO, "--push-to", "smaller-demo", home=built, **online)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/alice/smaller-demo" in done.stdout
+    model = built / BUILD / "model"
+    local = {p.relative_to(model).as_posix(): p.read_bytes() for p in model.rglob("*") if p.is_file()}
+    assert hub.files("alice/smaller-demo") == local
+    assert "alice/smaller-demo" in local["README.md"].decode()
+    publication = json.loads((built / BUILD / "publication.json").read_text())
+    assert publication["private"] is True
+    again = factory("push", str(BUILD), "smaller-demo", home=built, **online)
+    assert again.returncode == 0, again.stderr
+    assert len(hub.repository("alice/smaller-demo").commits) == 2  # the Hub's own first one, and ours
+
+
+def test_publishing_without_a_login_is_refused_before_the_build(tmp_path: Path) -> None:
+    done = factory(*DEMO, "--push-to", "me/x", home=tmp_path)
+    assert done.returncode == 1
+    assert "hf auth login" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def bad_model(folder: Path, kind: str) -> None:
+    folder.mkdir()
+    if kind == "empty":
+        return
+    if kind == "pickle":
+        (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}.")
+    elif kind == "no decoder":
+        save_llama(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "bert", "architectures": ["BertModel"]}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [("empty", "model.safetensors"), ("pickle", "pytorch_model.bin"), ("no decoder", "bert")],
+)
+def test_a_folder_that_cannot_be_built_is_refused_in_one_line(
+    tmp_path: Path, kind: str, problem: str
+) -> None:
+    bad_model(tmp_path / "model", kind)
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "x"}\n')
+    texts = [word for option in ("calibration", "heal", "eval") for word in (f"--{option}-data", str(data))]
+    done = factory("build", "./model", "--drop", "0.5", *texts, home=tmp_path)
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert problem in lines[0]
+    assert lines[1].startswith("hint: ")
+    assert not (tmp_path / "home").exists()
+    assert not (tmp_path / "builds").exists()

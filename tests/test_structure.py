@@ -1,0 +1,111 @@
+"""Imports point one way, every file says what belongs in it, and a wheel carries all that is needed."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    ("__init__", "errors"),
+    ("references",),
+    ("config", "artifacts"),
+    ("header", "decoder_fields", "markdown", "hub_errors"),
+    ("checkpoint", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),
+    ("decoder", "resolve", "reload"),
+    ("publish", "measure", "plan", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
+    ("hub", "preview", "layout"),
+    ("pipeline",),
+    ("screen",),
+    ("cli",),
+    ("__main__",),
+)
+STAGES = {"measure", "plan", "prune", "heal", "merge", "evaluate", "card", "publish"}
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted((ROOT / "factory").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "factory").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imported_by(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it is loaded or when it works, but not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "factory":
+            found |= {alias.name for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("factory."):
+            module = (node.module or "").removeprefix("factory.")
+            found |= {f"demo.{alias.name}" for alias in node.names} if module == "demo" else {module}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_from_the_command_line_to_the_values(path: Path) -> None:
+    name = name_of(path)
+    if name == "demo":
+        return
+    assert name in RANK, "a new module needs its place in LAYERS"
+    for other in imported_by(path):
+        assert RANK[other] < RANK[name] or (RANK[other] == RANK[name] and name not in STAGES), other
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_first_line_of_a_module_says_what_belongs_there(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    assert first.startswith('"""')
+    assert len(first) > 20
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_command_line_prints_or_exits(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if name_of(path) not in ("cli", "screen"):
+        assert not calls & {"print", "sys.exit", "exit", "click.echo"}
+
+
+def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+        timeout=120,
+    )
+    (wheel,) = tmp_path.glob("hf_factory-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in (
+        "factory/_resources/model_cards/card.md.j2",
+        "factory/recipes/mistral-7b.yaml",
+        "factory/demo/model/model.safetensors",
+        "factory/demo/model/tokenizer.json",
+        "factory/demo/tasks/next_line.yaml",
+    ):
+        assert name in names
+    entry_points = zipfile.ZipFile(wheel).read(
+        next(name for name in names if name.endswith("entry_points.txt"))
+    )
+    assert b"hf-factory = factory.cli:main" in entry_points
+
+
+def test_the_embedded_model_is_small() -> None:
+    folder = ROOT / "factory" / "demo" / "model"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
