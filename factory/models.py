@@ -53,19 +53,39 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
         trust_remote_code=False,
     )
     if four_bit and device.type == "cpu":
-        _keep_trainable(model)
+        _repair_four_bit_on_cpu(model)
     return model.eval()
 
 
-def _keep_trainable(model: Any) -> None:
-    """Keep 4-bit weights in the layout that has gradients.
+def _repair_four_bit_on_cpu(model: Any) -> None:
+    """Work around two silent faults of bitsandbytes 0.50 on CPUs.
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer for good at its first forward pass in
-    evaluation mode; training after that runs without a gradient for the layer's input, silently.
+    A layer whose inputs are no multiple of the block size is unpacked with the wrong scales: it is
+    replaced by one that holds the right NF4 values in full precision. And on CPUs with AVX512-BF16 a
+    layer is repacked for good at its first pass in evaluation mode, after which training has no
+    gradient for its input: that is switched off.
     """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if not isinstance(module, Linear4bit):
+                continue
             module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.quant_state.blocksize:
+                setattr(parent, name, _unpacked(module))
+
+
+def _unpacked(module: Linear4bit) -> torch.nn.Linear:
+    """The same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
+    state = module.weight.quant_state
+    packed = module.weight.data.flatten().long()
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
+    count = module.in_features * module.out_features
+    scales = state.absmax.repeat_interleave(state.blocksize)[:count]
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight.data = (state.code[nibbles[:count]] * scales).view(module.out_features, module.in_features)
+    if module.bias is not None:
+        linear.bias.data = module.bias.data.float()
+    return linear.requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,0 +1,75 @@
+"""What is loaded has the values that are on disk, in four bits too, and can be padded and trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from factory.models import load_model, load_tokenizer, pad_batch
+from tests.tiny import byte_tokenizer, save_llama
+
+# The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).
+NF4 = torch.tensor(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+
+
+def nearest_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix whose blocks of 64 consecutive values are rounded to NF4."""
+    blocks = weight.float().flatten().view(-1, 64)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    nearest = NF4[(blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(dim=-1)]
+    return (nearest * scale).view(weight.shape)
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 160])
+def test_four_bit_layers_compute_with_nf4_values_whatever_their_width(tmp_path: Path, width: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    full, four = load_model(tmp_path), load_model(tmp_path, four_bit=True)
+    inputs = torch.randn(3, 5, width)
+    for name in ("gate_proj", "down_proj"):
+        weight = getattr(full.model.layers[0].mlp, name).weight
+        vectors = inputs if name == "gate_proj" else torch.cat([inputs, inputs], dim=-1)
+        expected = vectors @ nearest_nf4(weight).T
+        with torch.no_grad():
+            actual = getattr(four.model.layers[0].mlp, name)(vectors)
+        # A value halfway between two codes may round either way.
+        assert (actual - expected).norm() / expected.norm() < 1e-2
+    assert any(isinstance(module, Linear4bit) for module in four.modules()) == (width % 32 == 0)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == tokenizer.eos_token
+
+
+def test_a_loaded_model_is_in_evaluation_mode_and_full_precision_on_a_cpu(tmp_path: Path) -> None:
+    model = load_model(save_llama(tmp_path))
+    assert not model.training
+    assert model.dtype == torch.float32
+
+
+def test_rows_are_padded_on_the_right_and_masked() -> None:
+    ids, mask = pad_batch([[5, 6, 7], [8]], pad_token_id=3)
+    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
