@@ -305,7 +305,6 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # builds side by side do not spin each other out
     warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
     try:
         cli.main(standalone_mode=False)
