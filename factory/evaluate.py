@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from factory.artifacts import Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
 from factory.config import EvaluateSettings
@@ -20,6 +21,7 @@ from factory.texts import Text, windows
 
 LOSS_BATCH_SIZE = 4
 TASK_BATCH_SIZE = 8
+HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with it
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
 EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
@@ -129,17 +131,22 @@ def _score(
     progress: Callable[[int, int, str], None],
 ) -> TaskScore:
     """One lm-eval task or group, given by name or as a YAML file."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate as run_harness
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
-
     name, manager = _find_task(task)
-    results = simple_evaluate(
-        model=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
-        tasks=[name],
-        num_fewshot=settings.num_fewshot.get(task),
+    loaded = manager.load([name])
+    shots = settings.num_fewshot.get(task)
+    for part in loaded["tasks"].values():
+        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
+            part.set_config(key="num_fewshot", value=shots or part.get_config("num_fewshot") or 0)
+        part.set_fewshot_seed(seed=HARNESS_SEED)
+    set_seed(HARNESS_SEED)
+    # Not `simple_evaluate`, which also surveys the machine and asks git about the folder it runs in.
+    results = run_harness(
+        lm=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
+        task_dict=loaded,
         limit=settings.limit,
-        task_manager=manager,
         bootstrap_iters=BOOTSTRAP_ROUNDS,
         log_samples=True,
     )

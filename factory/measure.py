@@ -36,6 +36,7 @@ def measure(
     """
     tokenizer = load_tokenizer(source.local_folder)
     samples = take_samples(text, tokenizer, settings=settings, seed=seed)
+    samples.sort(key=len, reverse=True)  # little padding; and what does not fit shows at once
     model = load_model(source.local_folder)
     statistics = find_executable_batch_size(
         lambda batch_size: measure_model(

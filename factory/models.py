@@ -23,7 +23,8 @@ def device_name(device: torch.device) -> str:
     """For people: "NVIDIA H100 80GB HBM3", "CPU, 2 cores"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
