@@ -1,0 +1,89 @@
+"""What was typed wins over the recipe, the recipe over the defaults, and the model's length over all."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from factory.config import (
+    MOST_TOKENS,
+    BuildConfig,
+    HealSettings,
+    MeasureSettings,
+    Recipe,
+    heal_settings_for,
+    load_recipe,
+    settle,
+)
+from factory.errors import UnknownModelError
+
+
+def config_of(recipe: Recipe | None = None, **changes: Any) -> BuildConfig:
+    fields: dict[str, Any] = {
+        "drop": 0.3,
+        "num_parameters": 7_000_000_000,
+        "max_length": 4096,
+        "is_folder": False,
+        "overrides": {},
+    }
+    return settle("some/model", recipe=recipe, **(fields | changes))
+
+
+def test_the_defaults_of_a_7b_model_are_the_papers() -> None:
+    heal = config_of().heal
+    assert (heal.learning_rate, heal.batch_size, heal.sequence_length) == (3e-4, 16, 2048)
+    assert (heal.warmup_steps, heal.dropout) == (100, 0.05)
+    assert heal.num_steps == pytest.approx(5000, rel=0.05)
+
+
+def test_the_recipe_wins_over_the_defaults_and_what_was_typed_over_the_recipe() -> None:
+    recipe = load_recipe("mistral-7b")
+    assert config_of(recipe).heal.learning_rate == 3e-6
+    typed = config_of(recipe, overrides={"heal": {"learning_rate": 1e-5, "rank": None}, "seed": 7})
+    assert (typed.heal.learning_rate, typed.heal.rank, typed.seed) == (1e-5, recipe.heal.rank, 7)
+
+
+def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
+    config = config_of(max_length=512)
+    lengths = {config.measure.sequence_length, config.heal.sequence_length, config.evaluate.sequence_length}
+    assert lengths == {512}
+
+
+def test_a_folder_gets_no_tasks_unless_they_are_asked_for() -> None:
+    assert config_of().evaluate.tasks == ("mmlu", "boolq")
+    assert config_of(is_folder=True).evaluate.tasks == ()
+    asked = config_of(is_folder=True, overrides={"evaluate": {"tasks": ("boolq",)}})
+    assert asked.evaluate.tasks == ("boolq",)
+
+
+@given(st.integers(min_value=1_000, max_value=10**12), st.integers(min_value=8, max_value=10**6))
+def test_every_size_of_model_gets_healing_that_makes_sense(num_parameters: int, max_length: int) -> None:
+    heal = heal_settings_for(num_parameters, max_length=max_length)
+    tokens = heal.num_steps * heal.batch_size * heal.sequence_length
+    assert heal.num_steps >= 100
+    assert heal.warmup_steps <= heal.num_steps / 10
+    assert 0 < heal.learning_rate <= 3e-3
+    assert heal.sequence_length <= max_length
+    assert tokens <= MOST_TOKENS + heal.batch_size * heal.sequence_length
+
+
+@given(st.integers(10**6, 10**12), st.integers(10**6, 10**12))
+def test_a_larger_model_never_gets_a_higher_rate_or_fewer_tokens(a: int, b: int) -> None:
+    small, large = (heal_settings_for(size, max_length=2048) for size in sorted((a, b)))
+    assert small.learning_rate >= large.learning_rate
+    assert small.num_steps * small.batch_size <= large.num_steps * large.batch_size + small.batch_size + 16
+
+
+def test_unknown_names_and_values_out_of_range_are_refused() -> None:
+    with pytest.raises(ValidationError, match="learning_rte"):
+        HealSettings(learning_rte=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        MeasureSettings(num_samples=1)
+
+
+def test_an_unknown_alias_offers_the_nearest() -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        load_recipe("llama-2-7")
+    assert "did you mean 'llama-2-7b'" in caught.value.hint

@@ -1,0 +1,147 @@
+"""Losses are those of the definition, tasks are lm-eval's, and speeds come from turns."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from factory.artifacts import DataSource, Evaluation
+from factory.config import EvaluateSettings
+from factory.errors import DataError, UsageError
+from factory.evaluate import compare_speed, evaluate
+from factory.models import load_model, load_tokenizer
+from factory.texts import Text
+from tests.tiny import rhymes, save_llama
+
+DEMO = Path(__file__).parent.parent / "factory" / "demo"
+SETTINGS = EvaluateSettings(data="x", num_documents=50, sequence_length=64, tasks=())
+
+
+def text_of(documents: list[str]) -> Text:
+    return Text(DataSource(name="rhymes", version="1"), lambda: iter(documents))
+
+
+def quiet(_done: int, _total: int, _note: str) -> None: ...
+
+
+def evaluation_of(model: Path, into: Path, documents: list[str], **changes: Any) -> Evaluation:
+    into.mkdir(exist_ok=True)
+    settings = SETTINGS.model_copy(update=changes)
+    return evaluate(model, text_of(documents), settings=settings, into=into, progress=quiet)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("model"))
+
+
+def test_a_model_that_knows_nothing_loses_log_v(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    blank = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        blank.model.embed_tokens.weight.zero_()  # tied: every logit is 0
+    blank.save_pretrained(folder)
+    loss = evaluation_of(folder, tmp_path / "into", ["some words", "and some more"]).loss
+    assert loss.nats == pytest.approx(math.log(257), abs=1e-5)
+    assert loss.normalized == pytest.approx(1)
+    assert loss.perplexity == pytest.approx(257, rel=1e-4)
+    assert loss.stderr == pytest.approx(0, abs=1e-6)
+
+
+def test_the_loss_is_that_computed_naively_one_window_at_a_time(model: Path, tmp_path: Path) -> None:
+    documents = [text[: 20 + 37 * index] for index, text in enumerate(rhymes(6))]
+    loss = evaluation_of(model, tmp_path / "into", documents).loss
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    totals = []
+    for document in documents:
+        tokens = tokenizer(document).input_ids
+        nats, count = 0.0, 0
+        for start in range(0, len(tokens), 64):
+            window = torch.tensor([tokens[start : start + 64]])
+            if window.shape[1] > 1:
+                with torch.no_grad():
+                    mean = loaded(window, labels=window).loss.item()
+                nats, count = nats + mean * (window.shape[1] - 1), count + window.shape[1] - 1
+        totals.append((count, nats))
+    tokens_in_all = sum(count for count, _ in totals)
+    mean = sum(nats for _, nats in totals) / tokens_in_all
+    assert loss.num_tokens == tokens_in_all
+    assert loss.nats == pytest.approx(mean, abs=1e-5)
+    spread = sum((nats - mean * count) ** 2 for count, nats in totals) * 6 / 5
+    assert loss.stderr == pytest.approx(math.sqrt(spread) / tokens_in_all, rel=1e-3)
+    by_document = json.loads((tmp_path / "into" / "losses.json").read_text())
+    assert sorted(count for count, _ in by_document) == sorted(count for count, _ in totals)
+
+
+def test_only_as_many_documents_are_read_as_asked(model: Path, tmp_path: Path) -> None:
+    assert evaluation_of(model, tmp_path / "into", rhymes(9), num_documents=4).loss.num_documents == 4
+
+
+def test_too_little_text_is_a_clear_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="rhymes holds 1 usable documents"):
+        evaluation_of(model, tmp_path / "into", ["only one"])
+
+
+def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: Path) -> None:
+    limit = 24
+    (score,) = evaluation_of(
+        DEMO / "model", tmp_path / "into", rhymes(2), tasks=("next_line",), limit=limit
+    ).tasks
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"),
+        *("--model_args", f"pretrained={DEMO / 'model'},dtype=float32"),
+        *("--tasks", "next_line", "--include_path", str(DEMO / "tasks"), "--limit", str(limit)),
+        *("--output_path", str(tmp_path / "theirs.json"), "--batch_size", "8"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (written,) = tmp_path.rglob("theirs*.json")
+    theirs = json.loads(written.read_text())["results"]["next_line"]
+    assert score.value == theirs["acc_norm,none"]
+    assert score.stderr == pytest.approx(theirs["acc_norm_stderr,none"])
+    assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)
+
+
+def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"q": f"{word} and", "choices": ["one", "two"], "answer": index % 2}
+        for index, word in enumerate("abcdef")
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    task = tmp_path / "mine.yaml"
+    task.write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    (score,) = evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),)).tasks
+    assert (score.task, score.metric, score.chance, score.num_samples) == ("mine", "acc", 0.5, 6)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "does not exist"), ("dataset_path: json\n", "names no task")]
+)
+def test_a_yaml_file_that_is_no_task_is_a_clear_error(
+    model: Path, tmp_path: Path, content: str | None, problem: str
+) -> None:
+    task = tmp_path / "mine.yaml"
+    if content:
+        task.write_text(content)
+    with pytest.raises(UsageError, match=problem):
+        evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),))
+
+
+def test_speed_is_measured_for_both_models_on_the_named_device(model: Path, tmp_path: Path) -> None:
+    smaller = save_llama(tmp_path / "smaller", num_layers=1)
+    speed = compare_speed(model, smaller, rounds=2, prompt_tokens=16, new_tokens=4, progress=quiet)
+    assert speed.device.startswith("CPU")
+    for side in (speed.source, speed.result):
+        assert side.prefill_tokens_per_second > 0
+        assert side.decode_tokens_per_second > 0
+        assert side.decode_spread >= 0
