@@ -137,7 +137,7 @@ def test_a_dry_run_prints_the_preview_and_writes_nothing(tmp_path: Path) -> None
     done = run("build", "demo", "--drop", "0.3", "--dry-run", "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
     preview = json.loads(done.stdout)
-    assert (preview["num_layers"], preview["num_dropped"]) == (16, 5)
+    assert (preview["num_layers"], preview["num_dropped"]) == (24, 7)
     assert preview["parameters_after"] < preview["parameters_before"]
     assert not (tmp_path / "builds").exists()
     assert not (tmp_path / "home" / "stages").exists()
