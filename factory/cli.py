@@ -128,7 +128,7 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
             _print_json(vars(shown))
         return
     try:
-        if source.folder is None:
+        if source.folder is None and pending:
             reporter.started("pull")
             source = hub.pull(
                 source, progress=lambda done, total: reporter.progressed("pull", done, total, "")

@@ -36,6 +36,8 @@ LIBRARIES = {
     "speed": ("torch", "transformers"),
 }
 
+MADE_BY = {"pruned": "prune", "healed": "merge"}
+
 A = TypeVar("A", bound=Artifact)
 
 
@@ -180,10 +182,10 @@ def make_models(run: Run, source: Source) -> Made:
     pruned = prune_stage(run, source, plan)
     adapter = heal_stage(run, pruned) if run.config.heal_enabled else None
     healed = merge_stage(run, pruned, adapter) if adapter else None
-    models = {"source": source.local_folder, "pruned": pruned.folder}
+    models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed:
-        models["healed"] = healed.folder
-    evaluations = {name: evaluate_stage(run, source, name, folder) for name, folder in models.items()}
+        models["healed"] = healed
+    evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
     # A heal that raised the loss on text it had not seen is kept in the store but not shipped.
     shipped_name = "healed" if adapter and adapter.helped else "pruned"
     shipped = healed if healed and shipped_name == "healed" else pruned
@@ -298,25 +300,21 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
     )
 
 
-def evaluate_stage(run: Run, source: Source, name: str, folder: Path) -> Evaluation:
+def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:
     """Loss and tasks of one of the three models; the source's is shared by all its builds."""
 
     def work(into: Path) -> Artifact:
         from factory.evaluate import evaluate
 
         return evaluate(
-            folder,
+            model.local_folder if isinstance(model, Source) else model.folder,
             run.texts.evaluation,
             settings=run.config.evaluate,
             into=into,
             progress=run.ticks("evaluate", name),
         )
 
-    model_key = {
-        "source": source.commit,
-        "pruned": run.keys["prune"],
-        "healed": run.keys.get("merge", ""),
-    }[name]
+    model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(
         "evaluate",
         Evaluation,
@@ -346,10 +344,7 @@ def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str
         SpeedComparison,
         work,
         parameters={},
-        inputs={
-            "source": source.commit,
-            "result": run.keys["merge" if shipped_name == "healed" else "prune"],
-        },
+        inputs={"source": source.commit, "result": run.keys[MADE_BY[shipped_name]]},
         summary=lambda s: (
             f"decoding {s.result.decode_tokens_per_second / s.source.decode_tokens_per_second:.2f}× "
             f"as fast, prefill {s.result.prefill_tokens_per_second / s.source.prefill_tokens_per_second:.2f}×"

@@ -58,7 +58,7 @@ def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home
     share = n / source.num_layers
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
-    download = source.size_bytes if source.folder is None else 0
+    download = source.size_bytes if source.folder is None and pending else 0
     writes = sum(stage in pending for stage in ("prune", "merge"))
     free = shutil.disk_usage(_existing(home)).free
     device, memory_total, rate = _machine(source) if pending else ("", 0, 1.0)

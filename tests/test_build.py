@@ -27,6 +27,8 @@ QUICK = [
     "4",
 ]
 DEMO = ["build", "demo", "--drop", "0.3", *QUICK]
+TINY = ["--sequence-length", "64", "--heal-steps", "4"]
+SPLITS = ("train", "validation")
 MOMENTARY = ("seconds", "speed")
 
 # Ends the process without a word at the n-th event of the interpreter whose name and first argument match:
@@ -284,11 +286,8 @@ def test_any_folder_can_be_built_from_local_files(tmp_path: Path) -> None:
     for name in ("calibration", "healing", "evaluation"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    options = (
-        "--calibration-data calibration.jsonl --heal-data healing.jsonl --eval-data evaluation.jsonl "
-        "--sequence-length 64 --heal-steps 4"
-    )
-    done = factory("build", "tiny", "--drop", "0.4", *options.split(), home=tmp_path)
+    texts = "--calibration-data calibration.jsonl --heal-data healing.jsonl --eval-data evaluation.jsonl"
+    done = factory("build", "tiny", "--drop", "0.4", *texts.split(), *TINY, home=tmp_path)
     assert done.returncode == 0, done.stderr
     build = Build.read(tmp_path / "builds" / "tiny-drop40")
     assert len(build.dropped) == 2
@@ -311,6 +310,29 @@ def test_a_build_is_published_whole_and_comes_back_byte_for_byte(built: Path, hu
     again = factory("push", str(BUILD), "smaller-demo", home=built, **online)
     assert again.returncode == 0, again.stderr
     assert len(hub.repository("alice/smaller-demo").commits) == 2  # the Hub's own first one, and ours
+
+
+def test_a_model_and_texts_from_the_hub_are_pinned_to_their_commits(tmp_path: Path, hub: Hub) -> None:
+    commit = hub.put_model("acme/tiny", save_llama(tmp_path / "tiny", num_layers=6))
+    lines = {name: [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)] for name in SPLITS}
+    files = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
+    data = hub.put_dataset("acme/rhymes", files)
+    online = {**hub.environment(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    texts = [word for use in ("calibration", "heal", "eval") for word in (f"--{use}-data", "acme/rhymes")]
+    command = ["build", "acme/tiny", "--drop", "0.4", *texts, "--tasks", "none", *TINY]
+    done = factory(*command, home=tmp_path, **online)
+    assert done.returncode == 0, done.stderr
+    build = Build.read(tmp_path / "builds" / "tiny-drop40")
+    assert (build.source.repo_id, build.source.commit) == ("acme/tiny", commit)
+    assert build.calibration.version == data
+    assert (build.calibration.split, build.adapter and build.adapter.data.split) == ("validation", "train")
+    card = (tmp_path / "builds" / "tiny-drop40" / "model" / "README.md").read_text()
+    assert "base_model: acme/tiny" in card
+    assert "- acme/rhymes" in card
+    assert "✓ pull" in done.stdout
+    again = factory(*command, home=tmp_path, **online)
+    assert again.stdout.count("reused") == 10, again.stderr
+    assert "pull" not in again.stdout
 
 
 def test_publishing_without_a_login_is_refused_before_the_build(tmp_path: Path) -> None:

@@ -48,14 +48,15 @@ def test_work_that_is_left_needs_disk_memory_and_time(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_here_yet_has_to_be_downloaded(tmp_path: Path) -> None:
-    shown = preview_of(SOURCE.model_copy(update={"folder": None}), pending=(), home=tmp_path)
-    assert shown.download_bytes == 2_400
+    elsewhere = SOURCE.model_copy(update={"folder": None})
+    assert preview_of(elsewhere, pending=("speed",), home=tmp_path).download_bytes == 2_400
+    assert preview_of(elsewhere, pending=(), home=tmp_path).download_bytes == 0
 
 
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:
     huge = SOURCE.model_copy(update={"size_bytes": 10**18, "folder": None})
-    with pytest.raises(DiskSpaceError, match=r"needs 1000000000\.0 GB of disk") as caught:
-        preview_of(huge, pending=(), home=tmp_path)
+    with pytest.raises(DiskSpaceError, match=r"needs \d{10}\.\d GB of disk") as caught:
+        preview_of(huge, pending=STAGES, home=tmp_path)
     assert "factory gc" in caught.value.hint
 
 
