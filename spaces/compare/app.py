@@ -5,12 +5,15 @@ Configured by SOURCE_MODEL, PRUNED_MODEL, SOURCE_REVISION, PRUNED_REVISION, MAX_
 
 import base64
 import html
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event
+from typing import Any
 
 try:
     import spaces  # has to come before torch where the Space runs on ZeroGPU
@@ -18,7 +21,7 @@ except ImportError:
     spaces = None
 
 import gradio as gr
-from pair import Model, Reply, Sampling, find_file
+from pair import Model, Reply, Sampling, find_file, load_pair, stream
 
 GPU_SECONDS = 60  # a call, on ZeroGPU
 VISITORS = 4  # served at the same time; others wait in line
@@ -177,35 +180,6 @@ def card_page(pair: Sequence[Model]) -> str | None:
 # What happens -------------------------------------------------------------------------------------
 
 
-def answer(
-    generate: Callable[..., Iterator[tuple[Reply, ...]]],
-    session: Session,
-    prompt: str,
-    sampling: Sampling,
-    *,
-    blind: bool,
-    chats: bool,
-) -> Iterator[bool]:
-    """Let both models reply, into `session`; yields whether they are still writing."""
-    if session.halt:
-        session.halt.set()
-    if session.voted or blind != session.blind:
-        session.start_round(blind=blind)
-    halt = session.halt = Event()
-    turn = Turn(prompt)
-    session.turns = [*session.turns, turn] if chats else [turn]
-    yield True
-    conversations = [session.messages(index) for index in (0, 1)]
-    with closing(generate(conversations, sampling, session.hides)) as snapshots:
-        for turn.replies in snapshots:
-            if halt.is_set():
-                break
-            yield True
-    if session.halt is halt:
-        session.halt = None
-        yield False
-
-
 def vote(session: Session, choice: int) -> None:
     """Count a vote for the left (0), the right (1) or neither (2), and tell who was who."""
     if session.hides and session.turns and not session.halt:
@@ -213,22 +187,104 @@ def vote(session: Session, choice: int) -> None:
         session.voted = True
 
 
+@dataclass(frozen=True)
+class Desk:
+    """Serves the page: takes what visitors do, gives what their page shows then."""
+
+    pair: Sequence[Model]
+    generate: Callable[..., Iterator[tuple[Reply, ...]]]  # `stream`, or the same on a lent GPU
+
+    @property
+    def chats(self) -> bool:
+        """Conversations if both models know how, else texts to be continued."""
+        return all(model.chats for model in self.pair)
+
+    def answer(self, session: Session, prompt: str, sampling: Sampling, *, blind: bool) -> Iterator[bool]:
+        """Let both models reply, into `session`; yields whether they are still writing."""
+        if session.halt:
+            session.halt.set()
+        if session.voted or blind != session.blind:
+            session.start_round(blind=blind)
+        halt = session.halt = Event()
+        turn = Turn(prompt)
+        session.turns = [*session.turns, turn] if self.chats else [turn]
+        yield True
+        conversations = [session.messages(index) for index in (0, 1)]
+        with closing(self.generate(conversations, sampling, session.hides)) as snapshots:
+            for turn.replies in snapshots:
+                if halt.is_set():
+                    break
+                yield True
+        if session.halt is halt:
+            session.halt = None
+            yield False
+
+    def send(
+        self, session: Session, text: str, seed: float, blind: bool, length: int, *how: float
+    ) -> Iterator[list[Any]]:
+        """A new prompt; an empty one does nothing."""
+        if text.strip():
+            sampling = Sampling(int(length), *how, seed=int(seed))
+            for writing in self.answer(session, text, sampling, blind=blind):
+                yield [*self.view(session, writing), "", seed]
+
+    def retry(self, session: Session, text: str, seed: float, *settings: Any) -> Iterator[list[Any]]:
+        """The last prompt again with the next seed; what stands in the box stays there."""
+        if session.turns and not session.voted:
+            last, session.turns = session.turns[-1], session.turns[:-1]
+            for update in self.send(session, last.prompt, seed + 1, *settings):
+                yield [*update[:-2], text, seed + 1]
+
+    def stop(self, session: Session) -> None:
+        """Halt the run under way; it then shows itself for the last time."""
+        if session.halt:
+            session.halt.set()
+
+    def restart(self, session: Session, blind: bool) -> list[Any]:
+        """Clear both sides."""
+        session.start_round(blind=blind)
+        return self.view(session, False)
+
+    def vote(self, session: Session, choice: int) -> list[Any]:
+        """Count the vote and show the names."""
+        vote(session, choice)
+        return self.view(session, False)
+
+    def view(self, session: Session, writing: bool) -> list[Any]:
+        """New values of both sides, the stop button, the vote buttons and the tally."""
+        asks = session.hides and bool(session.turns) and not writing
+        return [
+            *(part for side in (0, 1) for part in self.side(session, side)),
+            gr.update(interactive=writing),
+            gr.update(visible=asks),
+            gr.update(value=tally(session), visible=session.blind or any(session.tally)),
+        ]
+
+    def side(self, session: Session, side: int) -> tuple[str, Any, str]:
+        """Heading, text and facts of one side."""
+        text = session.messages(session.order[side]) if self.chats else completion(session, side)
+        return heading(self.pair, session, side), text, facts(self.pair, session, side)
+
+
 # The page -----------------------------------------------------------------------------------------
 
 
 def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
     """The whole page for a loaded pair; `most_tokens` is the longest reply that can be asked for."""
+
+    def generate(conversations: Any, sampling: Sampling, in_step: bool) -> Iterator[tuple[Reply, ...]]:
+        yield from stream(pair, conversations, sampling, in_step=in_step)
+
+    desk = Desk(pair, spaces.GPU(duration=GPU_SECONDS)(generate) if spaces else generate)
     with gr.Blocks(title=f"{pair[0].name} and {pair[1].name}", analytics_enabled=False) as demo:
         gr.Markdown(introduction(pair))
-        if (card := card_page(pair)) is None:
-            compare_tab(pair, most_tokens)
-        else:
+        with gr.Tabs():
             with gr.Tab("Compare"):
-                compare_tab(pair, most_tokens)
-            with gr.Tab("Measurements"):
-                gr.Markdown(card, elem_classes="card")
-    demo.queue(default_concurrency_limit=VISITORS)
-    return demo
+                compare_tab(desk, most_tokens)
+            if card := card_page(pair):
+                with gr.Tab("Measurements"):
+                    gr.Markdown(card, elem_classes="card")
+    return demo.queue(default_concurrency_limit=VISITORS)
 
 
 def introduction(pair: Sequence[Model]) -> str:
@@ -238,23 +294,21 @@ def introduction(pair: Sequence[Model]) -> str:
     return (
         f"# {source.name} and {pruned.name}\n"
         f"The second is the first without some of its layers: {less:.0%} fewer parameters. "
-        "Both answer at the same time and share one device, so each is slower here than alone."
+        "Both write at the same time on one device, so each is slower here than alone."
     )
 
 
-def compare_tab(pair: Sequence[Model], most_tokens: int) -> None:
+def compare_tab(desk: Desk, most_tokens: int) -> None:
     """Two panes, one box, and what is done with them."""
-    chats = all(model.chats for model in pair)
     session = gr.State(Session)
-    panes = pane_row(pair, chats)
-    with gr.Row(visible=False, elem_classes="votes") as votes:
-        choices = [gr.Button(f"{name} is better", size="sm", min_width=90) for name in SIDES]
-        choices.append(gr.Button("No difference", size="sm", min_width=90))
+    panes = pane_row(desk)
+    with gr.Row(visible=False) as votes:
+        names = [f"{side} is better" for side in SIDES] + ["No difference"]
+        choices = [gr.Button(name, size="md", min_width=90) for name in names]
     counted = gr.Markdown(visible=False)
     box = gr.Textbox(
-        label="Message" if chats else "Text to be continued",
+        label="Message" if desk.chats else "Text to be continued",
         placeholder="Enter sends, Shift+Enter starts a new line",
-        lines=1,
         max_lines=8,
         autofocus=True,
     )
@@ -264,96 +318,40 @@ def compare_tab(pair: Sequence[Model], most_tokens: int) -> None:
         retry = gr.Button("Retry", min_width=70)
         clear = gr.Button("Clear", min_width=70)
     blind = gr.Checkbox(label="Blind: hide which is which until I have voted")
-    gr.Examples(CHAT_EXAMPLES if chats else COMPLETION_EXAMPLES, box, label="Try")
+    gr.Examples(CHAT_EXAMPLES if desk.chats else COMPLETION_EXAMPLES, box, label="Try")
     with gr.Accordion("Sampling, the same for both", open=False), gr.Row():
         length = gr.Slider(1, most_tokens, min(256, most_tokens), step=1, label="Longest reply, tokens")
         temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: the likeliest token)")
         top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p")
         seed = gr.Number(0, precision=0, label="Seed (Retry adds one)")
 
-    def view(state: Session, writing: bool) -> list[Any]:
-        asks = state.hides and bool(state.turns) and not writing
-        return [
-            *(part for side in (0, 1) for part in pane(pair, state, side, chats)),
-            gr.update(interactive=writing),
-            gr.update(visible=asks),
-            gr.update(value=tally(state), visible=state.blind or any(state.tally)),
-        ]
-
-    generate = replies_of(pair)
     shown = [*panes, stop, votes, counted]
     asked = [session, box, seed, blind, length, temperature, top_p]
-
-    def run(state: Session, text: str, number: float, is_blind: bool, *how: float) -> Iterator[list[Any]]:
-        sampling = Sampling(int(how[0]), how[1], how[2], int(number))
-        for writing in answer(generate, state, text, sampling, blind=is_blind, chats=chats):
-            yield [*view(state, writing), "", number]
-
-    def sent(state: Session, text: str, *settings: Any) -> Iterator[list[Any]]:
-        if text.strip():
-            yield from run(state, text, *settings)
-
-    def retried(state: Session, text: str, number: float, *settings: Any) -> Iterator[list[Any]]:
-        if state.turns and not state.voted:
-            last, state.turns = state.turns[-1], state.turns[:-1]
-            for update in run(state, last.prompt, number + 1, *settings):
-                yield [*update[:-2], text, number + 1]
-
-    def changed(state: Session, is_blind: bool) -> list[Any]:
-        state.start_round(blind=is_blind)
-        return view(state, False)
-
-    def voted(state: Session, choice: int) -> list[Any]:
-        vote(state, choice)
-        return view(state, False)
-
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    gr.on([send.click, box.submit], sent, asked, [*shown, box, seed], api_name="send", **quiet)
-    retry.click(retried, asked, [*shown, box, seed], api_name="retry", **quiet)
-    stop.click(stopped, session, None, queue=False, **quiet)
-    gr.on([clear.click, blind.input], changed, [session, blind], shown, **quiet)
+    gr.on([send.click, box.submit], desk.send, asked, [*shown, box, seed], **quiet)
+    retry.click(desk.retry, asked, [*shown, box, seed], **quiet)
+    stop.click(desk.stop, session, None, queue=False, **quiet)
+    gr.on([clear.click, blind.input], desk.restart, [session, blind], shown, **quiet)
     for choice, button in enumerate(choices):
-        button.click(lambda state, choice=choice: voted(state, choice), session, shown, **quiet)
+        button.click(partial(desk.vote, choice=choice), session, shown, api_name=f"vote_{choice}", **quiet)
 
 
-def pane_row(pair: Sequence[Model], chats: bool) -> list[Any]:
+def pane_row(desk: Desk) -> list[Any]:
     """Heading, text and facts of both sides, left before right."""
     parts: list[Any] = []
     with gr.Row():
-        for side in (0, 1):
+        for number, name in enumerate(SIDES):
+            head, text, below = desk.side(Session(), number)
             with gr.Column(min_width=300, elem_classes="pane"):
-                head, text, below = pane(pair, Session(), side, chats)
                 parts.append(gr.HTML(head))
-                if chats:
-                    parts.append(gr.Chatbot(text, label=f"{SIDES[side]} conversation", height="22rem"))
+                if desk.chats:
+                    parts.append(gr.Chatbot(text, label=f"{name} conversation", height="22rem"))
                 else:
                     parts.append(gr.HTML(text))
                 parts.append(gr.HTML(below))
     return parts
 
 
-def pane(pair: Sequence[Model], session: Session, side: int, chats: bool) -> tuple[str, Any, str]:
-    """The three parts of one side as they are now."""
-    text = session.messages(session.order[side]) if chats else completion(session, side)
-    return heading(pair, session, side), text, facts(pair, session, side)
-
-
-def stopped(session: Session) -> None:
-    """Halt the run under way; it then shows itself for the last time."""
-    if session.halt:
-        session.halt.set()
-
-
-def replies_of(pair: Sequence[Model]) -> Callable[..., Iterator[tuple[Reply, ...]]]:
-    """`stream` for this pair, on a GPU that ZeroGPU lends for the call where the Space has it."""
-
-    def generate(conversations: Any, sampling: Sampling, in_step: bool) -> Iterator[tuple[Reply, ...]]:
-        yield from stream(pair, conversations, sampling, in_step=in_step)
-
-    return spaces.GPU(duration=GPU_SECONDS)(generate) if spaces else generate
-
-
 if __name__ == "__main__":
-    page(load_pair(os.environ), most_tokens=int(os.environ.get("MAX_NEW_TOKENS") or 512)).launch(
-        theme=THEME, css=CSS
-    )
+    longest = int(os.environ.get("MAX_NEW_TOKENS") or 512)
+    page(load_pair(os.environ), most_tokens=longest).launch(theme=THEME, css=CSS)
