@@ -16,9 +16,9 @@ from threading import Event
 from typing import Any
 
 try:
-    import spaces  # has to come before torch where the Space runs on ZeroGPU
+    from spaces import GPU  # has to come before torch where the Space runs on ZeroGPU
 except ImportError:
-    spaces = None
+    GPU = None
 
 import gradio as gr
 from pair import Model, Reply, Sampling, find_file, load_pair, stream
@@ -275,7 +275,7 @@ def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
     def generate(conversations: Any, sampling: Sampling, in_step: bool) -> Iterator[tuple[Reply, ...]]:
         yield from stream(pair, conversations, sampling, in_step=in_step)
 
-    desk = Desk(pair, spaces.GPU(duration=GPU_SECONDS)(generate) if spaces else generate)
+    desk = Desk(pair, GPU(duration=GPU_SECONDS)(generate) if GPU else generate)
     with gr.Blocks(title=f"{pair[0].name} and {pair[1].name}", analytics_enabled=False) as demo:
         gr.Markdown(introduction(pair))
         with gr.Tabs():
