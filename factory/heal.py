@@ -110,9 +110,10 @@ def _data_sets(
 ) -> tuple[Dataset, Dataset]:
     """Guard and training sequences, tokenised. Training stops taking text at its token budget."""
     budget = settings.num_steps * settings.batch_size * settings.sequence_length
-    sequences = _sequences(text, tokenizer, settings=settings, seed=seed)
+    documents = _documents(text, tokenizer, settings=settings, seed=seed)
     guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
-    guard = list(_until(sequences, num_tokens=guard_tokens))
+    guard = take_guard(documents, num_tokens=guard_tokens)
+    sequences = chain.from_iterable(documents)
     first = next(sequences, None)
     if first is None:
         raise DataError(
@@ -130,10 +131,26 @@ def _data_sets(
     return Dataset.from_dict({"input_ids": guard}), train
 
 
-def _sequences(text: Text, tokenizer: Any, *, settings: HealSettings, seed: int) -> Iterator[list[int]]:
+def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list[list[int]]:
+    """Sequences of the first documents; what is left of the last of them is nobody's.
+
+    A document is in the guard or in the training text, never in both: pieces of one document are too
+    much alike for one to say whether training on the other helped.
+    """
+    guard: list[list[int]] = []
+    for document in documents:
+        for sequence in document:
+            guard.append(sequence)
+            if sum(map(len, guard)) >= num_tokens:
+                return guard
+    return guard
+
+
+def _documents(text: Text, tokenizer: Any, *, settings: HealSettings, seed: int) -> Iterator[list[list[int]]]:
+    """Each document as its sequences, the end token behind the last."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in text.shuffled(seed):
-        yield from windows(tokenizer(document).input_ids + end, length=settings.sequence_length)
+        yield list(windows(tokenizer(document).input_ids + end, length=settings.sequence_length))
 
 
 def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:

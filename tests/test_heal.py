@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.config import HealSettings
 from factory.errors import DataError, HealingError
-from factory.heal import feed_forward_modules, heal
+from factory.heal import feed_forward_modules, heal, take_guard
 from factory.models import load_model
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
@@ -109,6 +111,22 @@ def test_four_bit_weights_keep_their_gradient_after_a_pass_in_evaluation_mode(mo
         return embeddings.grad
 
     assert torch.equal(input_gradient(evaluate_first=True), input_gradient(evaluate_first=False))
+
+
+pieces = st.lists(st.just(0), min_size=1, max_size=4)
+
+
+@given(st.lists(st.lists(pieces, max_size=4), max_size=9), st.integers(1, 40))
+def test_no_document_is_partly_guard_and_partly_training_text(
+    documents: list[list[list[int]]], num_tokens: int
+) -> None:
+    numbered = [[[number] * len(piece) for piece in document] for number, document in enumerate(documents)]
+    stream = iter(numbered)
+    guard = take_guard(stream, num_tokens=num_tokens)
+    seen = {piece[0] for piece in guard}
+    rest = {piece[0] for document in stream for piece in document}
+    assert not seen & rest
+    assert sum(map(len, guard)) < num_tokens + 4
 
 
 def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) -> None:
