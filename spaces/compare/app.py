@@ -36,27 +36,33 @@ THEME = gr.themes.Default(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"]
 )
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: auto}
-.pane h2 {font-size: 1.05rem; margin: 0 0 .1rem; overflow-wrap: anywhere}
-.text {white-space: pre-wrap; overflow-wrap: anywhere; overflow-y: auto; height: 22rem; margin: 0;
+.gradio-container {max-width: 1280px !important; margin: auto; --muted: #475569}
+.dark .gradio-container, .gradio-container.dark {--muted: #a8b5c7}
+.pane {gap: .5rem}
+.pane .html-container {padding: 0}
+.pane h2 {font-size: 1.05rem; margin: .2rem 0; overflow-wrap: anywhere}
+.text {display: flex; flex-direction: column-reverse; height: 22rem; overflow-y: auto; /* stays at the end */
   padding: .8rem 1rem; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
-  background: var(--input-background-fill); color: var(--body-text-color);
+  background: var(--input-background-fill); color: var(--body-text-color)}
+.text pre {margin: 0 0 auto; white-space: pre-wrap; overflow-wrap: anywhere; background: none;
   font: .92rem/1.55 ui-monospace, monospace}
-.text .prompt {color: var(--body-text-color-subdued)}
-.text .empty {color: var(--body-text-color-subdued); font-family: system-ui, sans-serif}
+.text .prompt, .text .empty, .facts dt {color: var(--muted)}
+.text .empty {font-family: system-ui, sans-serif}
 .facts {display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem .8rem; margin: 0}
-.facts dt {font-size: .75rem; color: var(--body-text-color-subdued)}
+.facts dt {font-size: .78rem}
 .facts dd {margin: 0; font-variant-numeric: tabular-nums; font-weight: 600}
 .note {margin: .4rem 0 0; padding: .35rem .6rem; border-left: 3px solid var(--color-accent); font-size: .9rem}
 .note.error {border-color: #dc2626}
-.card img {width: 100%; background: white; border-radius: var(--radius-lg)}
-.card figure {margin: 0 0 1rem}
-.card figcaption {font-size: .85rem; color: var(--body-text-color-subdued)}
-.card .table-wrap, .card .prose {overflow-x: auto}
+.actions {display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem}
+.actions.votes {grid-template-columns: repeat(3, 1fr)}
+.card table {display: block; overflow-x: auto; margin-bottom: 1rem}
+.card th, .card td {white-space: nowrap}
+.card figure {margin: 1rem 0; overflow-x: auto; background: white; border-radius: var(--radius-lg)}
+.card img {width: 100%; min-width: 640px}
 @media (max-width: 640px) {
   .facts {grid-template-columns: repeat(2, 1fr)}
   .text {height: 13rem}
-  .gradio-container {padding: .4rem !important}
+  .actions button {padding-inline: .3rem; font-size: .95rem}
 }
 """
 
@@ -122,7 +128,8 @@ def completion(session: Session, side: int) -> str:
         turn = session.turns[-1]
         reply = turn.replies[session.order[side]]
         inner = f'<span class="prompt">{html.escape(turn.prompt)}</span>{html.escape(reply.text)}'
-    return f'<pre class="text" tabindex="0" role="region" aria-label="{SIDES[side]} text">{inner}</pre>'
+    label = f'role="region" aria-label="{SIDES[side]} text"'
+    return f'<div class="text" tabindex="0" {label}><pre>{inner}</pre></div>'
 
 
 def facts(pair: Sequence[Model], session: Session, side: int) -> str:
@@ -146,7 +153,7 @@ def facts(pair: Sequence[Model], session: Session, side: int) -> str:
 
 
 def amount(number: float, unit: str = "") -> str:
-    """Three digits and a prefix: "7.24 G" is written "7.24 B" for parameters, "14.5 GB" for bytes."""
+    """Three digits and a prefix: "7.24 B" for parameters, "14.5 GB" for bytes."""
     for prefix, size in (("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {prefix}{unit}"
@@ -293,16 +300,16 @@ def introduction(pair: Sequence[Model]) -> str:
     less = 1 - pruned.num_parameters / source.num_parameters
     return (
         f"# {source.name} and {pruned.name}\n"
-        f"The second is the first without some of its layers: {less:.0%} fewer parameters. "
+        f"The second is the first without some of its layers: {less * 100:.0f} % fewer parameters. "
         "Both write at the same time on one device, so each is slower here than alone."
     )
 
 
 def compare_tab(desk: Desk, most_tokens: int) -> None:
     """Two panes, one box, and what is done with them."""
-    session = gr.State(Session)
+    session = gr.State(Session())
     panes = pane_row(desk)
-    with gr.Row(visible=False) as votes:
+    with gr.Row(visible=False, elem_classes=["actions", "votes"]) as votes:
         names = [f"{side} is better" for side in SIDES] + ["No difference"]
         choices = [gr.Button(name, size="md", min_width=90) for name in names]
     counted = gr.Markdown(visible=False)
@@ -312,7 +319,7 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
         max_lines=8,
         autofocus=True,
     )
-    with gr.Row():
+    with gr.Row(elem_classes="actions"):
         send = gr.Button("Send", variant="primary", min_width=70)
         stop = gr.Button("Stop", variant="stop", min_width=70, interactive=False)
         retry = gr.Button("Retry", min_width=70)
@@ -354,4 +361,6 @@ def pane_row(desk: Desk) -> list[Any]:
 
 if __name__ == "__main__":
     longest = int(os.environ.get("MAX_NEW_TOKENS") or 512)
-    page(load_pair(os.environ), most_tokens=longest).launch(theme=THEME, css=CSS)
+    page(load_pair(os.environ), most_tokens=longest).launch(
+        theme=THEME, css=CSS, footer_links=["gradio", "settings"], run_history=False
+    )
