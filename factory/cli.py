@@ -181,6 +181,25 @@ def show(folder: Path) -> None:
     show_result(screen, found, folder=folder, url=None)
 
 
+@cli.command(context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the page.  [default: one that is free]")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Folder of the model that BUILD was made from."
+)
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+def space(folder: Path, port: int | None, source: Path | None, no_browser: bool) -> None:
+    """Compare both models of a BUILD side by side, in the browser, without network; Ctrl-C ends it."""
+    from factory.space import serve
+
+    def ready(url: str) -> None:
+        click.echo(f"{url}  (Ctrl-C ends it)")
+        if not no_browser:
+            click.launch(url)
+
+    serve(_build_folder(folder), source=source, port=port, ready=ready)
+
+
 @cli.command("ls", context_settings=CONTEXT)
 @home_option
 def list_stages(home: Path | None) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     ("checkpoint", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),
     ("decoder", "resolve", "reload"),
     ("publish", "measure", "plan", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
-    ("hub", "preview", "layout"),
+    ("hub", "preview", "layout", "space"),
     ("pipeline",),
     ("screen",),
     ("cli",),
@@ -94,6 +94,8 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
         "factory/_resources/model_cards/card.md.j2",
+        "factory/_resources/spaces/compare/app.py",
+        "factory/_resources/spaces/compare/pair.py",
         "factory/recipes/mistral-7b.yaml",
         "factory/demo/model/model.safetensors",
         "factory/demo/model/tokenizer.json",

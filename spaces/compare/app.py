@@ -36,7 +36,8 @@ THEME = gr.themes.Default(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"]
 )
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: auto; --muted: #475569}
+.gradio-container {max-width: min(1280px, 100vw) !important; margin: auto; --muted: #475569}
+.gradio-container .main, .gradio-container .contain, .gradio-container .column {min-width: 0; max-width: 100%}
 .dark .gradio-container, .gradio-container.dark {--muted: #a8b5c7}
 .pane {gap: .5rem}
 .pane .html-container {padding: 0}
@@ -352,7 +353,10 @@ def pane_row(desk: Desk) -> list[Any]:
             with gr.Column(min_width=300, elem_classes="pane"):
                 parts.append(gr.HTML(head))
                 if desk.chats:
-                    parts.append(gr.Chatbot(text, label=f"{name} conversation", height="22rem"))
+                    label = f"{name} conversation"
+                    parts.append(
+                        gr.Chatbot(text, label=label, show_label=False, height="22rem", buttons=["copy"])
+                    )
                 else:
                     parts.append(gr.HTML(text))
                 parts.append(gr.HTML(below))
