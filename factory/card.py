@@ -39,6 +39,7 @@ TEMPLATES = next(
 ANGULAR_FIGURE = "figures/angular-distance.png"
 HEALING_FIGURE = "figures/healing.png"
 SIGNIFICANT = 2  # standard errors
+EMBEDDED = "demo"  # the one alias that is no repository
 
 
 def write_card(build: Build, folder: Path, *, repo_id: str | None = None) -> Path:
@@ -76,6 +77,7 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             tasks=sorted(task_findings(build), key=_by_recovery),
             writes=any(s.metric == "exact_match" for s in build.evaluations["source"].tasks),
             gap_closed=gap_closed(build),
+            precision=precision(build),
             sizes=size_rows(build),
             command=reproduction_command(build),
             without_option=_without_option(build),
@@ -228,6 +230,14 @@ def _by_recovery(finding: dict[str, Any]) -> float:
     return math.inf if finding["recovery"] is None else float(finding["recovery"])
 
 
+def precision(build: Build) -> str:
+    """In which dtype the models ran; they can differ where a stage was made on another machine."""
+    dtypes = {name: evaluation.dtype for name, evaluation in build.evaluations.items()}
+    if len(set(dtypes.values())) == 1:
+        return f"All models ran in {dtypes['source']}."
+    return f"Not all models ran alike: {', '.join(f'{name} in {dtype}' for name, dtype in dtypes.items())}."
+
+
 def gap_closed(build: Build) -> float | None:
     """Share of the loss that the cut had added and healing took away again; None without such a loss."""
     if build.shipped != "healed":
@@ -320,7 +330,7 @@ def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
     usual = settle(
         asked.reference,
         drop=asked.drop,
-        recipe=load_recipe(build.reference) if build.reference in aliases() else None,
+        recipe=load_recipe(build.reference) if _reference(build) in aliases() else None,
         num_parameters=build.source.num_parameters,
         max_length=int(text_config.get("max_position_embeddings") or 2048),
         is_folder=build.source.repo_id is None,
@@ -337,9 +347,9 @@ def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
 
 def _reference(build: Build) -> str:
     """An alias as it was typed, since it stands for settings too; a repository with its commit."""
-    if build.reference in aliases():
-        return build.reference
     repo_id = build.source.repo_id
+    if build.reference in aliases() and (repo_id or build.reference == EMBEDDED):
+        return build.reference
     return f"{repo_id}@{build.source.commit}" if repo_id else f"./{build.reference}"
 
 

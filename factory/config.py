@@ -151,6 +151,9 @@ def settle(
             fields[name] = {**fields[name], **{k: v for k, v in value.items() if v is not None}}
         elif value is not None:
             fields[name] = value
+    steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
+    if steps < 2 * warmup:  # fewer steps than the recipe's: the peak rate must still be reached
+        fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
     return BuildConfig.model_validate(fields)
 
 

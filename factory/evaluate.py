@@ -139,7 +139,8 @@ def _score(
     shots = settings.num_fewshot.get(task)
     for part in loaded["tasks"].values():
         if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
-            part.set_config(key="num_fewshot", value=shots or part.get_config("num_fewshot") or 0)
+            default = part.get_config("num_fewshot") or 0
+            part.set_config(key="num_fewshot", value=default if shots is None else shots)
         part.set_fewshot_seed(seed=HARNESS_SEED)
     set_seed(HARNESS_SEED)
     # Not `simple_evaluate`, which also surveys the machine and asks git about the folder it runs in.
@@ -255,7 +256,10 @@ def compare_speed(
 ) -> SpeedComparison:
     """Prefill and decode rate of two checkpoints, measured in turns at batch size 1, after a warm-up."""
     models = {"source": load_model(source), "result": load_model(result)}
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    config = models["result"].config.get_text_config()
+    vocabulary = config.vocab_size
+    longest = getattr(config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+    prompt_tokens = min(prompt_tokens, longest - new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(best_device())
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -60,7 +60,7 @@ def heal(
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(_Progress(progress))
     before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(trainer.args.output_dir)))
     after = float(trainer.evaluate()["eval_loss"])
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     _save_adapter(trainer.model, folder)
@@ -82,6 +82,20 @@ def heal(
         guard_loss_after=after,
         data=text.data,
     )
+
+
+def last_whole_checkpoint(output_folder: Path) -> str | None:
+    """The trainer's last checkpoint, None without one; what was cut short while being written is removed.
+
+    The trainer writes `trainer_state.json` last.
+    """
+    for checkpoint in output_folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
+    return last
 
 
 def feed_forward_modules(model: Any) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import CheckpointError, VerificationError
-from factory.reload import parameter_names
+from factory.reload import parameter_names, transposed_modules
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +60,11 @@ def merge(
     """
     tensors = checkpoint.read_checkpoint(pruned.folder)
     names = parameter_names(pruned.folder, tensors)
-    updates = read_updates(adapter.folder, {name: tensors[stored] for name, stored in names.items()})
+    updates = read_updates(
+        adapter.folder,
+        {name: tensors[stored] for name, stored in names.items()},
+        transposed=transposed_modules(pruned.folder),
+    )
 
     def transform(name: str, tensor: TensorInfo) -> memoryview | None:
         return apply_update(tensor, updates[name]) if name in updates else None
@@ -80,12 +84,16 @@ def merge(
     )
 
 
-def read_updates(adapter_folder: Path, parameters: Mapping[str, TensorInfo]) -> dict[str, Update]:
+def read_updates(
+    adapter_folder: Path, parameters: Mapping[str, TensorInfo], *, transposed: Collection[str] = ()
+) -> dict[str, Update]:
     """Name of a stored tensor → its update, checked against names, shapes and dtypes of the checkpoint.
 
     Args:
         adapter_folder: Holds the adapter in peft's format.
         parameters: Parameter name in the loaded model → the tensor that it is stored as.
+        transposed: Modules that store their weight as [in, out]. Not taken from the adapter: over 4-bit
+            weights peft says false for these too, since bitsandbytes turns the matrix round.
 
     Raises:
         CheckpointError: Damaged files, or more than plain LoRA.
@@ -103,7 +111,7 @@ def read_updates(adapter_folder: Path, parameters: Mapping[str, TensorInfo]) -> 
             )
         a, b = (stored[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
         rank, scale = _rank_and_scale(config, module)
-        update = Update(a, b, scale, bool(config.get("fan_in_fan_out")))
+        update = Update(a, b, scale, module in transposed)
         _check_fits(parameters[name], update, rank=rank)
         updates[parameters[name].name] = update
     if not updates:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory import checkpoint, decoder
@@ -79,6 +80,12 @@ def parameter_names(folder: Path, stored_names: Iterable[str]) -> dict[str, str]
         if fused is None and name in expected:
             names[name] = stored
     return names
+
+
+def transposed_modules(folder: Path) -> set[str]:
+    """Names of the modules that store their weight as [in, out] (GPT-2's Conv1D)."""
+    model = _skeleton(_config(folder))
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 @torch.no_grad()

@@ -87,3 +87,12 @@ def test_an_unknown_alias_offers_the_nearest() -> None:
     with pytest.raises(UnknownModelError) as caught:
         load_recipe("llama-2-7")
     assert "did you mean 'llama-2-7b'" in caught.value.hint
+
+
+def test_a_short_run_warms_up_for_a_tenth_of_its_steps() -> None:
+    recipe = load_recipe("mistral-7b")
+    warmups = [
+        config_of(recipe, overrides={"heal": {"num_steps": steps}}).heal.warmup_steps
+        for steps in (1, 10, 150, 5000)
+    ]
+    assert warmups == [1, 1, 15, 100]

@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForC
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.config import HealSettings
 from factory.errors import DataError, HealingError
-from factory.heal import feed_forward_modules, heal, take_guard
+from factory.heal import feed_forward_modules, heal, last_whole_checkpoint, take_guard
 from factory.models import load_model
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
@@ -97,6 +97,20 @@ def test_a_run_cut_short_ends_with_the_adapter_of_an_undisturbed_one(
     name = "adapter_model.safetensors"
     assert (resumed.folder / name).read_bytes() == (healed.folder / name).read_bytes()
     assert resumed.model_dump(exclude={"folder"}) == healed.model_dump(exclude={"folder"})
+
+
+@pytest.mark.parametrize("state", [None, "{", ""])
+def test_a_trainer_checkpoint_cut_short_while_it_was_written_is_passed_over(
+    tmp_path: Path, state: str | None
+) -> None:
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    if state is not None:
+        (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-6").exists()
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
 
 
 def test_four_bit_weights_keep_their_gradient_after_a_pass_in_evaluation_mode(model: Path) -> None:

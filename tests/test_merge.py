@@ -131,6 +131,17 @@ def test_transposed_weights_of_gpt2_merge_as_in_peft(tmp_path: Path) -> None:
     assert_equals_peft(tmp_path, GPT2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
 
 
+def test_an_adapter_of_four_bit_training_merges_transposed_though_it_does_not_say_so(tmp_path: Path) -> None:
+    square = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_inner=32, n_layer=2, n_head=2)
+    pruned = save_model(tmp_path / "pruned", square)
+    adapter = save_adapter(tmp_path / "adapter", pruned, target_modules=["c_fc"], fan_in_fan_out=True)
+    expected = merged_by_peft(pruned, adapter)
+    edit_config(adapter, fan_in_fan_out=False)  # bitsandbytes makes plain linear layers of Conv1D
+    (tmp_path / "merged").mkdir()
+    result = stored_tensors(merge(pruned, adapter, folder=tmp_path / "merged").folder)
+    assert max(ulps(tensor, expected[name]) for name, tensor in result.items()) <= 1
+
+
 def test_names_without_the_model_s_prefix_find_their_updates(tmp_path: Path) -> None:
     pruned = save_model(tmp_path / "pruned", GPT2, max_shard_size="1GB")
     adapter = save_adapter(tmp_path / "adapter", pruned, target_modules=["c_fc"], fan_in_fan_out=True)
