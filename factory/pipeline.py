@@ -17,16 +17,16 @@ from factory.artifacts import (
     Publication,
     Source,
     SpeedComparison,
-    sha256_of_file,
 )
 from factory.config import BuildConfig, num_dropped
+from factory.identity import task_identity, text_identity
 from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, open_text
 
 STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed", "card")
 
 # Raised when a stage's code gives other results for the same input; part of its key.
-VERSIONS = {"measure": 1, "plan": 1, "prune": 1, "heal": 1, "merge": 1, "evaluate": 1, "speed": 1}
+VERSIONS = {"measure": 1, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}
 
 # Libraries whose version can change a stage's numbers; part of its key.
 LIBRARIES = {
@@ -212,7 +212,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         DistanceProfile,
         work,
         parameters={**_without_data(run.config.measure), "seed": run.config.seed},
-        inputs={"source": source.commit, "text": run.texts.calibration.data.version},
+        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
         summary=lambda p: f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}",
     )
 
@@ -274,7 +274,7 @@ def heal_stage(run: Run, pruned: Checkpoint) -> Adapter:
         Adapter,
         work,
         parameters={**_without_data(run.config.heal), "seed": run.config.seed},
-        inputs={"pruned": run.keys["prune"], "text": run.texts.healing.data.version},
+        inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
         summary=lambda a: (
             f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
             f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
@@ -322,9 +322,9 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
         label=name,
         parameters={
             **_without_data(run.config.evaluate),
-            "tasks": [_task_identity(task) for task in run.config.evaluate.tasks],
+            "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
         },
-        inputs={"model": model_key, "text": run.texts.evaluation.data.version},
+        inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
         summary=lambda e: ", ".join(
             [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.value:.1%}" for t in e.tasks)]
         ),
@@ -389,16 +389,10 @@ def publish(folder: Path, repository: str | None, **options: Any) -> Publication
 
 
 def _without_data(settings: Any) -> dict[str, Any]:
-    """Parameters for a key: the data counts by its version, not by the path it was given as."""
+    """Parameters for a key: the data counts by its identity, not by the path it was given as."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")
     return values
-
-
-def _task_identity(task: str) -> str:
-    """A task's name; for a YAML file its name and content, so that an edited task is another task."""
-    path = Path(task)
-    return f"{path.name}:{sha256_of_file(path)}" if path.is_file() else task
 
 
 def _millions(count: int) -> str:

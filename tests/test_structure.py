@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "artifacts"),
     ("header", "decoder_fields", "markdown", "hub_errors"),
     ("checkpoint", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),
-    ("decoder", "resolve", "reload"),
+    ("decoder", "resolve", "reload", "identity"),
     ("publish", "measure", "plan", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
     ("hub", "preview", "layout", "space"),
     ("pipeline",),

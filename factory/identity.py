@@ -1,0 +1,113 @@
+"""What a text or a task is, as part of a stage's key: equal identities give equal results."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from factory.artifacts import DataSource, sha256_of_file
+from factory.config import EvaluateSettings
+from factory.demo import corpus
+from factory.errors import UsageError
+from factory.references import DATA_SUFFIXES
+
+EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
+KNOWN_TASKS = {"mmlu", "boolq", "gsm8k"}  # need no look into lm-eval's list, which takes 18 s
+TASK_SUFFIXES = (".yaml", ".yml")
+BESIDE_A_TASK = {*TASK_SUFFIXES, ".py", ".jsonl", ".json"}  # what a task file can include
+MOST_BYTES = 64 * 2**20  # read for one identity
+
+
+def text_identity(data: DataSource) -> str:
+    """What decides the documents: for a data set also configuration and split, for a file its format."""
+    if data.hub_id:
+        return f"{data.name}:{data.split}@{data.version}"
+    if data.name.startswith("stdlib:"):
+        return f"{data.name}@{data.version}"
+    suffix = max((s for s in DATA_SUFFIXES if data.name.endswith(s)), key=len, default="")
+    return f"{data.version}{suffix}"
+
+
+def task_identity(task: str) -> str:
+    """A task's name; for a YAML file with its content and that of the files beside it."""
+    if is_task_file(task):
+        return f"{Path(task).name}:{_folder_hash(Path(task))}"
+    if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
+        return f"{task}:{corpus.fingerprint('held-out')}"  # its questions are made from that text
+    return task
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a task is given as a file, not by name."""
+    return Path(task).suffix in TASK_SUFFIXES
+
+
+def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
+    """Accept tasks that can be run.
+
+    Args:
+        search: Ask lm-eval about names that are neither embedded nor well known; takes 18 s.
+
+    Raises:
+        UsageError: A task file that is missing or names no task, or a name that nobody knows.
+    """
+    unknown = []
+    for task in settings.tasks:
+        if is_task_file(task):
+            _check_task_file(Path(task))
+        elif not (EMBEDDED_TASKS / f"{task}.yaml").is_file() and task not in KNOWN_TASKS:
+            unknown.append(task)
+    if unknown and search:
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager().all_tasks
+        for task in unknown:
+            if task not in known:
+                raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+
+
+class _Lenient(yaml.SafeLoader):
+    """Reads lm-eval's files: their tags (`!function`) stand for themselves."""
+
+
+def _any_tag(_loader: yaml.SafeLoader, _tag: str, node: yaml.Node) -> str:
+    return str(node.value)
+
+
+_Lenient.add_multi_constructor("!", _any_tag)
+
+
+def _check_task_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"task file {str(path)!r} does not exist", hint="give a task name or a YAML file")
+    try:
+        value: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(
+            f"task file {str(path)!r} is no YAML: {str(error).splitlines()[0]}", hint="mend it"
+        ) from error
+    names = [value.get(key) for key in ("task", "group")] if isinstance(value, dict) else []
+    if not any(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            f"task file {str(path)!r} names no task", hint="an lm-eval YAML has a line `task: NAME`"
+        )
+
+
+def _folder_hash(task: Path) -> str:
+    digest = hashlib.sha256()
+    for part in _parts(task):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _parts(task: Path) -> Iterator[str]:
+    """The task file by its content, then what lies beside it; past the bound by name and size alone."""
+    yield sha256_of_file(task)
+    left = MOST_BYTES
+    for path in sorted(task.parent.iterdir()):
+        if path.suffix in BESIDE_A_TASK and path != task and path.is_file():
+            size = path.stat().st_size
+            left -= size
+            yield f"{path.name}:{sha256_of_file(path) if left >= 0 else size}"

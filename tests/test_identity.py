@@ -1,0 +1,67 @@
+"""Identities differ where documents or questions do, and only there."""
+
+from pathlib import Path
+
+import pytest
+
+from factory.artifacts import DataSource
+from factory.config import EvaluateSettings
+from factory.errors import UsageError
+from factory.identity import check_tasks, task_identity, text_identity
+
+
+def test_configuration_and_split_of_a_data_set_count() -> None:
+    commit = "a" * 40
+    texts = [
+        DataSource(name=name, version=commit, hub_id="acme/c4", split=split)
+        for name in ("acme/c4:en", "acme/c4:de")
+        for split in ("train", "validation")
+    ]
+    assert len({text_identity(text) for text in texts}) == 4
+
+
+def test_the_same_bytes_in_another_format_are_another_text_but_under_another_name_the_same() -> None:
+    names = ("a.jsonl", "b.jsonl", "wiki.train.jsonl", "a.txt", "a.jsonl.xz")
+    identities = [text_identity(DataSource(name=name, version="0" * 64)) for name in names]
+    assert identities[0] == identities[1] == identities[2]
+    assert len(set(identities)) == 3
+
+
+def test_a_task_file_counts_with_the_files_it_can_include(tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("task: mine\ninclude: base.yaml\n")
+    (tmp_path / "base.yaml").write_text("output_type: multiple_choice\n")
+    first = task_identity(str(task))
+    assert task_identity(str(task)) == first
+    (tmp_path / "base.yaml").write_text("output_type: generate_until\n")
+    second = task_identity(str(task))
+    (tmp_path / "photo.png").write_bytes(b"x")
+    assert task_identity(str(task)) == second != first
+
+
+def test_the_embedded_task_counts_with_its_text_and_others_by_name() -> None:
+    assert task_identity("next_line").startswith("next_line:")
+    assert task_identity("boolq") == "boolq"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist"),
+        ("task: [", "no YAML"),
+        ("dataset_path: x\n", "names no task"),
+        ("- a\n", "names no task"),
+    ],
+)
+def test_a_task_file_that_cannot_run_is_refused(tmp_path: Path, content: str | None, problem: str) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=problem):
+        check_tasks(EvaluateSettings(tasks=(str(path),)), search=False)
+
+
+def test_a_task_file_with_functions_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: mine\ncustom_dataset: !function module.function\n")
+    check_tasks(EvaluateSettings(tasks=(str(path), "next_line", "mmlu")), search=False)
