@@ -36,6 +36,8 @@ AUXILIARY = (
     "chat_template.*", "additional_chat_templates/*.jinja",
     "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "License*", "license*", "Notice*",
 )  # fmt: skip
+# Of tokenizer_config.json: transformers writes them and does without them.
+LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 
 Transform = Callable[[str, TensorInfo], bytes | memoryview | None]
 Progress = Callable[[int, int], None]
@@ -305,7 +307,8 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
     """Copy tokenizer, generation settings, chat templates and licence texts; returns their names, sorted.
 
     Left behind: code (`*.py`), the card, other weights, whatever training left. A link is followed only
-    within the folder or into the blobs of the Hub's cache: what is copied gets published.
+    within the folder or into the blobs of the Hub's cache: what is copied gets published. So the paths of
+    the machine that saved a tokenizer are taken out of its settings.
 
     Raises:
         CheckpointError: A file is a link to somewhere else.
@@ -325,7 +328,20 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(target, folder / name)
             names.add(name.as_posix())
+    if "tokenizer_config.json" in names:
+        _drop_local_paths(folder / "tokenizer_config.json")
     return sorted(names)
+
+
+def _drop_local_paths(path: Path) -> None:
+    """Take the places it was loaded from out of a tokenizer's settings; without any, leave the bytes."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return  # what is damaged is told by whoever loads it
+    if isinstance(settings, dict) and LOCAL_PATHS & settings.keys():
+        rest = {key: value for key, value in settings.items() if key not in LOCAL_PATHS}
+        path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_hub_cache(target: Path) -> bool:

@@ -34,6 +34,7 @@ def prune(source: Source, plan: PruningPlan, *, folder: Path, progress: Progress
     kept = _kept_tensors(source, plan, checkpoint.read_checkpoint(source_folder))
     config = decoder.prune_config(source.config, kept=plan.kept)
     config.pop("auto_map", None)  # names code that is not copied
+    config.pop("_name_or_path", None)  # where somebody had it on disk
     files = checkpoint.write_checkpoint(kept, folder=folder, progress=progress)
     checkpoint.copy_auxiliary_files(source_folder, folder)
     (folder / "config.json").write_text(

@@ -511,6 +511,26 @@ def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: P
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
 
 
+def test_paths_of_the_machine_that_saved_a_tokenizer_stay_behind(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    settings = {"bos_token": "‹s›", "model_max_length": 10**30, "name_or_path": "/home/alice/x"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_file": "/home/alice/t"}))
+    checkpoint.copy_auxiliary_files(source, target)
+    del settings["name_or_path"]
+    assert json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8")) == settings
+
+
+def test_tokenizer_settings_without_paths_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer_config.json").write_bytes(b'{ "bos_token":"x"}')
+    checkpoint.copy_auxiliary_files(source, target)
+    assert (target / "tokenizer_config.json").read_bytes() == b'{ "bos_token":"x"}'
+
+
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

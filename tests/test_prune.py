@@ -120,7 +120,10 @@ def test_an_absent_lm_head_stays_absent(tmp_path: Path) -> None:
 
 def test_config_keeps_its_order_and_loses_the_code_that_is_not_copied(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
-    config = source.config | {"auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}}
+    config = source.config | {
+        "auto_map": {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"},
+        "_name_or_path": "/home/alice/x",
+    }
     (source.local_folder / "modeling_x.py").write_text("raise SystemExit")
     pruned = drop(source.model_copy(update={"config": config}), (1,), tmp_path / "pruned")
     text = (pruned.folder / "config.json").read_text()
