@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factory import __version__
-from factory.artifacts import Build, Checkpoint, DistanceProfile
+from factory.artifacts import Build, Checkpoint, DistanceProfile, sha256_of_file
 from factory.config import BuildConfig
-from factory.errors import StoreError
+from factory.errors import StoreError, VerificationError
 from factory.store import PARTIAL, link_or_copy
 
 if TYPE_CHECKING:
@@ -93,7 +93,13 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     found = Build.read(out)
     whole = all((out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json"])
     same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
-    return found if whole and same else None
+    if not (whole and same):
+        return None
+    try:
+        check_weights(build, out / "model")
+    except VerificationError:
+        return None  # laying it out again mends it, or says that the store is damaged too
+    return found
 
 
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
@@ -106,12 +112,30 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     for path in sorted(model.rglob("*")):
         if path.is_file() and path.name not in NOT_THE_MODEL:
             (target / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, target / path.relative_to(model))
+            # Weights share their bytes with the store; what people edit by hand does not.
+            place = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
+            place(path, target / path.relative_to(model))
+    check_weights(build, target)
     write_card_and_figures(build, profile, target)
     for folder in (target, partial):
         build.write(folder)
     profile.write(partial)
     _swap(partial, out)
+
+
+def check_weights(build: Build, folder: Path) -> None:
+    """Compare the weight files with the sums that were taken when they were made.
+
+    Raises:
+        VerificationError: One is missing or has changed since.
+    """
+    for name, sha256 in build.files.items():
+        if not (folder / name).is_file() or sha256_of_file(folder / name) != sha256:
+            stage = "merge" if build.shipped == "healed" else "prune"
+            raise VerificationError(
+                f"{name} is missing or has changed since it was made",
+                hint=f"run the build again with --rerun {stage}",
+            )
 
 
 def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path) -> None:

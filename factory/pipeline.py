@@ -357,7 +357,7 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     from factory.layout import describe_build, lay_out, read_if_same
 
     build = describe_build(run.config, run.texts, made, keys=run.keys, seconds=run.seconds)
-    same = read_if_same(build, out)
+    same = None if run.remade else read_if_same(build, out)
     if same:
         run.reporter.finished("card", str(out), 0.0, True)
         run.store.register(out, run.keys)
@@ -379,8 +379,10 @@ def publish(folder: Path, repository: str | None, **options: Any) -> Publication
     """
     from factory import hub
     from factory.card import write_card
+    from factory.layout import check_weights
 
     build = Build.read(folder)
+    check_weights(build, folder / "model")
     repo_id = hub.full_name(repository or hub.default_repo_name(build.source, build.config["drop"]))
     write_card(build, folder / "model", repo_id=repo_id)
     publication = hub.push(folder / "model", repo_id=repo_id, **options)

@@ -1,12 +1,14 @@
 """Stage folders: keys, resumption, locks, manifests. A folder with its final name is complete."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from factory.artifacts import canonical_json
-from factory.errors import StoreError
+from factory.errors import DiskSpaceError, StoreError
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
+STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed")
+KEY = re.compile("[0-9a-f]{16}")
 
 
 def default_home() -> Path:
@@ -68,11 +72,12 @@ class Store:
         return self.home / "stages" / spec.stage / spec.key
 
     def find(self, spec: StageSpec) -> StageResult | None:
-        """The complete stage of this spec, or None."""
+        """The complete stage of this spec, or None; a stage whose files have other sizes is absent."""
         folder = self.folder(spec)
-        if not folder.is_dir():
+        manifest = _manifest_of(folder)
+        if manifest is None or not _is_whole(folder, manifest):
             return None
-        return StageResult(spec.key, folder, reused=True, seconds=_read_manifest(folder)["seconds"])
+        return StageResult(spec.key, folder, reused=True, seconds=manifest["seconds"])
 
     def make(
         self,
@@ -101,8 +106,6 @@ class Store:
             found = self.find(spec)
             if found and not rerun:
                 return found
-            if rerun:
-                shutil.rmtree(folder, ignore_errors=True)
             if partial.exists() and (rerun or not resumable):
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
@@ -113,9 +116,10 @@ class Store:
     def stages(self) -> Iterator[dict[str, Any]]:
         """Manifests of all complete stages, with `folder` and `size_bytes` added."""
         for manifest in sorted((self.home / "stages").glob(f"*/*/{MANIFEST}")):
-            if manifest.parent.suffix != PARTIAL:
-                folder = manifest.parent
-                yield {**_read_manifest(folder), "folder": folder, "size_bytes": folder_bytes(folder)}
+            folder = manifest.parent
+            value = _manifest_of(folder) if folder.suffix != PARTIAL else None
+            if value is not None:
+                yield {**value, "folder": folder, "size_bytes": folder_bytes(folder)}
 
     def register(self, build: Path, keys: Mapping[str, str]) -> None:
         """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
@@ -135,14 +139,17 @@ class Store:
         used = {key for root in self._roots() for key in root["keys"]}
         found = []
         for folder in sorted((self.home / "stages").glob("*/*")):
-            if folder.is_dir() and folder.name.removesuffix(PARTIAL) not in used and not _is_locked(folder):
+            ours = folder.parent.name in STAGES and KEY.fullmatch(folder.name.removesuffix(PARTIAL))
+            if not ours or not folder.is_dir():
+                continue  # somebody else's
+            if folder.name.removesuffix(PARTIAL) not in used and not _is_locked(folder):
                 found.append(folder)
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
         roots = []
         for path in sorted((self.home / "builds").glob("*.json")):
-            root = json.loads(path.read_text(encoding="utf-8"))
+            root = _read_root(path)
             if (Path(root["build"]) / "build.json").is_file():
                 roots.append(root)
         return roots
@@ -179,13 +186,19 @@ def _timed(work: Callable[[Path], None], partial: Path) -> float:
     try:
         work(partial)
     except OSError as error:
-        if error.errno in (13, 30):  # EACCES, EROFS
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(
+                f"no room left while writing {partial}",
+                hint="`factory gc` removes what no build uses; then the same command goes on from here",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
             raise _unwritable(partial, error) from error
         raise
     finally:
         seconds = before + time.monotonic() - start
-        clock.write_text(f"{seconds:.3f}")
-    clock.unlink()
+        with suppress(OSError):  # on a full disk only the time of this attempt is lost
+            clock.write_text(f"{seconds:.3f}")
+    clock.unlink(missing_ok=True)
     return round(seconds, 3)
 
 
@@ -206,6 +219,8 @@ def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _sync(partial)
+    if folder.exists():  # damaged, or made again: it stayed until its successor was whole
+        shutil.rmtree(folder)
     partial.rename(folder)
     _sync(folder.parent)
 
@@ -218,14 +233,35 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a stage folder; None if it is missing or not what `_complete` writes."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = {"stage": str, "key": str, "seconds": int | float, "files": dict}
+    if not isinstance(manifest, dict):
+        return None
+    return manifest if all(isinstance(manifest.get(name), kind) for name, kind in needed.items()) else None
+
+
+def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether every file is there with the size that it had when the stage was completed."""
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size_bytes
+        for name, size_bytes in manifest["files"].items()
+    )
+
+
+def _read_root(path: Path) -> dict[str, Any]:
+    """What `register` wrote. A damaged one is an error: without it `garbage` would take a build's stages."""
+    try:
+        root: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {"build": str(root["build"]), "keys": [str(key) for key in root["keys"]]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise StoreError(
-            f"{folder} has no readable {MANIFEST}", hint="delete that folder and run the same command again"
+            f"{path} is damaged", hint="delete it, and run the builds made here again"
         ) from error
-    return manifest
 
 
 def _unwritable(folder: Path, error: OSError) -> StoreError:

@@ -1,5 +1,6 @@
 """Stages are complete or absent, are made once, and are found again by what decides their result."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factory.errors import StoreError
+from factory.errors import DiskSpaceError, StoreError
 from factory.store import StageSpec, Store, link_or_copy
 
 
@@ -153,7 +154,7 @@ def test_four_at_once_make_a_stage_once(tmp_path: Path) -> None:
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     used, unused = store.make(spec(n=1), write_hello), store.make(spec(n=2), write_hello)
-    partial = used.folder.with_name("feed.partial")
+    partial = used.folder.with_name("feedfeedfeedfeed.partial")
     partial.mkdir()
     build = tmp_path / "build"
     build.mkdir()
@@ -173,12 +174,56 @@ def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     assert "--home" in caught.value.hint
 
 
-def test_a_damaged_manifest_is_a_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_stage_with_a_damaged_manifest_is_made_again_and_not_listed(tmp_path: Path, content: str) -> None:
     store = Store(tmp_path)
     result = store.make(spec(), write_hello)
-    (result.folder / "stage.json").write_text("{")
-    with pytest.raises(StoreError, match=r"no readable stage\.json"):
-        store.find(spec())
+    (result.folder / "stage.json").write_text(content)
+    assert store.find(spec()) is None
+    assert list(store.stages()) == []
+    assert not store.make(spec(), write_hello).reused
+
+
+def test_a_stage_with_a_file_cut_short_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    result = store.make(spec(), write_hello)
+    (result.folder / "hello.txt").write_text("he")
+    assert not store.make(spec(), write_hello).reused
+    assert (result.folder / "hello.txt").read_text() == "hello"
+
+
+def test_a_rerun_that_fails_leaves_the_finished_stage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    result = store.make(spec(), write_hello)
+
+    def work(_folder: Path) -> None:
+        raise ValueError("cut short")
+
+    with pytest.raises(ValueError):
+        store.make(spec(), work, rerun=True)
+    assert (result.folder / "hello.txt").read_text() == "hello"
+
+
+def test_garbage_never_names_a_folder_that_is_not_the_stores(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "stages" / "thesis" / ("0" * 16)).mkdir(parents=True)
+    (tmp_path / "stages" / "prune" / "photos").mkdir(parents=True)
+    assert store.garbage() == []
+
+
+def test_a_damaged_registration_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "builds").mkdir()
+    (tmp_path / "builds" / "x.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"x\.json is damaged"):
+        Store(tmp_path).garbage()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    def work(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DiskSpaceError, match="no room left"):
+        Store(tmp_path).make(spec(), work)
 
 
 def test_linked_files_share_their_bytes_also_through_a_symbolic_link(tmp_path: Path) -> None:
