@@ -71,7 +71,12 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
 
 def _resolve_folder(folder: Path) -> Source:
     """The commit of a folder is a hash of the files that make the model, not of its card."""
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = [
+        path.relative_to(folder).as_posix()
+        for pattern in ("*", "additional_chat_templates/*")
+        for path in folder.glob(pattern)
+        if path.is_file()
+    ]
     _check_names(names, where=str(folder))
     config = _read_config(folder / CONFIG)
     tensors = read_checkpoint(folder)
@@ -79,10 +84,10 @@ def _resolve_folder(folder: Path) -> Source:
     hashed = [
         (name, sha256_of_file(folder / name))
         for name in sorted(needed_files(names, weights))
-        if name != README and not name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "COPYING"))
+        if name != README
     ]
     source = _source(
-        name=folder.resolve().name,
+        name="".join(letter for letter in folder.resolve().name if letter.isprintable()) or "model",
         repo_id=None,
         commit=sha256(canonical_json(hashed).encode()).hexdigest()[:40],
         config=config,
@@ -163,9 +168,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is damaged: {error}", hint="download it again") from error
-    if not isinstance(config, dict) or not config.get("model_type"):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{path.name} has no model_type", hint="give a model that transformers can load"
         )
@@ -180,7 +185,32 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"model type {config['model_type']!r} {code}",
             hint="foreign code is never run; choose a model that transformers has itself",
         )
-    return config
+    _check_values(config, name=path.name)
+    # Where somebody had it on disk: what is recorded gets published.
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _check_values(config: dict[str, Any], *, name: str) -> None:
+    """Refuse values that nothing later could work with, each with its field."""
+    architectures = config.get("architectures")
+    nested = config.get("text_config")
+    wrong = []
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(item, str) for item in architectures)
+    ):
+        wrong.append(("architectures", architectures))
+    if nested is not None and not isinstance(nested, dict):
+        wrong.append(("text_config", nested))
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for field in ("num_hidden_layers", "vocab_size"):
+            value = part.get(field)
+            if value is not None and (type(value) is not int or value < 1):
+                wrong.append((field, value))
+    if wrong:
+        field, value = wrong[0]
+        raise CheckpointError(
+            f"{name} has {field} {str(value)[:60]!r}", hint="give a model that transformers can load"
+        )
 
 
 def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
@@ -242,7 +272,7 @@ def _source(
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_elements
     dtype = dtypes.most_common(1)[0][0]
-    languages = card.get("language") or ()
+    languages = [] if card.get("language") is None else card["language"]
     return Source(
         name=name,
         repo_id=repo_id,
@@ -258,11 +288,20 @@ def _source(
         vocab_size=_vocab_size(config),
         dtype=DTYPES.get(dtype, dtype.lower()),
         license=card.get("license") if isinstance(card.get("license"), str) else None,
-        license_name=card.get("license_name"),
-        license_link=card.get("license_link"),
-        languages=(languages,) if isinstance(languages, str) else tuple(languages),
+        license_name=_text(card.get("license_name")),
+        license_link=_text(card.get("license_link")),
+        languages=tuple(map(_language, languages if isinstance(languages, list) else [languages])),
         has_chat_template=has_chat_template,
     )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _language(value: object) -> str:
+    """YAML reads the code of Norwegian as false."""
+    return "no" if value is False else str(value)
 
 
 def _vocab_size(config: Mapping[str, Any]) -> int:

@@ -1,0 +1,57 @@
+"""A folder is read with suspicion: what cannot be is refused by its field, what is odd is made plain."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory.errors import CheckpointError
+from factory.resolve import resolve
+from tests.tiny import save_llama
+
+
+def edited(folder: Path, **values: Any) -> Path:
+    path = save_llama(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_where_a_model_was_on_disk_is_not_recorded(tmp_path: Path) -> None:
+    assert "alice" not in str(resolve(str(edited(tmp_path, _name_or_path="/home/alice/x"))).config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", ["llama"]),
+        ("text_config", "x"),
+        ("num_hidden_layers", 0),
+        ("vocab_size", -1),
+        ("vocab_size", "many"),
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", [3]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_field(tmp_path: Path, field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=field):
+        resolve(str(edited(tmp_path, **{field: value})))
+
+
+def test_card_metadata_becomes_text(tmp_path: Path) -> None:
+    card = "---\nlanguage: [no, en]\nlicense_name: 3\n---\n"
+    (save_llama(tmp_path) / "README.md").write_text(card)
+    source = resolve(str(tmp_path))
+    assert (source.languages, source.license_name) == (("no", "en"), "3")
+
+
+def test_a_name_has_no_control_characters(tmp_path: Path) -> None:
+    assert resolve(str(save_llama(tmp_path / "a\x1b[31m\nb"))).name == "a[31mb"
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "additional_chat_templates/rag.jinja"])
+def test_whatever_gets_copied_counts_for_the_commit_of_a_folder(tmp_path: Path, name: str) -> None:
+    before = resolve(str(save_llama(tmp_path))).commit
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    assert resolve(str(tmp_path)).commit != before
