@@ -1,6 +1,9 @@
 """The command line: arguments in, screens and exit codes out. Heavy libraries are imported only to work."""
 
+import io
+import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -72,7 +75,13 @@ home_option = click.option(
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of everything that is drawn.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
 @home_option
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
@@ -88,6 +97,7 @@ def build(model: str, drop: float, **options: Any) -> None:
     reuses whatever is finished.
     """
     references.check_model(model)
+    _check_options(options)
     for data in ("calibration_data", "heal_data", "eval_data"):
         if options[data] is not None:
             references.check_data(options[data])
@@ -98,7 +108,8 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     from factory import hub, pipeline
     from factory.config import load_recipe
     from factory.decoder import check_decoder
-    from factory.layout import build_name
+    from factory.identity import check_tasks
+    from factory.layout import build_name, check_out
     from factory.preview import preview
     from factory.screen import StageLines, console, show_preview, show_result
     from factory.store import Store, default_home
@@ -113,11 +124,14 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     config = _settle(model, drop, recipe, source, options)
     out = options["out"] or Path("builds") / build_name(source.name, drop)
     store = Store((options["home"] or default_home()).absolute())
+    check_tasks(config.evaluate, search=False)
+    check_out(out)
     texts = pipeline.open_texts(config)
     run = pipeline.Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     pending = pipeline.pending(run, source)
     if "prune" in pending:
         check_decoder(source.config)
+    check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):
         pipeline.check_texts(texts)
     shown = preview(source, config, pending=pending, home=store.home)
@@ -137,7 +151,7 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
         made = pipeline.build(run, source, out=out)
     finally:
         reporter.stop()
-    url = None
+    url, publication = None, None
     if options["push_to"]:
         message = f"Publish {made.name}"
         publication = pipeline.publish(
@@ -145,7 +159,8 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
         )
         url = publication.url
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        published = {"publication": publication.model_dump(mode="json")} if publication else {}
+        _print_json(made.model_dump(mode="json") | published)
     else:
         show_result(screen, made, folder=out, url=url)
 
@@ -253,14 +268,21 @@ def _settle(
 
     length = options["sequence_length"]
     tasks = options["tasks"]
-    named = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
-    text_config = source.config.get("text_config", source.config)
+    named = (
+        None if tasks is None else () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
+    )
+    max_length = _max_length(source.config)
+    if length is not None and length > max_length:
+        raise UsageError(
+            f"--sequence-length {length} is more than the {max_length} tokens the model was made for",
+            hint=f"give {max_length} or fewer",
+        )
     return settle(
         model,
         drop=drop,
         recipe=recipe,
         num_parameters=source.num_parameters,
-        max_length=int(text_config.get("max_position_embeddings") or 2048),
+        max_length=max_length,
         is_folder=source.repo_id is None,
         overrides={
             "seed": options["seed"],
@@ -288,6 +310,29 @@ def _settle(
     )
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what click's types let through."""
+    rate, repository, tasks = options["heal_lr"], options["push_to"], options["tasks"]
+    if rate is not None and not math.isfinite(rate):
+        raise UsageError(f"--heal-lr {rate} is no learning rate", hint="--heal-lr 3e-4")
+    if options["public"] and not repository:
+        raise UsageError("--public without --push-to", hint="add --push-to owner/name")
+    if repository is not None and not re.fullmatch(r"([\w.-]+/|~/)?[\w.-]+", repository):
+        raise UsageError(f"--push-to {repository!r} is no repository name", hint="--push-to owner/name")
+    if tasks is not None and not all(name.strip() for name in tasks.split(",")):
+        raise UsageError(f"--tasks {tasks!r} has an empty name", hint="--tasks mmlu,boolq, or --tasks none")
+
+
+def _max_length(config: dict[str, Any]) -> int:
+    """Tokens the model was made for, by its configuration; 2048 where it does not say."""
+    text_config = config.get("text_config")
+    for part in (text_config if isinstance(text_config, dict) else {}, config):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if type(part.get(name)) is int and part[name] > 0:
+                return int(part[name])
+    return 2048
+
+
 def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
     heal, measure, evaluate = config.heal, config.measure, config.evaluate
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
@@ -306,7 +351,7 @@ def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
 
 
 def _build_folder(folder: Path) -> Path:
-    if not (folder / "build.json").is_file():
+    if not (folder / "build.json").is_file() or not (folder / "model").is_dir():
         raise UsageError(f"{str(folder)!r} is no build folder", hint="give what `factory build` made")
     return folder
 
@@ -325,6 +370,9 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:

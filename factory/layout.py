@@ -102,6 +102,25 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     return found
 
 
+def check_out(out: Path) -> None:
+    """Refuse, before any work, a place where no build can be laid out.
+
+    Raises:
+        StoreError: A file, a folder that is no build, or a place that cannot be written.
+    """
+    out = out.absolute()
+    above = next((path for path in out.parents if path.exists()), out)
+    if out == Path(out.anchor) or not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
+    parts = ("build.json", DistanceProfile.file_name, "model")
+    is_build = all((out / name).exists() for name in parts)
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not (is_build or is_empty):
+        raise StoreError(
+            f"{out} is there already and is no build", hint="give another folder with --out, or move it away"
+        )
+
+
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
     out.parent.mkdir(parents=True, exist_ok=True)

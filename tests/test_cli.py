@@ -53,6 +53,13 @@ def error_of(*arguments: str, home: Path) -> tuple[int, str, str]:
         (["build", "demo"], "--drop", "--help"),
         (["build", "demo", "--drop", "0.3", "--samples", "1"], "1", "--help"),
         (["build", "demo", "--drop", "0.3", "--rerun", "everything"], "everything", "--help"),
+        (["build", "demo", "--drop", "0.3", "--heal-lr", "nan"], "nan", "--heal-lr"),
+        (["build", "demo", "--drop", "0.3", "--seed", "-1"], "-1", "--help"),
+        (["build", "demo", "--drop", "0.3", "--public"], "--public", "--push-to"),
+        (["build", "demo", "--drop", "0.3", "--push-to", "a b"], "'a b'", "owner/name"),
+        (["build", "demo", "--drop", "0.3", "--tasks", "mmlu,"], "'mmlu,'", "--tasks"),
+        (["build", "demo", "--drop", "0.3", "--tasks", "nix.yaml"], "'nix.yaml'", "YAML file"),
+        (["build", "demo", "--drop", "0.3", "--sequence-length", "99999"], "99999", "or fewer"),
         (["bild"], "'bild'", "--help"),
         (["show", "nothing"], "'nothing'", "factory build"),
     ],
@@ -141,3 +148,11 @@ def test_a_dry_run_prints_the_preview_and_writes_nothing(tmp_path: Path) -> None
     assert preview["parameters_after"] < preview["parameters_before"]
     assert not (tmp_path / "builds").exists()
     assert not (tmp_path / "home" / "stages").exists()
+
+
+def test_a_place_where_no_build_can_lie_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("/", "file", "file/below"):
+        code, message, _ = error_of("build", "demo", "--drop", "0.3", "--out", out, home=tmp_path)
+        assert code == 1
+        assert out in message
