@@ -45,7 +45,7 @@ CSS = """
 .text {display: flex; flex-direction: column-reverse; height: 22rem; overflow-y: auto; /* stays at the end */
   padding: .8rem 1rem; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
   background: var(--input-background-fill); color: var(--body-text-color)}
-.text pre {margin: 0 0 auto; white-space: pre-wrap; overflow-wrap: anywhere; background: none;
+.text pre {margin: 0 0 auto !important; padding: 0; white-space: pre-wrap; overflow-wrap: anywhere; background: none;
   font: .92rem/1.55 ui-monospace, monospace}
 .text .prompt, .text .empty, .facts dt {color: var(--muted)}
 .text .empty {font-family: system-ui, sans-serif}
@@ -56,7 +56,7 @@ CSS = """
 .note.error {border-color: #dc2626}
 .actions {display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem}
 .actions.votes {grid-template-columns: repeat(3, 1fr)}
-.card table {display: block; overflow-x: auto; margin-bottom: 1rem}
+.card table {display: block; overflow-x: auto; margin-bottom: 1rem; border: 0; padding: 0}
 .card th, .card td {white-space: nowrap}
 .card figure {margin: 1rem 0; overflow-x: auto; background: white; border-radius: var(--radius-lg)}
 .card img {width: 100%; min-width: 640px}
@@ -339,7 +339,8 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
     gr.on([send.click, box.submit], desk.send, asked, [*shown, box, seed], **quiet)
     retry.click(desk.retry, asked, [*shown, box, seed], **quiet)
     stop.click(desk.stop, session, None, queue=False, **quiet)
-    gr.on([clear.click, blind.input], desk.restart, [session, blind], shown, **quiet)
+    emptied = [part.clear for part in panes if isinstance(part, gr.Chatbot)]
+    gr.on([clear.click, blind.input, *emptied], desk.restart, [session, blind], shown, **quiet)
     for choice, button in enumerate(choices):
         button.click(partial(desk.vote, choice=choice), session, shown, api_name=f"vote_{choice}", **quiet)
 

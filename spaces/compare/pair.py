@@ -137,7 +137,7 @@ class Reply:
     tokens_per_second: float | None = None  # after the first token
 
 
-class Recorder(BaseStreamer):  # type: ignore[misc]
+class Recorder(BaseStreamer):
     """Collects tokens and their times while a model writes in another thread."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -175,7 +175,7 @@ class Recorder(BaseStreamer):  # type: ignore[misc]
         )
 
 
-class SeededDraw(LogitsProcessor):  # type: ignore[misc]
+class SeededDraw(LogitsProcessor):
     """Makes the largest score a draw from the softmax (the Gumbel-max trick), from a seed of its own.
 
     torch has one random state for all threads; with this, two models and many visitors do not disturb

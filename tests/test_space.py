@@ -1,0 +1,385 @@
+"""The comparison Space: both models write at once, apart from each other, and the command ends cleanly."""
+
+import importlib.util
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from factory import space
+from factory.artifacts import Build
+from factory.errors import FactoryError, HubError, UsageError
+from factory.resolve import resolve
+from tests.test_card import demo_healed, healing_discarded
+from tests.tiny import save_llama
+
+pytest.importorskip("gradio")
+
+SPACE = space.space_folder()
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SPACE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+pair = module("pair")
+app = module("app")
+GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("tiny") / "model", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path) -> tuple[Any, Any]:
+    loaded: tuple[Any, Any] = pair.load_pair({"SOURCE_MODEL": str(space.DEMO), "PRUNED_MODEL": str(tiny)})
+    return loaded
+
+
+@pytest.fixture
+def chatting(models: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    for model in models:
+        model.tokenizer.chat_template = CHAT
+    yield models
+    for model in models:
+        model.tokenizer.chat_template = None
+
+
+def ask(text: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}]] * 2
+
+
+def last(models: Any, text: str, sampling: Any) -> tuple[Any, ...]:
+    return list(pair.stream(models, ask(text), sampling))[-1]
+
+
+def desk_for(models: Any) -> Any:
+    def generate(conversations: Any, sampling: Any, in_step: bool) -> Iterator[Any]:
+        yield from pair.stream(models, conversations, sampling, in_step=in_step)
+
+    return app.Desk(models, generate)
+
+
+def answer(desk: Any, session: Any, text: str, *, blind: bool = False) -> list[bool]:
+    return list(desk.answer(session, text, GREEDY, blind=blind))
+
+
+# The models ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_variable_is_named() -> None:
+    with pytest.raises(SystemExit, match="PRUNED_MODEL not set"):
+        pair.load_pair({"SOURCE_MODEL": "owner/name"})
+
+
+def test_models_know_their_name_and_size(models: tuple[Any, Any], tiny: Path) -> None:
+    source, pruned = models
+    assert (source.role, source.name, source.num_parameters) == ("Source", "demo", 2_118_240)
+    assert source.size_bytes // source.num_parameters == 4
+    assert (pruned.role, pruned.name) == ("Pruned", tiny.parent.name)
+
+
+# Replies ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_greedy_text_is_what_generate_gives(models: tuple[Any, Any], index: int) -> None:
+    model, prompt = models[index], "def read(path):\n    "
+    reply = last(models, prompt, GREEDY)[index]
+    ids = model.tokenizer(prompt, return_tensors="pt")
+    out = model.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert reply.text == model.tokenizer.decode(out, skip_special_tokens=True).rstrip("\ufffd")
+    assert reply.num_tokens == len(out)
+
+
+def test_both_replies_grow_while_they_are_written(models: tuple[Any, Any]) -> None:
+    sampling = pair.Sampling(max_new_tokens=80, temperature=1.0)
+    seen = list(pair.stream(models, ask("import os"), sampling))
+    for index in (0, 1):
+        counts = [snapshot[index].num_tokens for snapshot in seen]
+        assert counts == sorted(counts)
+        assert seen[-1][index].text
+        assert seen[-1][index].first_token_seconds > 0
+    assert len({snapshot[0].num_tokens for snapshot in seen}) > 2
+
+
+def test_the_same_seed_draws_the_same_text_and_another_seed_another(models: tuple[Any, Any]) -> None:
+    sampling = pair.Sampling(max_new_tokens=30, temperature=1.0, seed=3)
+    first, again = last(models, "import", sampling), last(models, "import", sampling)
+    assert [reply.text for reply in first] == [reply.text for reply in again]
+    assert first[0].text != last(models, "import", replace(sampling, seed=4))[0].text
+
+
+def test_in_step_no_reply_runs_ahead(models: tuple[Any, Any]) -> None:
+    sampling = pair.Sampling(max_new_tokens=60, temperature=1.0)
+    counts = [
+        [reply.num_tokens for reply in seen] for seen in pair.stream(models, ask("a"), sampling, in_step=True)
+    ]
+    shorter = min(counts[-1])
+    assert all(left == right or min(left, right) == shorter for left, right in counts)
+
+
+def test_a_model_that_fails_says_so_and_the_other_goes_on(models: tuple[Any, Any]) -> None:
+    broken = replace(models[0], tokenizer=models[1].tokenizer, model=object())
+    failed, fine = last((broken, models[1]), "once", GREEDY)
+    assert failed.error.startswith("AttributeError: ")
+    assert failed.text == ""
+    assert fine.error == ""
+    assert fine.num_tokens > 0
+
+
+def test_closing_the_stream_halts_both_models(models: tuple[Any, Any]) -> None:
+    stream = pair.stream(models, ask("import os"), pair.Sampling(max_new_tokens=120, temperature=1.0))
+    next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_long_text_keeps_its_end_with_a_notice(models: tuple[Any, Any]) -> None:
+    ids, notice = pair.encode(models[1], [{"role": "user", "content": "x" * 300 + "end"}], 100)
+    assert len(ids) == 100
+    assert models[1].tokenizer.decode(ids).endswith("xend")
+    assert notice == "Cut to its last 100 of 303 tokens."
+    assert "Cut to its last" in last(models, "word " * 900, GREEDY)[0].notice
+
+
+def test_a_short_text_is_not_cut(models: tuple[Any, Any]) -> None:
+    assert pair.encode(models[1], [{"role": "user", "content": "end"}], 100)[1] == ""
+
+
+def test_a_long_conversation_loses_its_oldest_turns_then_the_head_of_the_message(
+    chatting: tuple[Any, Any],
+) -> None:
+    turns = [
+        {"role": role, "content": letter * 40}
+        for role, letter in zip(("user", "assistant") * 2, "abcd", strict=True)
+    ]
+    turns.append({"role": "user", "content": "last " * 4})
+    tokenizer = chatting[1].tokenizer
+    ids, notice = pair.encode(chatting[1], turns, 150)
+    text = tokenizer.decode(ids)
+    assert "a" * 40 not in text
+    assert text.startswith("<user>" + "c" * 40)
+    assert text.endswith("last <assistant>")
+    assert notice.startswith("Cut to its last ")
+    ids, _ = pair.encode(chatting[1], [{"role": "user", "content": "x" * 200 + "end"}], 60)
+    assert len(ids) <= 60
+    assert tokenizer.decode(ids).startswith("<user>x")
+    assert tokenizer.decode(ids).endswith("end<assistant>")
+
+
+# The page's behaviour -----------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_does_nothing(models: tuple[Any, Any]) -> None:
+    session = app.Session()
+    assert list(desk_for(models).send(session, " \n", 0, False, 8, 0.0, 1.0)) == []
+    assert session.turns == []
+
+
+def test_a_base_model_continues_each_text_alone_and_a_chat_remembers(
+    models: tuple[Any, Any], chatting: tuple[Any, Any]
+) -> None:
+    desk, session = desk_for(chatting), app.Session()
+    assert desk.chats
+    answer(desk, session, "one")
+    answer(desk, session, "two")
+    said = [message["content"] for message in session.messages(0) if message["role"] == "user"]
+    assert said == ["one", "two"]
+    for model in models:
+        model.tokenizer.chat_template = None
+    assert not desk.chats
+    answer(desk, session, "three")
+    assert [turn.prompt for turn in session.turns] == ["three"]
+
+
+def test_retry_takes_the_last_prompt_with_the_next_seed_and_leaves_the_box(models: tuple[Any, Any]) -> None:
+    desk, session = desk_for(models), app.Session()
+    answer(desk, session, "import os")
+    updates = list(desk.retry(session, "half written", 5, False, 8, 0.0, 1.0))
+    assert updates[-1][-2:] == ["half written", 6]
+    assert [turn.prompt for turn in session.turns] == ["import os"]
+
+
+def test_stop_keeps_what_was_written(models: tuple[Any, Any]) -> None:
+    desk, session = desk_for(models), app.Session()
+    sampling = pair.Sampling(max_new_tokens=120, temperature=1.0)
+    run = desk.answer(session, "import os", sampling, blind=False)
+    while not session.turns or not session.turns[0].replies[0].num_tokens:
+        next(run)
+    desk.stop(session)
+    assert list(run)[-1] is False
+    assert 0 < session.turns[0].replies[0].num_tokens < 120
+    assert session.halt is None
+
+
+def test_blind_hides_everything_until_the_vote_which_counts_once(models: tuple[Any, Any]) -> None:
+    desk, session = desk_for(models), app.Session()
+    desk.vote(session, 0)
+    assert session.tally == [0, 0, 0]
+    answer(desk, session, "import os", blind=True)
+    shown = " ".join(str(part) for side in (0, 1) for part in desk.side(session, side))
+    assert not re.search(r"Source|Pruned|demo|tokens/s</dt><dd>[0-9]| M<", shown)
+    desk.vote(session, 1)
+    desk.vote(session, 1)
+    assert sum(session.tally) == 1
+    assert session.tally[session.order[1]] == 1
+    heads = {desk.side(session, side)[0] for side in (0, 1)}
+    assert any("Source · demo" in head for head in heads)
+    answer(desk, session, "import re", blind=True)
+    assert session.hides
+
+
+def test_text_of_a_model_cannot_become_markup(models: tuple[Any, Any]) -> None:
+    session = app.Session(turns=[app.Turn("<b>", (pair.Reply("<script>"), pair.Reply(error="<i>")))])
+    shown = app.completion(session, 0) + app.facts(models, session, 1)
+    assert "&lt;script&gt;" in shown
+    assert not re.search("<script|<b>|<i>", shown)
+
+
+def test_the_card_gives_results_and_figures(models: tuple[Any, Any], tmp_path: Path) -> None:
+    assert app.card_page(models) is None
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "one.png").write_bytes(b"png")
+    card = (
+        "# m\n\n## Results\n\n| a | b |\n\n## Why\n\n![A map](figures/one.png)\n![Gone](figures/gone.png)\n"
+    )
+    (tmp_path / "README.md").write_text(card)
+    shown = app.card_page((models[0], replace(models[1], reference=str(tmp_path))))
+    assert shown.startswith("| a | b |\n\n<figure>")
+    assert 'alt="A map" src="data:image/png;base64,cG5n"' in shown
+    assert "Gone" not in shown
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_the_page_can_be_built(models: tuple[Any, Any], chatting: Any, conversation: bool) -> None:
+    for model in models:
+        model.tokenizer.chat_template = CHAT if conversation else None
+    kinds = {part["type"] for part in app.page(models, most_tokens=64).config["components"]}
+    assert ("chatbot" in kinds) == conversation
+
+
+def test_the_front_matter_is_what_a_space_needs() -> None:
+    fields = yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert fields["sdk"] == "gradio"
+    assert (SPACE / fields["app_file"]).is_file()
+    assert len(fields["short_description"]) <= 60
+    assert {"title", "emoji", "colorFrom", "colorTo", "sdk_version", "license"} <= fields.keys()
+
+
+# factory space ------------------------------------------------------------------------------------
+
+
+def a_build_folder(folder: Path, build: Build, model: Path) -> Path:
+    folder.mkdir()
+    build.write(folder)
+    shutil.copytree(model, folder / "model")
+    return folder
+
+
+def demo_build(**changes: Any) -> Build:
+    source = resolve(str(space.DEMO)).model_copy(update={"name": "demo"})
+    return demo_healed().model_copy(update={"source": source, **changes})
+
+
+def test_the_source_of_the_demo_is_the_embedded_model(tmp_path: Path, tiny: Path) -> None:
+    build = a_build_folder(tmp_path / "b", demo_build(), tiny)
+    variables = space.pair_environment(build, source=None)
+    assert variables["SOURCE_MODEL"] == str(space.DEMO.resolve())
+    assert variables["PRUNED_MODEL"] == str(build / "model")
+
+
+def test_a_folder_source_has_to_be_given_and_has_to_be_the_right_one(tmp_path: Path, tiny: Path) -> None:
+    build = a_build_folder(tmp_path / "b", demo_build(reference="mine"), tiny)
+    with pytest.raises(UsageError) as needed:
+        space.pair_environment(build, source=None)
+    assert "--source FOLDER" in needed.value.hint
+    with pytest.raises(UsageError, match="is not the source of demo-drop30: content hash"):
+        space.pair_environment(build, source=tiny)
+    with pytest.raises(UsageError, match="is no folder"):
+        space.pair_environment(build, source=tmp_path / "gone")
+    assert space.pair_environment(build, source=space.DEMO)["SOURCE_MODEL"] == str(space.DEMO.resolve())
+
+
+def test_a_hub_source_that_is_not_cached_is_an_error(tmp_path: Path, tiny: Path) -> None:
+    build = a_build_folder(tmp_path / "b", healing_discarded(), tiny)
+    with pytest.raises(HubError, match="is not in the Hub's cache"):
+        space.pair_environment(build, source=None)
+
+
+def test_a_taken_port_is_an_error() -> None:
+    port = space.free_port(None)
+    with socket.socket() as taken:
+        taken.bind((space.HOST, port))
+        taken.listen()
+        with pytest.raises(UsageError, match=f"port {port} cannot be used"):
+            space.free_port(port)
+
+
+def started(build: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "factory", "space", str(build), "--no-browser", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_command_serves_the_page_and_ends_it_on_ctrl_c(tmp_path: Path, tiny: Path) -> None:
+    port = space.free_port(None)
+    process = started(a_build_folder(tmp_path / "b", demo_build(), tiny), "--port", str(port))
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C ends it)\n"
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read().decode()
+    assert "demo and b" in page
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert not child.is_running()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+
+
+def test_a_command_ended_while_it_starts_leaves_no_process(tmp_path: Path, tiny: Path) -> None:
+    process = started(a_build_folder(tmp_path / "b", demo_build(), tiny))
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert not children[0].is_running()
+
+
+def test_a_page_that_cannot_start_is_an_error(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = a_build_folder(tmp_path / "b", demo_build(), tiny)
+    (tmp_path / "gradio.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(FactoryError, match="ended by itself with exit code 3"):
+        space.serve(build, source=None, port=None, ready=lambda url: None)
