@@ -229,8 +229,9 @@ def list_stages(home: Path | None) -> None:
 @cli.command("gc", context_settings=CONTEXT)
 @home_option
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-def collect_garbage(home: Path | None, dry_run: bool) -> None:
-    """Remove stages that no build uses and what killed runs left behind."""
+@click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")
+def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
+    """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
     import shutil
 
     from factory.screen import size
@@ -238,7 +239,7 @@ def collect_garbage(home: Path | None, dry_run: bool) -> None:
 
     store = Store((home or default_home()).absolute())
     freed = 0
-    for folder in store.garbage():
+    for folder in store.garbage(recent=recent):
         freed += folder_bytes(folder)
         click.echo(f"{'would remove' if dry_run else 'removing'} {folder}")
         if not dry_run:

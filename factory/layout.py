@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factory import __version__
-from factory.artifacts import Build, Checkpoint, DistanceProfile, sha256_of_file
+from factory.artifacts import Build, Checkpoint, DistanceProfile, Publication, sha256_of_file
 from factory.config import BuildConfig
 from factory.errors import StoreError, VerificationError
 from factory.store import PARTIAL, link_or_copy
@@ -139,6 +139,8 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     for folder in (target, partial):
         build.write(folder)
     profile.write(partial)
+    if (out / Publication.file_name).is_file():  # what lies on the Hub stays known
+        shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
     _swap(partial, out)
 
 

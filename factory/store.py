@@ -23,6 +23,7 @@ MANIFEST = "stage.json"
 PARTIAL = ".partial"
 STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
+RECENT_SECONDS = 24 * 3600
 
 
 def default_home() -> Path:
@@ -105,6 +106,8 @@ class Store:
         with _locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
             found = self.find(spec)
             if found and not rerun:
+                with suppress(OSError):
+                    os.utime(found.folder)  # in use: `garbage` leaves it for a day
                 return found
             if partial.exists() and (rerun or not resumable):
                 shutil.rmtree(partial)
@@ -134,14 +137,20 @@ class Store:
         """Build folders that were registered and are still there."""
         return [Path(root["build"]) for root in self._roots()]
 
-    def garbage(self) -> list[Path]:
-        """Stage folders, whole or partial, that no build uses and nobody is working on."""
+    def garbage(self, *, recent: bool = False) -> list[Path]:
+        """Stage folders, whole or partial, that no build uses and nobody is working on.
+
+        Args:
+            recent: Also those made or used within a day: a build under way registers only at its end.
+        """
         used = {key for root in self._roots() for key in root["keys"]}
         found = []
         for folder in sorted((self.home / "stages").glob("*/*")):
             ours = folder.parent.name in STAGES and KEY.fullmatch(folder.name.removesuffix(PARTIAL))
             if not ours or not folder.is_dir():
                 continue  # somebody else's
+            if not recent and time.time() - folder.stat().st_mtime < RECENT_SECONDS:
+                continue
             if folder.name.removesuffix(PARTIAL) not in used and not _is_locked(folder):
                 found.append(folder)
         return found

@@ -160,10 +160,11 @@ def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     build.mkdir()
     (build / "build.json").write_text("{}")
     store.register(build, {"prune": used.key})
-    assert sorted(store.garbage()) == sorted([unused.folder, partial])
+    assert store.garbage() == []  # younger than a day
+    assert sorted(store.garbage(recent=True)) == sorted([unused.folder, partial])
     assert store.builds() == [build]
     (build / "build.json").unlink()  # the user deleted the build
-    assert used.folder in store.garbage()
+    assert used.folder in store.garbage(recent=True)
 
 
 def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_garbage_never_names_a_folder_that_is_not_the_stores(tmp_path: Path) -> 
     store = Store(tmp_path)
     (tmp_path / "stages" / "thesis" / ("0" * 16)).mkdir(parents=True)
     (tmp_path / "stages" / "prune" / "photos").mkdir(parents=True)
-    assert store.garbage() == []
+    assert store.garbage(recent=True) == []
 
 
 def test_a_damaged_registration_is_a_clear_error(tmp_path: Path) -> None:
