@@ -10,6 +10,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
 DATA_NOTATION = f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][@revision]"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 
 
@@ -18,13 +19,23 @@ def aliases() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def local_path(reference: str) -> Path:
+    """The path that a reference would be; `~nobody/x` and names too long for a path lead to nothing."""
+    try:
+        path = Path(reference).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError):
+        return NOWHERE
+    return path
+
+
 def check_model(reference: str) -> None:
     """Accept an alias, a folder that exists, or `owner/name[@revision]`.
 
     Raises:
         UnknownModelError: None of them; the hint offers the nearest alias.
     """
-    if reference in aliases() or Path(reference).expanduser().is_dir():
+    if reference in aliases() or local_path(reference).is_dir():
         return
     if not HUB_NAME.fullmatch(reference.partition("@")[0]) or reference.startswith("."):
         raise unknown_model(reference)
@@ -35,7 +46,7 @@ def unknown_model(reference: str) -> UnknownModelError:
     near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UnknownModelError(
-        f"{reference!r} is no known model, no folder and no Hub repository name",
+        f"{reference[:200]!r} is no known model, no folder and no Hub repository name",
         hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
     )
 
@@ -46,7 +57,7 @@ def check_data(reference: str) -> None:
     Raises:
         DataError: None of them.
     """
-    path = Path(reference).expanduser()
+    path = local_path(reference)
     if path.is_file():
         if not path.name.endswith(DATA_SUFFIXES):
             raise DataError(f"data {reference!r} has a format that is not read", hint=f"give {DATA_NOTATION}")
@@ -58,4 +69,4 @@ def check_data(reference: str) -> None:
     name = re.split("[:@]", reference)[0]
     if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_NAME.fullmatch(name):
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data {reference!r} {problem}", hint=f"give {DATA_NOTATION}")
+        raise DataError(f"data {reference[:200]!r} {problem}", hint=f"give {DATA_NOTATION}")

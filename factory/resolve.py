@@ -23,7 +23,7 @@ from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, re
 from factory.decoder import locate
 from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors
-from factory.references import HUB_NAME, unknown_model
+from factory.references import HUB_NAME, local_path, unknown_model
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -58,7 +58,7 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
         CheckpointError: Weights that are missing or in a format that is not read.
         ModelError: A model that the factory cannot work on.
     """
-    folder = Path(reference).expanduser()
+    folder = local_path(reference)
     if recipe_repo_id is None and folder.is_dir():
         return _resolve_folder(folder)
     name, _, revision = reference.partition("@")

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import IO, Literal
 
 from factory.artifacts import DataSource, sha256_of_file
 from factory.errors import DataError, HubError
-from factory.references import DATA_NOTATION, check_data
+from factory.references import DATA_NOTATION, check_data, local_path
 
 Split = Literal["train", "validation"]
 
@@ -56,7 +57,7 @@ def open_text(reference: str, *, split: Split) -> Text:
     check_data(reference)
     if reference.startswith("stdlib:"):
         return _standard_library(reference)
-    path = Path(reference).expanduser()
+    path = local_path(reference)
     return _file(path) if path.is_file() else _hub_data_set(reference, split=split)
 
 
@@ -90,21 +91,33 @@ def _read_file(path: Path) -> Iterator[str]:
 def _read_json_lines(path: Path) -> Iterator[str]:
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            # A line behind: of a file cut short, the damage shows rather than its half last line.
+            place, line = "", ""
+            for number, following in enumerate(file, start=1):
                 if line.strip():
-                    yield _text_of(line, place=f"{path}, line {number}")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+                    yield _text_of(line, place=place)
+                place, line = f"{path}, line {number}", following
+            if line.strip():
+                yield _text_of(line, place=place)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}", hint="is it whole, and UTF-8?") from error
 
 
 def _text_of(line: str, *, place: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {line[:60]!r}", hint='one {"text": …} a line') from error
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise DataError(f'{place}: no "text" in {line.strip()[:60]!r}', hint='one {"text": …} a line')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{place}: holds {half!r}, half of a character", hint="write the file again as UTF-8"
+        ) from error
     return text
 
 
@@ -113,8 +126,8 @@ def _read_paragraphs(path: Path) -> Iterator[str]:
     try:
         with _open(path) as file:
             yield from _paragraphs(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="is it UTF-8?") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint="is it whole, and UTF-8?") from error
 
 
 def _paragraphs(lines: IO[str]) -> Iterator[str]:
@@ -138,6 +151,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
         if "text" not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise DataError(f'{path} has no column "text" but {names}', hint="rename the column to text")
+        kind = table.schema_arrow.field("text").type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f'{path}: column "text" is of type {kind}', hint="it must be of type string")
         for batch in table.iter_batches(columns=["text"]):
             yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
     except (pyarrow.ArrowException, OSError) as error:
@@ -146,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 def _open(path: Path) -> IO[str]:
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    stream: IO[str] = opener(path, "rt", encoding="utf-8")  # type: ignore[operator]
+    stream: IO[str] = opener(path, "rt", encoding="utf-8-sig")  # type: ignore[operator]
     return stream
 
 
@@ -171,37 +187,47 @@ def _hub_data_set(reference: str, *, split: Split) -> Text:
 
 
 def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionResolutionError
+
+    from factory.hub_errors import hub_api, hub_errors
 
     try:
-        return HfApi().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
-    except (RepositoryNotFoundError, HFValidationError) as error:
+        with hub_errors(repo_id, revision=revision):
+            return hub_api().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+    except HubError as error:
+        cause = error.__cause__
+        if isinstance(cause, RevisionResolutionError):
+            cause = cause.__cause__ or cause
+        if not isinstance(cause, RepositoryNotFoundError | HFValidationError):
+            raise
         raise DataError(
             f"there is no data set {repo_id!r} on the Hub", hint=f"give {DATA_NOTATION}"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(
-            f"cannot look up the data set {repo_id!r}: {str(error).splitlines()[0]}",
-            hint="check the connection, or give a local file",
         ) from error
 
 
 def _stream(data: DataSource, *, config: str | None) -> Iterator[str]:
+    """Texts in the order of the data set; rows without one are passed over."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    from factory.hub_errors import hub_errors
 
     try:
-        rows = load_dataset(data.hub_id, config, split=data.split, revision=data.version, streaming=True)
-    except (ValueError, FileNotFoundError) as error:
+        with hub_errors(str(data.hub_id), revision=data.version):
+            rows = load_dataset(data.hub_id, config, split=data.split, revision=data.version, streaming=True)
+            for row in rows:
+                if "text" not in row:
+                    raise DataError(
+                        f'data set {data.name!r} has no column "text"', hint=f"it has {', '.join(row)}"
+                    )
+                if isinstance(row["text"], str) and row["text"].strip():
+                    yield row["text"]
+    except (ValueError, OSError, DatasetsError, ArrowException) as error:
         raise DataError(
-            f"cannot open data set {data.name!r}: {str(error).splitlines()[0]}",
+            f"cannot read data set {data.name!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="name a configuration (owner/name:config) that has this split",
         ) from error
-    for row in rows:
-        if "text" not in row:
-            raise DataError(f'data set {data.name!r} has no column "text"', hint=f"it has {', '.join(row)}")
-        if row["text"].strip():
-            yield row["text"]
 
 
 # Python's standard library ----------------------------------------------------------------------

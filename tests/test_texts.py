@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from factory.artifacts import DataSource
-from factory.errors import DataError
+from factory.errors import DataError, UnknownModelError
+from factory.references import check_model
 from factory.texts import Text, check_text, open_text, windows
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
@@ -60,6 +61,8 @@ def test_the_version_is_the_content_not_the_place(tmp_path: Path) -> None:
         ('{"text": "  "}', 'no "text"'),
         ('{"text": 3}', 'no "text"'),
         ('["text"]', 'no "text"'),
+        ('{"text": "a\\ud800"}', "half of a character"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, problem: str) -> None:
@@ -84,6 +87,35 @@ def test_a_damaged_file_is_a_clear_error(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="cannot read"):
         check_text(open_text(str(path), split="train"))
+
+
+def test_a_file_cut_short_is_damaged_rather_than_wrong_in_a_line(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"document {n} {n**9}"}) + "\n" for n in range(3000))
+    whole = gzip.compress(lines.encode())
+    path = tmp_path / "a.jsonl.gz"
+    for content in (whole[: len(whole) // 2], whole[:500] + b"\xff" * 100 + whole[600:]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot read"):
+            check_text(open_text(str(path), split="train"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-8-sig")
+    assert list(open_text(str(tmp_path / "a.jsonl"), split="train").documents()) == DOCUMENTS
+
+
+def test_a_parquet_column_that_is_no_text_is_named_by_its_type(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="type int64"):
+        check_text(open_text(str(tmp_path / "a.parquet"), split="train"))
+
+
+@pytest.mark.parametrize("reference", ["~nobody-here/x", "x" * 5000])
+def test_what_can_be_no_path_is_refused_as_model_and_as_data(reference: str) -> None:
+    with pytest.raises(DataError):
+        open_text(reference, split="train")
+    with pytest.raises(UnknownModelError):
+        check_model(reference)
 
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path: Path) -> None:
