@@ -172,6 +172,8 @@ def num_dropped(drop: float, num_layers: int) -> int:
     if num_layers - n < 2:
         raise DropError(
             f"--drop {drop:g} of {num_layers} layers leaves {num_layers - n}",
-            hint=f"at least 2 layers must stay: --drop {max(num_layers - 2, 0) / num_layers:.2g} at most",
+            hint=f"at least 2 layers must stay: --drop {(num_layers - 2) / num_layers:.2g} at most"
+            if num_layers > 2
+            else "at least 2 layers must stay, so this model has none to spare",
         )
     return n

@@ -11,6 +11,8 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from factory.errors import ModelError
+
 transformers_logging.disable_progress_bar()
 
 
@@ -90,8 +92,18 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer; where it has no padding token, its end token serves (padding is masked)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    """Load the tokenizer; where it has no padding token, its end token serves (padding is masked).
+
+    Raises:
+        ModelError: No tokenizer, or a damaged one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
+            hint="give a model with a whole tokenizer",
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -24,6 +24,8 @@ TASK_SIZES = {
 }
 OTHER_TASK = (8_000, 120)
 
+MAX_WIDTH = 8192  # of the trial product: wider ones run no faster and fill memory
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -123,7 +125,7 @@ def _machine(source: Source) -> tuple[str, int, float]:
 
     device = best_device()
     text_config = source.config.get("text_config", source.config)
-    width = int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024)
+    width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
     rows = 512 if device.type == "cpu" else 4096
     left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))
     right = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(device))

@@ -264,6 +264,7 @@ def _source(
     has_chat_template: bool,
 ) -> Source:
     stack = locate(config, list(tensors))
+    _check_weights(config, tensors, prefix=stack.tensor_prefix, num_layers=stack.num_layers)
     layers = [
         [t for key, t in tensors.items() if key.startswith(f"{stack.tensor_prefix}{index}.")]
         for index in range(stack.num_layers)
@@ -293,6 +294,29 @@ def _source(
         languages=tuple(map(_language, languages if isinstance(languages, list) else [languages])),
         has_chat_template=has_chat_template,
     )
+
+
+def _check_weights(
+    config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int
+) -> None:
+    """Refuse weights that cannot be of this configuration: more layers, or embeddings of another width."""
+    part = config.get("text_config") or config
+    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    on_disk = 1 + max((int(index) for index in found if index.isdigit()), default=-1)
+    if on_disk > num_layers + (part.get("num_nextn_predict_layers") or 0):
+        raise CheckpointError(
+            f"the weights have {on_disk} layers, {CONFIG} says {num_layers}",
+            hint="they are of two different models; download both again",
+        )
+    width = part.get("word_embed_proj_dim") or part.get("hidden_size")  # OPT's embedding may be narrower
+    name = f"{prefix.removesuffix('layers.')}embed_tokens.weight"
+    tensor = tensors.get(name)
+    # Packed weights are narrower than the model.
+    if tensor and width and tensor.dtype in ("BF16", "F16", "F32") and tensor.shape[-1:] != (width,):
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}, {CONFIG} says hidden_size {width}",
+            hint="they are of two different models; download both again",
+        )
 
 
 def _text(value: object) -> str | None:

@@ -105,10 +105,15 @@ def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tu
         rows.append(("time", f"about {duration(shown.seconds)}, from {shown.pending[0]} on"))
     else:
         rows.append(("time", "nothing to do: every stage is there"))
-    out.print(Text(title, style="bold"))
+    out.print(Text(printable(title), style="bold"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
     out.print()
+
+
+def printable(text: str) -> str:
+    """Text from outside without the control characters that could move the cursor."""
+    return "".join(letter for letter in text if letter.isprintable())
 
 
 def result_table(build: Build) -> Table:
@@ -182,7 +187,7 @@ def verdict(build: Build) -> str:
     if "healed" not in losses:
         return f"{cut}; this build was not healed."
     change = losses["pruned"] - losses["healed"]
-    share = f" ({change / gap:.0%} of it)" if gap > 0 else ""
+    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
     if build.shipped == "pruned":
         return (
             f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."

@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from factory.errors import ModelError
 from factory.models import load_model, load_tokenizer, pad_batch
 from tests.tiny import byte_tokenizer, save_llama
 
@@ -61,6 +62,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == tokenizer.eos_token
+
+
+def test_a_missing_or_damaged_tokenizer_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_loaded_model_is_in_evaluation_mode_and_full_precision_on_a_cpu(tmp_path: Path) -> None:

@@ -60,6 +60,13 @@ def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:
     assert "factory gc" in caught.value.hint
 
 
+def test_a_model_of_two_layers_is_not_told_to_drop_nothing(tmp_path: Path) -> None:
+    small = SOURCE.model_copy(update={"num_layers": 2})
+    with pytest.raises(DropError) as caught:
+        preview_of(small, drop=0.5, pending=(), home=tmp_path)
+    assert "--drop 0" not in caught.value.hint
+
+
 def test_a_cut_that_leaves_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DropError, match="leaves 1"):
         preview_of(drop=0.9, pending=(), home=tmp_path)

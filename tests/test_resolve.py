@@ -38,6 +38,17 @@ def test_a_value_that_cannot_be_is_refused_by_its_field(tmp_path: Path, field: s
         resolve(str(edited(tmp_path, **{field: value})))
 
 
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 3), ("hidden_size", 32)])
+def test_weights_of_another_model_are_refused(tmp_path: Path, field: str, value: int) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json says"):
+        resolve(str(edited(tmp_path, **{field: value})))
+
+
+def test_layers_of_multi_token_prediction_may_follow_the_last(tmp_path: Path) -> None:
+    folder = edited(tmp_path, num_hidden_layers=3, num_nextn_predict_layers=1)
+    assert resolve(str(folder)).num_layers == 3
+
+
 def test_card_metadata_becomes_text(tmp_path: Path) -> None:
     card = "---\nlanguage: [no, en]\nlicense_name: 3\n---\n"
     (save_llama(tmp_path) / "README.md").write_text(card)

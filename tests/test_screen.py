@@ -2,7 +2,11 @@
 
 import pytest
 
-from factory.screen import count, duration, size
+from factory.screen import count, duration, printable, size
+
+
+def test_text_from_outside_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2J\rb") == "a[2Jb"
 
 
 @pytest.mark.parametrize(
