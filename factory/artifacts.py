@@ -98,6 +98,7 @@ class DataSource(Artifact):
     version: str  # data set commit, or sha256 of the content
     hub_id: str | None = None
     split: str | None = None
+    part: str | None = None  # "1 of 2": other documents of it serve another use
 
 
 class DistanceProfile(Artifact):

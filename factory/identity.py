@@ -22,12 +22,13 @@ MOST_BYTES = 64 * 2**20  # read for one identity
 
 def text_identity(data: DataSource) -> str:
     """What decides the documents: for a data set also configuration and split, for a file its format."""
+    part = f", part {data.part}" if data.part else ""
     if data.hub_id:
-        return f"{data.name}:{data.split}@{data.version}"
+        return f"{data.name}:{data.split}@{data.version}{part}"
     if data.name.startswith("stdlib:"):
-        return f"{data.name}@{data.version}"
+        return f"{data.name}@{data.version}{part}"
     suffix = max((s for s in DATA_SUFFIXES if data.name.endswith(s)), key=len, default="")
-    return f"{data.version}{suffix}"
+    return f"{data.version}{suffix}{part}"
 
 
 def task_identity(task: str) -> str:

@@ -95,11 +95,12 @@ def duration(seconds: float) -> str:
 def text_name(data: DataSource) -> Markup:
     """A Hub data set as a link; Python's own sources with what they are."""
     split = f", {data.split} split" if data.split else ""
+    split += f", documents of part {data.part}" if data.part else ""
     if data.hub_id:
         link = f"{HUB}/datasets/{quote(plain(data.hub_id))}"
         return Markup(f"[{markdown(data.name)}]({link}){markdown(split)}")
     if data.name.startswith("stdlib:"):
-        return Markup(f"the source code of Python's standard library ({code(data.name)})")
+        return Markup(f"the source code of Python's standard library ({code(data.name)}{markdown(split)})")
     return Markup(f"{markdown(data.name)}{markdown(split)}")
 
 

@@ -21,7 +21,7 @@ from factory.artifacts import (
 from factory.config import BuildConfig, num_dropped
 from factory.identity import task_identity, text_identity
 from factory.store import StageSpec, Store
-from factory.texts import Text, check_text, open_text
+from factory.texts import Text, check_text, keep_apart, open_text
 
 STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed", "card")
 
@@ -128,11 +128,11 @@ class Run:
 
 def open_texts(config: BuildConfig) -> Texts:
     """Open the texts a build reads; a missing or unknown one is an error here, before any work."""
-    return Texts(
-        calibration=open_text(config.measure.data, split="validation"),
-        healing=open_text(config.heal.data, split="train"),
-        evaluation=open_text(config.evaluate.data, split="validation"),
+    evaluation, (calibration, healing) = keep_apart(
+        open_text(config.evaluate.data, split="validation"),
+        (open_text(config.measure.data, split="validation"), open_text(config.heal.data, split="train")),
     )
+    return Texts(calibration, healing, evaluation)
 
 
 def check_texts(texts: Texts) -> None:

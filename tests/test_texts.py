@@ -14,7 +14,7 @@ from pyarrow import parquet
 from factory.artifacts import DataSource
 from factory.errors import DataError, UnknownModelError
 from factory.references import check_model
-from factory.texts import Text, check_text, open_text, windows
+from factory.texts import Text, check_text, keep_apart, open_text, windows
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
 LINES = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
@@ -158,3 +158,15 @@ def test_windows_cover_the_tokens_but_for_a_lone_last_one(tokens: list[int], len
     joined = [token for piece in pieces for token in piece]
     assert joined == (tokens[:-1] if len(tokens) % length == 1 else tokens)
     assert all(2 <= len(piece) <= length for piece in pieces)
+
+
+@given(st.lists(st.text(), max_size=40))
+def test_no_document_is_evaluated_on_and_used_otherwise(documents: list[str]) -> None:
+    same = Text(DataSource(name="x", version="1"), lambda: iter(documents))
+    other = Text(DataSource(name="y", version="1"), lambda: iter(documents))
+    evaluation, (calibration, healing) = keep_apart(same, (same, other))
+    assert not set(evaluation.documents()) & set(calibration.documents())
+    assert sorted([*evaluation.documents(), *calibration.documents()]) == sorted(documents)
+    assert healing is other
+    assert (evaluation.data.part, calibration.data.part) == ("2 of 2", "1 of 2")
+    assert keep_apart(same, (other, other)) == (same, (other, other))
