@@ -357,16 +357,14 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     from factory.layout import describe_build, lay_out, read_if_same
 
     build = describe_build(run.config, run.texts, made, keys=run.keys, seconds=run.seconds)
-    same = None if run.remade else read_if_same(build, out)
-    if same:
-        run.reporter.finished("card", str(out), 0.0, True)
+    with run.store.laying_out(out):
+        same = None if run.remade else read_if_same(build, out)
+        if not same:
+            run.reporter.started("card")
+            lay_out(build, made.profile, made.shipped.folder, out=out)
         run.store.register(out, run.keys)
-        return same
-    run.reporter.started("card")
-    lay_out(build, made.profile, made.shipped.folder, out=out)
-    run.store.register(out, run.keys)
-    run.reporter.finished("card", str(out), 0.0, False)
-    return build
+    run.reporter.finished("card", str(out), 0.0, same is not None)
+    return same or build
 
 
 def publish(folder: Path, repository: str | None, **options: Any) -> Publication:

@@ -126,12 +126,19 @@ class Store:
 
     def register(self, build: Path, keys: Mapping[str, str]) -> None:
         """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
+        root = {"build": str(build.resolve()), "keys": sorted(keys.values())}
+        write_atomically(self._root(build).with_suffix(".json"), json.dumps(root))
+
+    @contextmanager
+    def laying_out(self, build: Path) -> Iterator[None]:
+        """Hold the lock of one build folder: two builds into it take turns."""
+        with _locked(self._root(build).with_suffix(".lock"), on_wait=None):
+            yield
+
+    def _root(self, build: Path) -> Path:
         roots = self.home / "builds"
         roots.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(str(build.resolve()).encode()).hexdigest()[:16]
-        write_atomically(
-            roots / f"{name}.json", json.dumps({"build": str(build.resolve()), "keys": sorted(keys.values())})
-        )
+        return roots / hashlib.sha256(str(build.resolve()).encode()).hexdigest()[:16]
 
     def builds(self) -> list[Path]:
         """Build folders that were registered and are still there."""

@@ -151,6 +151,25 @@ def test_four_at_once_make_a_stage_once(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "x"
 
 
+def lay_out_slowly(home: Path, log: Path) -> None:
+    with Store(home).laying_out(home / "build"), log.open("a") as file:
+        file.write("(")
+        file.flush()
+        time.sleep(0.2)
+        file.write(")")
+
+
+def test_builds_into_one_folder_take_turns(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    log = tmp_path / "log"
+    processes = [context.Process(target=lay_out_slowly, args=(tmp_path, log)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert log.read_text() == "()()()"
+
+
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     used, unused = store.make(spec(n=1), write_hello), store.make(spec(n=2), write_hello)
