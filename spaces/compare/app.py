@@ -34,20 +34,27 @@ CHAT_EXAMPLES = [
 COMPLETION_EXAMPLES = ["A glacier is", "The three largest cities of Japan are", "def read_lines(path):\n    "]
 THEME = gr.themes.Default(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"]
+).set(  # the defaults are too pale to be read by everybody
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
 )
 CSS = """
-.gradio-container {max-width: min(1280px, 100vw) !important; margin: auto; --muted: #475569}
+.gradio-container {max-width: min(1280px, 100vw) !important; margin: auto}
 .gradio-container .main, .gradio-container .contain, .gradio-container .column {min-width: 0; max-width: 100%}
-.dark .gradio-container, .gradio-container.dark {--muted: #a8b5c7}
 .pane {gap: .5rem}
 .pane .html-container {padding: 0}
 .pane h2 {font-size: 1.05rem; margin: .2rem 0; overflow-wrap: anywhere}
 .text {display: flex; flex-direction: column-reverse; height: 22rem; overflow-y: auto; /* stays at the end */
   padding: .8rem 1rem; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
   background: var(--input-background-fill); color: var(--body-text-color)}
-.text pre {margin: 0 0 auto !important; padding: 0; white-space: pre-wrap; overflow-wrap: anywhere; background: none;
-  font: .92rem/1.55 ui-monospace, monospace}
-.text .prompt, .text .empty, .facts dt {color: var(--muted)}
+.text pre {margin: 0 0 auto !important; padding: 0; background: none; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: .92rem/1.55 ui-monospace, monospace}
+.pane pre, .pane pre code {white-space: pre-wrap !important; overflow-wrap: anywhere}
+.text .prompt, .text .empty, .facts dt {color: var(--body-text-color-subdued)}
 .text .empty {font-family: system-ui, sans-serif}
 .facts {display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem .8rem; margin: 0}
 .facts dt {font-size: .78rem}
