@@ -14,6 +14,7 @@ from pathlib import Path
 
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
+from factory.store import sync_folder
 
 __all__ = [
     "TensorInfo",
@@ -183,7 +184,7 @@ def write_checkpoint(
         if len(shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _sync_folder(folder)
+        sync_folder(folder)
     return digests
 
 
@@ -290,14 +291,6 @@ def _read_blocks(tensor: TensorInfo, *, buffer: memoryview) -> Iterator[memoryvi
                 raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
             remaining -= count
             yield buffer[:count]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Beside the weights ------------------------------------------------------------------------------

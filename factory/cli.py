@@ -106,10 +106,10 @@ def build(model: str, drop: float, **options: Any) -> None:
 
 def _build(model: str, drop: float, options: dict[str, Any]) -> None:
     from factory import hub, pipeline
-    from factory.config import load_recipe
+    from factory.config import build_name, load_recipe
     from factory.decoder import check_decoder
     from factory.identity import check_tasks
-    from factory.layout import build_name, check_out
+    from factory.layout import check_out
     from factory.preview import preview
     from factory.screen import StageLines, console, show_preview, show_result
     from factory.store import Store, default_home

@@ -177,3 +177,8 @@ def num_dropped(drop: float, num_layers: int) -> int:
             else "at least 2 layers must stay, so this model has none to spare",
         )
     return n
+
+
+def build_name(source_name: str, drop: float) -> str:
+    """Name of a build's folder and, by default, of its repository: "Mistral-7B-v0.1-drop30"."""
+    return f"{source_name}-drop{drop * 100:.3g}"

@@ -16,6 +16,7 @@ from transformers import set_seed
 from factory.artifacts import Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
+from factory.identity import EMBEDDED_TASKS, is_task_file, task_name
 from factory.models import best_device, compute_dtype, device_name, load_model, load_tokenizer, pad_batch
 from factory.texts import Text, windows
 
@@ -24,7 +25,6 @@ TASK_BATCH_SIZE = 8
 HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with it
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
-EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
 ORDER = 0  # the same for every model and build: only then can losses be compared
 LOSSES = "losses.json"  # [tokens, nats] a document, for paired comparisons
 
@@ -192,25 +192,15 @@ def _find_task(task: str) -> tuple[str, Any]:
     """The task's name and a manager that knows it; the default scan takes 18 s, so only if needed."""
     from lm_eval.tasks import TaskManager
 
-    path = Path(task)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UsageError(f"task file {task!r} does not exist", hint="give a task name or a YAML file")
-        return _yaml_task_name(path), TaskManager(include_path=str(path.parent), include_defaults=False)
+    if is_task_file(task):
+        folder = str(Path(task).parent)
+        return task_name(Path(task)), TaskManager(include_path=folder, include_defaults=False)
     if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
         return task, TaskManager(include_path=str(EMBEDDED_TASKS), include_defaults=False)
     manager = TaskManager()
     if task not in manager.all_tasks:
         raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
     return task, manager
-
-
-def _yaml_task_name(path: Path) -> str:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key in ("task", "group"):
-            return value.strip().strip("\"'")
-    raise UsageError(f"{path} names no task", hint="an lm-eval YAML has a line `task: NAME`")
 
 
 def _task_score(name: str, results: dict[str, Any]) -> TaskScore:

@@ -57,7 +57,7 @@ def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
     unknown = []
     for task in settings.tasks:
         if is_task_file(task):
-            _check_task_file(Path(task))
+            task_name(Path(task))
         elif not (EMBEDDED_TASKS / f"{task}.yaml").is_file() and task not in KNOWN_TASKS:
             unknown.append(task)
     if unknown and search:
@@ -80,7 +80,12 @@ def _any_tag(_loader: yaml.SafeLoader, _tag: str, node: yaml.Node) -> str:
 _Lenient.add_multi_constructor("!", _any_tag)
 
 
-def _check_task_file(path: Path) -> None:
+def task_name(path: Path) -> str:
+    """The name of the task, or group, that an lm-eval YAML file defines.
+
+    Raises:
+        UsageError: No such file, no YAML, or one that names no task.
+    """
     if not path.is_file():
         raise UsageError(f"task file {str(path)!r} does not exist", hint="give a task name or a YAML file")
     try:
@@ -90,10 +95,10 @@ def _check_task_file(path: Path) -> None:
             f"task file {str(path)!r} is no YAML: {str(error).splitlines()[0]}", hint="mend it"
         ) from error
     names = [value.get(key) for key in ("task", "group")] if isinstance(value, dict) else []
-    if not any(isinstance(name, str) and name for name in names):
-        raise UsageError(
-            f"task file {str(path)!r} names no task", hint="an lm-eval YAML has a line `task: NAME`"
-        )
+    for name in names:
+        if isinstance(name, str) and name:
+            return name
+    raise UsageError(f"task file {str(path)!r} names no task", hint="an lm-eval YAML has a line `task: NAME`")
 
 
 def _folder_hash(task: Path) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from factory import __version__
 from factory.artifacts import Build, Checkpoint, DistanceProfile, Publication, sha256_of_file
-from factory.config import BuildConfig
+from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
+from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
 
 if TYPE_CHECKING:
@@ -71,25 +72,15 @@ def describe_build(
     )
 
 
-def build_name(source_name: str, drop: float) -> str:
-    """Folder name of a build: "Mistral-7B-v0.1-drop30"."""
-    return f"{source_name}-drop{drop * 100:.3g}"
-
-
 def read_if_same(build: Build, out: Path) -> Build | None:
     """The build that lies in `out`, if it was made from the same stages and is whole.
 
     Raises:
         StoreError: `out` holds something that is no build.
     """
-    if not out.exists():
-        return None
+    check_out(out)
     if not (out / Build.file_name).is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            return None
-        raise StoreError(
-            f"{out} is there already and is no build", hint="give another folder with --out, or move it away"
-        )
+        return None
     found = Build.read(out)
     whole = all((out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json"])
     same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
@@ -112,7 +103,7 @@ def check_out(out: Path) -> None:
     above = next((path for path in out.parents if path.exists()), out)
     if out == Path(out.anchor) or not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
-    parts = ("build.json", DistanceProfile.file_name, "model")
+    parts = (Build.file_name, DistanceProfile.file_name, "model")
     is_build = all((out / name).exists() for name in parts)
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not (is_build or is_empty):
@@ -194,4 +185,4 @@ def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> 
 
 
 def _without_path(reference: str, name: str, repo_id: str | None) -> str:
-    return reference if repo_id or not Path(reference).expanduser().is_dir() else name
+    return reference if repo_id or not local_path(reference).is_dir() else name

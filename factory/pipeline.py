@@ -20,10 +20,11 @@ from factory.artifacts import (
 )
 from factory.config import BuildConfig, num_dropped
 from factory.identity import task_identity, text_identity
+from factory.store import STAGES as STORED
 from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, keep_apart, open_text
 
-STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed", "card")
+STAGES = (*STORED, "card")
 
 # Raised when a stage's code gives other results for the same input; part of its key.
 VERSIONS = {"measure": 1, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}

@@ -19,6 +19,7 @@ from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source, sha256_of_file
+from factory.config import build_name
 from factory.errors import HubError, UsageError
 from factory.hub_errors import (
     AGAIN,
@@ -36,7 +37,7 @@ THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
 
 def default_repo_name(source: Source, drop: float) -> str:
     """Name of the repository for a source without some of its layers: "Mistral-7B-v0.1-drop30"."""
-    return f"{source.name}-drop{100 * drop:g}"
+    return build_name(source.name, drop)
 
 
 def full_name(repo_id: str) -> str:

@@ -234,14 +234,15 @@ def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -
         },
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _sync(partial)
+    sync_folder(partial)
     if folder.exists():  # damaged, or made again: it stayed until its successor was whole
         shutil.rmtree(folder)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
