@@ -234,7 +234,7 @@ def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
     """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
     import shutil
 
-    from factory.screen import size
+    from factory.preview import size
     from factory.store import Store, default_home, folder_bytes
 
     store = Store((home or default_home()).absolute())

@@ -82,10 +82,18 @@ def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home
     )
     if result.disk_needed > free:
         raise DiskSpaceError(
-            f"the build needs {result.disk_needed / 1e9:.1f} GB of disk and {home} has {free / 1e9:.1f} GB",
+            f"the build needs {size(result.disk_needed)} of disk and {home} has {size(free)}",
             hint="free some (`factory gc` removes what no build uses) or give another folder with --home",
         )
     return result
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
 
 
 def _seconds(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from factory.artifacts import Build, TaskScore, layer_ranges
-from factory.preview import Preview
+from factory.preview import Preview, size
 
 STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
@@ -207,14 +207,6 @@ def count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.2f} {name}"
     return str(number)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} bytes"
 
 
 def duration(seconds: float) -> str:

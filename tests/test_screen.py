@@ -2,7 +2,8 @@
 
 import pytest
 
-from factory.screen import count, duration, printable, size
+from factory.preview import size
+from factory.screen import count, duration, printable
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:
