@@ -16,7 +16,8 @@ from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
 
 if TYPE_CHECKING:
-    from factory.pipeline import Made, Texts
+    from factory.pipeline import Made
+    from factory.run import Texts
 
 LIBRARIES = (
     "accelerate",

@@ -7,6 +7,7 @@ from pathlib import Path
 from factory.errors import DataError, UnknownModelError
 
 RECIPES = Path(__file__).parent / "recipes"
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"  # embedded
 DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
 DATA_NOTATION = f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][@revision]"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,0 +1,1 @@
+"""The commands, a file for each kind; what several of them share is in `options`."""

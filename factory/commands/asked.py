@@ -1,0 +1,87 @@
+"""From what was typed to the source and the complete configuration that it means."""
+
+from typing import TYPE_CHECKING, Any
+
+from factory import references
+from factory.errors import UsageError
+
+if TYPE_CHECKING:
+    from factory.artifacts import Source
+    from factory.config import BuildConfig, Recipe
+
+
+def resolve_model(model: str, recipe: "Recipe | None") -> "Source":
+    """The source that an alias, a repository or a folder means; no weight is read."""
+    from factory import hub
+
+    if recipe is None:
+        return hub.resolve(model)
+    if recipe.source == "embedded":
+        found = hub.resolve(str(references.DEMO_MODEL))
+        return found.model_copy(update={"name": recipe.alias, "license": "apache-2.0"})
+    assert recipe.repo_id is not None
+    return hub.resolve(recipe.repo_id)
+
+
+def settle_options(
+    model: str, drop: float, recipe: "Recipe | None", source: "Source", options: dict[str, Any]
+) -> "BuildConfig":
+    """One complete configuration: options over the recipe over the defaults.
+
+    Raises:
+        UsageError: Sequences longer than the model was made for.
+    """
+    from factory.config import settle
+
+    length = options["sequence_length"]
+    tasks = options["tasks"]
+    named = (
+        None if tasks is None else () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
+    )
+    max_length = _max_length(source.config)
+    if length is not None and length > max_length:
+        raise UsageError(
+            f"--sequence-length {length} is more than the {max_length} tokens the model was made for",
+            hint=f"give {max_length} or fewer",
+        )
+    return settle(
+        model,
+        drop=drop,
+        recipe=recipe,
+        num_parameters=source.num_parameters,
+        max_length=max_length,
+        is_folder=source.repo_id is None,
+        overrides={
+            "seed": options["seed"],
+            "heal_enabled": options["heal_enabled"],
+            "measure": {
+                "data": options["calibration_data"],
+                "num_samples": options["samples"],
+                "sequence_length": length,
+            },
+            "heal": {
+                "data": options["heal_data"],
+                "num_steps": options["heal_steps"],
+                "learning_rate": options["heal_lr"],
+                "rank": options["heal_rank"],
+                "sequence_length": length,
+            },
+            "evaluate": {
+                "data": options["eval_data"],
+                "num_documents": options["eval_documents"],
+                "sequence_length": length,
+                "tasks": named,
+                "limit": options["limit"],
+            },
+        },
+    )
+
+
+def _max_length(config: dict[str, Any]) -> int:
+    """Tokens the model was made for, by its configuration; 2048 where it does not say."""
+    text_config = config.get("text_config")
+    for part in (text_config if isinstance(text_config, dict) else {}, config):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if type(part.get(name)) is int and part[name] > 0:
+                return int(part[name])
+    return 2048

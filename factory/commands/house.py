@@ -1,0 +1,39 @@
+"""What is kept between builds: `factory ls` and `gc`."""
+
+from pathlib import Path
+
+import click
+
+from factory.commands.options import CONTEXT, home_option
+
+
+@click.command("ls", context_settings=CONTEXT)
+@home_option
+def list_stages(home: Path | None) -> None:
+    """List finished stages and the builds that use them."""
+    from factory.screen import console, show_stages
+    from factory.store import Store, default_home
+
+    store = Store((home or default_home()).absolute())
+    show_stages(console(), list(store.stages()), store.builds())
+
+
+@click.command("gc", context_settings=CONTEXT)
+@home_option
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")
+def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
+    """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
+    import shutil
+
+    from factory.preview import size
+    from factory.store import Store, default_home, folder_bytes
+
+    store = Store((home or default_home()).absolute())
+    freed = 0
+    for folder in store.garbage(recent=recent):
+        freed += folder_bytes(folder)
+        click.echo(f"{'would remove' if dry_run else 'removing'} {folder}")
+        if not dry_run:
+            shutil.rmtree(folder)
+    click.echo(f"{size(freed)} {'could be' if dry_run else ''} freed".replace("  ", " "))

@@ -1,0 +1,125 @@
+"""One run: what was asked, the key of each stage, reuse of what is there, and who is told."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from factory.artifacts import Artifact
+from factory.config import BuildConfig
+from factory.store import StageSpec, Store
+from factory.texts import Text, check_text, keep_apart, open_text
+
+# Raised when a stage's code gives other results for the same input; part of its key.
+VERSIONS = {"measure": 1, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}
+
+# Libraries whose version can change a stage's numbers; part of its key.
+LIBRARIES = {
+    "measure": ("torch", "transformers"),
+    "heal": ("torch", "transformers", "trl", "peft", "bitsandbytes"),
+    "evaluate": ("torch", "transformers", "lm_eval"),
+    "speed": ("torch", "transformers"),
+}
+
+A = TypeVar("A", bound=Artifact)
+
+
+class Reporter(Protocol):
+    """Hears how a build goes; only the command line prints."""
+
+    def started(self, stage: str) -> None: ...
+    def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
+    def waiting(self, stage: str) -> None: ...
+
+
+class Missing(Exception):  # noqa: N818  not an error: the answer to "what is left to do?"
+    """A stage that is not there yet, met while only looking."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The three texts of a build, opened: their versions are known, nothing is read yet."""
+
+    calibration: Text
+    healing: Text
+    evaluation: Text
+
+
+@dataclass
+class Run:
+    """One build under way: what was asked, where stages lie, who listens."""
+
+    config: BuildConfig
+    store: Store
+    reporter: Reporter
+    texts: Texts
+    rerun: frozenset[str] = frozenset()
+    only_look: bool = False  # raise Missing instead of working
+    remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
+    keys: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stage(
+        self,
+        stage: str,
+        artifact: type[A],
+        work: Callable[[Path], Artifact],
+        *,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        summary: Callable[[A], str],
+        label: str = "",
+    ) -> A:
+        """Reuse or make one stage; `work` returns the artefact, which is written beside its files."""
+        name = f"{stage} {label}".strip()
+        libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
+        spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
+        rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
+        if self.only_look and (rerun or self.store.find(spec) is None):
+            raise Missing(stage)
+
+        def make(folder: Path) -> None:
+            self.reporter.started(name)
+            work(folder).write(folder)
+
+        result = self.store.make(
+            spec,
+            make,
+            resumable=stage == "heal",
+            rerun=rerun,
+            on_wait=lambda: self.reporter.waiting(name),
+        )
+        if not result.reused:
+            self.remade.add(result.key)
+        value = artifact.read(result.folder)
+        self.keys[name] = result.key
+        self.seconds[name] = result.seconds
+        if not self.only_look:
+            self.reporter.finished(name, summary(value), result.seconds, result.reused)
+        return value
+
+    def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
+        """The progress callback of one stage."""
+        name = f"{stage} {label}".strip()
+        return lambda done, total, note="": self.reporter.progressed(name, done, total, note)
+
+
+def open_texts(config: BuildConfig) -> Texts:
+    """Open the texts a build reads; a missing or unknown one is an error here, before any work."""
+    evaluation, (calibration, healing) = keep_apart(
+        open_text(config.evaluate.data, split="validation"),
+        (open_text(config.measure.data, split="validation"), open_text(config.heal.data, split="train")),
+    )
+    return Texts(calibration, healing, evaluation)
+
+
+def check_texts(texts: Texts) -> None:
+    """Read the local texts through once, so that a fault in them shows before the work."""
+    for text in {text.data: text for text in (texts.calibration, texts.healing, texts.evaluation)}.values():
+        check_text(text)
