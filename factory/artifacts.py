@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -112,11 +112,17 @@ class DistanceProfile(Artifact):
     file_name = "profile.json"
 
     num_layers: int = Field(ge=1)
+    source_commit: str | None = None  # None where a profile from elsewhere does not say
     num_samples: int = Field(ge=1)
     sequence_length: int  # tokens, at most
     num_tokens: int  # real tokens read
+    tokens: Literal["last", "all"] = "last"  # whose states were compared
+    quantization: str | None = None  # "nf4"
+    certain_for: tuple[int, ...] = ()  # block sizes whose best block was ahead by three standard errors
     mean: tuple[tuple[float, ...], ...]
     stderr: tuple[tuple[float, ...], ...]
+    influence: tuple[float, ...] | None = None  # Block Influence of each layer (arXiv 2403.03853)
+    influence_stderr: tuple[float, ...] | None = None
     data: DataSource
 
     def block_distances(self, block_size: int) -> list[float]:
@@ -226,6 +232,7 @@ class TaskScore(BaseModel):
     num_samples: int
     chance: float | None  # None where there is none to speak of
     version: str  # the task's, as the harness gives it
+    data: tuple[DataSource, ...] = ()  # Hub data sets that the questions come from
 
 
 class Evaluation(Artifact):

@@ -154,7 +154,11 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
         }
     ]
     for score in evaluation.tasks:
-        dataset = {"type": score.task, "name": score.label, "args": {"num_few_shot": score.num_fewshot}}
+        dataset: dict[str, Any] = {"type": score.task, "name": score.label}
+        if len(score.data) == 1:
+            data = score.data[0]
+            dataset |= {"type": data.hub_id, "split": data.split, "revision": data.version}
+        dataset["args"] = {"num_few_shot": score.num_fewshot}
         metric = {
             "type": score.metric,
             "value": score.value,
@@ -284,7 +288,9 @@ def data_rows(build: Build) -> list[tuple[str, DataSource]]:
     used = [("calibration text", build.calibration)]
     if build.adapter:
         used.append(("healing text", build.adapter.data))
-    return [*used, ("evaluation text", build.evaluations[build.shipped].loss.data)]
+    evaluation = build.evaluations[build.shipped]
+    used.append(("evaluation text", evaluation.loss.data))
+    return [*used, *((f"{score.label} questions", data) for score in evaluation.tasks for data in score.data)]
 
 
 # Reproduction -----------------------------------------------------------------------------------

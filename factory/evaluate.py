@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from factory.artifacts import Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
+from factory.artifacts import DataSource, Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
 from factory.identity import EMBEDDED_TASKS, is_task_file, task_name
@@ -23,6 +25,8 @@ from factory.texts import Text, windows
 LOSS_BATCH_SIZE = 4
 TASK_BATCH_SIZE = 8
 HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with it
+HARNESS_FOLDERS = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq", "gsm8k": "gsm8k"}  # in lm-eval
+COMMIT = re.compile(r"[0-9a-f]{40}")
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
 ORDER = 0  # the same for every model and build: only then can losses be compared
@@ -134,13 +138,8 @@ def _score(
     from lm_eval.evaluator import evaluate as run_harness
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
-    name, manager = _find_task(task)
-    loaded = manager.load([name])
-    shots = settings.num_fewshot.get(task)
+    name, loaded = _load_task(task, shots=settings.num_fewshot.get(task))
     for part in loaded["tasks"].values():
-        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
-            default = part.get_config("num_fewshot") or 0
-            part.set_config(key="num_fewshot", value=default if shots is None else shots)
         part.set_fewshot_seed(seed=HARNESS_SEED)
     set_seed(HARNESS_SEED)
     # Not `simple_evaluate`, which also surveys the machine and asks git about the folder it runs in.
@@ -151,7 +150,7 @@ def _score(
         bootstrap_iters=BOOTSTRAP_ROUNDS,
         log_samples=True,
     )
-    return _task_score(name, results)
+    return _task_score(name, results, data=_question_data(loaded["tasks"].values()))
 
 
 def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
@@ -188,8 +187,24 @@ def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None
     return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
 
 
+@lru_cache
+def _load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
+    """The task's name, and lm-eval's task or tasks with their data; once for all models of a build.
+
+    MMLU alone is 57 data sets, and asking whether each is up to date takes hundreds of requests.
+    """
+    name, manager = _find_task(task)
+    loaded = manager.load([name])
+    for part in loaded["tasks"].values():
+        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
+            default = part.get_config("num_fewshot") or 0
+            part.set_config(key="num_fewshot", value=default if shots is None else shots)
+    return name, loaded
+
+
 def _find_task(task: str) -> tuple[str, Any]:
     """The task's name and a manager that knows it; the default scan takes 18 s, so only if needed."""
+    import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
     if is_task_file(task):
@@ -197,13 +212,36 @@ def _find_task(task: str) -> tuple[str, Any]:
         return task_name(Path(task)), TaskManager(include_path=folder, include_defaults=False)
     if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
         return task, TaskManager(include_path=str(EMBEDDED_TASKS), include_defaults=False)
+    if task in HARNESS_FOLDERS:
+        folder = str(Path(lm_eval.tasks.__file__).parent / HARNESS_FOLDERS[task])
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if task in manager.all_tasks:
+            return task, manager
     manager = TaskManager()
     if task not in manager.all_tasks:
         raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
     return task, manager
 
 
-def _task_score(name: str, results: dict[str, Any]) -> TaskScore:
+def _question_data(parts: Iterable[Any]) -> tuple[DataSource, ...]:
+    """Hub data sets of loaded tasks, at the commit that each was read at.
+
+    lm-eval asks for no commit; `datasets` names the folder in its cache by the one it found.
+    """
+    found = set()
+    for part in parts:
+        split = part.config.test_split or part.config.validation_split
+        for file in getattr((part.dataset or {}).get(split), "cache_files", ()):
+            commit = Path(file["filename"]).parent.name
+            if COMMIT.fullmatch(commit):
+                found.add((part.config.dataset_path, split, commit))
+    return tuple(
+        DataSource(name=path, version=commit, hub_id=path, split=split)
+        for path, split, commit in sorted(found)
+    )
+
+
+def _task_score(name: str, results: dict[str, Any], *, data: tuple[DataSource, ...]) -> TaskScore:
     values = results["results"].get(name) or results["groups"][name]
     metrics = {key.partition(",")[0]: key for key in values if "," in key and "_stderr" not in key}
     metric = next((m for m in METRICS if m in metrics), next(iter(metrics)))
@@ -221,6 +259,7 @@ def _task_score(name: str, results: dict[str, Any]) -> TaskScore:
         num_samples=len(samples),
         chance=_chance(samples) if metric.startswith("acc") else None,
         version=str(results["versions"].get(name, "")),
+        data=data,
     )
 
 
