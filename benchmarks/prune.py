@@ -1,130 +1,240 @@
-"""Claim: pruning on disk costs about what copying the kept bytes costs, in memory that does not grow.
+"""Claim: pruning on disk costs what copying the kept bytes costs, in memory that does not grow.
 
-    python benchmarks/prune.py [--gigabytes 4] [--rounds 5] [--folder DIR]
+    python benchmarks/prune.py [--gigabytes 4] [--rounds 5] [--folder DIR] [--mergekit PATH/bin/mergekit-yaml]
 
-Writes a synthetic checkpoint in several shards, then in turns: `cp` of the pruned files, `cp` followed by
-hashlib's sha256, and the pruning copy, which hashes too. Everything is synced to disk before the clock stops;
-the source is in the page cache if it fits. Needs three times the size on disk.
+Writes a Llama of random weights in several shards. Then, in turns: `cp` of the pruned files and the pruning
+copy, each alone and with checksums, until they return and until everything is on the disk. With --mergekit
+also two whole commands: `factory prune`, which checks its result, and mergekit's passthrough, which does not.
+The source is in the page cache if it fits. Needs three times the size on disk.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from factory import checkpoint, decoder
-from factory.artifacts import sha256_of_file
+from factory.artifacts import layer_ranges
 from factory.checkpoint import TensorInfo
+from factory.store import sync_files
 
 NUM_LAYERS = 32
 NUM_SHARDS = 4
-HIDDEN = 1024
-MATRICES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+HIDDEN = 2048
+HEADS, KV_HEADS = 16, 4
+VOCABULARY = 32_000
 DROPPED = range(18, 28)
+NOISE_BYTES = 2**26
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+COPY = """
+import sys; sys.path[:0] = [".", "benchmarks"]
+from pathlib import Path; import prune
+source, target = map(Path, sys.argv[1:])
+names = prune.checkpoint.write_checkpoint(prune.kept_tensors(source), folder=target)
+prune.checkpoint.sha256_of_files(target, names)
+"""
+PASSTHROUGH = """
+merge_method: passthrough
+dtype: bfloat16
+slices:
+  - sources: [{{model: {source}, layer_range: [0, {start}]}}]
+  - sources: [{{model: {source}, layer_range: [{end}, {layers}]}}]
+"""
+
+
+def llama(size_bytes: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """config.json and the shapes of a Llama that takes about `size_bytes` in bf16."""
+    kv = HIDDEN * KV_HEADS // HEADS
+    fixed = VOCABULARY * HIDDEN + NUM_LAYERS * 2 * HIDDEN * (HIDDEN + kv)
+    wide = max((size_bytes // 2 - fixed) // (NUM_LAYERS * 3 * HIDDEN), 64)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": wide, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+        "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    layer = {
+        "input_layernorm": [HIDDEN], "post_attention_layernorm": [HIDDEN],
+        "self_attn.q_proj": [HIDDEN, HIDDEN], "self_attn.k_proj": [kv, HIDDEN],
+        "self_attn.v_proj": [kv, HIDDEN], "self_attn.o_proj": [HIDDEN, HIDDEN],
+        "mlp.gate_proj": [wide, HIDDEN], "mlp.up_proj": [wide, HIDDEN], "mlp.down_proj": [HIDDEN, wide],
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": [VOCABULARY, HIDDEN], "model.norm.weight": [HIDDEN]}
+    for index in range(NUM_LAYERS):
+        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    return config, shapes
 
 
 def write_source(folder: Path, *, size_bytes: int) -> None:
-    """A checkpoint of bf16 noise: NUM_LAYERS layers of equal size and an embedding."""
+    """The Llama in NUM_SHARDS files; its values are one block of noise, over and over."""
     folder.mkdir()
-    rows = size_bytes // (NUM_LAYERS * len(MATRICES) * HIDDEN * 2)
-    noise = os.urandom(rows * HIDDEN * 2)
-    names = ["model.embed_tokens.weight"]
-    names += [f"model.layers.{i}.{matrix}.weight" for i in range(NUM_LAYERS) for matrix in MATRICES]
+    config, shapes = llama(size_bytes)
+    (folder / "config.json").write_text(json.dumps(config))
+    values = np.random.default_rng(0).normal(0, 0.02, NOISE_BYTES // 2).astype("<f4")
+    noise = (values.view("<u4") >> 16).astype("<u2").tobytes()  # bf16 is the upper half of fp32
+    names = list(shapes)
     per_shard = -(-len(names) // NUM_SHARDS)
     weight_map = {}
     for shard in range(NUM_SHARDS):
         file_name = f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
         chosen = names[shard * per_shard : (shard + 1) * per_shard]
-        header = {
-            name: {
-                "dtype": "BF16",
-                "shape": [rows, HIDDEN],
-                "data_offsets": [number * len(noise), (number + 1) * len(noise)],
-            }
-            for number, name in enumerate(chosen)
-        }
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in chosen:
+            start, end = end, end + 2 * int(np.prod(shapes[name]))
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         with (folder / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for _ in chosen:
-                file.write(noise)
+            for start in range(0, end, NOISE_BYTES):
+                file.write(noise[: end - start])
         weight_map |= dict.fromkeys(chosen, file_name)
-    (folder / checkpoint.WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / checkpoint.WEIGHTS_INDEX).write_text(json.dumps(index))
 
 
 def kept_tensors(source: Path) -> list[tuple[str, TensorInfo]]:
+    """Names in the result and where their values lie."""
     tensors = checkpoint.read_checkpoint(source)
-    config = {"model_type": "llama", "num_hidden_layers": NUM_LAYERS}
-    stack = decoder.locate(config, tensors)
+    stack = decoder.locate({"model_type": "llama", "num_hidden_layers": NUM_LAYERS}, tensors)
     kept = [index for index in range(NUM_LAYERS) if index not in DROPPED]
     kept_index = {old: new for new, old in enumerate(kept)}
     names = ((decoder.renumber(name, stack=stack, kept_index=kept_index), name) for name in tensors)
     return [(new, tensors[old]) for new, old in names if new is not None]
 
 
-def seconds_of(work: Callable[[Path], object], folder: Path) -> float:
-    """Wall time into an empty folder, with nothing of earlier rounds left to write."""
+def seconds_of(work: Callable[[Path], object], folder: Path) -> tuple[float, float]:
+    """Wall time into a new folder until the work returns, and until its files are on the disk."""
     target = folder / "target"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     os.sync()
     start = time.perf_counter()
     work(target)
-    return time.perf_counter() - start
+    returned = time.perf_counter()
+    sync_files(target)
+    return returned - start, time.perf_counter() - start
 
 
-def copy(source: Path, target: Path, *, hashed: bool) -> None:
-    files = sorted(source.glob("*.safetensors"))
-    subprocess.run(["cp", *files, target], check=True)
-    subprocess.run(["sync", *sorted(target.iterdir())], check=True)
-    if hashed:
-        for path in target.iterdir():
-            sha256_of_file(path)
+def peak_mebibytes(command: list[Any]) -> float:
+    """Run a command in a process of its own; its peak resident memory.
+
+    A process in between: a new one counts the memory of whoever started it as its own.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+    )
+    *said, kibibytes = done.stderr.decode().splitlines()
+    if done.returncode:
+        raise SystemExit(f"{command[0]} ended with {done.returncode}: {' '.join(said)[-2000:]}")
+    return int(kibibytes) / 1024
+
+
+def copy_works(source: Path, reference: Path) -> dict[str, Callable[[Path], object]]:
+    """`cp` of the pruned files and the copy that makes them, each alone and followed by the checksums."""
+    kept = kept_tensors(source)
+    reference.mkdir()
+    checkpoint.write_checkpoint(kept, folder=reference)
+    files = sorted(reference.iterdir())
+
+    def cp(target: Path) -> None:
+        subprocess.run(["cp", *files, target], check=True)
+
+    def cp_and_sum(target: Path) -> None:
+        cp(target)
+        checkpoint.sha256_of_files(target, [file.name for file in files])
+
+    def prune(target: Path) -> list[str]:
+        return checkpoint.write_checkpoint(kept, folder=target)
+
+    def prune_and_sum(target: Path) -> None:
+        checkpoint.sha256_of_files(target, prune(target))
+
+    return {"cp": cp, "prune": prune, "cp, sha256": cp_and_sum, "prune, sha256": prune_and_sum}
+
+
+def command_works(source: Path, *, mergekit: Path, plan: Path, peaks: dict[str, float]) -> Any:
+    """Two whole commands that do the same."""
+    plan.write_text(
+        PASSTHROUGH.format(source=source, start=DROPPED.start, end=DROPPED.stop, layers=NUM_LAYERS)
+    )
+    layers = layer_ranges(DROPPED).replace("–", "-")
+
+    def factory(target: Path) -> None:
+        command = [sys.executable, "-m", "factory", "prune", source, "--layers", layers]
+        peaks["factory prune"] = peak_mebibytes([*command, "--out", target / "model", "--json"])
+
+    def passthrough(target: Path) -> None:
+        peaks["mergekit"] = peak_mebibytes([mergekit, plan, target, "--no-copy-tokenizer", "--quiet"])
+
+    return {"factory prune": factory, "mergekit": passthrough}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Write the source, take times in turns, print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment that has mergekit")
     arguments = parser.parse_args()
+    peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="factory-benchmark-") as name:
         folder = Path(name)
         source, reference = folder / "source", folder / "reference"
         write_source(source, size_bytes=int(arguments.gigabytes * 1e9))
-        kept = kept_tensors(source)
-        reference.mkdir()
-        checkpoint.write_checkpoint(kept, folder=reference)
-        works: dict[str, Callable[[Path], object]] = {
-            "cp": lambda target: copy(reference, target, hashed=False),
-            "cp, then hash": lambda target: copy(reference, target, hashed=True),
-            "prune": lambda target: checkpoint.write_checkpoint(kept, folder=target),
-        }
-        times: dict[str, list[float]] = {what: [] for what in works}
+        works = copy_works(source, reference)
+        if arguments.mergekit:
+            works |= command_works(
+                source, mergekit=arguments.mergekit, plan=folder / "plan.yaml", peaks=peaks
+            )
+        times: dict[str, list[tuple[float, float]]] = {what: [] for what in works}
         for _ in range(arguments.rounds):
             for what, work in works.items():
                 times[what].append(seconds_of(work, folder))
-    report(times, num_bytes=sum(tensor.size_bytes for _, tensor in kept))
+        report(times, num_bytes=sum(path.stat().st_size for path in reference.glob("*.safetensors")))
+        command = [sys.executable, "-c", COPY, source]
+        seconds_of(lambda target: peaks.update({"prune, sha256": peak_mebibytes([*command, target])}), folder)
+    for what, mebibytes in peaks.items():
+        print(f"peak resident memory, {what}: {mebibytes:.0f} MiB")
 
 
-def report(times: dict[str, list[float]], *, num_bytes: int) -> None:
-    medians = {what: statistics.median(values) for what, values in times.items()}
-    print(f"{num_bytes / 1e9:.2f} GB kept, medians of {len(times['cp'])} rounds in turns")
-    for what, values in times.items():
-        print(
-            f"{what:14} {medians[what]:6.2f} s ({min(values):.2f}–{max(values):.2f})"
-            f"  {num_bytes / medians[what] / 1e9:5.2f} GB/s"
-        )
-    print(f"prune / cp               {medians['prune'] / medians['cp']:.2f}")
-    print(f"prune / (cp, then hash)  {medians['prune'] / medians['cp, then hash']:.2f}")
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+def report(times: dict[str, list[tuple[float, float]]], *, num_bytes: int) -> None:
+    """Medians, and the ratios of each two that do the same."""
+    rounds = len(times["cp"])
+    medians = {
+        what: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for what, rows in times.items()
+    }
+    print(
+        f"{num_bytes / 1e9:.2f} GB kept, medians of {rounds} rounds in turns: until it returns, until synced"
+    )
+    for what, rows in times.items():
+        spread = ", ".join(f"{min(column):.2f}–{max(column):.2f}" for column in zip(*rows, strict=True))
+        print(f"{what:14} {medians[what][0]:6.2f} s {medians[what][1]:6.2f} s  ({spread})")
+    for ours, theirs in (
+        ("prune", "cp"),
+        ("prune, sha256", "cp, sha256"),
+        ("factory prune", "mergekit"),
+    ):
+        if theirs in medians:
+            ratios = [a / b for a, b in zip(medians[ours], medians[theirs], strict=True)]
+            print(f"{ours} / {theirs}: {ratios[0]:.2f}, synced {ratios[1]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """Safetensors on disk: headers, streamed copy, renaming, sharding; never the whole model in memory."""
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
+from factory.artifacts import sha256_of_file
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
-from factory.store import sync_folder
+from factory.transfer import assemble
 
 __all__ = [
     "TensorInfo",
@@ -22,12 +21,12 @@ __all__ = [
     "read_checkpoint",
     "read_header",
     "read_tensor_bytes",
+    "sha256_of_files",
     "write_checkpoint",
 ]
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-BLOCK_BYTES = 2**20  # stays in the processor's cache while it is read, hashed and written
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AUXILIARY = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
@@ -138,12 +137,12 @@ def write_checkpoint(
     transform: Transform | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-) -> dict[str, str]:
+) -> list[str]:
     """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
 
-    Values pass through memory once, a block at a time, and are hashed on the way; nothing larger is held,
-    save what `transform` returns. Tensors keep the order of the source files, so that both sides are read
-    and written in order.
+    Nothing larger than a block is held in memory, save what `transform` returns. Tensors keep the order of
+    the source files, so that both sides are read and written in order. Syncing to the disk is left to
+    whoever gives the folder its final name.
 
     Args:
         tensors: Pairs (new name, where its values lie).
@@ -154,7 +153,7 @@ def write_checkpoint(
         progress: Called with (bytes done, bytes in all).
 
     Returns:
-        Weight file name → sha256. The index, where there is one, lies beside them and is not listed.
+        Names of the weight files. The index, where there is one, lies beside them and is not listed.
 
     Raises:
         CheckpointError: Two tensors with one name, a source that changed, a transform of another size.
@@ -164,28 +163,27 @@ def write_checkpoint(
     _clear_weights(folder, sources={tensor.file for shard in shards for _, tensor in shard})
     total_bytes = sum(tensor.size_bytes for shard in shards for _, tensor in shard)
     done_bytes = 0
-
-    def advance(count: int) -> None:
-        nonlocal done_bytes
-        done_bytes += count
-        if progress:
-            progress(done_bytes, total_bytes)
-
-    digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     with _disk_errors(folder, total_bytes):
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             header = _header(shard, metadata={"format": "pt"} if metadata is None else metadata)
-            digests[name] = _write_shard(
-                folder / name, shard, header=header, transform=transform, advance=advance
-            )
+            for count in assemble(folder / name, _parts(shard, transform=transform), header=header):
+                done_bytes += count
+                if progress:
+                    progress(done_bytes, total_bytes)
             weight_map.update((tensor, name) for tensor, _ in shard)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        sync_folder(folder)
-    return digests
+    return sorted(set(weight_map.values()))
+
+
+def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """File name → sha256, several files at a time."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_of_file(folder / name), names), strict=True))
 
 
 def _plan_shards(
@@ -240,38 +238,14 @@ def _header(shard: list[tuple[str, TensorInfo]], *, metadata: Mapping[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_shard(
-    path: Path,
-    shard: list[tuple[str, TensorInfo]],
-    *,
-    header: bytes,
-    transform: Transform | None,
-    advance: Callable[[int], None],
-) -> str:
-    """Write one file, hashing each block as it passes. Returns the sha256."""
-    digest = hashlib.sha256(header)
-    with path.open("xb", buffering=0) as file:
-        _write_all(file, memoryview(header))
-        for block in _blocks(shard, transform=transform):
-            digest.update(block)
-            _write_all(file, block)
-            advance(len(block))
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _write_all(file: FileIO, block: memoryview) -> None:
-    while block:
-        block = block[file.write(block) :]
-
-
-def _blocks(shard: list[tuple[str, TensorInfo]], *, transform: Transform | None) -> Iterator[memoryview]:
-    """Values of each tensor in turn; the memory of a block is used again for the next."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
+def _parts(
+    shard: list[tuple[str, TensorInfo]], *, transform: Transform | None
+) -> Iterator[TensorInfo | memoryview]:
+    """What follows the header of one file, in order."""
     for name, tensor in shard:
         values = transform(name, tensor) if transform else None
         if values is None:
-            yield from _read_blocks(tensor, buffer=buffer)
+            yield tensor
         elif len(values) == tensor.size_bytes:
             yield memoryview(values)
         else:
@@ -279,18 +253,6 @@ def _blocks(shard: list[tuple[str, TensorInfo]], *, transform: Transform | None)
                 f"{name!r} was given {len(values)} bytes for {tensor.size_bytes}",
                 hint="please report this bug",
             )
-
-
-def _read_blocks(tensor: TensorInfo, *, buffer: memoryview) -> Iterator[memoryview]:
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.start)
-        remaining = tensor.size_bytes
-        while remaining:
-            count = file.readinto(buffer[:remaining])
-            if not count:
-                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
-            remaining -= count
-            yield buffer[:count]
 
 
 # Beside the weights ------------------------------------------------------------------------------

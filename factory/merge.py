@@ -69,9 +69,10 @@ def merge(
     def transform(name: str, tensor: TensorInfo) -> memoryview | None:
         return apply_update(tensor, updates[name]) if name in updates else None
 
-    files = checkpoint.write_checkpoint(
+    written = checkpoint.write_checkpoint(
         tensors.items(), folder=folder, transform=transform, progress=progress
     )
+    files = checkpoint.sha256_of_files(folder, written)
     checkpoint.copy_auxiliary_files(pruned.folder, folder)
     shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
     return Checkpoint(

@@ -201,6 +201,7 @@ def _timed(work: Callable[[Path], None], partial: Path) -> float:
     start = time.monotonic()
     try:
         work(partial)
+        sync_files(partial)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
@@ -239,6 +240,13 @@ def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -
         shutil.rmtree(folder)
     partial.rename(folder)
     sync_folder(folder.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Make all files below a folder, and their names, outlast a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir() or path.is_file():
+            sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from factory import checkpoint
+from factory import checkpoint, transfer
 from factory.checkpoint import TensorInfo
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS
@@ -317,7 +317,9 @@ def test_any_choice_of_tensors_is_copied_byte_for_byte(tmp_path: Path, data: st.
     result = written(target)
     assert result.keys() == {f"new.{name}" for name in chosen}
     assert all(torch.equal(result[f"new.{name}"], values[name]) for name in chosen)
-    assert files == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in target.glob("*.safetensors")}
+    assert files == sorted(path.name for path in target.glob("*.safetensors"))
+    digests = {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in files}
+    assert checkpoint.sha256_of_files(target, files) == digests
     again = checkpoint.read_checkpoint(target)
     assert sum(info.size_bytes for info in again.values()) == sum(tensors[name].size_bytes for name in chosen)
 
@@ -386,7 +388,8 @@ def test_equal_input_gives_equal_bytes_in_any_order(tmp_path: Path) -> None:
     digests = []
     for name, pairs in (("a", tensors), ("b", tensors[::-1])):
         (tmp_path / name).mkdir()
-        digests.append(checkpoint.write_checkpoint(iter(pairs), folder=tmp_path / name, max_shard_bytes=300))
+        files = checkpoint.write_checkpoint(iter(pairs), folder=tmp_path / name, max_shard_bytes=300)
+        digests.append(checkpoint.sha256_of_files(tmp_path / name, files))
     assert digests[0] == digests[1]
 
 
@@ -465,19 +468,38 @@ def test_a_source_that_is_cut_during_the_copy_is_an_error(tmp_path: Path) -> Non
 
 def test_a_tensor_of_many_blocks_is_copied_whole(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    values = torch.arange(3 * checkpoint.BLOCK_BYTES // 4 + 1, dtype=torch.int32)
+    values = torch.arange(3 * transfer.BLOCK_BYTES // 4 + 1, dtype=torch.int32)
     save_file({"a": torch.ones(3), "b": values}, tmp_path / FILE)
     checkpoint.write_checkpoint(checkpoint.read_checkpoint(tmp_path).items(), folder=tmp_path / "target")
     assert torch.equal(written(tmp_path / "target")["b"], values)
 
 
+def test_where_the_kernel_does_not_copy_plain_reads_write_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_tensors(tmp_path / "source")
+    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    digests = []
+    for name, copy in (("kernel", None), ("refusing", refuse), ("ending", lambda *_, **__: 0)):
+        if copy:
+            monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
+        (tmp_path / name).mkdir()
+        files = checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / name)
+        digests.append(checkpoint.sha256_of_files(tmp_path / name, files))
+    assert digests[0] == digests[1] == digests[2]
+
+
 def test_a_full_disk_is_an_error_that_says_how_much_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: int) -> None:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     some_tensors(tmp_path / "source")
     (tmp_path / "target").mkdir()
     tensors = checkpoint.read_checkpoint(tmp_path / "source")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("__init__", "errors"),
-    ("references",),
+    ("references", "disk"),
     ("config", "artifacts"),
     ("header", "decoder_fields", "markdown", "hub_errors"),
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),

@@ -1,0 +1,68 @@
+"""One file put together from ranges of others, copied by the kernel where it can."""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from io import FileIO
+from pathlib import Path
+
+from factory.header import TensorInfo, damaged
+
+BLOCK_BYTES = 2**20  # of one step: in the processor's cache where bytes pass through memory
+NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+def assemble(path: Path, parts: Iterable[TensorInfo | memoryview], *, header: bytes) -> Iterator[int]:
+    """Write a new file from tensors of other files and values in memory.
+
+    Nothing is synced to the disk, and no more than a block is held in memory.
+
+    Args:
+        path: Must not be there yet.
+        parts: In the order of the file, after the header.
+
+    Yields:
+        The bytes of each step after the header.
+
+    Raises:
+        CheckpointError: A source ends inside a tensor.
+    """
+    with path.open("xb", buffering=0) as file:
+        for _ in _write_all(file, memoryview(header)):
+            pass
+        for part in parts:
+            yield from _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part)
+
+
+def _write_all(file: FileIO, values: memoryview) -> Iterator[int]:
+    while values:
+        count = file.write(values[:BLOCK_BYTES])
+        values = values[count:]
+        yield count
+
+
+def _copy(file: FileIO, tensor: TensorInfo) -> Iterator[int]:
+    with tensor.file.open("rb", buffering=0) as source:
+        position = tensor.start
+        in_kernel = hasattr(os, "copy_file_range")
+        while position < tensor.end:
+            wanted = min(BLOCK_BYTES, tensor.end - position)
+            count = _copy_in_kernel(source, file, position, wanted) if in_kernel else 0
+            if not count:  # from here on by plain reads, which also know a true end of the file
+                in_kernel = False
+                source.seek(position)
+                count = sum(_write_all(file, memoryview(source.read(wanted))))
+            if not count:
+                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
+            position += count
+            yield count
+
+
+def _copy_in_kernel(source: FileIO, target: FileIO, position: int, wanted: int) -> int:
+    """Bytes that the kernel copied without showing them to us; 0 where it will not."""
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), wanted, offset_src=position)
+    except OSError as error:
+        if error.errno not in NO_KERNEL_COPY:
+            raise
+        return 0
