@@ -1,13 +1,16 @@
 """What was asked: the configuration of a build and its parts, and the recipes of known models."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from factory.errors import DropError
 from factory.references import RECIPES, aliases, unknown_model
+
+Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
 class Settings(BaseModel):
@@ -20,8 +23,20 @@ class MeasureSettings(Settings):
     """How the angular distances are measured."""
 
     data: str = "allenai/c4:en"
-    num_samples: int = Field(default=512, ge=2)
+    num_samples: int | None = Field(default=None, ge=2)  # None: until the choice of the block is certain
+    max_samples: int = Field(default=2048, ge=2)  # then at most this many
     sequence_length: int = Field(default=2048, ge=2)  # tokens
+    exact_length: bool = False  # it was asked for: at least one sample must have it
+    tokens: Literal["last", "all"] = "last"  # whose states are compared
+    four_bit: bool = False  # NF4
+
+
+class PlanSettings(Settings):
+    """How the layers are chosen, and on how much text where a criterion looks at the loss."""
+
+    criterion: Criterion = "angular"
+    num_documents: int = Field(default=32, ge=2)  # of the calibration text
+    sequence_length: int = Field(default=512, ge=8)  # tokens
 
 
 class HealSettings(Settings):
@@ -56,6 +71,7 @@ class BuildConfig(Settings):
     seed: int = 0
     heal_enabled: bool = True
     measure: MeasureSettings = MeasureSettings()
+    plan: PlanSettings = PlanSettings()
     heal: HealSettings = HealSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -134,12 +150,14 @@ def settle(
     if recipe:
         base = {
             "measure": recipe.measure.model_dump(),
+            "plan": PlanSettings().model_dump(),
             "heal": recipe.heal.model_dump(),
             "evaluate": recipe.evaluate.model_dump(),
         }
     else:
         base = {
             "measure": MeasureSettings().model_dump(),
+            "plan": PlanSettings().model_dump(),
             "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
             "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
         }

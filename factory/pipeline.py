@@ -80,15 +80,19 @@ def make_models(run: Run, source: Source) -> Made:
 
 def measure_stage(run: Run, source: Source) -> DistanceProfile:
     """Angular distance of every pair of layer inputs."""
+    settings = run.config.measure
+    block_sizes = run.block_sizes or (num_dropped(run.config.drop, source.num_layers),)
 
-    def work(_folder: Path) -> Artifact:
+    def work(folder: Path) -> Artifact:
         from factory.measure import measure
 
         return measure(
             source,
             run.texts.calibration,
-            settings=run.config.measure,
+            settings=settings,
+            block_sizes=block_sizes if settings.num_samples is None else (),
             seed=run.config.seed,
+            folder=folder,
             progress=run.ticks("measure"),
         )
 
@@ -96,9 +100,17 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         "measure",
         DistanceProfile,
         work,
-        parameters={**_without_data(run.config.measure), "seed": run.config.seed},
+        # A fixed number of samples serves every block size.
+        parameters={
+            **_without_data(settings),
+            "seed": run.config.seed,
+            "certain_for": list(block_sizes) if settings.num_samples is None else [],
+        },
         inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
-        summary=lambda p: f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}",
+        summary=lambda p: (
+            f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
+            + (", choice certain" if p.certain_for else "")
+        ),
     )
 
 

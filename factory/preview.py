@@ -107,7 +107,7 @@ def _seconds(
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
     evaluated = evaluate.num_documents * evaluate.sequence_length + task_tokens
     work = {
-        "measure": measure.num_samples * measure.sequence_length * FORWARD * before,
+        "measure": (measure.num_samples or measure.max_samples) * measure.sequence_length * FORWARD * before,
         "heal": heal.num_steps * heal.batch_size * heal.sequence_length * backward * after,
         "evaluate": evaluated * FORWARD * (before + 2 * after),
     }

@@ -12,7 +12,7 @@ from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, keep_apart, open_text
 
 # Raised when a stage's code gives other results for the same input; part of its key.
-VERSIONS = {"measure": 1, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}
+VERSIONS = {"measure": 2, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}
 
 # Libraries whose version can change a stage's numbers; part of its key.
 LIBRARIES = {
@@ -60,6 +60,7 @@ class Run:
     reporter: Reporter
     texts: Texts
     rerun: frozenset[str] = frozenset()
+    block_sizes: tuple[int, ...] = ()  # that the measurement must be certain for; empty: the one of `drop`
     only_look: bool = False  # raise Missing instead of working
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class Run:
         result = self.store.make(
             spec,
             make,
-            resumable=stage == "heal",
+            resumable=stage in ("measure", "heal"),
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
         )

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from factory.artifacts import DataSource, DistanceProfile
 from factory.config import MeasureSettings
-from factory.errors import DataError, ModelError
-from factory.measure import PairStatistics, angular_distances, measure_model, take_samples
+from factory.errors import ModelError
+from factory.measure import Moments, Sums, angular_distances, measure_batches, take_samples
 from factory.plan import plan
 from factory.texts import Text
 
@@ -47,17 +47,17 @@ def samples(count: int, *, seed: int = 0) -> list[list[int]]:
 
 
 def profile_of(model: torch.nn.Module, batch_size: int = 3) -> DistanceProfile:
-    statistics = measure_model(
-        model, samples(7), pad_token_id=0, batch_size=batch_size, progress=lambda done, total: None
-    )
-    mean, stderr = statistics.result()
+    taken = list(enumerate(samples(7)))
+    sums = Sums(len(model.model.layers), ())
+    sums.add(taken, list(measure_batches(model, taken, pad_token_id=0, max_tokens=12 * batch_size)))
     return DistanceProfile(
-        num_layers=len(mean) - 1,
+        num_layers=sums.num_layers,
         num_samples=7,
         sequence_length=12,
         num_tokens=50,
-        mean=tuple(map(tuple, mean.tolist())),
-        stderr=tuple(map(tuple, stderr.tolist())),
+        mean=tuple(map(tuple, sums.distance.mean.tolist())),
+        stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
+        influence=tuple(sums.influence.mean.tolist()),
         data=DataSource(name="x", version="1"),
     )
 
@@ -111,19 +111,18 @@ def test_a_state_that_is_not_finite_is_named_by_layer_and_sample() -> None:
     model = toy("llama", 4)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
-    with pytest.raises(ModelError, match="layer 2 is not finite on sample 0"):
+    with pytest.raises(ModelError, match="layer 2 is not finite on sample 1"):  # the longest is read first
         profile_of(model)
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4), min_size=2, max_size=30))
 def test_streamed_statistics_are_those_of_the_whole(rows: list[list[float]]) -> None:
     values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2, 2)
-    statistics = PairStatistics(2)
-    for value in values:
-        statistics.add(value[None])
-    mean, stderr = statistics.result()
-    assert torch.allclose(mean, values.mean(dim=0), atol=1e-9)
-    assert torch.allclose(stderr, values.std(dim=0) / math.sqrt(len(values)), atol=1e-8)
+    moments = Moments(2, 2)
+    for batch in values.split(3):
+        moments.add(batch)
+    assert torch.allclose(moments.mean, values.mean(dim=0), atol=1e-9)
+    assert torch.allclose(moments.stderr, values.std(dim=0) / math.sqrt(len(values)), atol=1e-8)
 
 
 def test_angles_have_their_known_values() -> None:
@@ -149,12 +148,8 @@ def test_each_document_gives_one_sample_cut_to_length() -> None:
     found = take_samples(
         text_of(["a b c d e", "one", "aa bb", "ccc ddd"]),
         WordTokenizer(),
-        settings=MeasureSettings(num_samples=3, sequence_length=4),
+        settings=MeasureSettings(sequence_length=4),
         seed=0,
     )
-    assert sorted(found) == [[1, 1, 1, 1], [2, 2], [3, 3]]  # a lone token has no neighbour to predict
-
-
-def test_too_little_text_is_a_clear_error() -> None:
-    with pytest.raises(DataError, match="some text holds 1 usable documents"):
-        take_samples(text_of(["a b"]), WordTokenizer(), settings=MeasureSettings(), seed=0)
+    # A lone token has no neighbour to predict.
+    assert sorted(tokens for _, tokens in found) == [[1, 1, 1, 1], [2, 2], [3, 3]]

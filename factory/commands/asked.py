@@ -58,6 +58,7 @@ def settle_options(
                 "data": options["calibration_data"],
                 "num_samples": options["samples"],
                 "sequence_length": length,
+                "exact_length": True if length else None,
             },
             "heal": {
                 "data": options["heal_data"],

@@ -139,6 +139,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
     heal, measure, evaluate = config.heal, config.measure, config.evaluate
+    samples = measure.num_samples or f"until the choice is certain, at most {measure.max_samples:,}"
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
@@ -148,7 +149,7 @@ def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
     )
     tasks = ", ".join(evaluate.tasks) or "no tasks (--tasks mmlu,boolq adds some)"
     return [
-        ("measure", f"{measure.num_samples} documents of {measure.data}"),
+        ("measure", f"{samples} documents of {measure.data}"),
         ("heal", healing),
         ("evaluate", f"loss on {evaluate.num_documents} documents of {evaluate.data}; {tasks}"),
     ]
