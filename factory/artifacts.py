@@ -160,6 +160,7 @@ class Checkpoint(Artifact):
     size_bytes: int  # of the weight files
     files: dict[str, str]  # weight file name → sha256
     merge_base: str | None = None  # "source weights"; None where nothing was merged
+    verified: tuple[str, ...] = ()  # what was compared with the source: "names and shapes", "logits"
 
 
 class LossPoint(BaseModel):
@@ -302,6 +303,26 @@ class Build(Artifact):
     def dropped(self) -> tuple[int, ...]:
         """0-based indices of the dropped layers."""
         return self.plan.dropped
+
+
+class Pruning(Artifact):
+    """How a model folder was made from its source by removing layers alone: no paths, no user names."""
+
+    file_name = "pruning.json"
+
+    factory_version: str
+    source_name: str
+    repo_id: str | None  # None for a folder
+    commit: str  # a folder: its content hash
+    license: str | None
+    num_layers: int  # before
+    dropped: tuple[int, ...]  # 0-based, ascending
+    source_parameters: int
+    result_parameters: int
+    source_bytes: int
+    result_bytes: int
+    files: dict[str, str]  # weight file name → sha256
+    verified: tuple[str, ...]
 
 
 class Publication(Artifact):

@@ -12,6 +12,7 @@ from factory.commands.build import build
 from factory.commands.finished import push, show, space
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.options import CONTEXT
+from factory.commands.prune import prune
 from factory.errors import FactoryError
 
 
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for command in (build, push, show, space, list_stages, collect_garbage):
+for command in (build, prune, push, show, space, list_stages, collect_garbage):
     cli.add_command(command)
 
 

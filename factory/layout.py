@@ -133,7 +133,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     profile.write(partial)
     if (out / Publication.file_name).is_file():  # what lies on the Hub stays known
         shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
-    _swap(partial, out)
+    swap(partial, out)
 
 
 def check_weights(build: Build, folder: Path) -> None:
@@ -164,7 +164,7 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
     write_card(build, folder)
 
 
-def _swap(partial: Path, out: Path) -> None:
+def swap(partial: Path, out: Path) -> None:
     """Put the new folder where the old one is; a kill in between leaves one of them whole."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -1,25 +1,76 @@
 """The prune stage: copy the kept layers on disk, renumber them, and prove that the result loads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 from factory import checkpoint, decoder
-from factory.artifacts import Checkpoint, PruningPlan, Source
+from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
 from factory.checkpoint import Progress, TensorInfo
-from factory.errors import VerificationError
+from factory.errors import DropError, UsageError, VerificationError
 from factory.reload import verify, verify_logits
 
 SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it takes seconds
 
 
-def prune(source: Source, plan: PruningPlan, *, folder: Path, progress: Progress | None = None) -> Checkpoint:
+Thoroughness = Literal["auto", "full"]
+
+
+def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
+    """The plan that drops the layers somebody chose.
+
+    Args:
+        layers: 0-based.
+
+    Raises:
+        DropError: Layers that the model does not have, or fewer than 2 that stay.
+    """
+    dropped = tuple(sorted(layers))
+    if not dropped or dropped[-1] >= num_layers:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)}: the model's {num_layers} layers are 0 to {num_layers - 1}",
+            hint="layers are counted from 0",
+        )
+    if num_layers - len(dropped) < 2:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
+            hint="at least 2 layers must stay; --layers names those that go",
+        )
+    return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
+
+
+def compares_logits(source: Source, *, thoroughness: Thoroughness) -> bool:
+    """Whether the result's logits are compared with the source's, beside names and shapes.
+
+    Raises:
+        UsageError: Asked for in full of a quantised source, which needs its own library and often a GPU.
+    """
+    quantized = source.config.get("quantization_config")
+    if quantized and thoroughness == "full":
+        method = quantized.get("quant_method", "quantised") if isinstance(quantized, dict) else "quantised"
+        raise UsageError(
+            f"--verify full cannot run {source.name}: its weights are packed ({method})",
+            hint="without it, names, shapes and the architecture are compared",
+        )
+    return not quantized and (thoroughness == "full" or source.num_parameters <= SMALL_PARAMETERS)
+
+
+def prune(
+    source: Source,
+    plan: PruningPlan,
+    *,
+    folder: Path,
+    thoroughness: Thoroughness = "auto",
+    progress: Progress | None = None,
+) -> Checkpoint:
     """Write the source without the dropped layers into `folder`, in the source's dtype, byte for byte.
 
     Args:
         source: Pulled: its weights are local.
         plan: Made for this source.
         folder: Exists, and is empty or holds an earlier attempt.
+        thoroughness: "full" compares logits whatever the size; "auto" does for small models.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -43,14 +94,17 @@ def prune(source: Source, plan: PruningPlan, *, folder: Path, progress: Progress
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     verify(folder, source_folder=source_folder)
-    if source.num_parameters <= SMALL_PARAMETERS and "quantization_config" not in config:
+    verified = ["names and shapes"]
+    if compares_logits(source, thoroughness=thoroughness):
         verify_logits(source_folder, folder, dropped=plan.dropped)
+        verified.append("logits")
     return Checkpoint(
         folder=folder,
         num_layers=len(plan.kept),
         num_parameters=sum(tensor.num_elements for _, tensor in kept),
         size_bytes=sum((folder / name).stat().st_size for name in files),
         files=files,
+        verified=tuple(verified),
     )
 
 

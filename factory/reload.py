@@ -2,12 +2,14 @@
 
 import logging
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -18,6 +20,7 @@ from factory import checkpoint, decoder
 from factory.errors import VerificationError
 
 NUM_NAMED = 4  # tensors that an error message names
+MEMORY_SHARE = 0.6  # of the free memory that one model may take
 RELATIVE_LIMIT = 1e-4  # of the largest logit; fp32 sums in another order stay far below
 
 transformers_logging.disable_progress_bar()
@@ -93,21 +96,24 @@ def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence
     """Compare the reloaded checkpoint, in fp32 on the CPU, with the source whose layers are skipped.
 
     Catches what names and shapes cannot show: a per-layer setting that went to another layer, and layers
-    whose number in the cache is not their place. Both models are in memory: for small ones only.
+    whose number in the cache is not their place. One model at a time is in memory, and of a model that
+    does not fit a few layers at a time, read from disk once for each of the three passes.
 
     Raises:
         VerificationError: Logits differ, or differ between one pass and a pass with a cache.
     """
-    source, pruned = _load(source_folder), _load(pruned_folder)
-    vocab_size = pruned.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
     with _quietly():  # transformers would remark on padding tokens among the random ones
-        with decoder.skip_layers(source, dropped):
+        with _loaded(source_folder, scratch=pruned_folder) as source, decoder.skip_layers(source, dropped):
+            vocab_size = source.get_input_embeddings().weight.shape[0]
+            tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
             expected = source(tokens, use_cache=False).logits  # [b, s, V]
-        actual = pruned(tokens, use_cache=False).logits
-        prefix = pruned(tokens[:, :-4], use_cache=True)
-        cache = prefix.get("past_key_values")
-        rest = pruned(tokens[:, -4:], past_key_values=cache, use_cache=True) if cache is not None else None
+        del source
+        with _loaded(pruned_folder, scratch=pruned_folder) as pruned:
+            actual = pruned(tokens, use_cache=False).logits
+            prefix = pruned(tokens[:, :-4], use_cache=True)
+            cache, rest = prefix.get("past_key_values"), None
+            if cache is not None:
+                rest = pruned(tokens[:, -4:], past_key_values=cache, use_cache=True)
     _check_equal(actual, expected, what="the source without the dropped layers")
     if rest is not None:  # recurrent models keep their state under other names
         cached = torch.cat([prefix.logits, rest.logits], dim=1)
@@ -118,8 +124,22 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+@contextmanager
+def _loaded(folder: Path, *, scratch: Path) -> Iterator[Any]:
+    """The model in fp32. What does not fit into memory stays on disk, a layer at a time is read to be run.
+
+    Args:
+        scratch: Takes weights that are fused on loading, while they stay on disk.
+    """
+    num_elements = sum(tensor.num_elements for tensor in checkpoint.read_checkpoint(folder).values())
+    room_bytes = int(MEMORY_SHARE * get_max_memory()["cpu"])
+    with tempfile.TemporaryDirectory(dir=scratch) as offload:
+        kwargs: dict[str, Any] = {}
+        if 4 * num_elements > room_bytes:
+            kwargs = {"device_map": "auto", "max_memory": {"cpu": room_bytes}, "offload_folder": offload}
+        yield AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, **kwargs
+        ).eval()
 
 
 def _skeleton(config: Any) -> Any:
@@ -156,14 +176,16 @@ def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep transformers' reports and remarks off the terminal; what matters in them is raised."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Keep the libraries' reports and remarks off the terminal; what matters in them is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _any_layer(name: str) -> str:

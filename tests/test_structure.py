@@ -17,17 +17,19 @@ LAYERS = (
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity"),
-    ("publish", "measure", "plan", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
+    ("trial",),
+    ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
     ("hub", "preview", "layout", "space"),
+    ("removal",),
     ("run",),
     ("pipeline",),
     ("screen",),
     ("commands.asked", "commands.options"),
-    ("commands.build", "commands.finished", "commands.house"),
+    ("commands.build", "commands.prune", "commands.finished", "commands.house"),
     ("cli",),
     ("__main__",),
 )
-STAGES = {"measure", "plan", "prune", "heal", "merge", "evaluate", "card", "publish"}
+STAGES = {"measure", "plan", "search", "search", "prune", "heal", "merge", "evaluate", "card", "publish"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))
 

@@ -1,5 +1,6 @@
 """What several commands share: option types, common options, build folders, JSON for programs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 from factory.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
 
 
 class Fraction(click.ParamType[float]):
@@ -27,6 +29,29 @@ class Fraction(click.ParamType[float]):
                 hint="--drop 0.3 drops three of ten layers",
             )
         return number
+
+
+class Layers(click.ParamType[tuple[int, ...]]):
+    """Layer numbers and inclusive ranges of them: 3,7,21-24."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Refuse what names no layers, or one of them twice, with the part that does."""
+        layers: list[int] = []
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[-–]\s*([0-9]{1,5}))?\s*", part)
+            if match is None:
+                raise UsageError(f"--layers {value}: {part!r} is no layer number", hint=LAYERS_HINT)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise UsageError(f"--layers {value}: {part.strip()} runs backwards", hint=LAYERS_HINT)
+            if twice := sorted({*layers} & {*range(first, last + 1)}):
+                raise UsageError(f"--layers {value} names layer {twice[0]} twice", hint=LAYERS_HINT)
+            layers += range(first, last + 1)
+        return tuple(sorted(layers))
 
 
 home_option = click.option(

@@ -1,0 +1,149 @@
+"""`factory prune`: remove layers that somebody chose, and do nothing else."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from factory import references
+from factory.commands.asked import resolve_model
+from factory.commands.options import CONTEXT, Layers, home_option, print_json
+
+if TYPE_CHECKING:
+    from factory.artifacts import Pruning, PruningPlan, Source
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--layers", type=Layers(), required=True, metavar="3,7,21-24", help="Layers that go, counted from 0."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the smaller model.")
+@click.option(
+    "--verify",
+    "thoroughness",
+    type=click.Choice(["auto", "full"]),
+    default="auto",
+    show_default=True,
+    help="full: compare logits with the source whatever its size; auto: of small models.",
+)
+@click.option("--force", is_flag=True, help="Replace another model that `factory prune` wrote to --out.")
+@home_option
+@click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
+def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> None:
+    """Remove chosen layers of MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
+
+    Layers are copied on disk, byte for byte, without loading the model; the result is checked
+    against the architecture and, if it is small or --verify full is given, against the source
+    with these layers skipped. Nothing is measured, healed or evaluated: `factory build` does that.
+    """
+    from factory.config import load_recipe
+    from factory.decoder import prune_config
+    from factory.prune import compares_logits, plan_without
+    from factory.removal import check_disk, find
+    from factory.screen import console
+    from factory.store import Store, default_home
+
+    references.check_model(model)
+    recipe = load_recipe(model) if model in references.aliases() else None
+    source = resolve_model(model, recipe)
+    plan = plan_without(layers, num_layers=source.num_layers)
+    logits = compares_logits(source, thoroughness=options["thoroughness"])
+    found = find(source, plan, out=out, logits=logits, force=options["force"])
+    screen = console(stderr=options["as_json"])
+    if found is None:
+        prune_config(source.config, kept=plan.kept)  # what cannot be right is refused before any download
+        check_disk(source, plan, out=out)
+    expected = _expected(source, plan, logits=logits)
+    for name, value in _lines(expected, plan):
+        screen.print(f"{name:<11} {value}", soft_wrap=True)
+    if options["dry_run"]:
+        if options["as_json"]:
+            print_json(expected)
+        return
+    store = Store((options["home"] or default_home()).absolute())
+    with store.laying_out(out):
+        found = find(
+            source, plan, out=out, logits=logits, force=options["force"]
+        )  # another run may have made it meanwhile
+        pruning = found or _made(source, plan, out, screen, options)
+    if options["as_json"]:
+        print_json(pruning.model_dump(mode="json") | {"kept": plan.kept, "reused": found is not None})
+    else:
+        state = "is there already" if found else "written"
+        screen.print(f"{out} {state}, verified: {', '.join(pruning.verified)}", soft_wrap=True)
+
+
+def _made(
+    source: "Source", plan: "PruningPlan", out: Path, screen: Any, options: dict[str, Any]
+) -> "Pruning":
+    """Pull what is on the Hub, then make the folder."""
+    import time
+
+    from factory import hub
+    from factory.removal import remove_layers
+    from factory.screen import StageLines, count
+
+    reporter = StageLines(screen)
+    try:
+        if source.folder is None:
+            reporter.started("pull")
+            source = hub.pull(
+                source, progress=lambda done, total: reporter.progressed("pull", done, total, "")
+            )
+            reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+        start = time.monotonic()
+        reporter.started("prune")
+        pruning = remove_layers(
+            source,
+            plan,
+            out=out,
+            thoroughness=options["thoroughness"],
+            progress=lambda done, total: reporter.progressed("prune", done, total, ""),
+        )
+        summary = f"{count(pruning.source_parameters)} → {count(pruning.result_parameters)} parameters"
+        reporter.finished("prune", summary, time.monotonic() - start, False)
+    finally:
+        reporter.stop()
+    return pruning
+
+
+def _expected(source: "Source", plan: "PruningPlan", *, logits: bool) -> dict[str, Any]:
+    """What will be, in numbers."""
+    return {
+        "source": source.repo_id or source.name,
+        "commit": source.commit,
+        "num_layers": plan.num_layers,
+        "dropped": plan.dropped,
+        "kept": plan.kept,
+        "parameters_before": source.num_parameters,
+        "parameters_after": source.num_parameters - sum(source.layer_parameters[i] for i in plan.dropped),
+        "bytes_before": source.size_bytes,
+        "bytes_after": source.size_bytes - sum(source.layer_bytes[i] for i in plan.dropped),
+        "verifies": ["names and shapes", *(["logits"] if logits else [])],
+    }
+
+
+def _lines(expected: dict[str, Any], plan: "PruningPlan") -> list[tuple[str, str]]:
+    from factory.artifacts import layer_ranges
+    from factory.preview import size
+    from factory.screen import count
+
+    before, after = expected["parameters_before"], expected["parameters_after"]
+    return [
+        ("source", f"{expected['source']} at {expected['commit'][:12]}"),
+        ("dropping", f"{len(plan.dropped)} of {plan.num_layers} layers: {layer_ranges(plan.dropped)}"),
+        ("keeping", f"{len(plan.kept)}: {layer_ranges(plan.kept)}"),
+        ("parameters", f"{count(before)} → {count(after)} ({after / before - 1:+.1%})"),
+        ("weights", f"{size(expected['bytes_before'])} → {size(expected['bytes_after'])}"),
+        (
+            "verifying",
+            "names and shapes against the architecture"
+            + (
+                ", logits against the source with these layers skipped"
+                if "logits" in expected["verifies"]
+                else "; --verify full compares logits too"
+            ),
+        ),
+    ]
