@@ -113,7 +113,7 @@ class DistanceProfile(Artifact):
 
     num_layers: int = Field(ge=1)
     source_commit: str | None = None  # None where a profile from elsewhere does not say
-    num_samples: int = Field(ge=1)
+    num_samples: int = Field(ge=0)  # 0 where a profile from elsewhere does not say
     sequence_length: int  # tokens, at most
     num_tokens: int  # real tokens read
     tokens: Literal["last", "all"] = "last"  # whose states were compared
@@ -141,12 +141,39 @@ class PruningPlan(Artifact):
     distance: float | None = None  # of the dropped block, in [0, 1]
     runner_up_start: int | None = None  # of the next best block of the same size
     runner_up_distance: float | None = None
+    order: tuple[int, ...] | None = None  # in which a greedy search dropped them
+    passes: float | None = None  # of the whole model over the documents; None where no loss was looked at
+    num_documents: int | None = None  # that a search ran on
 
     @property
     def kept(self) -> tuple[int, ...]:
         """0-based indices of the layers that stay, ascending."""
         gone = set(self.dropped)
         return tuple(index for index in range(self.num_layers) if index not in gone)
+
+
+class CutLoss(BaseModel):
+    """Unhealed loss of one cut, in nats a token. Standard errors treat documents as independent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dropped: tuple[int, ...]
+    nats: float
+    stderr: float
+    behind: float  # the best cut in the same comparison
+    behind_stderr: float  # paired: of the difference on the same documents
+
+
+class CutLosses(Artifact):
+    """Several cuts of one model, compared on the same documents without healing."""
+
+    file_name = "cuts.json"
+
+    source: CutLoss
+    cuts: tuple[CutLoss, ...]
+    num_documents: int
+    sequence_length: int  # tokens, at most
+    data: DataSource
 
 
 class Checkpoint(Artifact):

@@ -2,13 +2,13 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from factory import decoder_fields as fields
-from factory.errors import UnsupportedArchitectureError
+from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 
 if TYPE_CHECKING:
     from torch.nn import ModuleList
@@ -96,6 +96,20 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
     return pruned
 
 
+def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
+    """Whether the fields of a configuration allow these layers to be missing; not yet proven by building."""
+    from factory.decoder_proof import text_config, values_of
+
+    path, num_layers = _path_and_count(config)
+    kept = [layer for layer in range(num_layers) if layer not in dropped]
+    values = {**values_of(text_config(config)), **_at(config, path)}
+    try:
+        fields.rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+    except (UnsupportedArchitectureError, UnsupportedFieldError):
+        return False
+    return True
+
+
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """Prove that each kept layer of the pruned configuration is built as in the original one.
 
@@ -139,7 +153,7 @@ def skip_layers(model: Any, dropped: Iterable[int]) -> Iterator[None]:
     the reference for it.
     """
     layers = decoder_layers(model)
-    handles = [layers[i].register_forward_hook(_hand_on, with_kwargs=True) for i in dropped]
+    handles = [layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in dropped]
     try:
         yield
     finally:
@@ -147,8 +161,8 @@ def skip_layers(model: Any, dropped: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-def _hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook that puts the layer's input into its output.
+def hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A layer's output with its input in it; a forward hook that makes the layer do nothing.
 
     Where a layer returns more than the hidden states, what it was given in the same place and shape is
     handed on too (the router states of ZAYA).

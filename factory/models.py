@@ -118,3 +118,19 @@ def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.T
         ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, : len(sequence)] = 1
     return ids, mask
+
+
+def row_losses(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted tokens and summed next-token loss in nats of each row: two of [b] in float64.
+
+    Args:
+        ids: [b, s], right-padded, on the model's device.
+        mask: [b, s], 1 on real tokens.
+    """
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [b, s, v]
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    nats = [  # a row at a time: fp32 is large
+        torch.nn.functional.cross_entropy(row.float(), target, reduction="sum")
+        for row, target in zip(logits[:, :-1], targets.to(logits.device), strict=True)
+    ]
+    return (targets != -100).sum(dim=1).double(), torch.stack(nats).double()

@@ -1,5 +1,6 @@
 """The stages in order, and nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from factory.artifacts import (
     Artifact,
     Build,
     Checkpoint,
+    CutLosses,
     DistanceProfile,
     Evaluation,
     PruningPlan,
     Publication,
     Source,
     SpeedComparison,
+    layer_ranges,
 )
-from factory.config import num_dropped
+from factory.config import Criterion, num_dropped
 from factory.identity import task_identity, text_identity
 from factory.run import Missing, Run
 from factory.store import STAGES as STORED
@@ -114,23 +117,102 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
     )
 
 
-def plan_stage(run: Run, source: Source, profile: DistanceProfile) -> PruningPlan:
-    """Which layers go."""
-    from factory.artifacts import layer_ranges
-    from factory.plan import plan
+def plan_stage(
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
+) -> PruningPlan:
+    """Which layers go, by one criterion; the configuration's where none is given."""
+    from factory.plan import FROM_PROFILE, plan
 
+    criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
+    if criterion not in FROM_PROFILE:
+        return search_stage(run, source, profile, criterion=criterion, block_size=n)
+
+    def work(_folder: Path) -> Artifact:
+        from factory.decoder import may_drop
+
+        return plan(
+            profile,
+            block_size=n,
+            criterion=criterion,
+            may_drop=lambda layers: may_drop(source.config, layers),
+        )
+
     return run.stage(
         "plan",
         PruningPlan,
-        lambda _folder: plan(profile, block_size=n),
-        parameters={"criterion": "angular", "block_size": n},
-        inputs={"profile": run.keys["measure"]},
-        summary=lambda p: (
-            f"dropping {n} of {p.num_layers} layers ({n / p.num_layers:.0%}): {layer_ranges(p.dropped)}"
-            + (f", angular distance {p.distance:.3f}" if p.distance is not None else "")
-        ),
+        work,
+        parameters={"criterion": criterion, "block_size": n},
+        inputs={"profile": run.keys["measure"], "source": source.commit},
+        summary=_describe_plan,
     )
+
+
+def search_stage(
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion, block_size: int
+) -> PruningPlan:
+    """Which layers go, by the loss without them; the profile only ranks the candidates."""
+    settings = run.config.plan.model_copy(update={"criterion": criterion})
+
+    def work(_folder: Path) -> Artifact:
+        from factory.search import search
+
+        return search(
+            source,
+            run.texts.calibration,
+            profile,
+            block_size=block_size,
+            settings=settings,
+            seed=run.config.seed,
+            progress=run.ticks("search"),
+        )
+
+    return run.stage(
+        "search",
+        PruningPlan,
+        work,
+        parameters={**settings.model_dump(), "block_size": block_size, "seed": run.config.seed},
+        inputs={"profile": run.keys["measure"], "text": text_identity(run.texts.calibration.data)},
+        summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
+    )
+
+
+def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
+    """Unhealed loss of several cuts, on documents of the calibration text that no search has seen."""
+    settings = run.config.plan
+
+    def work(_folder: Path) -> Artifact:
+        from factory.search import compare
+
+        return compare(
+            source,
+            run.texts.calibration,
+            cuts,
+            settings=settings,
+            seed=run.config.seed,
+            progress=run.ticks("compare"),
+        )
+
+    return run.stage(
+        "compare",
+        CutLosses,
+        work,
+        parameters={
+            **settings.model_dump(exclude={"criterion"}),
+            "cuts": [list(cut) for cut in cuts],
+            "seed": run.config.seed,
+        },
+        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
+        summary=lambda c: f"{len(c.cuts)} cuts on {c.num_documents} documents",
+    )
+
+
+def _describe_plan(plan: PruningPlan) -> str:
+    n = len(plan.dropped)
+    across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
+    by = "" if plan.criterion == "angular" else f" by {plan.criterion}"
+    share = f"{n / plan.num_layers:.0%}"
+    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:

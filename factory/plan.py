@@ -1,18 +1,62 @@
-"""Plan: from the distance profile to the layers that go."""
+"""Plan: from the distance profile to the layers that go, by each criterion that needs no other look."""
 
-from factory.artifacts import DistanceProfile, PruningPlan
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from factory.artifacts import DataSource, DistanceProfile, PruningPlan, Source, layer_ranges
+from factory.config import Criterion
+from factory.errors import DataError, ModelError, StoreError
+
+PRUNEME = ("block_start", "block_end", "average_distance")  # columns of its CSV
+FROM_PROFILE: tuple[Criterion, ...] = ("angular", "deepest", "block-influence")
+
+MayDrop = Callable[[tuple[int, ...]], bool]
 
 
-def plan(profile: DistanceProfile, *, block_size: int) -> PruningPlan:
-    """The block of `block_size` layers whose removal turns the stream least (arXiv 2403.17887, 3.2).
+def plan(
+    profile: DistanceProfile,
+    *,
+    block_size: int,
+    criterion: Criterion = "angular",
+    may_drop: MayDrop = lambda _: True,
+) -> PruningPlan:
+    """Choose `block_size` layers by "angular", "deepest" or "block-influence".
+
+    Args:
+        may_drop: Whether the surgery allows a set of layers to be missing.
+
+    Raises:
+        DataError: The profile does not hold what the criterion asks for.
+        ModelError: The surgery does not allow the cut.
+    """
+    if criterion == "deepest":
+        return deepest(profile, block_size=block_size, may_drop=may_drop)
+    if criterion == "block-influence":
+        return block_influence(profile, block_size=block_size, may_drop=may_drop)
+    return angular(profile, block_size=block_size, may_drop=may_drop)
+
+
+def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+    """The block whose removal turns the stream least (arXiv 2403.17887, section 3.2).
 
     Blocks that hold the last layer are not considered: it alone writes what the head reads, and the
     paper keeps it in its simple heuristic too (section 4.4). Ties go to the deepest block.
     """
     last_start = profile.num_layers - block_size - 1
     distances = profile.block_distances(block_size)[: last_start + 1]
-    ranking = sorted(range(len(distances)), key=lambda start: (distances[start], -start))
-    start, *others = ranking
+    known = [start for start, distance in enumerate(distances) if not math.isnan(distance)]
+    if not known:
+        raise DataError(
+            f"the profile holds no distance across {block_size} layers",
+            hint=f"it holds those across {_known_sizes(profile)}; measure the model, or drop as many",
+        )
+    ranking = sorted(known, key=lambda start: (distances[start], -start))
+    allowed = [start for start in ranking if may_drop(tuple(range(start, start + block_size)))]
+    if not allowed:
+        raise _refused(f"no block of {block_size} layers")
+    start, *others = allowed
     return PruningPlan(
         criterion="angular",
         num_layers=profile.num_layers,
@@ -20,4 +64,143 @@ def plan(profile: DistanceProfile, *, block_size: int) -> PruningPlan:
         distance=distances[start],
         runner_up_start=others[0] if others else None,
         runner_up_distance=distances[others[0]] if others else None,
+    )
+
+
+def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+    """The deepest layers except the last (arXiv 2403.17887, section 4.4): no measurement decides."""
+    start = profile.num_layers - block_size - 1
+    dropped = tuple(range(start, start + block_size))
+    if not may_drop(dropped):
+        raise _refused(f"layers {layer_ranges(dropped)}")
+    distance = profile.mean[start][start + block_size]
+    return PruningPlan(
+        criterion="deepest",
+        num_layers=profile.num_layers,
+        dropped=dropped,
+        distance=None if math.isnan(distance) else distance,
+    )
+
+
+def block_influence(
+    profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True
+) -> PruningPlan:
+    """The layers that each turn the stream least, wherever they are (ShortGPT, arXiv 2403.03853).
+
+    Ties go to the deepest layer.
+    """
+    if profile.influence is None:
+        raise DataError("the profile holds no Block Influence", hint="measure the model, without --profile")
+    influence = profile.influence
+    ranking = sorted(range(profile.num_layers), key=lambda layer: (influence[layer], -layer))
+    dropped = tuple(sorted(ranking[:block_size]))
+    if not may_drop(dropped):
+        raise _refused(f"layers {layer_ranges(dropped)}")
+    is_block = dropped[-1] - dropped[0] + 1 == block_size
+    return PruningPlan(
+        criterion="block-influence",
+        num_layers=profile.num_layers,
+        dropped=dropped,
+        distance=profile.mean[dropped[0]][dropped[-1] + 1] if is_block else None,
+    )
+
+
+def _refused(what: str) -> ModelError:
+    return ModelError(
+        f"{what} can be dropped: the fields of this architecture would no longer fit the layers that stay"
+        if what.startswith("no ")
+        else f"{what} cannot be dropped: this architecture's fields would no longer fit those that stay",
+        hint="take another criterion or another --drop",
+    )
+
+
+def _known_sizes(profile: DistanceProfile) -> str:
+    sizes = [n for n in range(1, profile.num_layers) if not all(map(math.isnan, profile.block_distances(n)))]
+    return f"{layer_ranges(sizes)} layers" if sizes else "none"
+
+
+# Profiles measured elsewhere ---------------------------------------------------------------------
+
+
+def read_profile(path: Path, *, source: Source) -> DistanceProfile:
+    """Read a profile of ours (`profile.json`, or the folder it lies in), or PruneMe's CSV.
+
+    Raises:
+        DataError: No such file, another format, or a profile of another model.
+    """
+    file = path / DistanceProfile.file_name if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"there is no profile at {str(path)!r}", hint="give a profile.json, or a CSV of PruneMe"
+        )
+    profile = _read_pruneme(file, source=source) if file.suffix == ".csv" else _read_ours(file)
+    if profile.num_layers != source.num_layers:
+        raise DataError(
+            f"{path} is of a model with {profile.num_layers} layers; {source.name} has {source.num_layers}",
+            hint="measure this model, without --profile",
+        )
+    if profile.source_commit not in (None, source.commit):
+        raise DataError(
+            f"{path} is of another model or revision: commit {str(profile.source_commit)[:12]}, "
+            f"not {source.commit[:12]}",
+            hint="measure this one, without --profile",
+        )
+    return profile
+
+
+def _read_ours(file: Path) -> DistanceProfile:
+    try:
+        profile = DistanceProfile.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, StoreError) as error:
+        raise DataError(
+            f"cannot read {file} as a profile: {str(error).splitlines()[0]}",
+            hint="give a profile.json as `factory plan --save` writes it, or a CSV of PruneMe",
+        ) from error
+    size = profile.num_layers + 1
+    values = [value for rows in (profile.mean, profile.stderr) for row in rows for value in row]
+    square = all(len(rows) == size == len(row) for rows in (profile.mean, profile.stderr) for row in rows)
+    if not square or len(profile.influence or range(size - 1)) != size - 1:
+        raise DataError(f"{file} is not {size} by {size} distances", hint="the file is damaged")
+    if not all(math.isnan(value) or 0 <= value <= 1 for value in values):
+        raise DataError(f"{file} holds distances outside 0 to 1", hint="the file is damaged")
+    return profile
+
+
+def _read_pruneme(file: Path, *, source: Source) -> DistanceProfile:
+    """Its row (s, s + n) is the distance across the 0-based layers s … s + n − 1, for one n a file."""
+    size = source.num_layers + 1
+    mean = [[0.0 if row == column else math.nan for column in range(size)] for row in range(size)]
+    highest, number = 0, 1  # of the layers, of the line
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines)
+            if rows.fieldnames is None or not set(PRUNEME) <= set(rows.fieldnames):
+                raise DataError(f"{file} has no columns {', '.join(PRUNEME)}", hint="is it a CSV of PruneMe?")
+            for row in rows:
+                number = rows.line_num
+                start, end = int(row["block_start"]), int(row["block_end"])
+                distance = float(row["average_distance"])
+                if not (0 <= start < end and 0 <= distance <= 1):
+                    raise ValueError("out of range")
+                highest = max(highest, end)
+                if end < size:
+                    mean[start][end] = mean[end][start] = distance
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"{file}, line {number}: no block and distance: {error}", hint="is it a CSV of PruneMe?"
+        ) from error
+    if highest != source.num_layers:
+        raise DataError(
+            f"{file} is of a model with {highest} layers; {source.name} has {source.num_layers}",
+            hint="measure this model, without --profile",
+        )
+    rows_of_zero = tuple((0.0,) * size for _ in range(size))
+    return DistanceProfile(
+        num_layers=source.num_layers,
+        num_samples=0,  # it does not say
+        sequence_length=1,
+        num_tokens=0,
+        mean=tuple(map(tuple, mean)),
+        stderr=rows_of_zero,
+        data=DataSource(name=file.name, version="PruneMe"),
     )

@@ -12,11 +12,23 @@ from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, keep_apart, open_text
 
 # Raised when a stage's code gives other results for the same input; part of its key.
-VERSIONS = {"measure": 2, "plan": 1, "prune": 1, "heal": 2, "merge": 1, "evaluate": 2, "speed": 1}
+VERSIONS = {
+    "measure": 2,
+    "plan": 2,
+    "search": 1,
+    "compare": 1,
+    "prune": 1,
+    "heal": 2,
+    "merge": 1,
+    "evaluate": 2,
+    "speed": 1,
+}
 
 # Libraries whose version can change a stage's numbers; part of its key.
 LIBRARIES = {
     "measure": ("torch", "transformers"),
+    "search": ("torch", "transformers"),
+    "compare": ("torch", "transformers"),
     "heal": ("torch", "transformers", "trl", "peft", "bitsandbytes"),
     "evaluate": ("torch", "transformers", "lm_eval"),
     "speed": ("torch", "transformers"),

@@ -21,7 +21,7 @@ from factory.errors import DiskSpaceError, StoreError
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
-STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed")
+STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
 RECENT_SECONDS = 24 * 3600
 

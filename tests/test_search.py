@@ -1,0 +1,134 @@
+"""Losses with layers left out are those of the shortened model, and the searches find what is best."""
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from factory.decoder import decoder_layers, skip_layers
+from factory.search import best_candidate, search_block, search_greedily
+from factory.trial import Trial, mean_loss
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "gpt_neox": {},
+    "gpt2": {"n_layer": 6, "n_embd": 16, "n_head": 2},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4},
+    "mixtral": {"num_local_experts": 2},
+    "smollm3": {},
+}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 6,
+    "pad_token_id": 0,
+}
+
+
+def model_of(family: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that each layer matters
+    return model
+
+
+def sequences(count: int = 5) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
+    return [torch.randint(1, 64, (length,), generator=generator).tolist() for length in lengths]
+
+
+def trial_of(model: Any, *, batch_size: int = 2) -> Trial:
+    return Trial(model, sequences(), pad_token_id=0, batch_size=batch_size)
+
+
+@torch.no_grad()
+def naive_losses(model: Any, dropped: tuple[int, ...]) -> torch.Tensor:
+    """Nats and tokens of each sequence, one at a time, by the reference that runs and discards layers."""
+    rows = []
+    with skip_layers(model, dropped):
+        for tokens in sequences():
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum")
+            rows.append([float(loss), float(len(tokens) - 1)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_the_model_whose_layers_are_skipped(family: str) -> None:
+    model = model_of(family)
+    trial = trial_of(model)
+    blocks = [(0, 1), (2, 3), (4, 5), ()]
+    for block, losses in zip(blocks, trial.losses((), blocks), strict=True):
+        assert torch.allclose(losses, naive_losses(model, block), rtol=1e-5)
+    found = trial.losses((1, 4), [(0,), (2,), (3,), (5,)])
+    for layer, losses in zip((0, 2, 3, 5), found, strict=True):
+        assert torch.allclose(losses, naive_losses(model, tuple(sorted((1, 4, layer)))), rtol=1e-5)
+
+
+def test_a_search_leaves_the_model_as_it_was() -> None:
+    model = model_of("llama")
+    before = naive_losses(model, ())
+    trial_of(model).losses((1,), [(0,), (3,)])
+    assert torch.equal(naive_losses(model, ()), before)
+    assert not any("forward" in layer.__dict__ for layer in decoder_layers(model))
+
+
+def test_the_best_block_is_the_best_of_all_blocks() -> None:
+    model = model_of("llama")
+    blocks = [(start, start + 1) for start in range(5)]
+    naive = torch.stack([naive_losses(model, block) for block in blocks])
+    chosen = search_block(trial_of(model), blocks, progress=lambda *_: None)
+    assert chosen == blocks[int(mean_loss(naive).argmin())]
+
+
+def test_greedy_search_takes_the_least_loss_at_every_step() -> None:
+    model = model_of("llama")
+    order = search_greedily(
+        trial_of(model), num_layers=3, rank=list, may_drop=lambda _: True, progress=lambda *_: None
+    )
+    for step in range(3):
+        naive = {
+            layer: float(mean_loss(naive_losses(model, tuple(sorted([*order[:step], layer])))))
+            for layer in range(6)
+            if layer not in order[:step]
+        }
+        assert order[step] == min(naive, key=lambda layer: naive[layer])
+
+
+def test_greedy_search_takes_only_what_the_surgery_allows() -> None:
+    pairs = {frozenset(pair) for pair in combinations((1, 3, 5), 2)} | {frozenset({i}) for i in (1, 3, 5)}
+    order = search_greedily(
+        trial_of(model_of("llama")),
+        num_layers=2,
+        rank=list,
+        may_drop=lambda layers: frozenset(layers) in pairs,
+        progress=lambda *_: None,
+    )
+    assert set(order) <= {1, 3, 5}
+
+
+def test_a_block_of_candidates_costs_less_than_running_each_of_them() -> None:
+    trial = trial_of(model_of("llama"))
+    blocks = [(start, start + 1) for start in range(5)]
+    trial.losses((), blocks)
+    assert trial.passes < 4  # two to record, and 4 + 3 + 2 + 1 + 0 of 6 layers; naively 5 times 4 of 6
+
+
+def test_few_sequences_pick_the_finalists_that_run_on_all() -> None:
+    model = model_of("llama")
+    many = [tokens for _ in range(5) for tokens in sequences()]
+    blocks = [(layer,) for layer in range(6)]
+    exact = Trial(model, many, pad_token_id=0, batch_size=2)
+    chosen, losses = best_candidate(exact, (), blocks)
+    assert losses.shape == (25, 2)
+    assert chosen == blocks[int(mean_loss(exact.losses((), blocks)).argmin())]
