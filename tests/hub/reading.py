@@ -3,13 +3,15 @@
 import json
 import re
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import yaml
 from starlette.responses import JSONResponse, Response
 
 from tests.hub.app import KIND, PREFIX, Application, Refusal, Request, find_commit, route
 from tests.hub.storage import File, card_data, front_matter
+
+PAGE_SIZE = 1000  # entries of a folder's listing
 
 
 @route("GET", "/api/whoami-v2")
@@ -67,9 +69,15 @@ def _sibling(file: File) -> dict[str, Any]:
     return {"size": file.size, "blobId": file.oid} | lfs
 
 
-def _entry(path: str, file: File) -> dict[str, Any]:
+def _entries(app: Application, files: dict[str, File]) -> list[dict[str, Any]]:
+    hashes = app.storage.xet_hashes()
+    return [_entry(path, file, xet_hash=hashes.get(file.sha256)) for path, file in files.items()]
+
+
+def _entry(path: str, file: File, *, xet_hash: str | None) -> dict[str, Any]:
     lfs = {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 134}} if file.lfs else {}
-    return {"type": "file", "path": path, "size": file.size, "oid": file.oid} | lfs
+    xet = {"xetHash": xet_hash} if file.lfs and xet_hash else {}
+    return {"type": "file", "path": path, "size": file.size, "oid": file.oid} | lfs | xet
 
 
 @route("GET", KIND + "/refs")
@@ -80,13 +88,20 @@ def refs(app: Application, request: Request, kind: str, repo: str) -> Response:
         for ref, oid in repository.refs.items()
         if not ref.startswith("refs/")
     ]
-    return JSONResponse({"branches": branches, "tags": [], "converts": []})
+    pulls = [
+        {"name": ref, "ref": ref, "targetCommit": oid}
+        for ref, oid in repository.refs.items()
+        if ref.startswith("refs/pr/")
+    ]
+    asked = {"pullRequests": pulls} if "include_prs" in request.query else {}
+    return JSONResponse({"branches": branches, "tags": [], "converts": []} | asked)
 
 
 @route("GET", KIND + "/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?")
 def tree(
     app: Application, request: Request, kind: str, repo: str, revision: str, path: str | None
 ) -> Response:
+    """A page of a folder; the next is named by a link, as for the real Hub's folders of over 1,000 files."""
     commit = find_commit(app.readable(request, kind, repo), revision)
     start = f"{path}/" if path else ""
     below = {p: f for p, f in commit.files.items() if p.startswith(start)}
@@ -95,15 +110,19 @@ def tree(
     folders = {p[: i + len(start)] for p in below if (i := p[len(start) :].find("/")) > 0}
     entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
     deep = request.query.get("recursive") == "true"
-    entries += [_entry(p, f) for p, f in below.items() if deep or "/" not in p[len(start) :]]
-    return JSONResponse(entries)
+    entries += _entries(app, {p: f for p, f in below.items() if deep or "/" not in p[len(start) :]})
+    first = int(request.query.get("cursor", 0))
+    last = first + PAGE_SIZE
+    following = urlencode(request.query | {"cursor": last})
+    link = {"Link": f'<{app.url}{request.path}?{following}>; rel="next"'} if last < len(entries) else {}
+    return JSONResponse(entries[first:last], headers=link)
 
 
 @route("POST", KIND + "/paths-info/(?P<revision>[^/]+)")
 def paths_info(app: Application, request: Request, kind: str, repo: str, revision: str) -> Response:
     commit = find_commit(app.readable(request, kind, repo), revision)
     paths = parse_qs(request.body.decode()).get("paths", [])
-    return JSONResponse([_entry(p, commit.files[p]) for p in paths if p in commit.files])
+    return JSONResponse(_entries(app, {p: commit.files[p] for p in paths if p in commit.files}))
 
 
 @route("GET", PREFIX + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -122,7 +141,11 @@ def resolve(
     linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.sha256}"'}
     app.storage.read(file)
     location = {"Location": f"{app.cdn_url}/blobs/{file.sha256}?signature=x"}
-    return Response(status_code=302, headers=headers | linked | location)
+    xet = {}
+    if xet_hash := app.storage.xet_hashes().get(file.sha256):
+        token = f"{app.url}/api/{kind or 'model'}s/{repo}/xet-read-token/{commit.oid}"
+        xet = {"X-Xet-Hash": xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
+    return Response(status_code=302, headers=headers | linked | location | xet)
 
 
 @route("GET", "/blobs/(?P<sha256>[0-9a-f]{64})")

@@ -9,7 +9,7 @@ import yaml
 
 from tests.hub import xet
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".png", ".parquet", ".zst", ".model")
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".png", ".parquet", ".gz", ".zst", ".model")
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
 
 
@@ -115,16 +115,24 @@ class Storage:
         self.objects[sha256] = content
         return sha256
 
+    def offer_over_xet(self) -> None:
+        """Let clients that can download every large file so far over xet."""
+        xet.write(self.xet_folder, self.objects.values())
+
+    def xet_hashes(self) -> dict[str, str]:
+        """sha256 → xet hash of the large files that lie in the xet store."""
+        return xet.file_hashes(self.xet_folder)
+
     def has_object(self, sha256: str) -> bool:
         """Whether a large file was uploaded, over either path."""
-        return sha256 in self.objects or sha256 in xet.file_hashes(self.xet_folder)
+        return sha256 in self.objects or sha256 in self.xet_hashes()
 
     def read(self, file: File) -> bytes:
         """The bytes of a file."""
         if not file.lfs:
             return file.content
         if file.sha256 not in self.objects:
-            xet_hash = xet.file_hashes(self.xet_folder)[file.sha256]
+            xet_hash = self.xet_hashes()[file.sha256]
             self.objects[file.sha256] = xet.read(self.xet_folder, xet_hash, size_bytes=file.size)
         return self.objects[file.sha256]
 
