@@ -67,8 +67,9 @@ def push(
 ) -> Publication:
     """Publish a folder exactly as it is, in one commit, and read back what the Hub then holds.
 
-    The card is checked before the first byte goes up. Weight files of an earlier build that this one does
-    not have are deleted in the same commit. If every file is already there, nothing is committed.
+    The card is checked before the first byte goes up. Files that are there already are not sent again: if
+    all are, nothing is committed. Weight files of an earlier build that this one does not have are deleted
+    in the same commit.
 
     Args:
         folder: A build's `model/`.
@@ -100,10 +101,11 @@ def push(
         if new_branch:
             api.create_branch(repo_id, branch=new_branch, revision=head)
     stale = [name for name in remote if _is_weight(name) and name not in local]
+    changed = _differing(folder, local, remote)
     commit = head
-    if stale or not _same(folder, local, remote):
+    if stale or changed:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(name, folder / name) for name in local),
+            *(CommitOperationAdd(name, folder / name) for name in changed),
             *(CommitOperationDelete(name) for name in stale),
         ]
         request = {
@@ -202,11 +204,13 @@ def _is_weight(name: str) -> bool:
     return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
-def _same(folder: Path, local: dict[str, str], remote: dict[str, RepoFile]) -> bool:
-    """Whether the Hub holds every local file with the same content."""
-    return all(
-        name in remote and _is_same(folder / name, digest, remote[name]) for name, digest in local.items()
-    )
+def _differing(folder: Path, local: dict[str, str], remote: dict[str, RepoFile]) -> list[str]:
+    """Local files that the Hub does not hold with the same content."""
+    return [
+        name
+        for name, digest in local.items()
+        if name not in remote or not _is_same(folder / name, digest, remote[name])
+    ]
 
 
 def _is_same(path: Path, digest: str, file: RepoFile) -> bool:
@@ -269,7 +273,7 @@ def _landed(
         )
     try:
         head = str(api.model_info(repo_id, revision=request["revision"]).sha)
-        return head if _same(folder, local, _remote_files(api, repo_id, commit=head)) else None
+        return None if _differing(folder, local, _remote_files(api, repo_id, commit=head)) else head
     except CLIENT_ERRORS as error:
         raise HubError(
             f"the connection to the Hub was lost; whether {repo_id} was published is unknown",
