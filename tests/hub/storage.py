@@ -89,6 +89,7 @@ class Storage:
     def __init__(self, xet_folder: Path) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 → bytes
+        self.paying: set[str] = set()  # accounts with a subscription
         self.xet_folder = xet_folder
 
     def create(self, kind: str, repo_id: str, *, private: bool = False, **fields: Any) -> Repository:

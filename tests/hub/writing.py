@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from tests.hub.app import KIND, PREFIX, Application, Refusal, Request, find_commit, route
 from tests.hub.reading import card_errors
+from tests.hub.spaces import check_payment
 from tests.hub.storage import LFS_SUFFIXES, File, Storage, lfs_file, regular_file
 
 
@@ -23,6 +24,8 @@ def create(app: Application, request: Request) -> Response:
     url = f"{app.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
     if (kind, repo_id) in app.storage.repositories:
         return JSONResponse({"error": "You already created this repo", "url": url}, 409)
+    if kind == "space":
+        check_payment(app.storage, owner, fields)
     app.storage.create(kind, repo_id, private=fields.pop("visibility", "public") == "private", **fields)
     return JSONResponse({"url": url, "name": repo_id, "id": repo_id})
 
