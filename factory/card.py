@@ -28,6 +28,7 @@ from factory.markdown import (
     with_error,
 )
 from factory.references import aliases
+from factory.store import write_atomically
 
 _ROOT = Path(__file__).parent
 # A wheel carries the template inside the package; an editable install finds it in the repository.
@@ -46,7 +47,7 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None) -> Pat
     """Write README.md into the model folder; the healing curve is shown where its figure lies there."""
     path = folder / "README.md"
     has_figure = (folder / HEALING_FIGURE).is_file()
-    path.write_text(render(build, repo_id=repo_id, has_healing_figure=has_figure), encoding="utf-8")
+    write_atomically(path, render(build, repo_id=repo_id, has_healing_figure=has_figure))
     return path
 
 

@@ -1,6 +1,5 @@
 """Safetensors on disk: headers, streamed copy, renaming, sharding; never the whole model in memory."""
 
-import errno
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from factory.artifacts import sha256_of_file
+from factory.disk import no_room
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
 from factory.transfer import assemble
@@ -27,6 +27,7 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AUXILIARY = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
@@ -118,7 +119,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(path, "it has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0:]+\.safetensors", shard):
+        if not (isinstance(shard, str) and shard.isprintable() and SHARD_NAME.fullmatch(shard)):
             raise CheckpointError(
                 f"{path.name} puts tensor {name!r} into {str(shard)[:80]!r}, no safetensors file beside it",
                 hint="do not use this checkpoint unless you trust where it comes from",
@@ -217,11 +218,12 @@ def _disk_errors(folder: Path, total_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        reason = no_room(error)
+        if reason is None:
             raise
         free_bytes = shutil.disk_usage(folder).free
         raise DiskSpaceError(
-            f"the disk of {folder} is full: {total_bytes / 1e9:.1f} GB to write, {free_bytes / 1e9:.1f} left",
+            f"{reason}: {total_bytes / 1e9:.1f} GB to write to {folder}, {free_bytes / 1e9:.1f} GB free",
             hint="free some space, or give a folder on another disk, and run the same command again",
         ) from error
 

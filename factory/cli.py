@@ -13,6 +13,7 @@ from factory.commands.finished import push, show, space
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.options import CONTEXT
 from factory.commands.prune import prune
+from factory.disk import no_room
 from factory.errors import FactoryError
 
 
@@ -52,6 +53,11 @@ def main() -> None:
         _fail(error.message, error.hint, code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command goes on from here", code=130)
+    except (OSError, RuntimeError) as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
 
 
 def _fail(message: str, hint: str, *, code: int) -> None:

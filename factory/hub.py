@@ -13,7 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from factory.artifacts import Source, sha256_of_file
 from factory.errors import HubError
-from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors
+from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors, patiently
 from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
 
@@ -44,16 +44,19 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
     if repo_id is None:
         return source
     with hub_errors(repo_id, revision=source.commit):
-        files = _repository_files(hub_api(), repo_id, commit=source.commit)
+        api = hub_api()
+        files = patiently(lambda: _repository_files(api, repo_id, commit=source.commit))
         weights = weight_files(repo_id, commit=source.commit, names=files)
         needed = sorted(needed_files(files, weights))
         total = sum(files[name].size or 0 for name in needed)
         folder = Path(
-            snapshot_download(
-                repo_id,
-                revision=source.commit,
-                allow_patterns=needed,
-                tqdm_class=_counting_bar(progress, total=total) if progress else None,
+            patiently(  # goes on where it broke: what is complete is not loaded again
+                lambda: snapshot_download(
+                    repo_id,
+                    revision=source.commit,
+                    allow_patterns=needed,
+                    tqdm_class=_counting_bar(progress, total=total) if progress else None,
+                )
             )
         )
     for name in needed:

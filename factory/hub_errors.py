@@ -1,9 +1,12 @@
 """The Hub's client as the factory uses it: bounded in time, silent, its many errors told in one line."""
 
+import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token
@@ -14,6 +17,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -24,11 +28,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from factory import __version__
+from factory.disk import no_room
 from factory.errors import DiskSpaceError, FactoryError, HubError
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 120.0  # of the server; a large commit takes it a while
+WAITS_SECONDS = (1.0, 2.0, 4.0)  # before reading again what the Hub failed to answer
+LONGEST_WAIT_SECONDS = 60.0  # that the Hub may ask for
+PASSING = (429, 500, 502, 503, 504)
 AGAIN = "run the same command again"
+CUT_SHORT = "Consistency check failed"  # the client, of a file that came shorter than announced
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
@@ -42,9 +51,14 @@ CLIENT_ERRORS = (
 )
 
 
+T = TypeVar("T")
+
+
 def hub_api() -> HfApi:
-    """A client without progress bars, whose calls end even if the server falls silent."""
+    """A client without progress bars and remarks, whose calls end even if the server falls silent."""
     disable_progress_bars()
+    # Its remarks on trying again hold signed addresses; what comes of it in the end is told by us.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     hooks = get_session().event_hooks["request"]
     if _bound_in_time not in hooks:
         hooks.append(_bound_in_time)
@@ -56,6 +70,40 @@ def _bound_in_time(request: httpx2.Request) -> None:
     bounds = {"connect": CONNECT_SECONDS, "pool": None, "read": SILENCE_SECONDS, "write": SILENCE_SECONDS}
     asked = {key: value for key, value in request.extensions["timeout"].items() if value is not None}
     request.extensions["timeout"] = bounds | asked
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Read from the Hub, again after a fault that may pass: the client itself asks but once.
+
+    A fault passes if the Hub was busy or out of order, or a connection broke; where nobody answers at
+    all, asking again would only take the user's time. `Retry-After` is obeyed up to a minute.
+
+    Args:
+        read: Changes nothing, so that it can be called again.
+    """
+    for wait in WAITS_SECONDS:
+        try:
+            return read()
+        except CLIENT_ERRORS as error:
+            seconds = _wait_for(error, wait)
+            if seconds is None or seconds > LONGEST_WAIT_SECONDS:
+                raise
+        time.sleep(seconds)
+    return read()
+
+
+def _wait_for(error: BaseException, seconds: float) -> float | None:
+    """How long to wait after this error, `seconds` unless the Hub says; None if it will not pass."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return None  # the one read that the client repeats by itself
+    for cause in _causes(error):
+        if isinstance(cause, httpx2.HTTPStatusError):
+            asked = cause.response.headers.get("Retry-After", "")
+            passing = cause.response.status_code in PASSING
+            return (float(asked) if asked.isdigit() else seconds) if passing else None
+        if isinstance(cause, httpx2.RemoteProtocolError | httpx2.ReadError | httpx2.WriteError):
+            return seconds
+    return seconds if str(error).startswith(CUT_SHORT) else None
 
 
 @contextmanager
@@ -106,9 +154,13 @@ def not_logged_in() -> HubError:
     return HubError("you are not logged in to the Hub", hint="run `hf auth login`, or set HF_TOKEN")
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether the answer to a request is unknown, as opposed to a refusal."""
-    return any(isinstance(cause, httpx2.TransportError) for cause in _causes(error))
+def is_unknown(error: BaseException) -> bool:
+    """Whether a request may have been carried out although it failed: no answer, or a gateway's."""
+    return any(
+        isinstance(cause, httpx2.TransportError)
+        or (isinstance(cause, httpx2.HTTPStatusError) and cause.response.status_code >= 500)
+        for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -129,14 +181,15 @@ def _later(writing: bool) -> str:
 def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> FactoryError | None:
     """Errors that come without a response: xet's, LFS's `ValueError`, a cut download, a full disk."""
     text = str(error)
-    if "No space left" in text:
-        return DiskSpaceError(f"the disk is full: {_line(text)}", hint=f"make room and {AGAIN}")
+    reason = no_room(error)
+    if reason:
+        return DiskSpaceError(f"{reason}: {_line(text)}", hint=f"{_nothing(writing)}make room and {AGAIN}")
     if text.startswith("LFS batch API"):
         return HubError(
             f"the Hub refuses a file for {repo_id}: {_line(text.partition(chr(10))[2])}",
             hint="nothing was published; it may be too large, or the quota full",
         )
-    if text.startswith("Consistency check failed"):
+    if text.startswith(CUT_SHORT):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
     if isinstance(error, JSONDecodeError):
         return HubError(
@@ -176,25 +229,29 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
             "a token of yours that may read it" if get_token() else "`hf auth login` first"
         )
         return HubError(
-            f"there is no repository {repo_id} that you can see", hint=f"check the name; {access}"
+            f"there is no repository {repo_id} that you can see",
+            hint=f"{_nothing(writing)}check the name; {access}",
         )
     retry = error.response.headers.get("Retry-After", "")
     wait = f"{retry} s" if retry.isdigit() else ""
     return _by_status(error.response.status_code, _line(message), repo_id=repo_id, writing=writing, wait=wait)
 
 
+def _nothing(writing: bool) -> str:
+    return "nothing was published; " if writing else ""
+
+
 def _bad_token(writing: bool) -> HubError:
-    nothing = "nothing was published; " if writing else ""
     return HubError(
         "the Hub does not accept your token",
-        hint=f"{nothing}run `hf auth login` (HF_TOKEN, where set, comes first)",
+        hint=f"{_nothing(writing)}run `hf auth login` (HF_TOKEN, where set, comes first)",
     )
 
 
 def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: str = "") -> HubError:
     """Errors known by their number alone."""
     said = f": {message}" if message else ""
-    nothing = "nothing was published; " if writing else ""
+    nothing = _nothing(writing)
     if status == 401:
         return _bad_token(writing)
     if status == 403 and writing:
@@ -209,12 +266,12 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
             f"the Hub has no room for {repo_id} ({status}){said}",
             hint=f"{nothing}see {constants.ENDPOINT}/settings/billing, or publish publicly",
         )
-    if status == 409:
+    if status == 409 and writing:
         return HubError(f"{repo_id} is being changed by somebody else (409){said}", hint=f"{nothing}{AGAIN}")
-    if status == 412:
+    if status == 412 and writing:
         return HubError(
             f"somebody else committed to {repo_id} in the meantime",
-            hint=f"nothing was published; look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
+            hint=f"{nothing}look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
         )
     if status == 429:
         return HubError(
@@ -223,7 +280,8 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
     if status >= 500:
         return HubError(f"the Hub is out of order ({status})", hint=f"{nothing}{AGAIN} later")
     return HubError(
-        f"the Hub refused a request about {repo_id} ({status}){said}", hint=f"{nothing}see the message"
+        f"the Hub refused a request about {repo_id} ({status}){said}",
+        hint=f"{nothing}look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
     )
 
 

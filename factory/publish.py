@@ -27,8 +27,9 @@ from factory.hub_errors import (
     explain,
     hub_api,
     hub_errors,
-    is_lost_connection,
+    is_unknown,
     not_logged_in,
+    patiently,
 )
 
 README = "README.md"
@@ -52,7 +53,8 @@ def full_name(repo_id: str) -> str:
     if owner not in ("", "~"):
         return repo_id
     with hub_errors(repo_id, writing=True):
-        return f"{hub_api().whoami(cache=True)['name']}/{name}"
+        api = hub_api()
+        return f"{patiently(lambda: api.whoami(cache=True))['name']}/{name}"
 
 
 def push(
@@ -131,7 +133,7 @@ def _check_card(folder: Path, *, repo_id: str) -> None:
         raise HubError(f"{folder} has no {README}", hint="publish the model folder of a finished build")
     try:
         with hub_errors(repo_id, writing=True):
-            ModelCard.load(path).validate()
+            patiently(ModelCard.load(path).validate)
     except (ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"the Hub refuses the card {path}: {_reasons(str(error))}",
@@ -162,16 +164,16 @@ def _open_repository(
 ) -> tuple[ModelInfo, str | None]:
     """The repository, created if it is new, at the head to commit on; and the branch to make."""
     try:
-        info = api.model_info(repo_id)
+        info = patiently(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
         info = None
     if info is None:  # `exist_ok` would hide who else made it in between, and fails on some 409 answers
         api.create_repo(repo_id, private=private)
-        info = api.model_info(repo_id)
+        info = patiently(lambda: api.model_info(repo_id))
     if revision is None:
         return info, None
     try:
-        return api.model_info(repo_id, revision=revision), None
+        return patiently(lambda: api.model_info(repo_id, revision=revision)), None
     except RevisionNotFoundError:
         return info, revision
 
@@ -234,7 +236,7 @@ def _commit(
         commit = made.oid
     except CLIENT_ERRORS as error:
         # The commit may have been made although its answer was lost.
-        landed = is_lost_connection(error) and _landed(api, repo_id, request, folder=folder, local=local)
+        landed = is_unknown(error) and _landed(api, repo_id, request, folder=folder, local=local)
         if not landed:
             explained = explain(error, repo_id=repo_id, revision=request["revision"], writing=True)
             if explained is None:
@@ -272,7 +274,7 @@ def _landed(
             hint=f"look whether it is at {page}/discussions; if not, {AGAIN}",
         )
     try:
-        head = str(api.model_info(repo_id, revision=request["revision"]).sha)
+        head = str(patiently(lambda: api.model_info(repo_id, revision=request["revision"])).sha)
         return None if _differing(folder, local, _remote_files(api, repo_id, commit=head)) else head
     except CLIENT_ERRORS as error:
         raise HubError(

@@ -1,6 +1,7 @@
 """Reference → Source: what a model is, found out before any weight is read."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from factory.artifacts import Source, canonical_json, sha256_of_file
 from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint
 from factory.decoder import locate
 from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError
-from factory.hub_errors import UNREACHABLE, hub_api, hub_errors
+from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.references import HUB_NAME, local_path, unknown_model
 
 CONFIG = "config.json"
@@ -66,7 +67,7 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
     if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
         raise unknown_model(reference)
     with hub_errors(repo_id, revision=revision or None):
-        return _resolve_repository(repo_id, revision=revision or None)
+        return patiently(lambda: _resolve_repository(repo_id, revision=revision or None))
 
 
 def _resolve_folder(folder: Path) -> Source:
@@ -302,7 +303,8 @@ def _check_weights(
     """Refuse weights that cannot be of this configuration: more layers, or embeddings of another width."""
     part = config.get("text_config") or config
     found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
-    on_disk = 1 + max((int(index) for index in found if index.isdigit()), default=-1)
+    numbers = [int(index) for index in found if re.fullmatch("[0-9]{1,9}", index)]
+    on_disk = 1 + max(numbers, default=-1)
     if on_disk > num_layers + (part.get("num_nextn_predict_layers") or 0):
         raise CheckpointError(
             f"the weights have {on_disk} layers, {CONFIG} says {num_layers}",

@@ -15,8 +15,10 @@ from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from factory.artifacts import canonical_json
+from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
 
 MANIFEST = "stage.json"
@@ -202,13 +204,14 @@ def _timed(work: Callable[[Path], None], partial: Path) -> float:
     try:
         work(partial)
         sync_files(partial)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = no_room(error)
+        if reason:
             raise DiskSpaceError(
-                f"no room left while writing {partial}",
+                f"{reason}, while writing {partial}",
                 hint="`factory gc` removes what no build uses; then the same command goes on from here",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
             raise _unwritable(partial, error) from error
         raise
     finally:

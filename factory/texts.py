@@ -207,11 +207,14 @@ def _hub_data_set(reference: str, *, split: Split) -> Text:
 def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionResolutionError
 
-    from factory.hub_errors import hub_api, hub_errors
+    from factory.hub_errors import hub_api, hub_errors, patiently
 
     try:
         with hub_errors(repo_id, revision=revision):
-            return hub_api().resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+            api = hub_api()
+            return patiently(
+                lambda: api.resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+            )
     except HubError as error:
         cause = error.__cause__
         if isinstance(cause, RevisionResolutionError):

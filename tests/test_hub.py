@@ -258,34 +258,6 @@ def test_a_second_pull_downloads_nothing(hub: Hub, xet: Client, model: Path) -> 
     assert headers - downloads == 3  # the headers of the three shards
 
 
-def test_damage_of_the_same_length_is_found_and_mended_by_the_next_pull(
-    hub: Hub, xet: Client, model: Path
-) -> None:
-    hub.put_model("org/damaged", model)
-    source = xet.call("resolve", "org/damaged", token=None).value
-    hub.fail("GET", "/blobs/", corrupt=True, times=1)
-    refused(xet.call("pull", source, token=None), "safetensors of org/damaged arrived damaged", "again")
-    answer = xet.call("pull", source, token=None)
-    assert content_of(Path(answer.value["folder"])) == content_of(model)
-
-
-def test_a_connection_lost_halfway_is_survived(hub: Hub, xet: Client, model: Path) -> None:
-    hub.put_model("org/halfway", model)
-    source = xet.call("resolve", "org/halfway", token=None).value
-    fault = hub.fail("GET", "/blobs/", truncate=True, times=1)
-    answer = xet.call("pull", source, token=None)
-    assert fault.times == 0
-    assert content_of(Path(answer.value["folder"])) == content_of(model)
-
-
-def test_a_file_that_comes_short_is_an_error(hub: Hub, xet: Client, model: Path) -> None:
-    hub.put_model("org/short", model)
-    source = xet.call("resolve", "org/short", token=None).value
-    hub.fail("GET", "/blobs/", short=True, times=1)
-    refused(xet.call("pull", source, token=None), "org/short was cut short")
-    assert xet.call("pull", source, token=None).error is None
-
-
 def test_without_a_connection_what_is_cached_serves_and_the_rest_is_told(
     hub: Hub, served_hub: Hub, model: Path, tmp_path: Path
 ) -> None:
@@ -439,48 +411,11 @@ def test_a_pull_request_to_a_branch_is_a_usage_error(xet: Client, build: Path) -
     refused(answer, "'v2'", "--create-pr", error="UsageError")
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_upload_publishes_nothing(hub: Hub, client: Client, build: Path, status: int) -> None:
-    hub.fail("GET", "/xet-write-token/", status=status)
-    hub.fail("PUT", "/upload/", status=status)
-    answer = push(client, build, f"alice/upload-{status}")
-    refused(answer, "token", "nothing was published")
-    assert hub.files(f"alice/upload-{status}") == {}
-
-
 def test_a_file_that_lfs_refuses_is_told(hub: Hub, lfs: Client, build: Path) -> None:
     error = {"code": 413, "message": "object too large"}
     objects = [{"oid": "0" * 64, "size": 1, "error": error}]
     hub.fail("POST", "/objects/batch", status=200, body=json.dumps({"objects": objects}))
     refused(push(lfs, build, "alice/large"), "object too large", "nothing was published")
-
-
-def test_a_fault_that_passes_is_survived(hub: Hub, client: Client, build: Path) -> None:
-    faults = [
-        hub.fail("POST", "/preupload/", status=500, times=1),
-        hub.fail("PUT", "/upload/", drop=True, times=1),
-    ]
-    assert push(client, build, "alice/passing").error is None
-    assert num_commits(hub, "alice/passing") == 1
-    assert hub.files("alice/passing") == content_of(build)
-    assert faults[0].times == 0
-
-
-def test_a_connection_lost_before_the_commit_publishes_nothing(hub: Hub, client: Client, build: Path) -> None:
-    fault = hub.fail("POST", "/commit/", drop=True)
-    refused(push(client, build, "alice/lost"), "no connection", "nothing was published", "same command")
-    assert hub.files("alice/lost") == {}
-    fault.times = 0
-    assert push(client, build, "alice/lost").error is None
-    assert num_commits(hub, "alice/lost") == 1
-
-
-def test_a_commit_whose_answer_is_lost_is_found(hub: Hub, xet: Client, build: Path) -> None:
-    hub.fail("POST", "/commit/", drop=True, after=True, times=1)
-    answer = push(xet, build, "alice/landed")
-    assert answer.error is None, answer.message
-    assert answer.value["commit"] == hub.repository("alice/landed").refs["main"]
-    assert num_commits(hub, "alice/landed") == 1
 
 
 def test_where_the_hub_is_gone_for_good_nothing_is_claimed(hub: Hub, xet: Client, build: Path) -> None:

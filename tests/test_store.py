@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     def work(_folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(DiskSpaceError, match="no room left"):
+    with pytest.raises(DiskSpaceError, match="the disk is full, while writing"):
         Store(tmp_path).make(spec(), work)
 
 

@@ -86,6 +86,8 @@ class Application:
             send.__self__.transport.abort()  # uvicorn's cycle; ASGI has no word for a broken connection
             return
         if fault.status is not None:
+            if fault.after:
+                self.answer(request)
             await Response(fault.body, fault.status, fault.headers)(scope, receive, send)
             return
         response = self.answer(request)

@@ -21,6 +21,7 @@ from factory.artifacts import Source
 from factory.errors import FactoryError
 
 hub_errors.SILENCE_SECONDS = 2.0
+hub_errors.WAITS_SECONDS = (0.05, 0.05, 0.05)
 
 def pull(source):
     seen = []

@@ -11,12 +11,12 @@ FOREVER = 10**9
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match.
+    """What happens to the next `times` requests that match, once the first `skip` of them have passed.
 
     `status` answers with that status instead of the route; `drop` closes the connection without an
-    answer (`after` the route has done its work, or before); `truncate` sends half of the body and closes;
-    `short` sends half of the body as if it were all; `corrupt` flips one bit in the middle; `meanwhile` is
-    called before the route, which then answers as always.
+    answer (both: `after` the route has done its work, or before); `truncate` sends half of the body and
+    closes; `short` sends half of the body as if it were all; `corrupt` flips one bit in the middle;
+    `meanwhile` is called before the route, which then answers as always.
     """
 
     method: str  # regular expression, on the whole method
@@ -31,11 +31,15 @@ class Fault:
     corrupt: bool = False
     delay_seconds: float = 0.0
     meanwhile: Callable[[], object] | None = None
+    skip: int = 0
     times: int = FOREVER
 
     def matches(self, method: str, path: str) -> bool:
-        """Whether this request is to go wrong."""
-        return self.times > 0 and bool(re.fullmatch(self.method, method)) and bool(re.search(self.path, path))
+        """Whether this request is to go wrong; asked once a request."""
+        if self.times < 1 or not re.fullmatch(self.method, method) or not re.search(self.path, path):
+            return False
+        self.skip -= 1
+        return self.skip < 0
 
     def damage(self, response: Response) -> Response:
         """The answer after `short` or `corrupt`; the same answer without them."""

@@ -1,0 +1,30 @@
+"""No room on the disk, recognised whoever noticed it: Python, safetensors, torch or the Hub's client."""
+
+import errno
+import re
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be longer than the file system or `ulimit -f` allows",
+}
+RUST = re.compile(
+    r"(?:\(os error |\bOs { code: )(\d+)"
+)  # safetensors and hf_xet tell the number in their text alone
+TORCH = "PytorchStreamWriter failed writing file"  # without a number
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """Why a file could not be written any further, in words; None where that is not the trouble.
+
+    Looks at the error and at what it came from.
+    """
+    while error is not None:
+        match = RUST.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+        if number in REASONS:
+            return REASONS[number]
+        if TORCH in str(error):
+            return "the disk is full or failing"
+        error = error.__cause__ or error.__context__
+    return None
