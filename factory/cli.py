@@ -12,6 +12,7 @@ from factory.commands.build import build
 from factory.commands.finished import push, show, space
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.options import CONTEXT
+from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
 from factory.disk import no_room
 from factory.errors import FactoryError
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (build, prune, push, show, space, list_stages, collect_garbage):
+for command in (build, plan, sweep, prune, push, show, space, list_stages, collect_garbage):
     cli.add_command(command)
 
 

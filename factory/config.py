@@ -1,16 +1,13 @@
 """What was asked: the configuration of a build and its parts, and the recipes of known models."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from factory.errors import DropError
-from factory.references import RECIPES, aliases, unknown_model
-
-Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+from factory.references import RECIPES, Criterion, aliases, unknown_model
 
 
 class Settings(BaseModel):

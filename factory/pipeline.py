@@ -2,31 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from factory.artifacts import (
     Adapter,
-    Artifact,
     Build,
     Checkpoint,
-    CutLosses,
     DistanceProfile,
     Evaluation,
+    Plans,
     PruningPlan,
     Publication,
     Source,
     SpeedComparison,
-    layer_ranges,
+    Sweep,
+    SweepPoint,
+    canonical_json,
 )
-from factory.config import Criterion, num_dropped
-from factory.identity import task_identity, text_identity
+from factory.config import num_dropped
+from factory.references import Criterion
 from factory.run import Missing, Run
+from factory.stages import (
+    compare_stage,
+    evaluate_stage,
+    heal_stage,
+    measure_stage,
+    merge_stage,
+    plan_stage,
+    prune_stage,
+    speed_stage,
+)
 from factory.store import STAGES as STORED
 
 STAGES = (*STORED, "card")
-
-MADE_BY = {"pruned": "prune", "healed": "merge"}
 
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
@@ -81,253 +91,69 @@ def make_models(run: Run, source: Source) -> Made:
     return Made(source, profile, plan, pruned, adapter, shipped, shipped_name, evaluations, speed)
 
 
-def measure_stage(run: Run, source: Source) -> DistanceProfile:
-    """Angular distance of every pair of layer inputs."""
-    settings = run.config.measure
-    block_sizes = run.block_sizes or (num_dropped(run.config.drop, source.num_layers),)
+def make_plans(
+    run: Run, source: Source, criteria: Sequence[Criterion], *, profile: DistanceProfile | None = None
+) -> tuple[DistanceProfile, Plans]:
+    """What each criterion would drop; where there are several, what that costs, on the same documents.
 
-    def work(folder: Path) -> Artifact:
-        from factory.measure import measure
+    Args:
+        profile: Measured elsewhere; None measures.
+    """
+    from factory.plan import choose
 
-        return measure(
-            source,
-            run.texts.calibration,
-            settings=settings,
-            block_sizes=block_sizes if settings.num_samples is None else (),
-            seed=run.config.seed,
-            folder=folder,
-            progress=run.ticks("measure"),
+    if profile:
+        run.keys["measure"] = sha256(canonical_json(profile.model_dump(mode="json")).encode()).hexdigest()
+    else:
+        profile = measure_stage(run, source)
+    plans = [plan_stage(run, source, profile, criterion=criterion) for criterion in criteria]
+    losses = compare_stage(run, source, [plan.dropped for plan in plans]) if len(plans) > 1 else None
+    chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one asked for")
+    return profile, Plans(
+        source_name=source.name,
+        source_commit=source.commit,
+        plans=tuple(plans),
+        losses=losses,
+        chosen=chosen,
+        reason=reason,
+    )
+
+
+def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
+    """Quality at each fraction, on the files of the pruned and, where asked, the healed model.
+
+    One measurement serves all; the stages are those of builds, which reuse them.
+
+    Args:
+        drops: Rising fractions, each another number of layers.
+    """
+    from factory.sweep import RULE, before_the_cliff
+
+    run.block_sizes = tuple(num_dropped(drop, source.num_layers) for drop in drops)
+    profile = measure_stage(run, source)
+    whole = evaluate_stage(run, "source", source)
+    points = []
+    for drop in drops:
+        run.config = run.config.model_copy(update={"drop": drop})
+        plan = plan_stage(run, source, profile)
+        pruned = prune_stage(run, source, plan)
+        adapter = heal_stage(run, pruned) if run.config.heal_enabled else None
+        points.append(
+            SweepPoint(
+                drop=len(plan.dropped) / source.num_layers,
+                plan=plan,
+                pruned=evaluate_stage(run, "pruned", pruned),
+                healed=evaluate_stage(run, "healed", merge_stage(run, pruned, adapter)) if adapter else None,
+            )
         )
-
-    return run.stage(
-        "measure",
-        DistanceProfile,
-        work,
-        # A fixed number of samples serves every block size.
-        parameters={
-            **_without_data(settings),
-            "seed": run.config.seed,
-            "certain_for": list(block_sizes) if settings.num_samples is None else [],
-        },
-        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
-        summary=lambda p: (
-            f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
-            + (", choice certain" if p.certain_for else "")
-        ),
-    )
-
-
-def plan_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
-) -> PruningPlan:
-    """Which layers go, by one criterion; the configuration's where none is given."""
-    from factory.plan import FROM_PROFILE, plan
-
-    criterion = criterion or run.config.plan.criterion
-    n = num_dropped(run.config.drop, source.num_layers)
-    if criterion not in FROM_PROFILE:
-        return search_stage(run, source, profile, criterion=criterion, block_size=n)
-
-    def work(_folder: Path) -> Artifact:
-        from factory.decoder import may_drop
-
-        return plan(
-            profile,
-            block_size=n,
-            criterion=criterion,
-            may_drop=lambda layers: may_drop(source.config, layers),
-        )
-
-    return run.stage(
-        "plan",
-        PruningPlan,
-        work,
-        parameters={"criterion": criterion, "block_size": n},
-        inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=_describe_plan,
-    )
-
-
-def search_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion, block_size: int
-) -> PruningPlan:
-    """Which layers go, by the loss without them; the profile only ranks the candidates."""
-    settings = run.config.plan.model_copy(update={"criterion": criterion})
-
-    def work(_folder: Path) -> Artifact:
-        from factory.search import search
-
-        return search(
-            source,
-            run.texts.calibration,
-            profile,
-            block_size=block_size,
-            settings=settings,
-            seed=run.config.seed,
-            progress=run.ticks("search"),
-        )
-
-    return run.stage(
-        "search",
-        PruningPlan,
-        work,
-        parameters={**settings.model_dump(), "block_size": block_size, "seed": run.config.seed},
-        inputs={"profile": run.keys["measure"], "text": text_identity(run.texts.calibration.data)},
-        summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
-    )
-
-
-def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
-    """Unhealed loss of several cuts, on documents of the calibration text that no search has seen."""
-    settings = run.config.plan
-
-    def work(_folder: Path) -> Artifact:
-        from factory.search import compare
-
-        return compare(
-            source,
-            run.texts.calibration,
-            cuts,
-            settings=settings,
-            seed=run.config.seed,
-            progress=run.ticks("compare"),
-        )
-
-    return run.stage(
-        "compare",
-        CutLosses,
-        work,
-        parameters={
-            **settings.model_dump(exclude={"criterion"}),
-            "cuts": [list(cut) for cut in cuts],
-            "seed": run.config.seed,
-        },
-        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
-        summary=lambda c: f"{len(c.cuts)} cuts on {c.num_documents} documents",
-    )
-
-
-def _describe_plan(plan: PruningPlan) -> str:
-    n = len(plan.dropped)
-    across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
-    by = "" if plan.criterion == "angular" else f" by {plan.criterion}"
-    share = f"{n / plan.num_layers:.0%}"
-    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
-
-
-def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
-    """Layer surgery on disk; keyed by the layers, not by the fraction that led to them."""
-
-    def work(folder: Path) -> Artifact:
-        from factory.prune import prune
-
-        return prune(source, plan, folder=folder, progress=run.ticks("prune"))
-
-    return run.stage(
-        "prune",
-        Checkpoint,
-        work,
-        parameters={"dropped": list(plan.dropped)},
-        inputs={"source": source.commit},
-        summary=lambda c: f"{_millions(source.num_parameters)} → {_millions(c.num_parameters)} parameters",
-    )
-
-
-def heal_stage(run: Run, pruned: Checkpoint) -> Adapter:
-    """QLoRA; resumes from its last trainer checkpoint."""
-
-    def work(folder: Path) -> Artifact:
-        from factory.heal import heal
-
-        return heal(
-            pruned,
-            run.texts.healing,
-            settings=run.config.heal,
-            seed=run.config.seed,
-            folder=folder,
-            progress=run.ticks("heal"),
-        )
-
-    return run.stage(
-        "heal",
-        Adapter,
-        work,
-        parameters={**_without_data(run.config.heal), "seed": run.config.seed},
-        inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
-        summary=lambda a: (
-            f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
-            f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
-        ),
-    )
-
-
-def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The adapter into full-precision weights. A stage of its own: failing here costs no training."""
-
-    def work(folder: Path) -> Artifact:
-        from factory.merge import merge
-
-        return merge(pruned, adapter, folder=folder, progress=run.ticks("merge"))
-
-    return run.stage(
-        "merge",
-        Checkpoint,
-        work,
-        parameters={},
-        inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
-        summary=lambda c: f"adapter merged into {len(c.files)} weight file{'s' * (len(c.files) > 1)}",
-    )
-
-
-def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:
-    """Loss and tasks of one of the three models; the source's is shared by all its builds."""
-
-    def work(into: Path) -> Artifact:
-        from factory.evaluate import evaluate
-
-        return evaluate(
-            model.local_folder if isinstance(model, Source) else model.folder,
-            run.texts.evaluation,
-            settings=run.config.evaluate,
-            into=into,
-            progress=run.ticks("evaluate", name),
-        )
-
-    model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
-    return run.stage(
-        "evaluate",
-        Evaluation,
-        work,
-        label=name,
-        parameters={
-            **_without_data(run.config.evaluate),
-            "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
-        },
-        inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
-        summary=lambda e: ", ".join(
-            [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.value:.1%}" for t in e.tasks)]
-        ),
-    )
-
-
-def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str) -> SpeedComparison:
-    """Tokens a second of source and result, in turns."""
-
-    def work(_folder: Path) -> Artifact:
-        from factory.evaluate import compare_speed
-
-        return compare_speed(source.local_folder, shipped.folder, progress=run.ticks("speed"))
-
-    return run.stage(
-        "speed",
-        SpeedComparison,
-        work,
-        parameters={},
-        inputs={"source": source.commit, "result": run.keys[MADE_BY[shipped_name]]},
-        summary=lambda s: (
-            f"decoding {s.result.decode_tokens_per_second / s.source.decode_tokens_per_second:.2f}× "
-            f"as fast, prefill {s.result.prefill_tokens_per_second / s.source.prefill_tokens_per_second:.2f}×"
-        ),
+    return Sweep(
+        source_name=source.name,
+        source_commit=source.commit,
+        num_layers=source.num_layers,
+        criterion=run.config.plan.criterion,
+        source=whole,
+        points=tuple(points),
+        before_the_cliff=before_the_cliff(points, whole),
+        rule=RULE,
     )
 
 
@@ -365,14 +191,3 @@ def publish(folder: Path, repository: str | None, **options: Any) -> Publication
     publication = hub.push(folder / "model", repo_id=repo_id, **options)
     publication.write(folder)
     return publication
-
-
-def _without_data(settings: Any) -> dict[str, Any]:
-    """Parameters for a key: the data counts by its identity, not by the path it was given as."""
-    values: dict[str, Any] = settings.model_dump(mode="json")
-    values.pop("data")
-    return values
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

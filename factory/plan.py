@@ -2,13 +2,14 @@
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from factory.artifacts import DataSource, DistanceProfile, PruningPlan, Source, layer_ranges
-from factory.config import Criterion
+from factory.artifacts import CutLosses, DataSource, DistanceProfile, PruningPlan, Source, layer_ranges
 from factory.errors import DataError, ModelError, StoreError
+from factory.references import CRITERIA, Criterion
 
+CERTAIN = 2.0  # standard errors of a paired difference
 PRUNEME = ("block_start", "block_end", "average_distance")  # columns of its CSV
 FROM_PROFILE: tuple[Criterion, ...] = ("angular", "deepest", "block-influence")
 
@@ -103,6 +104,41 @@ def block_influence(
         dropped=dropped,
         distance=profile.mean[dropped[0]][dropped[-1] + 1] if is_block else None,
     )
+
+
+def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
+    """The criterion to take, and why.
+
+    The least loss decides; but a difference below two standard errors is none, and then the simplest
+    criterion among the level ones is taken, in the order angular, deepest, block-influence, loss, greedy.
+
+    Args:
+        plans: One a criterion.
+        losses: Of the plans, in their order.
+    """
+    level = {
+        plan.criterion: cut
+        for plan, cut in zip(plans, losses.cuts, strict=True)
+        if cut.behind <= CERTAIN * cut.behind_stderr
+    }
+    chosen = next(criterion for criterion in CRITERIA if criterion in level)
+    others = [criterion for criterion in level if criterion != chosen]
+    if not others:
+        rivals = [cut for cut in losses.cuts if cut.behind > 0]
+        ahead = min((cut.behind for cut in rivals), default=0.0)
+        return chosen, f"least loss without healing, {ahead:.3f} ahead of the next"
+    if level[chosen].behind == 0:
+        return chosen, f"least loss without healing, though {_listed(others)} within noise of it"
+    least = next(criterion for criterion, cut in level.items() if cut.behind == 0)
+    return chosen, (
+        f"within noise of the least loss ({least}: {level[chosen].behind:.3f} ± "
+        f"{level[chosen].behind_stderr:.3f} less), and simpler"
+    )
+
+
+def _listed(criteria: Sequence[str]) -> str:
+    names = " and ".join(criteria) if len(criteria) < 3 else f"{', '.join(criteria[:-1])} and {criteria[-1]}"
+    return f"{names} {'is' if len(criteria) == 1 else 'are'}"
 
 
 def _refused(what: str) -> ModelError:

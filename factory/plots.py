@@ -1,7 +1,8 @@
 """Figures of the card and of the terminal: angular distances, the chosen block, the healing curve."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from factory.artifacts import Adapter, DistanceProfile, PruningPlan, layer_ranges
+from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, Sweep, layer_ranges
 
 INK = "#1f2328"
 GRID = "#d8dee4"
 LINE = "#2c5f8a"  # blue and vermilion stay apart under every common colour blindness
 ACCENT = "#d1440c"
+SERIES = (LINE, "#8a5a00", "#7b3f8c", "#2f7d5b", "#5c6670")
 SHADES = "·░▒▓█"  # near to far
 DPI = 200  # 1,640 pixels wide: sharp at the card's 800
 
@@ -86,6 +88,101 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         axes.set_ylabel("loss (nats per token)")
         axes.set_title("Training loss while healing (line), loss on held-back text (dashed)")
         return _save(figure, path_stem)
+
+
+def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
+    """Draw loss / log V and task scores against the fraction dropped, as the paper's figures 1 and 4 do.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    tasks = sweep.source.tasks
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 3.6), dpi=DPI, facecolor="white", layout="constrained")
+        panels = figure.subplots(1, 2 if tasks else 1, squeeze=False)[0]
+        _draw_sweep(panels[0], sweep, [_normalized_loss])
+        panels[0].axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        _label_line(panels[0], 1.0, "guessing")
+        panels[0].set_ylabel("loss / log V")
+        panels[0].set_title("Loss on held-out text")
+        if tasks:
+            _draw_sweep(
+                panels[1],
+                sweep,
+                [partial(_task_score, index=index) for index in range(len(tasks))],
+                labels=[task.label for task in tasks],
+            )
+            for chance in sorted({task.chance for task in tasks if task.chance is not None}):
+                panels[1].axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+                _label_line(panels[1], chance, "chance")
+            panels[1].set_ylabel("score")
+            panels[1].set_title("Tasks")
+        for axes in panels:
+            if sweep.before_the_cliff is not None:
+                axes.axvline(sweep.before_the_cliff, color=ACCENT, linewidth=1.1)
+            axes.grid(visible=True)
+            widest = max(point.drop for point in sweep.points)
+            axes.set_xlim(-0.03 * widest, 1.03 * widest)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_xlabel("layers dropped; line: the largest cut before the cliff")
+        panels[0].legend(frameon=False)
+        if tasks:
+            panels[1].legend(frameon=False)
+        return _save(figure, path_stem)
+
+
+def _label_line(axes: Axes, height: float, label: str) -> None:
+    """At the right end, above the line."""
+    axes.annotate(
+        label,
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+    )
+
+
+def _normalized_loss(evaluation: Evaluation) -> tuple[float, float]:
+    loss = evaluation.loss
+    return loss.normalized, loss.stderr * loss.normalized / loss.nats
+
+
+def _task_score(evaluation: Evaluation, *, index: int) -> tuple[float, float]:
+    task = evaluation.tasks[index]
+    return task.value, task.stderr or 0.0
+
+
+def _draw_sweep(
+    axes: Axes,
+    sweep: Sweep,
+    values: Sequence[Callable[[Evaluation], tuple[float, float]]],
+    *,
+    labels: Sequence[str] = ("",),
+) -> None:
+    """A line a value: dashed for the pruned, solid for the healed models, both from the source on."""
+    kinds: list[tuple[str, list[tuple[float, Evaluation]]]] = [
+        ("pruned", [(0.0, sweep.source), *((point.drop, point.pruned) for point in sweep.points)])
+    ]
+    healed = [(point.drop, point.healed) for point in sweep.points if point.healed]
+    if healed:
+        kinds.append(("healed", [(0.0, sweep.source), *healed]))
+    for place, (value, label) in enumerate(zip(values, labels, strict=True)):
+        for kind, evaluations in kinds:
+            points = [(drop, *value(evaluation)) for drop, evaluation in evaluations]
+            drops, centres, errors = (list(column) for column in zip(*points, strict=True))
+            axes.errorbar(
+                drops,
+                centres,
+                yerr=errors,
+                color=SERIES[place % len(SERIES)],
+                linestyle="-" if kind == "healed" or not healed else (0, (4, 2)),
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                label=", ".join(filter(None, [label, kind])),
+            )
 
 
 def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int) -> str:

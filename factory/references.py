@@ -3,6 +3,7 @@
 import difflib
 import re
 from pathlib import Path
+from typing import Literal, get_args
 
 from factory.errors import DataError, UnknownModelError
 
@@ -12,6 +13,8 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
 DATA_NOTATION = f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][@revision]"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
+Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]  # how layers are chosen
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 
 

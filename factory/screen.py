@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, TaskScore, layer_ranges
+from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.preview import Preview, size
+from factory.sweep import share_kept
 
 STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
@@ -177,6 +178,79 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     rows.append(("published", url) if url else ("publish it", f"factory push {folder}"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+
+
+def show_plans(out: Console, plans: Plans, *, command: str) -> None:
+    """What each criterion would drop, what it costs, and which one to take."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("criterion")
+    table.add_column("layers that go")
+    columns = ["angular distance"]
+    if plans.losses:
+        columns += ["loss, unhealed", "behind the best", "passes to find"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for index, plan in enumerate(plans.plans):
+        mark = " ←" if plan.criterion == plans.chosen and len(plans.plans) > 1 else ""
+        row = [plan.criterion + mark, layer_ranges(plan.dropped)]
+        row.append(f"{plan.distance:.3f}" if plan.distance is not None else "")
+        if plans.losses:
+            cut = plans.losses.cuts[index]
+            row.append(f"{cut.nats:.3f} ± {cut.stderr:.3f}")
+            row.append(f"{cut.behind:.3f} ± {cut.behind_stderr:.3f}" if cut.behind else "")
+            row.append(f"{plan.passes:.0f}" if plan.passes is not None else "")
+        table.add_row(*row)
+    out.print()
+    out.print(table)
+    out.print()
+    if plans.losses:
+        losses = plans.losses
+        out.print(
+            f"Source: {losses.source.nats:.3f} ± {losses.source.stderr:.3f}, on {losses.num_documents} "
+            f"documents of {printable(losses.data.name)} that chose nothing, {losses.sequence_length} "
+            f"tokens at most.\nTake {plans.chosen}: {plans.reason}.",
+            soft_wrap=True,
+        )
+    suffix = "" if plans.chosen == "angular" else f" --criterion {plans.chosen}"
+    out.print(Text.assemble(("  build it    ", "dim"), printable(command + suffix)), soft_wrap=True)
+
+
+def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
+    """A line a cut, and the largest before the cliff."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    healed = any(point.healed for point in sweep.points)
+    names = ["dropped", "layers that go", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
+    names += [task.label for task in sweep.source.tasks]
+    for name in [*names, "kept"]:
+        table.add_column(name, justify="left" if name == "layers that go" else "right")
+    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source), "100%")
+    for point in sweep.points:
+        table.add_row(
+            f"{len(point.plan.dropped)} ({point.drop:.0%})",
+            layer_ranges(point.plan.dropped),
+            *_losses(point.pruned),
+            *(_losses(point.healed) if point.healed else []),
+            *_scores(point.best),
+            f"{share_kept(point.best, sweep.source):.0%}",
+            style="bold" if point.drop == sweep.before_the_cliff else "",
+        )
+    out.print()
+    out.print(table)
+    out.print()
+    largest = sweep.before_the_cliff
+    found = f"The largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
+    out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
+    for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
+        out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
+
+
+def _losses(evaluation: Evaluation) -> list[str]:
+    loss = evaluation.loss
+    return [f"{loss.nats:.3f} ± {loss.stderr:.3f}", f"{loss.normalized:.3f}"]
+
+
+def _scores(evaluation: Evaluation) -> list[str]:
+    return [_score(task) for task in evaluation.tasks]
 
 
 def verdict(build: Build) -> str:

@@ -8,6 +8,7 @@ from factory.errors import UsageError
 if TYPE_CHECKING:
     from factory.artifacts import Source
     from factory.config import BuildConfig, Recipe
+    from factory.run import Reporter
 
 
 def resolve_model(model: str, recipe: "Recipe | None") -> "Source":
@@ -23,18 +24,30 @@ def resolve_model(model: str, recipe: "Recipe | None") -> "Source":
     return hub.resolve(recipe.repo_id)
 
 
+def pull_source(source: "Source", reporter: "Reporter") -> "Source":
+    """The source with its weights here."""
+    if source.folder is not None:
+        return source
+    from factory import hub
+
+    reporter.started("pull")
+    pulled = hub.pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
+    reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+    return pulled
+
+
 def settle_options(
     model: str, drop: float, recipe: "Recipe | None", source: "Source", options: dict[str, Any]
 ) -> "BuildConfig":
-    """One complete configuration: options over the recipe over the defaults.
+    """One complete configuration: options over the recipe over the defaults. What a command lacks is unset.
 
     Raises:
         UsageError: Sequences longer than the model was made for.
     """
     from factory.config import settle
 
-    length = options["sequence_length"]
-    tasks = options["tasks"]
+    length = options.get("sequence_length")
+    tasks = options.get("tasks")
     named = (
         None if tasks is None else () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
     )
@@ -52,27 +65,33 @@ def settle_options(
         max_length=max_length,
         is_folder=source.repo_id is None,
         overrides={
-            "seed": options["seed"],
-            "heal_enabled": options["heal_enabled"],
+            "seed": options.get("seed"),
+            "heal_enabled": options.get("heal_enabled"),
             "measure": {
-                "data": options["calibration_data"],
-                "num_samples": options["samples"],
+                "data": options.get("calibration_data"),
+                "num_samples": options.get("samples"),
                 "sequence_length": length,
                 "exact_length": True if length else None,
+                "tokens": options.get("tokens"),
+                "four_bit": options.get("four_bit") or None,
+            },
+            "plan": {
+                "criterion": options.get("criterion"),
+                "num_documents": options.get("plan_documents"),
             },
             "heal": {
-                "data": options["heal_data"],
-                "num_steps": options["heal_steps"],
-                "learning_rate": options["heal_lr"],
-                "rank": options["heal_rank"],
+                "data": options.get("heal_data"),
+                "num_steps": options.get("heal_steps"),
+                "learning_rate": options.get("heal_lr"),
+                "rank": options.get("heal_rank"),
                 "sequence_length": length,
             },
             "evaluate": {
-                "data": options["eval_data"],
-                "num_documents": options["eval_documents"],
+                "data": options.get("eval_data"),
+                "num_documents": options.get("eval_documents"),
                 "sequence_length": length,
                 "tasks": named,
-                "limit": options["limit"],
+                "limit": options.get("limit"),
             },
         },
     )

@@ -8,38 +8,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from factory import references
-from factory.commands.asked import resolve_model, settle_options
-from factory.commands.options import CONTEXT, Fraction, home_option, print_json
+from factory.commands.asked import pull_source, resolve_model, settle_options
+from factory.commands.options import CONTEXT, Fraction, home_option, measuring_options, print_json
 from factory.errors import UsageError
+from factory.references import CRITERIA
 
 if TYPE_CHECKING:
     from factory.config import BuildConfig
 
-RERUN_STAGES = ("measure", "plan", "prune", "heal", "merge", "evaluate", "speed")
+RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--drop", type=Fraction(), required=True, help="Fraction of the decoder layers to drop.")
-@click.option("--calibration-data", metavar="DATA", help="Text to measure on.")
+@measuring_options
+@click.option(
+    "--criterion", type=click.Choice(CRITERIA), help="How the layers are chosen.  [default: angular]"
+)
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the other two.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
 @click.option("--limit", type=click.IntRange(1), help="Samples a task, for a quick look.")
-@click.option("--samples", type=click.IntRange(2), help="Documents to measure on.")
-@click.option("--sequence-length", type=click.IntRange(8), help="Tokens a sequence, in all stages.")
 @click.option("--heal/--no-heal", "heal_enabled", default=True, help="Heal the cut, or leave it.")
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of everything that is drawn.",
-)
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
 @home_option
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
@@ -101,12 +96,8 @@ def _build(model: str, drop: float, options: dict[str, Any]) -> None:
             print_json(vars(shown))
         return
     try:
-        if source.folder is None and pending:
-            reporter.started("pull")
-            source = hub.pull(
-                source, progress=lambda done, total: reporter.progressed("pull", done, total, "")
-            )
-            reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+        if pending:
+            source = pull_source(source, reporter)
         made = pipeline.build(run, source, out=out)
     finally:
         reporter.stop()

@@ -31,6 +31,19 @@ class Fraction(click.ParamType[float]):
         return number
 
 
+class Fractions(click.ParamType[tuple[float, ...]]):
+    """Fractions with commas between them, by rising size: 0.1,0.2,0.3."""
+
+    name = "fractions"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Refuse what holds something else, with that in the message."""
+        parts = str(value).split(",")
+        return tuple(sorted({Fraction().convert(part.strip(), param, ctx) for part in parts}))
+
+
 class Layers(click.ParamType[tuple[int, ...]]):
     """Layer numbers and inclusive ranges of them: 3,7,21-24."""
 
@@ -52,6 +65,41 @@ class Layers(click.ParamType[tuple[int, ...]]):
                 raise UsageError(f"--layers {value} names layer {twice[0]} twice", hint=LAYERS_HINT)
             layers += range(first, last + 1)
         return tuple(sorted(layers))
+
+
+def measuring_options(command: Any) -> Any:
+    """Options of every command that measures."""
+    for option in reversed(
+        (
+            click.option("--calibration-data", metavar="DATA", help="Text to measure on."),
+            click.option(
+                "--samples",
+                type=click.IntRange(2),
+                help="Documents to measure on.  [default: until the choice is certain]",
+            ),
+            click.option(
+                "--sequence-length", type=click.IntRange(8), help="Tokens a sequence, in all stages."
+            ),
+            click.option(
+                "--tokens",
+                type=click.Choice(["last", "all"]),
+                help="Whose states are compared; all: without the first.  [default: last]",
+            ),
+            click.option("--load-in-4bit", "four_bit", is_flag=True, help="Measure the model in NF4."),
+            click.option(
+                "--plan-documents", type=click.IntRange(2), help="Documents for a choice by the loss."
+            ),
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**32 - 1),
+                default=0,
+                show_default=True,
+                help="Of everything that is drawn.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 home_option = click.option(

@@ -1,0 +1,164 @@
+"""`factory plan` and `factory sweep`: what could be dropped, and what it would cost, before healing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from factory import references
+from factory.commands.asked import pull_source, resolve_model, settle_options
+from factory.commands.options import (
+    CONTEXT,
+    Fraction,
+    Fractions,
+    home_option,
+    measuring_options,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from factory.artifacts import Source
+    from factory.run import Run
+    from factory.screen import StageLines
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option("--drop", type=Fraction(), required=True, help="Fraction of the decoder layers to drop.")
+@click.option(
+    "--criterion",
+    type=click.Choice([*references.CRITERIA, "all"]),
+    default="angular",
+    show_default=True,
+    help="How layers are chosen; all: side by side, with the loss of each cut.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Distances measured elsewhere: a profile.json, or a CSV of PruneMe.",
+)
+@measuring_options
+@home_option
+@click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for plans and figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
+def plan(model: str, drop: float, **options: Any) -> None:
+    """Show which layers of MODEL could go, before anything is cut.
+
+    \b
+    angular          the block across which the states turn least (arXiv 2403.17887)
+    deepest          the last layers but one (the same paper's simple heuristic)
+    block-influence  the layers that each turn the states least (ShortGPT, arXiv 2403.03853)
+    loss             the block whose removal raises the loss least
+    greedy           one layer after another, each time the one that raises the loss least
+    """
+    from factory import pipeline
+    from factory.plan import FROM_PROFILE, read_profile
+    from factory.plots import distance_figure, terminal_heatmap
+    from factory.screen import show_plans
+
+    asked = options.pop("criterion")
+    source, run, reporter = _start(model, drop, options)
+    profile = read_profile(options["profile"], source=source) if options["profile"] else None
+    criteria = tuple(name for name in references.CRITERIA if asked in ("all", name))
+    if asked == "all" and profile and profile.influence is None:
+        criteria = tuple(name for name in criteria if name != "block-influence")
+    if not (profile and asked in FROM_PROFILE):  # those need no weights
+        source = pull_source(source, reporter)
+    try:
+        profile, plans = pipeline.make_plans(run, source, criteria, profile=profile)
+    finally:
+        reporter.stop()
+    chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
+    if options["save"]:
+        options["save"].mkdir(parents=True, exist_ok=True)
+        profile.write(options["save"])
+        plans.write(options["save"])
+        distance_figure(profile, chosen, path_stem=options["save"] / "angular-distance")
+    if options["as_json"]:
+        print_json(plans.model_dump(mode="json"))
+        return
+    screen = reporter.out
+    screen.print()
+    screen.print(terminal_heatmap(profile, chosen, width=min(screen.width, 100)), soft_wrap=True)
+    show_plans(screen, plans, command=f"factory build {model} --drop {drop:g}")
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--drop",
+    "drops",
+    type=Fractions(),
+    default="0.1,0.2,0.3,0.4,0.5,0.6",
+    show_default=True,
+    help="Fractions of the decoder layers to drop, each in turn.",
+)
+@click.option("--criterion", type=click.Choice(references.CRITERIA), help="[default: angular]")
+@measuring_options
+@click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the others.")
+@click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Samples a task, for a quick look.",
+)
+@click.option("--heal/--no-heal", "heal_enabled", default=False, help="Heal each cut too.  [default: no]")
+@click.option("--heal-data", metavar="DATA", help="Text to heal on.")
+@click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
+@home_option
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: sweeps/NAME]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
+def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
+    """Show the plateau and the cliff of MODEL: quality against the fraction of layers dropped.
+
+    Every cut is made on disk and measured as it would ship; a build of the same cut reuses it.
+    """
+    from factory import pipeline
+    from factory.config import num_dropped
+    from factory.plots import sweep_figure
+    from factory.screen import show_sweep
+
+    source, run, reporter = _start(model, drops[0], options)
+    by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
+    source = pull_source(source, reporter)
+    try:
+        found = pipeline.sweep(run, source, [by_size[size] for size in sorted(by_size)])
+    finally:
+        reporter.stop()
+    out = options["out"] or Path("sweeps") / source.name
+    out.mkdir(parents=True, exist_ok=True)
+    found.write(out)
+    sweep_figure(found, path_stem=out / "sweep")
+    if options["as_json"]:
+        print_json(found.model_dump(mode="json"))
+    else:
+        show_sweep(reporter.out, found, folder=out)
+
+
+def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, Run, StageLines]":
+    """What both commands begin with: the source, a run for it, and who is told."""
+    from factory.config import load_recipe
+    from factory.decoder import check_decoder
+    from factory.identity import check_tasks
+    from factory.run import Run, check_texts, open_texts
+    from factory.screen import StageLines, console
+    from factory.store import Store, default_home
+
+    references.check_model(model)
+    for data in ("calibration_data", "heal_data", "eval_data"):
+        if options.get(data) is not None:
+            references.check_data(options[data])
+    recipe = load_recipe(model) if model in references.aliases() else None
+    source = resolve_model(model, recipe)
+    config = settle_options(model, drop, recipe, source, options)
+    check_decoder(source.config)
+    if "tasks" in options:
+        check_tasks(config.evaluate, search=True)
+    texts = open_texts(config)
+    check_texts(texts)
+    store = Store((options["home"] or default_home()).absolute())
+    reporter = StageLines(console(stderr=options["as_json"]))
+    return source, Run(config, store, reporter, texts), reporter

@@ -1,0 +1,285 @@
+"""Each stage of a run: what it is made from, what decides its result, and what is said of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from factory.artifacts import (
+    Adapter,
+    Artifact,
+    Checkpoint,
+    CutLosses,
+    DistanceProfile,
+    Evaluation,
+    PruningPlan,
+    Source,
+    SpeedComparison,
+    layer_ranges,
+)
+from factory.config import num_dropped
+from factory.identity import task_identity, text_identity
+from factory.references import Criterion
+from factory.run import Run
+
+MADE_BY = {"pruned": "prune", "healed": "merge"}
+
+
+def measure_stage(run: Run, source: Source) -> DistanceProfile:
+    """Angular distance of every pair of layer inputs."""
+    settings = run.config.measure
+    block_sizes = run.block_sizes or (num_dropped(run.config.drop, source.num_layers),)
+
+    def work(folder: Path) -> Artifact:
+        from factory.measure import measure
+
+        return measure(
+            source,
+            run.texts.calibration,
+            settings=settings,
+            block_sizes=block_sizes if settings.num_samples is None else (),
+            seed=run.config.seed,
+            folder=folder,
+            progress=run.ticks("measure"),
+        )
+
+    return run.stage(
+        "measure",
+        DistanceProfile,
+        work,
+        # A fixed number of samples serves every block size.
+        parameters={
+            **_without_data(settings),
+            "seed": run.config.seed,
+            "certain_for": list(block_sizes) if settings.num_samples is None else [],
+        },
+        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
+        summary=lambda p: (
+            f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
+            + (", choice certain" if p.certain_for else "")
+        ),
+    )
+
+
+def plan_stage(
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
+) -> PruningPlan:
+    """Which layers go, by one criterion; the configuration's where none is given."""
+    from factory.plan import FROM_PROFILE, plan
+
+    criterion = criterion or run.config.plan.criterion
+    n = num_dropped(run.config.drop, source.num_layers)
+    if criterion not in FROM_PROFILE:
+        return search_stage(run, source, profile, criterion=criterion, block_size=n)
+
+    def work(_folder: Path) -> Artifact:
+        from factory.decoder import may_drop
+
+        return plan(
+            profile,
+            block_size=n,
+            criterion=criterion,
+            may_drop=lambda layers: may_drop(source.config, layers),
+        )
+
+    return run.stage(
+        "plan",
+        PruningPlan,
+        work,
+        parameters={"criterion": criterion, "block_size": n},
+        inputs={"profile": run.keys["measure"], "source": source.commit},
+        summary=_describe_plan,
+    )
+
+
+def search_stage(
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion, block_size: int
+) -> PruningPlan:
+    """Which layers go, by the loss without them; the profile only ranks the candidates."""
+    settings = run.config.plan.model_copy(update={"criterion": criterion})
+
+    def work(_folder: Path) -> Artifact:
+        from factory.search import search
+
+        return search(
+            source,
+            run.texts.calibration,
+            profile,
+            block_size=block_size,
+            settings=settings,
+            seed=run.config.seed,
+            progress=run.ticks("search"),
+        )
+
+    return run.stage(
+        "search",
+        PruningPlan,
+        work,
+        parameters={**settings.model_dump(), "block_size": block_size, "seed": run.config.seed},
+        inputs={"profile": run.keys["measure"], "text": text_identity(run.texts.calibration.data)},
+        summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
+    )
+
+
+def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
+    """Unhealed loss of several cuts, on documents of the calibration text that no search has seen."""
+    settings = run.config.plan
+
+    def work(_folder: Path) -> Artifact:
+        from factory.search import compare
+
+        return compare(
+            source,
+            run.texts.calibration,
+            cuts,
+            settings=settings,
+            seed=run.config.seed,
+            progress=run.ticks("compare"),
+        )
+
+    return run.stage(
+        "compare",
+        CutLosses,
+        work,
+        parameters={
+            **settings.model_dump(exclude={"criterion"}),
+            "cuts": [list(cut) for cut in cuts],
+            "seed": run.config.seed,
+        },
+        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
+        summary=lambda c: f"{len(c.cuts)} cuts on {c.num_documents} documents",
+    )
+
+
+def _describe_plan(plan: PruningPlan) -> str:
+    n = len(plan.dropped)
+    across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
+    by = "" if plan.criterion == "angular" else f" by {plan.criterion}"
+    share = f"{n / plan.num_layers:.0%}"
+    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
+
+
+def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
+    """Layer surgery on disk; keyed by the layers, not by the fraction that led to them."""
+
+    def work(folder: Path) -> Artifact:
+        from factory.prune import prune
+
+        return prune(source, plan, folder=folder, progress=run.ticks("prune"))
+
+    return run.stage(
+        "prune",
+        Checkpoint,
+        work,
+        parameters={"dropped": list(plan.dropped)},
+        inputs={"source": source.commit},
+        summary=lambda c: f"{_millions(source.num_parameters)} → {_millions(c.num_parameters)} parameters",
+    )
+
+
+def heal_stage(run: Run, pruned: Checkpoint) -> Adapter:
+    """QLoRA; resumes from its last trainer checkpoint."""
+
+    def work(folder: Path) -> Artifact:
+        from factory.heal import heal
+
+        return heal(
+            pruned,
+            run.texts.healing,
+            settings=run.config.heal,
+            seed=run.config.seed,
+            folder=folder,
+            progress=run.ticks("heal"),
+        )
+
+    return run.stage(
+        "heal",
+        Adapter,
+        work,
+        parameters={**_without_data(run.config.heal), "seed": run.config.seed},
+        inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
+        summary=lambda a: (
+            f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
+            f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
+        ),
+    )
+
+
+def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The adapter into full-precision weights. A stage of its own: failing here costs no training."""
+
+    def work(folder: Path) -> Artifact:
+        from factory.merge import merge
+
+        return merge(pruned, adapter, folder=folder, progress=run.ticks("merge"))
+
+    return run.stage(
+        "merge",
+        Checkpoint,
+        work,
+        parameters={},
+        inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
+        summary=lambda c: f"adapter merged into {len(c.files)} weight file{'s' * (len(c.files) > 1)}",
+    )
+
+
+def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:
+    """Loss and tasks of one of the three models; the source's is shared by all its builds."""
+
+    def work(into: Path) -> Artifact:
+        from factory.evaluate import evaluate
+
+        return evaluate(
+            model.local_folder if isinstance(model, Source) else model.folder,
+            run.texts.evaluation,
+            settings=run.config.evaluate,
+            into=into,
+            progress=run.ticks("evaluate", name),
+        )
+
+    model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
+    return run.stage(
+        "evaluate",
+        Evaluation,
+        work,
+        label=name,
+        parameters={
+            **_without_data(run.config.evaluate),
+            "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
+        },
+        inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
+        summary=lambda e: ", ".join(
+            [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.value:.1%}" for t in e.tasks)]
+        ),
+    )
+
+
+def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str) -> SpeedComparison:
+    """Tokens a second of source and result, in turns."""
+
+    def work(_folder: Path) -> Artifact:
+        from factory.evaluate import compare_speed
+
+        return compare_speed(source.local_folder, shipped.folder, progress=run.ticks("speed"))
+
+    return run.stage(
+        "speed",
+        SpeedComparison,
+        work,
+        parameters={},
+        inputs={"source": source.commit, "result": run.keys[MADE_BY[shipped_name]]},
+        summary=lambda s: (
+            f"decoding {s.result.decode_tokens_per_second / s.source.decode_tokens_per_second:.2f}× "
+            f"as fast, prefill {s.result.prefill_tokens_per_second / s.source.prefill_tokens_per_second:.2f}×"
+        ),
+    )
+
+
+def _without_data(settings: Any) -> dict[str, Any]:
+    """Parameters for a key: the data counts by its identity, not by the path it was given as."""
+    values: dict[str, Any] = settings.model_dump(mode="json")
+    values.pop("data")
+    return values
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
