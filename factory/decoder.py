@@ -13,7 +13,7 @@ from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 if TYPE_CHECKING:
     from torch.nn import ModuleList
 
-FIRST_NUMBER = re.compile(r"^(|.*?\.)(\d+)\.")
+FIRST_NUMBER = re.compile(r"^(|.*?\.)(0|[1-9][0-9]{0,8})\.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
         if match := FIRST_NUMBER.match(name):
             indices.setdefault(match[1], set()).add(int(match[2]))
     # Layers of multi-token prediction may be numbered on after the last decoder layer.
-    whole = [prefix for prefix, found in indices.items() if found >= set(range(num_layers))]
+    whole = [
+        prefix
+        for prefix, found in indices.items()
+        if sum(index < num_layers for index in found) == num_layers > 0
+    ]
     prefix = fields.only_decoder(whole, model_type=model_type, num_layers=num_layers)
     return DecoderStack(model_type, num_layers, prefix, path)
 

@@ -218,9 +218,14 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
 def _build(config: dict[str, Any]) -> Any:
     """The causal language model of a config.json, on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, __version__
 
     whole = full_config(config)
+    if type(whole) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']} is not among the causal language models of transformers {__version__}",
+            hint="a multimodal model can be pruned only if transformers loads its text part by itself",
+        )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(whole, attn_implementation="eager")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ from factory.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # torch's limit
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write halves of characters
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8,
@@ -104,6 +106,8 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
         raise damaged(path, f"its header is not JSON: {str(error)[:200]}") from error
     if not isinstance(header, dict) or raw[:1] != b"{":
         raise damaged(path, f"its header is not a JSON object but begins {raw[:20]!r}")
+    if any(SURROGATE.search(name) for name in header):
+        raise damaged(path, "a tensor's name is not Unicode")
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "__metadata__ must map strings to strings")

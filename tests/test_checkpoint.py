@@ -75,6 +75,7 @@ HOSTILE = {
     "space before the object": (b" {}", {}, "not a JSON object"),
     "a name twice": (b'{"a":1,"a":2}', {}, "'a' appears twice"),
     "a field twice": (b'{"a":{"dtype":"F32","dtype":"F16"}}', {}, "'dtype' appears twice"),
+    "half a character": (b'{"\\ud800":1}', {}, "not Unicode"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, {}, "__metadata__"),
     "metadata as a list": ({"__metadata__": []}, {}, "__metadata__"),
     "an entry that is a number": ({"a": 1}, {}, "must have dtype"),

@@ -122,6 +122,10 @@ def test_a_count_that_config_json_leaves_out_comes_from_the_class() -> None:
         ({"model_type": "nonesuch"}, [], "nonesuch is not known to transformers"),
         ({"model_type": "nonesuch", "auto_map": {}}, [], "nonesuch needs custom code"),
         ({}, [], "config.json names no model_type"),
+        ({"model_type": "llama", "num_hidden_layers": 10**12}, names("a.layers.", 4), "found none"),
+        ({"model_type": "llama", "num_hidden_layers": 0}, names("a.layers.", 4), "found none"),
+        ({"model_type": "llama", "num_hidden_layers": 2}, ["a.layers.01.w", "a.layers.²."], "found none"),
+        ({"model_type": "llama", "num_hidden_layers": 2}, [f"a.layers.{'9' * 5000}.w"], "found none"),
     ],
 )
 def test_what_has_no_single_stack_is_refused_by_name(
@@ -253,6 +257,13 @@ def test_what_cannot_be_right_is_refused_by_the_name_of_its_field(
 def test_a_period_is_accepted_where_the_kept_layers_still_follow_it() -> None:
     config = plain("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=1)
     assert prune_config(config, kept=[0, 1, 4, 7])["num_hidden_layers"] == 4
+
+
+def test_what_loads_only_as_something_else_is_refused_by_name() -> None:
+    with pytest.raises(
+        UnsupportedArchitectureError, match="qwen2_vl is not among the causal language models"
+    ):
+        prune_config({"model_type": "qwen2_vl", "num_hidden_layers": 8}, kept=[0, 1])
 
 
 def test_an_encoder_with_a_language_model_head_is_refused() -> None:
