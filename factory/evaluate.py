@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.exceptions import DatasetsError
 from transformers import set_seed
 
 from factory.artifacts import DataSource, Evaluation, Speed, SpeedComparison, TaskScore, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
+from factory.hub_errors import CLIENT_ERRORS, explain
 from factory.identity import EMBEDDED_TASKS, is_task_file, task_name
 from factory.models import best_device, compute_dtype, device_name, load_model, load_tokenizer, pad_batch
 from factory.texts import Text, windows
@@ -44,9 +46,12 @@ def evaluate(
     """Loss and task scores of the checkpoint in `folder`; losses by document go to `into`.
 
     Raises:
-        DataError: Too little text.
+        DataError: Too little text, or a task's questions that cannot be read.
+        HubError: The questions could not be had from the Hub.
         UsageError: An unknown task.
     """
+    for task in settings.tasks:  # what can fail for want of a connection comes before the work
+        _load_task(task, shots=settings.num_fewshot.get(task))
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)
@@ -137,7 +142,6 @@ def _score(
     """One lm-eval task or group, given by name or as a YAML file."""
     from lm_eval.evaluator import evaluate as run_harness
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
     name, loaded = _load_task(task, shots=settings.num_fewshot.get(task))
     for part in loaded["tasks"].values():
         part.set_fewshot_seed(seed=HARNESS_SEED)
@@ -193,13 +197,28 @@ def _load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
 
     MMLU alone is 57 data sets, and asking whether each is up to date takes hundreds of requests.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
     name, manager = _find_task(task)
-    loaded = manager.load([name])
+    try:
+        loaded = manager.load([name])
+    except (DatasetsError, *CLIENT_ERRORS) as error:
+        told = explain(error, repo_id=f"datasets/{_data_set_of(name, manager)}")
+        raise told or DataError(
+            f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
+            hint="its data set must be there and within reach; --tasks can leave it out",
+        ) from error
     for part in loaded["tasks"].values():
         if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
             default = part.get_config("num_fewshot") or 0
             part.set_config(key="num_fewshot", value=default if shots is None else shots)
     return name, loaded
+
+
+def _data_set_of(name: str, manager: Any) -> str:
+    """The data set of a task, or of the first task of a group."""
+    settings = {entry: known.cfg or {} for entry, known in manager.task_index.items() if name in entry}
+    paths = [settings.get(name, {}), *settings.values()]
+    return next((str(found["dataset_path"]) for found in paths if "dataset_path" in found), name)
 
 
 def _find_task(task: str) -> tuple[str, Any]:

@@ -58,7 +58,9 @@ def hub_api() -> HfApi:
     """A client without progress bars and remarks, whose calls end even if the server falls silent."""
     disable_progress_bars()
     # Its remarks on trying again hold signed addresses; what comes of it in the end is told by us.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    remarks = logging.getLogger("huggingface_hub")
+    if remarks.level == logging.WARNING:  # not where the user asked for more
+        remarks.setLevel(logging.ERROR)
     hooks = get_session().event_hooks["request"]
     if _bound_in_time not in hooks:
         hooks.append(_bound_in_time)

@@ -51,7 +51,7 @@ class Way:
 
     def run(self, *command: str, **more: str) -> Process:
         """Run a program as this user."""
-        return run(self.hub, self.home, *command, **self.variables, **more)
+        return run(self.hub, self.home, *command, **self.variables | more)
 
 
 def run(hub: Hub, home: Path, *command: str, **more: str) -> Process:
@@ -267,11 +267,12 @@ def test_nothing_that_was_published_names_a_place_a_user_or_a_machine(way: Way) 
 def test_pushing_again_uploads_nothing(way: Way) -> None:
     publication = way.build / "publication.json"
     before, commits = publication.read_bytes(), len(way.hub.repository(REPOSITORY).commits)
-    for forgotten in (False, True):
+    push = ("push", str(BUILD), REPOSITORY)
+    for command, forgotten in ((push, False), (push, True), ((*COMMAND, *SHORTER), False)):
         if forgotten:
             publication.unlink()
         seen = len(way.hub.requests)
-        done = way.run(*factory("push", str(BUILD), REPOSITORY))
+        done = way.run(*factory(*command))
         assert done.returncode == 0, done.stderr[-3000:]
         changing = [r for r in way.hub.requests[seen:] if r.method not in ("GET", "HEAD")]
         assert [r.path for r in changing] == ["/api/validate-yaml"]
@@ -321,6 +322,7 @@ def test_no_file_that_a_run_leaves_holds_the_token(xet: Way, lfs: Way) -> None:
 
 def test_nothing_that_a_run_prints_holds_the_token(xet: Way, lfs: Way) -> None:
     assert "curl -X" in xet.done.stderr  # the client did log its requests
+    assert "[Task: " not in xet.done.stderr  # lm-eval's remarks
     for way in (xet, lfs):
         assert TOKEN not in way.done.stdout + way.done.stderr
 
@@ -328,13 +330,29 @@ def test_nothing_that_a_run_prints_holds_the_token(xet: Way, lfs: Way) -> None:
 ECHO = f"no: {TOKEN} is not allowed"
 
 
+def refusal(hub: Hub, method: str, path: str) -> None:
+    headers = {"X-Error-Message": ECHO, "Content-Type": "application/json"}
+    hub.fail(method, path, status=403, body=json.dumps({"error": ECHO}), headers=headers)
+
+
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/commit/"])
 def test_a_refusal_that_repeats_the_token_is_printed_without_it(lfs: Way, path: str) -> None:
-    headers = {"X-Error-Message": ECHO, "Content-Type": "application/json"}
-    lfs.hub.fail("POST", path, status=403, body=json.dumps({"error": ECHO}), headers=headers, times=1)
+    refusal(lfs.hub, "POST", path)
     done = lfs.run(*factory("push", str(BUILD), "me/another"), **DEBUG)
     lfs.hub.app.faults.clear()
     assert done.returncode == 1
     assert "error: your token may not write to me/another" in done.stderr
     assert "not allowed" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_questions_that_cannot_be_had_are_told_in_one_line(xet: Way) -> None:
+    refusal(xet.hub, "GET", f"/api/datasets/{BOOLQ}/tree/")
+    command = factory(*COMMAND[:4], *SHORTER, "--tasks", "boolq", "--limit", "3", "--out", "elsewhere")
+    done = xet.run(*command, HF_DEBUG="0", HF_HUB_VERBOSITY="error", HF_HOME=str(xet.home / "third cache"))
+    xet.hub.app.faults.clear()
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: the Hub denies access to datasets/{BOOLQ}: no: … is not allowed",
+        "hint: use a token that may read it",
+    ]
