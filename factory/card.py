@@ -84,6 +84,7 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             without_option=_without_option(build),
             data=data_rows(build),
             license_url=_license_url(build),
+            is_block=build.dropped[-1] - build.dropped[0] + 1 == len(build.dropped),
             angular_figure=ANGULAR_FIGURE,
             healing_figure=HEALING_FIGURE if has_healing_figure and build.adapter else None,
         )
@@ -299,6 +300,10 @@ def data_rows(build: Build) -> list[tuple[str, DataSource]]:
 FLAGS = {
     ("measure", "data"): "--calibration-data",
     ("measure", "num_samples"): "--samples",
+    ("measure", "tokens"): "--tokens",
+    ("measure", "four_bit"): "--load-in-4bit",
+    ("plan", "criterion"): "--criterion",
+    ("plan", "num_documents"): "--plan-documents",
     ("heal", "data"): "--heal-data",
     ("heal", "num_steps"): "--heal-steps",
     ("heal", "learning_rate"): "--heal-lr",
@@ -308,7 +313,9 @@ FLAGS = {
     ("evaluate", "tasks"): "--tasks",
     ("evaluate", "limit"): "--limit",
 }
-SECTIONS = ("measure", "heal", "evaluate")
+SECTIONS = ("measure", "plan", "heal", "evaluate")
+WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option
+IMPLIED = {("measure", "exact_length")}  # by --sequence-length
 
 
 def reproduction_command(build: Build) -> Markup:
@@ -320,11 +327,13 @@ def reproduction_command(build: Build) -> Markup:
     if not config.heal_enabled:
         parts.append("--no-heal")
     differing = differing_settings(build)
-    lengths = {getattr(config, section).sequence_length for section in SECTIONS}
+    lengths = {getattr(config, section).sequence_length for section in WITH_LENGTH}
     if len(lengths) == 1 and any(key == "sequence_length" for _, key in differing):
         parts.append(f"--sequence-length {lengths.pop()}")
     for name, value in differing.items():
-        if name in FLAGS:
+        if name in FLAGS and isinstance(value, bool):
+            parts.append(FLAGS[name])
+        elif name in FLAGS:
             text = (",".join(value) or "none") if isinstance(value, list) else str(value)
             parts.append(f"{FLAGS[name]} {shlex.quote(plain(text))}")
     return Markup(" \\\n  ".join(parts))
@@ -363,10 +372,10 @@ def _reference(build: Build) -> str:
 def _without_option(build: Build) -> str:
     """Settings that no option of the command sets, as `heal.dropout = 0.1`."""
     config = BuildConfig.model_validate(build.config)
-    one_length = len({getattr(config, section).sequence_length for section in SECTIONS}) == 1
+    one_length = len({getattr(config, section).sequence_length for section in WITH_LENGTH}) == 1
     left = {
         name: value
         for name, value in differing_settings(build).items()
-        if name not in FLAGS and not (name[1] == "sequence_length" and one_length)
+        if name not in FLAGS and name not in IMPLIED and not (name[1] == "sequence_length" and one_length)
     }
     return ", ".join(f"{section}.{key} = {json.dumps(value)}" for (section, key), value in left.items())

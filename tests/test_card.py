@@ -7,6 +7,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,26 @@ def healing_discarded() -> Build:
     )
 
 
+def chosen_by(criterion: str) -> Build:
+    """The demo with layers chosen otherwise, measured over all tokens in NF4."""
+    build = demo_healed()
+    changes: dict[str, Any] = {"criterion": criterion}
+    if criterion in ("block-influence", "greedy"):
+        changes["dropped"] = (2, 5, 6)
+    if criterion in ("loss", "greedy"):
+        changes |= {"num_documents": 32, "passes": 9.5}
+    if criterion == "greedy":
+        changes["order"] = (6, 2, 5)
+    nothing = {"distance": None, "runner_up_start": None, "runner_up_distance": None}
+    config = build.config | {
+        "measure": build.config["measure"] | {"tokens": "all", "four_bit": True},
+        "plan": build.config["plan"] | {"criterion": criterion},
+    }
+    return build.model_copy(
+        update={"plan": build.plan.model_copy(update=nothing | changes), "config": config}
+    )
+
+
 # Golden files -----------------------------------------------------------------------------------
 
 CARDS = {
@@ -357,6 +378,7 @@ CARDS = {
     ),
     "unhealed": lambda: render(unhealed(), repo_id="someone/mistral-23-layers", has_healing_figure=False),
     "discarded": lambda: render(healing_discarded(), has_healing_figure=False),
+    "greedy": lambda: render(chosen_by("greedy"), has_healing_figure=False),
 }
 
 
@@ -380,6 +402,10 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     monkeypatch.setattr("factory.card.TEMPLATES", tmp_path)
     words = {"if", "else", "elif", "endif", "for", "endfor", "in", "set", "and", "or", "not", "none", "is"}
     survivors, tried = [], 0
+    others = [
+        partial(render, chosen_by(criterion), has_healing_figure=False)
+        for criterion in ("deepest", "loss", "block-influence")
+    ]
     for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
         without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
         for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):
@@ -389,7 +415,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
             place = expression.start() + name.end()
             (tmp_path / "card.md.j2").write_text(template[:place] + "_x" + template[place:], encoding="utf-8")
             tried += 1
-            if not any(_fails(card) for card in CARDS.values()):
+            if not any(_fails(card) for card in (*CARDS.values(), *others)):
                 survivors.append((template[:place].count("\n") + 1, name[0]))
     assert tried > 100
     assert survivors == []
@@ -615,6 +641,23 @@ def test_the_code_on_the_card_runs(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        ("deepest", "the deepest layers but the last were dropped"),
+        ("block-influence", "by Block Influence"),
+        ("loss", "raised the loss on 32 passages"),
+        ("greedy", "in the order 6, 2, 5."),
+    ],
+)
+def test_the_card_says_how_the_layers_were_chosen(criterion: str, said: str) -> None:
+    build = chosen_by(criterion)
+    card = render(build, has_healing_figure=False)
+    assert said in card
+    assert ("scattered" in card) == (build.dropped == (2, 5, 6))
+    assert said not in render(demo_healed(), has_healing_figure=False)
+
+
 # Reproduction and files -------------------------------------------------------------------------
 
 
@@ -631,6 +674,19 @@ def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:
     assert (options["heal_rank"], options["heal_steps"], options["samples"]) == (8, 2000, None)
     options = _options(unhealed())
     assert (options["model"], options["heal_enabled"], options["tasks"]) == ("mistral-7b", False, "none")
+
+
+def test_the_command_repeats_how_the_layers_were_measured_and_chosen() -> None:
+    build = demo_healed()
+    config = build.config | {
+        "measure": build.config["measure"] | {"tokens": "all", "four_bit": True, "exact_length": True},
+        "plan": build.config["plan"] | {"criterion": "greedy", "num_documents": 16},
+    }
+    changed = build.model_copy(update={"config": config})
+    options = _options(changed)
+    assert (options["tokens"], options["four_bit"]) == ("all", True)
+    assert (options["criterion"], options["plan_documents"]) == ("greedy", 16)
+    assert "settings without an option" not in render(changed, has_healing_figure=False)
 
 
 def test_the_command_of_a_recipe_left_alone_is_short() -> None:
