@@ -97,27 +97,32 @@ def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence
 
     Catches what names and shapes cannot show: a per-layer setting that went to another layer, and layers
     whose number in the cache is not their place. One model at a time is in memory, and of a model that
-    does not fit a few layers at a time, read from disk once for each of the three passes.
+    does not fit a few layers at a time, read from disk once for each pass.
 
     Raises:
-        VerificationError: Logits differ, or differ between one pass and a pass with a cache.
+        VerificationError: Logits differ in one pass, or where a second pass goes on from a cache.
     """
     with _quietly():  # transformers would remark on padding tokens among the random ones
         with _loaded(source_folder, scratch=pruned_folder) as source, decoder.skip_layers(source, dropped):
             vocab_size = source.get_input_embeddings().weight.shape[0]
             tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
-            expected = source(tokens, use_cache=False).logits  # [b, s, V]
+            expected = _logits(source, tokens)
         del source
         with _loaded(pruned_folder, scratch=pruned_folder) as pruned:
-            actual = pruned(tokens, use_cache=False).logits
-            prefix = pruned(tokens[:, :-4], use_cache=True)
-            cache, rest = prefix.get("past_key_values"), None
-            if cache is not None:
-                rest = pruned(tokens[:, -4:], past_key_values=cache, use_cache=True)
-    _check_equal(actual, expected, what="the source without the dropped layers")
-    if rest is not None:  # recurrent models keep their state under other names
-        cached = torch.cat([prefix.logits, rest.logits], dim=1)
-        _check_equal(cached, actual, what="one pass over the same tokens without a cache")
+            actual = _logits(pruned, tokens)
+    for how in expected:
+        _check_equal(actual[how], expected[how], what=f"the source without the dropped layers, {how}")
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits [b, s, V] of one pass, and of a pass and a second one that goes on from its cache."""
+    found = {"in one pass": model(tokens, use_cache=False).logits}
+    first = model(tokens[:, :-4], use_cache=True)
+    cache = first.get("past_key_values")
+    if cache is not None:  # recurrent models keep their state under other names
+        rest = model(tokens[:, -4:], past_key_values=cache, use_cache=True)
+        found["with a cache"] = torch.cat([first.logits, rest.logits], dim=1)
+    return found
 
 
 def _config(folder: Path) -> Any:

@@ -8,6 +8,7 @@ end in success or a FactoryError within its time and memory, and leave nothing o
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -41,8 +42,9 @@ CONFIG = {
 HOSTILE_NAMES = (
     "../outside.safetensors", "/tmp/outside.safetensors", "a/b.safetensors", "..", "", ".", "\0.safetensors",
     "~/x.safetensors", "C:\\x.safetensors", "..\\x.safetensors", "model.safetensors.index.json",
-    "config.json", "x" * 300 + ".safetensors", "file:x.safetensors", "\u202e.safetensors", "\ud800.safetensors",
-    "-rf.safetensors", "model.bin", "*.safetensors", "con.safetensors", "\n.safetensors", *SHARDS,
+    "config.json", "x" * 300 + ".safetensors", "file:x.safetensors", "\u202e.safetensors",
+    "\ud800.safetensors", "-rf.safetensors", "model.bin", "*.safetensors", "con.safetensors",
+    "\n.safetensors", *SHARDS,
 )  # fmt: skip
 HOSTILE_TENSORS = (
     "model.layers.01.w", "model.layers.-1.w", "model.layers.4.w", "model.layers." + "9" * 5000 + ".w",
@@ -51,8 +53,8 @@ HOSTILE_TENSORS = (
 )  # fmt: skip
 HOSTILE_VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**400, -(2**63), 1.5, -0.0, 1e308,
-    float("nan"), float("inf"), "", "F32", "BF16", "F4", "F99", "\0", "\ud800", [], [[]], [0], [0, 0], [-1], [2**62, 4], {},
-    {"": ""}, {"dtype": "F32"}, [1] * 70, [None], "0", "４",
+    float("nan"), float("inf"), "", "F32", "BF16", "F4", "F99", "\0", "\ud800", [], [[]], [0], [0, 0], [-1],
+    [2**62, 4], {}, {"": ""}, {"dtype": "F32"}, [1] * 70, [None], "0", "４",
 )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def mutated(value: Any, rng: random.Random, pool: tuple[Any, ...]) -> Any:
     places = list(walk(value))
     holder, key = rng.choice(places) if places else (None, None)
     new = rng.choice((*pool, *HOSTILE_VALUES, *HOSTILE_TENSORS, "DEEP"))
-    new = deep(300) if new == "DEEP" else new
+    new = deep(300) if new == "DEEP" else copy.deepcopy(new)  # what follows may change it
     if holder is None or rng.random() < 0.02:
         return new
     kind = rng.randrange(5)
@@ -197,8 +199,7 @@ def mutated(value: Any, rng: random.Random, pool: tuple[Any, ...]) -> Any:
         holder[key] += rng.choice((-8, -2, -1, 1, 2, 8, 2**32, 2**63))
     elif kind == 3:
         other, name = rng.choice(places)
-        with_other = json.loads(json.dumps(other[name])) if name in other or isinstance(other, list) else new
-        holder[key] = with_other
+        holder[key] = copy.deepcopy(other[name])
     else:
         holder[key] = new
     return value

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from factory.decoder import (
     DecoderStack,
@@ -16,63 +15,10 @@ from factory.decoder import (
     locate,
     prune_config,
     renumber,
-    skip_layers,
     verify_structure,
 )
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
-
-TINY: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64,
-    "sliding_window": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-MOE: dict[str, Any] = {**TINY, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-MLA: dict[str, Any] = {
-    **MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-}  # fmt: skip
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 8, "n_head": 4, "n_positions": 64, "vocab_size": 64}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": TINY,
-    "qwen2": {**TINY, "use_sliding_window": True, "max_window_layers": 4},
-    "qwen3": TINY,
-    "gemma2": TINY,
-    "gemma3_text": TINY,
-    "smollm3": TINY,
-    "gpt2": GPT2,
-    "gpt_neo": {
-        "hidden_size": 32, "num_layers": 8, "num_heads": 4, "vocab_size": 64, "window_size": 4,
-        "attention_types": [[["global", "local"], 4]], "max_position_embeddings": 64,
-    },
-    "gpt_neox": TINY,
-    "phi3": TINY,
-    "qwen3_moe": {**MOE, "num_experts": 4, "mlp_only_layers": [2, 6]},
-    "deepseek_v3": {**MLA, "first_k_dense_replace": 3},
-    "glm4_moe": {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 2},
-    "minicpm3": {**MLA, "scale_depth": 1.4},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 64},
-}  # fmt: skip
-
-
-def config_of(model_type: str, **fields: Any) -> dict[str, Any]:
-    """A configuration as config.json holds it."""
-    config = CONFIG_MAPPING[model_type](**{**FAMILIES.get(model_type, TINY), **fields})
-    return {**config.to_dict(), "model_type": model_type}
-
-
-def plain(model_type: str, **fields: Any) -> dict[str, Any]:
-    """A configuration that leaves everything else to the defaults of its class."""
-    return {"model_type": model_type, **TINY, **fields}
-
-
-def build(config: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    model = AutoModelForCausalLM.from_config(whole, attn_implementation="eager").eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
+from tests.families import build, config_of, plain
 
 # Names --------------------------------------------------------------------------------------------
 
@@ -308,29 +254,3 @@ def test_each_kept_layer_keeps_its_kind_window_and_position_encoding(model_type:
         before = kinds(build(config))
         after = kinds(build(prune_config(config, kept=sorted(kept))))
     assert after == [before[layer] for layer in sorted(kept)]
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_logits_and_cached_generation_equal_those_of_the_original_with_its_layers_skipped(
-    model_type: str,
-) -> None:
-    kept, dropped = [0, 2, 5, 6, 7], [1, 3, 4]
-    config = config_of(model_type)
-    original = build(config)
-    state = original.state_dict()
-    stack = locate(config, state)
-    kept_index = {old: new for new, old in enumerate(kept)}
-    pruned = build(prune_config(config, kept=kept))
-    renamed = {renumber(name, stack=stack, kept_index=kept_index): value for name, value in state.items()}
-    renamed.pop(None, None)
-    pruned.load_state_dict(renamed)  # raises if any name or shape differs
-    tokens = torch.randint(3, 64, (2, 16))
-    whole = original(tokens).logits.detach()
-    generate = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with torch.no_grad(), skip_layers(original, dropped):
-        expected = original(tokens).logits
-        words = original.generate(tokens[:, :8], **generate)
-    assert float((whole - expected).abs().max()) > 1e-3
-    assert torch.equal(pruned(tokens).logits, expected)
-    assert torch.equal(pruned.generate(tokens[:, :8], **generate), words)
-    assert torch.equal(original(tokens).logits, whole)

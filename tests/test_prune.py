@@ -246,6 +246,12 @@ def test_layers_in_another_order_show_in_the_logits(tmp_path: Path) -> None:
         verify_logits(source.local_folder, pruned.folder, dropped=(2,))
 
 
+def test_a_source_whose_cache_cuts_its_own_attention_short_is_no_fault_of_the_cut(tmp_path: Path) -> None:
+    """transformers gives a cache a window for a setting that the model itself does not read."""
+    source = save_source(tmp_path / "source", LlamaConfig(**SIZES, sliding_window=4))
+    assert drop(source, (2,), tmp_path / "pruned").verified == ("names and shapes", "logits")
+
+
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
     plan = PruningPlan(criterion="test", num_layers=8, dropped=(7,))
