@@ -645,7 +645,7 @@ def test_the_code_on_the_card_runs(
     ("criterion", "said"),
     [
         ("deepest", "the deepest layers but the last were dropped"),
-        ("block-influence", "by Block Influence"),
+        ("block-influence", "by the Block Influence of ShortGPT"),
         ("loss", "raised the loss on 32 passages"),
         ("greedy", "in the order 6, 2, 5."),
     ],

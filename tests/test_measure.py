@@ -1,6 +1,9 @@
 """Distances are those of the definition, at the last real token, whatever the batch and the padding."""
 
 import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from factory.artifacts import DataSource, DistanceProfile
+from factory.artifacts import DataSource, DistanceProfile, Source
 from factory.config import MeasureSettings
-from factory.errors import ModelError
-from factory.measure import Moments, Sums, angular_distances, measure_batches, take_samples
+from factory.errors import DataError, ModelError
+from factory.measure import Moments, Sums, angular_distances, measure, measure_batches, take_samples
 from factory.plan import plan
+from factory.references import DEMO_MODEL
 from factory.texts import Text
 
 SIZES = {
@@ -142,6 +146,135 @@ class WordTokenizer:
 
 def text_of(documents: list[str]) -> Text:
     return Text(DataSource(name="some text", version="1"), lambda: iter(documents))
+
+
+def test_block_influence_is_the_mean_over_tokens_of_one_minus_the_cosine() -> None:
+    model = toy("llama", 4)
+    found = torch.tensor(profile_of(model).influence)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for sample in samples(7):
+        with torch.no_grad():
+            states = model(torch.tensor([sample]), output_hidden_states=True).hidden_states[:4]
+        for layer, (a, b) in enumerate(pairwise(states)):  # [1, s, d]; the first token is an outlier
+            cosine = torch.cosine_similarity(a[0, 1:].double(), b[0, 1:].double(), dim=-1)
+            expected[layer] += (1 - cosine).mean() / 7
+    assert (found[:3] - expected).abs().max() < 1e-6
+
+
+def test_distances_over_all_tokens_leave_out_the_first() -> None:
+    model = toy("llama", 3)
+    taken = list(enumerate(samples(5)))
+    batches = measure_batches(model, taken, pad_token_id=0, max_tokens=30, all_tokens=True)
+    found = torch.cat([distances for distances, _ in batches]).mean(dim=0)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for sample in samples(5):
+        with torch.no_grad():
+            states = model(torch.tensor([sample]), output_hidden_states=True).hidden_states[:3]
+        together = torch.stack([state[0, 1:].double() for state in states], dim=1)  # [s - 1, 3, d]
+        expected += angular_distances(together).mean(dim=0) / 5
+    assert (found[:3, :3] - expected).abs().max() < 1e-6
+
+
+# When to stop -----------------------------------------------------------------------------------
+
+
+def distances_with(best: float, *, noise: float, count: int, num_layers: int = 5) -> torch.Tensor:
+    """Samples [b, L + 1, L + 1] in which the block of 2 layers from layer 1 on has mean distance `best`."""
+    generator = torch.Generator().manual_seed(0)
+    size = num_layers + 1
+    found = torch.full((count, size, size), 0.5, dtype=torch.float64)
+    found += noise * torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    found[:, 1, 3] += best - 0.5
+    return found
+
+
+def sums_of(distances: torch.Tensor) -> Sums:
+    sums = Sums(distances.shape[1] - 1, (2,))
+    sums.add(
+        [(number, [1, 2]) for number in range(len(distances))],
+        [(distances, torch.zeros(len(distances), distances.shape[1] - 1, dtype=torch.float64))],
+    )
+    return sums
+
+
+def test_the_lead_is_that_of_the_paired_difference_in_standard_errors() -> None:
+    distances = distances_with(0.4, noise=0.1, count=50)
+    rivals = [distances[:, start, start + 2] - distances[:, 1, 3] for start in (0, 2)]
+    expected = min(float(d.mean() / (d.std() / math.sqrt(50))) for d in rivals)
+    assert sums_of(distances).lead(2) == pytest.approx(expected)
+
+
+def test_the_choice_is_certain_only_where_every_rival_is_three_standard_errors_behind() -> None:
+    assert sums_of(distances_with(0.4, noise=0.1, count=200)).certain() == (2,)
+    assert sums_of(distances_with(0.499, noise=0.1, count=200)).certain() == ()
+
+
+def test_a_block_that_is_equal_in_every_sample_does_not_keep_the_choice_open() -> None:
+    distances = distances_with(0.4, noise=0.0, count=10)
+    distances[:, 0, 2] = distances[:, 1, 3]
+    assert sums_of(distances).certain() == (2,)
+
+
+@pytest.fixture(scope="module")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    from factory import hub
+
+    return hub.resolve(str(DEMO_MODEL)).model_copy(update={"folder": DEMO_MODEL})
+
+
+def measured(source: Source, folder: Path, *, documents: int = 200, **settings: Any) -> DistanceProfile:
+    words = [
+        f"def f{number}(x):\n    return x + {number}\n" * (number % 7 + 1) for number in range(documents)
+    ]
+    return measure(
+        source,
+        text_of(words),
+        settings=MeasureSettings(**{"sequence_length": 16, **settings}),
+        block_sizes=(),
+        seed=0,
+        folder=folder,
+        progress=lambda *_: None,
+    )
+
+
+def test_a_killed_measurement_goes_on_where_it_was(
+    tiny_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.measure.SAVE_EVERY", 64)
+    whole = measured(tiny_source, tmp_path, num_samples=160)
+    assert not (tmp_path / "measuring.pt").exists()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, total: int, note: str) -> None:
+        if done >= 128:
+            raise Killed
+
+    text = text_of(
+        [f"def f{number}(x):\n    return x + {number}\n" * (number % 7 + 1) for number in range(200)]
+    )
+    arguments: dict[str, Any] = {"block_sizes": (), "seed": 0, "folder": tmp_path}
+    settings = MeasureSettings(sequence_length=16, num_samples=160)
+    with pytest.raises(Killed):
+        measure(tiny_source, text, settings=settings, progress=kill, **arguments)
+    assert (tmp_path / "measuring.pt").exists()
+    seen: list[int] = []
+    again = measure(
+        tiny_source, text, settings=settings, progress=lambda done, *_: seen.append(done), **arguments
+    )
+    assert seen[0] == 128
+    assert again == whole
+
+
+def test_fewer_documents_than_asked_is_an_error(tiny_source: Source, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds 20 usable documents; 30 were asked for"):
+        measured(tiny_source, tmp_path, documents=20, num_samples=30)
+
+
+def test_sequences_shorter_than_asked_are_an_error(tiny_source: Source, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the longest of 20 documents .* sequences of 200 were asked for"):
+        measured(tiny_source, tmp_path, documents=20, num_samples=20, sequence_length=200, exact_length=True)
 
 
 def test_each_document_gives_one_sample_cut_to_length() -> None:
