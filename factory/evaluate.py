@@ -202,7 +202,9 @@ def _load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
     try:
         loaded = manager.load([name])
     except (DatasetsError, *CLIENT_ERRORS) as error:
-        told = explain(error, repo_id=f"datasets/{_data_set_of(name, manager)}")
+        # `datasets` also raises RuntimeError for a data set that is a program, which is no fault of the Hub.
+        about_the_hub = not isinstance(error, RuntimeError)
+        told = explain(error, repo_id=f"datasets/{_data_set_of(name, manager)}") if about_the_hub else None
         raise told or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",
