@@ -65,6 +65,10 @@ class HubError(FactoryError):
     """The Hub said no, could not be reached, or returned something else than it promised."""
 
 
+class LicenseError(FactoryError):
+    """A licence that forbids what was asked."""
+
+
 class DiskSpaceError(FactoryError):
     """Too little disk for the build."""
 

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from factory import __version__
 from factory.artifacts import Build, Checkpoint, DistanceProfile, Publication, sha256_of_file
 from factory.config import BuildConfig, build_name
@@ -35,6 +37,7 @@ LIBRARIES = (
 MOMENTARY = {"seconds", "speed", "versions", "factory_version"}
 # Files of a stage folder that are the store's, not the model's.
 NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
+RECIPE = "recipe.yaml"
 DISTANCE_FIGURE = "angular-distance"
 HEALING_FIGURE = "healing"
 
@@ -83,7 +86,9 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     if not (out / Build.file_name).is_file():
         return None
     found = Build.read(out)
-    whole = all((out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json"])
+    whole = all(
+        (out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json", RECIPE]
+    )
     same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
     if not (whole and same):
         return None
@@ -128,6 +133,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
             place(path, target / path.relative_to(model))
     check_weights(build, target)
     write_card_and_figures(build, profile, target)
+    write_recipe(build, target)
     for folder in (target, partial):
         build.write(folder)
     profile.write(partial)
@@ -149,6 +155,24 @@ def check_weights(build: Build, folder: Path) -> None:
                 f"{name} is missing or has changed since it was made",
                 hint=f"run the build again with --rerun {stage}",
             )
+
+
+def write_recipe(build: Build, folder: Path) -> None:
+    """Write the settings of a build for people, with what pins its source and its texts."""
+    source, healing = build.source, build.adapter
+    texts = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
+    if healing:
+        texts["heal"] = healing.data
+    recipe = {
+        "source": {"repo_id": source.repo_id, "commit": source.commit},
+        **{key: value for key, value in build.config.items() if key != "reference"},
+        "texts": {use: {"name": text.name, "version": text.version} for use, text in texts.items()},
+        "dropped": list(build.dropped),
+        "made_with": f"hf-factory {build.factory_version}",
+    }
+    head = "# What this model was made of and how; `factory build REPOSITORY --reproduce` makes it again.\n"
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    (folder / RECIPE).write_text(head + text, encoding="utf-8")
 
 
 def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path) -> None:

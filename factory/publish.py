@@ -76,7 +76,7 @@ def push(
     Args:
         folder: A build's `model/`.
         repo_id: `owner/name`; `name` and `~/name` mean the account that is logged in.
-        private: Of a new repository; an existing one stays as it is.
+        private: Of a new repository; an existing one stays as it is, so that a public one is refused.
         revision: Branch to commit to; made from `main` if it is new. None: `main`.
         create_pr: Propose the commit as a pull request.
         message: Of the commit.
@@ -100,11 +100,16 @@ def push(
         remote = _remote_files(api, repo_id, commit=head)
         if not (force or create_pr):
             _check_ours(remote, repo_id=repo_id, commit=head)
+        if private and not (info.private or create_pr):
+            raise HubError(
+                f"{repo_id} is there already and public",
+                hint="nothing was published; --public publishes there, or choose another name",
+            )
         if new_branch:
             api.create_branch(repo_id, branch=new_branch, revision=head)
     stale = [name for name in remote if _is_weight(name) and name not in local]
     changed = _differing(folder, local, remote)
-    commit = head
+    commit, url = head, f"{constants.ENDPOINT}/{repo_id}"
     if stale or changed:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, folder / name) for name in changed),
@@ -116,10 +121,11 @@ def push(
             "create_pr": create_pr,
             "parent_commit": head,
         }
-        commit = _commit(api, repo_id, operations, request, folder=folder, local=local)
+        commit, proposal = _commit(api, repo_id, operations, request, folder=folder, local=local)
+        url = proposal or url
     return Publication(
         repo_id=repo_id,
-        url=f"{constants.ENDPOINT}/{repo_id}",
+        url=url,
         commit=commit,
         private=bool(info.private),
         files=local,
@@ -229,11 +235,16 @@ def _commit(
     *,
     folder: Path,
     local: dict[str, str],
-) -> str:
-    """Make the one commit and compare every file with what then lies on the Hub; returns its hash."""
+) -> tuple[str, str | None]:
+    """Make the one commit and compare every file with what then lies on the Hub.
+
+    Returns:
+        The commit's hash, and the address of the pull request if it is one.
+    """
+    proposal = None
     try:
         made: CommitInfo = api.create_commit(repo_id, operations, **request)
-        commit = made.oid
+        commit, proposal = made.oid, made.pr_url
     except CLIENT_ERRORS as error:
         # The commit may have been made although its answer was lost.
         landed = is_unknown(error) and _landed(api, repo_id, request, folder=folder, local=local)
@@ -256,7 +267,7 @@ def _commit(
                 f"{name} on {repo_id} at {commit[:12]} is not what was uploaded",
                 hint=f"{AGAIN}; if it happens twice, report it",
             )
-    return commit
+    return commit, proposal
 
 
 def _landed(

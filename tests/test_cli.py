@@ -50,7 +50,7 @@ def error_of(*arguments: str, home: Path) -> tuple[int, str, str]:
         (["build", "demo", "--drop", "-1"], "--drop -1", "--drop 0.3"),
         (["build", "demo", "--drop", "nan"], "--drop nan", "--drop 0.3"),
         (["build", "demo", "--drop", "some"], "--drop some", "--drop 0.3"),
-        (["build", "demo"], "--drop", "--help"),
+        (["build", "demo"], "--drop", "--drop 0.3"),
         (["build", "demo", "--drop", "0.3", "--samples", "1"], "1", "--help"),
         (["build", "demo", "--drop", "0.3", "--rerun", "everything"], "everything", "--help"),
         (["build", "demo", "--drop", "0.3", "--heal-lr", "nan"], "nan", "--heal-lr"),

@@ -229,6 +229,7 @@ def bench(served_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     model = AutoModelForCausalLM.from_pretrained(save_llama(folder / "model", num_layers=6))
     (folder / "model" / "model.safetensors").unlink()
     model.save_pretrained(folder / "model", max_shard_size="200KB")
+    (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\n")
     for name in ("measured", "healed", "evaluated"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(8)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))

@@ -348,7 +348,9 @@ def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client
     proposal = push(xet, build, "alice/thesis", create_pr=True)
     assert hub.files("alice/thesis") == before
     assert hub.files("alice/thesis", revision=proposal.value["commit"]) == before | content_of(build)
-    assert push(xet, build, "alice/thesis", force=True).error is None
+    assert proposal.value["url"] == f"{hub.url}/alice/thesis/discussions/1"
+    refused(push(xet, build, "alice/thesis", force=True), "public", "--public", "nothing was published")
+    assert push(xet, build, "alice/thesis", force=True, private=False).error is None
     assert hub.files("alice/thesis") == before | content_of(build)
 
 

@@ -22,6 +22,7 @@ LAYERS = (
     ("hub", "preview", "layout", "space"),
     ("removal",),
     ("run",),
+    ("reproduce",),
     ("stages",),
     ("pipeline",),
     ("screen",),

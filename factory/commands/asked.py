@@ -1,12 +1,14 @@
 """From what was typed to the source and the complete configuration that it means."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factory import references
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
-    from factory.artifacts import Source
+    from factory.artifacts import Build, Source
     from factory.config import BuildConfig, Recipe
     from factory.run import Reporter
 
@@ -36,6 +38,53 @@ def pull_source(source: "Source", reporter: "Reporter") -> "Source":
     return pulled
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a build command asks for, complete."""
+
+    reference: str  # as typed
+    source: "Source"
+    config: "BuildConfig"
+    out: Path
+    repeats: "Build | None" = None  # a finished build that is made again
+
+
+def ask(model: str, options: dict[str, Any]) -> Asked:
+    """What `factory build` is to make, of what, and where; no weight is read."""
+    from factory.config import build_name, load_recipe
+
+    if options["reproduce"]:
+        return _ask_again(model, options)
+    recipe = load_recipe(model) if model in references.aliases() else None
+    source = resolve_model(model, recipe)
+    config = settle_options(model, options["drop"], recipe, source, options)
+    out = options["out"] or Path("builds") / build_name(source.name, config.drop)
+    return Asked(model, source, config, out)
+
+
+def _ask_again(reference: str, options: dict[str, Any]) -> Asked:
+    """The same for a build that repeats a finished one."""
+    from factory import hub, reproduce
+
+    found = reproduce.read_build(reference)
+    source = reproduce.same_source(found, hub.resolve(reproduce.source_reference(found)))
+    files = {
+        "measure": options["calibration_data"],
+        "heal": options["heal_data"],
+        "evaluate": options["eval_data"],
+    }
+    config = reproduce.same_settings(found, files=files, tasks=_named_tasks(options["tasks"]))
+    out = options["out"] or Path("builds") / f"{found.name}-reproduced"
+    return Asked(reference, source, config, out, repeats=found)
+
+
+def _named_tasks(tasks: str | None) -> tuple[str, ...] | None:
+    """--tasks as names; None where it was not given."""
+    if tasks is None:
+        return None
+    return () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
+
+
 def settle_options(
     model: str, drop: float, recipe: "Recipe | None", source: "Source", options: dict[str, Any]
 ) -> "BuildConfig":
@@ -47,10 +96,6 @@ def settle_options(
     from factory.config import settle
 
     length = options.get("sequence_length")
-    tasks = options.get("tasks")
-    named = (
-        None if tasks is None else () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
-    )
     max_length = _max_length(source.config)
     if length is not None and length > max_length:
         raise UsageError(
@@ -90,7 +135,7 @@ def settle_options(
                 "data": options.get("eval_data"),
                 "num_documents": options.get("eval_documents"),
                 "sequence_length": length,
-                "tasks": named,
+                "tasks": _named_tasks(options.get("tasks")),
                 "limit": options.get("limit"),
             },
         },

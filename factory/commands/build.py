@@ -6,22 +6,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from factory import references
-from factory.commands.asked import pull_source, resolve_model, settle_options
+from factory.commands.asked import Asked, ask, pull_source
 from factory.commands.options import CONTEXT, Fraction, home_option, measuring_options, print_json
+from factory.commands.publishing import license_option, say_license
 from factory.errors import UsageError
 from factory.references import CRITERIA
 
 if TYPE_CHECKING:
-    from factory.config import BuildConfig
+    from rich.console import Console
 
+    from factory.artifacts import Build
+    from factory.config import BuildConfig
+    from factory.run import Reporter, Run
+
+# What a build can be given that repeats another: nothing that would make it another build.
+WITH_REPRODUCE = {
+    *("model", "reproduce", "calibration_data", "heal_data", "eval_data", "tasks", "out", "home"),
+    *("push_to", "public", "accept_license", "rerun", "dry_run", "as_json"),
+}
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("model")
-@click.option("--drop", type=Fraction(), required=True, help="Fraction of the decoder layers to drop.")
+@click.option("--drop", type=Fraction(), help="Fraction of the decoder layers to drop.")
+@click.option("--reproduce", is_flag=True, help="MODEL is a build: make it again, and compare the weights.")
 @measuring_options
 @click.option(
     "--criterion", type=click.Choice(CRITERIA), help="How the layers are chosen.  [default: angular]"
@@ -39,85 +51,125 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @home_option
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
 @click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
+@license_option
 @click.option("--rerun", type=click.Choice(RERUN_STAGES), multiple=True, help="Make a stage again.")
 @click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
-def build(model: str, drop: float, **options: Any) -> None:
+def build(model: str, **options: Any) -> None:
     """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
 
     DATA is a .jsonl, .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set
     owner/name[:config][@revision]. The same command again goes on where it was cut short, and
     reuses whatever is finished.
+
+    With --reproduce, MODEL is a build's folder or a repository that one was published in: its build.json
+    says what to repeat. A text that was a file is given again with its option.
     """
     references.check_model(model)
     _check_options(options)
     for data in ("calibration_data", "heal_data", "eval_data"):
         if options[data] is not None:
             references.check_data(options[data])
-    _build(model, drop, options)
+    _build(model, options)
 
 
-def _build(model: str, drop: float, options: dict[str, Any]) -> None:
+def _build(model: str, options: dict[str, Any]) -> None:
     from factory import hub, pipeline
-    from factory.config import build_name, load_recipe
-    from factory.decoder import check_decoder
-    from factory.identity import check_tasks
     from factory.layout import check_out
     from factory.preview import preview
-    from factory.run import Run, check_texts, open_texts
-    from factory.screen import StageLines, console, show_preview, show_result
-    from factory.store import Store, default_home
+    from factory.screen import StageLines, console, show_preview
 
     if options["push_to"]:
         hub.full_name(options["push_to"])  # nobody logged in: say so now, not after hours
     as_json = options["as_json"]
     screen = console(stderr=as_json)
     reporter = StageLines(screen)
-    recipe = load_recipe(model) if model in references.aliases() else None
-    source = resolve_model(model, recipe)
-    config = settle_options(model, drop, recipe, source, options)
-    out = options["out"] or Path("builds") / build_name(source.name, drop)
-    store = Store((options["home"] or default_home()).absolute())
-    check_tasks(config.evaluate, search=False)
-    check_out(out)
-    texts = open_texts(config)
-    run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
-    pending = pipeline.pending(run, source)
-    if "prune" in pending:
-        check_decoder(source.config)
-    check_tasks(config.evaluate, search="evaluate" in pending)
-    if {"measure", "heal", "evaluate"} & set(pending):
-        check_texts(texts)
-    shown = preview(source, config, pending=pending, home=store.home)
+    asked = ask(model, options)
+    if options["push_to"]:
+        say_license(asked.source, accepted=options["accept_license"])
+    check_out(asked.out)
+    run, pending = _prepare(asked, options, reporter)
+    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home)
     if not (as_json and options["dry_run"]):
-        show_preview(screen, shown, title=f"{source.name} → {out}", lines=_preview_lines(config))
+        title = f"{asked.source.name} → {asked.out}"
+        show_preview(screen, shown, title=title, lines=_preview_lines(asked.config))
     if options["dry_run"]:
         if as_json:
             print_json(vars(shown))
         return
     try:
-        if pending:
-            source = pull_source(source, reporter)
-        made = pipeline.build(run, source, out=out)
+        source = pull_source(asked.source, reporter) if pending else asked.source
+        made = pipeline.build(run, source, out=asked.out)
     finally:
         reporter.stop()
-    url, publication = None, None
+    _finish(screen, made, asked, options)
+
+
+def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tuple["Run", tuple[str, ...]]:
+    """The run and the stages that it still has to make, once everything that they need was looked at."""
+    from factory import pipeline
+    from factory.decoder import check_decoder
+    from factory.identity import check_tasks
+    from factory.reproduce import check_same_texts
+    from factory.run import Run, check_texts, open_texts
+    from factory.store import Store, default_home
+
+    config = asked.config
+    store = Store((options["home"] or default_home()).absolute())
+    check_tasks(config.evaluate, search=False)
+    texts = open_texts(config)
+    if asked.repeats:
+        check_same_texts(asked.repeats, texts)
+    run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
+    pending = pipeline.pending(run, asked.source)
+    if "prune" in pending:
+        check_decoder(asked.source.config)
+    check_tasks(config.evaluate, search="evaluate" in pending)
+    if {"measure", "heal", "evaluate"} & set(pending):
+        check_texts(texts)
+    return run, pending
+
+
+def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> None:
+    """Publish where asked, and show what came of it."""
+    from factory import pipeline
+    from factory.reproduce import comparison
+    from factory.screen import show_result
+
+    result, url = made.model_dump(mode="json"), None
     if options["push_to"]:
         message = f"Publish {made.name}"
         publication = pipeline.publish(
-            out, options["push_to"], private=not options["public"], message=message
+            asked.out, options["push_to"], private=not options["public"], message=message
         )
         url = publication.url
-    if as_json:
-        published = {"publication": publication.model_dump(mode="json")} if publication else {}
-        print_json(made.model_dump(mode="json") | published)
-    else:
-        show_result(screen, made, folder=out, url=url)
+        result["publication"] = publication.model_dump(mode="json")
+    told = comparison(asked.repeats, made, reference=asked.reference) if asked.repeats else None
+    if options["as_json"]:
+        print_json(result | ({"reproduced": told} if told else {}))
+        return
+    show_result(screen, made, folder=asked.out, url=url)
+    if told:
+        screen.print(f"\n{told}", soft_wrap=True)
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse what click's types let through."""
     rate, repository, tasks = options["heal_lr"], options["push_to"], options["tasks"]
+    if options["reproduce"]:
+        context = click.get_current_context()
+        typed = {
+            name
+            for name in context.params
+            if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        }
+        if others := sorted(typed - WITH_REPRODUCE):
+            option = next(p for p in context.command.params if p.name == others[0]).opts[0]
+            raise UsageError(
+                f"{option} with --reproduce, which repeats a build as it was", hint="leave one of them out"
+            )
+    elif options["drop"] is None:
+        raise UsageError("--drop is missing", hint="--drop 0.3 drops three of ten layers")
     if rate is not None and not math.isfinite(rate):
         raise UsageError(f"--heal-lr {rate} is no learning rate", hint="--heal-lr 3e-4")
     if options["public"] and not repository:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from factory.commands.options import CONTEXT, build_folder
+from factory.commands.publishing import license_option, say_license
 
 
 @click.command(context_settings=CONTEXT)
@@ -16,12 +17,19 @@ from factory.commands.options import CONTEXT, build_folder
 @click.option("--revision", help="Branch to commit to.  [default: main]")
 @click.option("--message", help="Commit message.")
 @click.option("--force", is_flag=True, help="Also into a repository that holds other content.")
+@license_option
 def push(folder: Path, repository: str | None, **options: Any) -> None:
-    """Publish a finished BUILD on the Hub, in one commit."""
+    """Publish a finished BUILD on the Hub, in one commit.
+
+    OWNER/NAME is, unless it is given, the source's name and the fraction under your account. The
+    repository is private unless --public is said; one that is there already stays as it is.
+    """
+    from factory.artifacts import Build
     from factory.pipeline import publish
 
     message = options.pop("message") or "Publish a model without some of its layers"
-    click.echo(publish(build_folder(folder), repository, message=message, **options).url)
+    say_license(Build.read(build_folder(folder)).source, accepted=options.pop("accept_license"))
+    click.echo(publish(folder, repository, message=message, **options).url)
 
 
 @click.command(context_settings=CONTEXT)

@@ -1,0 +1,207 @@
+"""A finished build made again: what its `build.json` pins, and how the result compares."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from factory import __version__
+from factory.artifacts import Build, DataSource, Source, layer_ranges
+from factory.config import BuildConfig, load_recipe
+from factory.errors import DataError, HubError, StoreError, VerificationError
+from factory.identity import is_task_file
+from factory.references import (
+    DEMO_MODEL,
+    HUB_NAME,
+    STANDARD_LIBRARY,
+    aliases,
+    local_path,
+    unknown_model,
+)
+from factory.run import Texts
+
+DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
+
+
+def read_build(reference: str) -> Build:
+    """What a build says of itself.
+
+    Args:
+        reference: The folder of a build or of a published model, or `owner/name[@revision]`.
+
+    Raises:
+        UnknownModelError: No folder, and not written like a repository name.
+        HubError: No such repository, no access, no connection, or no `build.json` in it.
+        StoreError: A `build.json` that this version does not read.
+    """
+    folder = local_path(reference)
+    path = folder / Build.file_name if folder.is_dir() else _download(reference)
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(
+            f"{folder} has no {Build.file_name}", hint="give what `factory build` made"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision"
+        ) from error
+    try:
+        build = Build.model_validate(value)
+        BuildConfig.model_validate(build.config)
+    except ValidationError as error:
+        by = value.get("factory_version") if isinstance(value, dict) else None
+        problem = error.errors()[0]
+        raise StoreError(
+            f"{Build.file_name} of {reference} is of factory {by or 'unknown'}, which {__version__} does not "
+            f"read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}",
+            hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
+        ) from error
+    return build
+
+
+def _download(reference: str) -> Path:
+    """`build.json` of a repository, at one commit."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from factory.hub_errors import hub_api, hub_errors, patiently
+
+    repo_id, _, revision = reference.partition("@")
+    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
+        raise unknown_model(reference)
+    with hub_errors(repo_id, revision=revision or None):
+        api = hub_api()
+        commit = patiently(lambda: api.resolve_revision(repo_id, revision=revision or None).resolved)
+        try:
+            return Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
+        except EntryNotFoundError as error:
+            raise HubError(
+                f"{repo_id} has no {Build.file_name}",
+                hint="only what `factory push` published can be repeated",
+            ) from error
+
+
+def source_reference(build: Build) -> str:
+    """What to resolve for the same source: its repository at its commit, or the embedded model.
+
+    Raises:
+        VerificationError: The source was a folder.
+    """
+    source = build.source
+    if source.repo_id:
+        return f"{source.repo_id}@{source.commit}"
+    if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
+        return str(DEMO_MODEL)
+    raise VerificationError(
+        f"{build.name} was made from a folder, {source.name!r}, which only its maker has",
+        hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
+    )
+
+
+def same_source(build: Build, found: Source) -> Source:
+    """The resolved source under the name that the build knows it by.
+
+    Raises:
+        VerificationError: It is another one.
+    """
+    if found.commit != build.source.commit:
+        raise VerificationError(
+            f"{build.source.name} is {found.commit[:12]} here, {build.name} was made from "
+            f"{build.source.commit[:12]}",
+            hint=f"install hf-factory {build.factory_version}",
+        )
+    known = ("name", "license", "license_name", "license_link", "languages")
+    return found.model_copy(update={field: getattr(build.source, field) for field in known})
+
+
+def same_settings(
+    build: Build, *, files: Mapping[str, str | None], tasks: tuple[str, ...] | None
+) -> BuildConfig:
+    """The build's settings, its data sets pinned to their commits.
+
+    Args:
+        files: "measure", "heal", "evaluate" → where a file that the build was made with lies here.
+        tasks: What to evaluate on instead.
+
+    Raises:
+        DataError: A file is needed that was not given.
+    """
+    values: dict[str, Any] = json.loads(json.dumps(build.config))
+    used = _used(build)
+    for use, data in used.items():
+        values[use]["data"] = _pinned(data, files[use], option=DATA_OPTIONS[use], name=build.name)
+    if "heal" not in used:  # named in the settings and never read
+        values["heal"]["data"] = values["measure"]["data"]
+    if tasks is not None:
+        values["evaluate"]["tasks"] = tasks
+    missing = [
+        task for task in values["evaluate"]["tasks"] if is_task_file(task) and not Path(task).is_file()
+    ]
+    if missing:
+        raise DataError(
+            f"task {missing[0]} was a file of whoever made {build.name}",
+            hint="give it with --tasks, or --tasks none: the weights do not depend on it",
+        )
+    return BuildConfig.model_validate(values)
+
+
+def _used(build: Build) -> dict[str, DataSource]:
+    used = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
+    return used | ({"heal": build.adapter.data} if build.adapter else {})
+
+
+def _pinned(data: DataSource, file: str | None, *, option: str, name: str) -> str:
+    if file is not None:
+        return file
+    if data.hub_id:
+        return f"{data.name}@{data.version}"
+    if data.name in STANDARD_LIBRARY:
+        return data.name
+    raise DataError(
+        f"{name} was made with {data.name} (sha256 {data.version[:12]}…), a file that only its maker has",
+        hint=f"give it with --{option}",
+    )
+
+
+def check_same_texts(build: Build, texts: Texts) -> None:
+    """Compare the texts that were opened with those of the build.
+
+    Raises:
+        DataError: One is another text, or another version of it.
+    """
+    opened = {"measure": texts.calibration, "heal": texts.healing, "evaluate": texts.evaluation}
+    for use, data in _used(build).items():
+        found = opened[use].data
+        if found.version != data.version:
+            here, there = found.version[:12], data.version[:12]
+            raise DataError(
+                f"{found.name} is {here}… here, {build.name} was made with {there}…",
+                hint="Python's standard library: run the Python version of its maker"
+                if data.name in STANDARD_LIBRARY
+                else f"give the same file with --{DATA_OPTIONS[use]}",
+            )
+
+
+def comparison(published: Build, made: Build, *, reference: str) -> str:
+    """Whether the weights came out equal, in one line; where not, what was different."""
+    if made.files == published.files:
+        return f"the same weights as {reference}, byte for byte"
+    differing = sum(made.files.get(name) != sha256 for name, sha256 in published.files.items())
+    reasons = [
+        f"{library} {version} there, {made.versions.get(library, 'none')} here"
+        for library, version in published.versions.items()
+        if made.versions.get(library) != version
+    ]
+    if made.device != published.device:
+        reasons.append(f"{published.device} there, {made.device} here")
+    if made.dropped != published.dropped:
+        reasons.insert(
+            0, f"layers {layer_ranges(published.dropped)} there, {layer_ranges(made.dropped)} here"
+        )
+    return (
+        f"other weights than {reference}: {differing} of {len(published.files)} files differ"
+        f" ({'; '.join(reasons) or 'same libraries and device'})"
+    )

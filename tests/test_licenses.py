@@ -1,0 +1,51 @@
+"""What is said about a licence before publishing."""
+
+from typing import Any
+
+import pytest
+
+from factory.errors import LicenseError
+from factory.licenses import check_license, forbids_sharing, remark
+from tests.test_card import a_source
+
+
+@pytest.mark.parametrize("license_id", ["cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"])
+def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: str) -> None:
+    source = a_source(license=license_id)
+    with pytest.raises(LicenseError, match=f"{license_id}, forbids to share") as caught:
+        check_license(source, accepted=False)
+    assert "--accept-license" in caught.value.hint
+    check_license(source, accepted=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"license": None}, "names no licence"),
+        ({"license": "unknown"}, "names no licence"),
+        ({"license": "other"}, "terms of its own (not named on its card)"),
+        (
+            {"license": "other", "license_name": "own-1", "license_link": "LICENSE"},
+            "terms of its own (own-1 LICENSE)",
+        ),
+        ({"license": "cc-by-nc-4.0"}, "cc-by-nc-4.0, allows no commercial use"),
+        ({"license": "cc-by-nc-sa-2.0"}, "allows no commercial use"),
+        ({"license": "apple-amlr"}, "allows no commercial use"),
+    ],
+)
+def test_a_licence_with_conditions_is_told_and_not_refused(fields: dict[str, Any], words: str) -> None:
+    source = a_source(**fields)
+    told = remark(source)
+    assert told
+    assert words in told
+    assert "mistralai/Mistral-7B-v0.1" in told
+    check_license(source, accepted=False)
+
+
+@pytest.mark.parametrize(
+    "license_id", ["apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc0-1.0", "llama2"]
+)
+def test_of_other_licences_nothing_is_said(license_id: str) -> None:
+    source = a_source(license=license_id)
+    assert remark(source) is None
+    assert not forbids_sharing(source)

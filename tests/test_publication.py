@@ -1,0 +1,170 @@
+"""Publishing through the command line: where it goes, what is in it, what the licence says."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.forks import Ended, Forks
+from tests.hub import Hub
+from tests.test_faults import HEAVY, QUICK, content_of
+from tests.tiny import rhymes, save_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("publication")
+
+
+@pytest.fixture(scope="module")
+def commands(served_hub: Hub, folder: Path) -> Iterator[Forks]:
+    variables = served_hub.environment(folder / "hf") | {"FACTORY_HOME": str(folder / "home")}
+    process = Forks(variables | {"HF_HUB_DISABLE_XET": "1"}, modules=HEAVY)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def built(served_hub: Hub, commands: Forks, folder: Path) -> Path:
+    """A build of acme/tiny, licence mit; what the loopback Hub held is gone afterwards."""
+    served_hub.reset()
+    save_llama(folder / "tiny", num_layers=6)
+    (folder / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("measured", "healed", "evaluated"):
+        lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(8)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    served_hub.put_model("acme/tiny", folder / "tiny")
+    done = commands.run("build", "acme/tiny", *QUICK, folder=folder)
+    assert done.code == 0, done.stderr
+    return folder / "builds" / "tiny-drop40"
+
+
+@pytest.fixture
+def build(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "build")
+    return tmp_path / "build"
+
+
+def licensed(build: Path, **fields: str | None) -> Path:
+    """The build as if its source had another licence."""
+    for path in (build / "build.json", build / "model" / "build.json"):
+        value = json.loads(path.read_text())
+        value["source"] |= fields
+        path.write_text(json.dumps(value))
+    return build
+
+
+def told(ended: Ended) -> str:
+    """The one error and its hint."""
+    assert ended.code == 1, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("hint: ")
+    return ended.stderr
+
+
+def test_by_default_it_goes_to_a_private_repository_named_after_model_and_fraction(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    done = commands.run("push", str(build), "--message", "First of all", folder=build.parent)
+    assert (done.code, done.stderr) == (0, "")
+    assert done.stdout == f"{hub.url}/alice/tiny-drop40\n"
+    repository = hub.repository("alice/tiny-drop40")
+    assert repository.private
+    assert hub.files("alice/tiny-drop40") == content_of(build / "model")
+    assert [commit.message for commit in repository.commits.values()][1:] == ["First of all"]
+    publication = json.loads((build / "publication.json").read_text())
+    assert publication["commit"] == repository.refs["main"]
+    assert publication["files"].keys() == content_of(build / "model").keys()
+
+
+def test_the_recipe_says_what_it_was_made_of_and_how(build: Path) -> None:
+    recipe = yaml.safe_load((build / "model" / "recipe.yaml").read_text())
+    found = json.loads((build / "build.json").read_text())
+    assert recipe["source"] == {"repo_id": "acme/tiny", "commit": found["source"]["commit"]}
+    assert recipe["drop"] == 0.4
+    assert recipe["measure"] == found["config"]["measure"]
+    assert recipe["texts"]["measure"] == {
+        "name": "measured.jsonl",
+        "version": found["calibration"]["version"],
+    }
+    assert recipe["dropped"] == found["plan"]["dropped"]
+
+
+def test_a_second_push_sends_nothing(hub: Hub, commands: Forks, build: Path) -> None:
+    def sent() -> list[str]:
+        return [r.path for r in hub.requests if r.method in ("POST", "PUT") and "/validate-" not in r.path]
+
+    assert commands.run("push", str(build), "twice", folder=build.parent).code == 0
+    before = sent()
+    assert commands.run("push", str(build), "twice", folder=build.parent).code == 0
+    assert sent() == before
+
+
+def test_a_branch_and_a_pull_request_are_where_they_were_asked_for(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    hub.storage.put("model", "alice/shared", {"thesis.txt": b"years of work"})
+    proposed = commands.run("push", str(build), "alice/shared", "--create-pr", folder=build.parent)
+    assert (proposed.code, proposed.stdout) == (0, f"{hub.url}/alice/shared/discussions/1\n"), proposed
+    assert "model.safetensors" in hub.files("alice/shared", revision="refs/pr/1")
+    assert hub.files("alice/shared").keys() == {"thesis.txt"}
+    branch = commands.run("push", str(build), "alice/own", "--revision", "v2", folder=build.parent)
+    assert branch.code == 0, branch.stderr
+    assert "model.safetensors" in hub.files("alice/own", revision="v2")
+    assert hub.files("alice/own") == {}
+
+
+def test_other_peoples_content_and_a_public_repository_are_left_alone(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    hub.storage.put("model", "alice/thesis", {"thesis.txt": b"years of work"})
+    assert "thesis.txt" in told(commands.run("push", str(build), "alice/thesis", folder=build.parent))
+    hub.storage.create("model", "alice/open")
+    assert "--public" in told(commands.run("push", str(build), "alice/open", folder=build.parent))
+    assert hub.files("alice/open") == {}
+    public = commands.run("push", str(build), "alice/open", "--public", folder=build.parent)
+    assert public.code == 0, public.stderr
+    assert hub.files("alice/open") == content_of(build / "model")
+
+
+def test_a_licence_that_forbids_it_stops_a_push_before_the_first_request(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    licensed(build, license="cc-by-nc-nd-4.0")
+    refused = told(commands.run("push", str(build), "alice/nd", folder=build.parent))
+    assert "cc-by-nc-nd-4.0, forbids to share" in refused
+    assert not hub.requests
+    accepted = commands.run("push", str(build), "alice/nd", "--accept-license", folder=build.parent)
+    assert accepted.code == 0
+    assert accepted.stderr.startswith("note: the licence of acme/tiny")
+    assert "license: cc-by-nc-nd-4.0" in hub.files("alice/nd")["README.md"].decode()
+
+
+def test_a_missing_licence_is_told_and_published(hub: Hub, commands: Forks, build: Path) -> None:
+    done = commands.run("push", str(licensed(build, license=None)), "alice/none", folder=build.parent)
+    assert done.code == 0
+    assert done.stderr == (
+        "note: acme/tiny names no licence, so nothing allows to publish what is made from it; ask its owner\n"
+    )
+
+
+def test_a_build_that_is_to_be_published_hears_of_the_licence_before_it_starts(
+    hub: Hub, commands: Forks, folder: Path, built: Path
+) -> None:
+    (folder / "tiny" / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    hub.put_model("acme/strict", folder / "tiny")
+    command = ["build", "acme/strict", *QUICK, "--push-to", "strict"]
+    assert "forbids to share" in told(commands.run(*command, folder=folder))
+    assert not (folder / "builds" / "strict-drop40").exists()
+    (folder / "tiny" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    hub.put_model("acme/strict", folder / "tiny")
+    dry = commands.run(*command, "--dry-run", folder=folder)
+    assert dry.code == 0, dry.stderr
+    assert dry.stderr == (
+        "note: the licence of acme/strict, cc-by-nc-4.0, allows no commercial use, "
+        "also of what is made from it\n"
+    )
