@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from factory.decoder import (
     locate,
     prune_config,
     renumber,
+    skip_layers,
     verify_structure,
 )
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
-from tests.families import build, config_of, plain
+from tests.families import FAMILIES, build, config_of, plain
 
 # Names --------------------------------------------------------------------------------------------
 
@@ -225,32 +227,123 @@ def test_a_field_that_was_not_rewritten_is_found_in_the_structure() -> None:
         verify_structure(config, wrong, [0, 2, 3])
 
 
-# Whole models -------------------------------------------------------------------------------------
+# Random decoders, random cuts ---------------------------------------------------------------------
 
-ATTRIBUTES = ("layer_type", "attention_type", "sliding_window", "use_rope", "is_sliding", "is_local")
-
-
-def kinds(model: Any) -> list[dict[str, Any]]:
-    """Of each layer: what decides its window, position encoding and MLP."""
-    return [
-        {
-            (path, name): value
-            for path, module in layer.named_modules()
-            for name, value in [*vars(module).items(), ("class", type(module).__name__)]
-            if name in (*ATTRIBUTES, "class")
-        }
-        for layer in decoder_layers(model)
-    ]
+WINDOWED = st.sampled_from(["sliding_attention", "full_attention"])
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from(["qwen2", "gemma2", "gemma3_text", "smollm3", "qwen3_moe", "glm4_moe", "deepseek_v3"]),
-    st.sets(st.integers(0, 7), min_size=1, max_size=7),
-)
-def test_each_kept_layer_keeps_its_kind_window_and_position_encoding(model_type: str, kept: set[int]) -> None:
-    config = config_of(model_type)
+def lists(kind: st.SearchStrategy[Any]) -> Callable[[int], st.SearchStrategy[Any]]:
+    return lambda num_layers: st.lists(kind, min_size=num_layers, max_size=num_layers)
+
+
+def with_attention(other: str) -> Callable[[int], st.SearchStrategy[Any]]:
+    """transformers counts tokens by an attention layer: models without any cannot run."""
+    return lambda n: lists(st.sampled_from([other, "full_attention"]))(n).filter(
+        lambda t: "full_attention" in t
+    )
+
+
+def below(num_layers: int) -> st.SearchStrategy[int]:
+    return st.integers(0, num_layers)
+
+
+# Of each type the fields that make its layers differ, and what they may be in a model of so many layers.
+RANDOM: dict[str, dict[str, Callable[[int], st.SearchStrategy[Any]]]] = {
+    "cohere2": {"layer_types": lists(WINDOWED)},
+    "deepseek_v3": {"first_k_dense_replace": below},
+    "gemma2": {"layer_types": lists(WINDOWED)},
+    "gemma3_text": {"layer_types": lists(WINDOWED)},
+    "glm4_moe": {"first_k_dense_replace": below},
+    "gpt_neo": {
+        "attention_types": lambda n: lists(st.sampled_from(["global", "local"]))(n).map(lambda t: [[t, 1]])
+    },
+    "gpt_oss": {"layer_types": lists(WINDOWED)},
+    "jamba": {
+        "attn_layer_period": lambda _: st.integers(1, 3),
+        "expert_layer_period": lambda _: st.integers(1, 2),
+    },
+    "lfm2": {"layer_types": with_attention("conv")},
+    "llama": {},
+    "llama4_text": {
+        "no_rope_layers": lists(st.integers(0, 1)),
+        "moe_layers": lambda n: st.sets(st.integers(0, n - 1)).map(sorted),
+        "layer_types": lists(st.sampled_from(["chunked_attention", "full_attention"])),
+    },
+    "minicpm3": {"scale_depth": lambda _: st.floats(0.5, 2)},
+    "qwen2": {"use_sliding_window": lambda _: st.booleans(), "max_window_layers": below},
+    "qwen3_moe": {
+        "mlp_only_layers": lambda n: st.sets(st.integers(0, n - 1)).map(sorted),
+    },
+    "qwen3_next": {"layer_types": with_attention("linear_attention")},
+    "smollm3": {"no_rope_layers": lists(st.integers(0, 1))},
+}
+
+
+@st.composite
+def random_cuts(draw: st.DrawFn) -> tuple[dict[str, Any], list[int]]:
+    """A configuration and the layers to keep of it."""
+    model_type = draw(st.sampled_from(sorted(RANDOM)))
+    num_layers = draw(st.integers(2, 8))
+    fields = {name: draw(values(num_layers)) for name, values in RANDOM[model_type].items()}
+    counted = "num_layers" if model_type == "gpt_neo" else "num_hidden_layers"
+    if "layer_types" in FAMILIES[model_type] and "layer_types" not in fields:
+        fields["layer_types"] = FAMILIES[model_type]["layer_types"][:num_layers]
+    kept = draw(st.sets(st.integers(0, num_layers - 1), min_size=1))
+    return config_of(model_type, **{counted: num_layers}, **fields), sorted(kept)
+
+
+def parts(layer: torch.nn.Module) -> dict[str, Any]:
+    """What decides a layer's attention, window, position encoding and experts, as it was built."""
+    found: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        found[path, "class"] = type(module).__name__
+        for name in ("layer_type", "attention_type", "sliding_window", "use_rope", "is_sliding", "is_local"):
+            if hasattr(module, name):
+                found[path, name] = getattr(module, name)
+    return found | {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
+
+
+def cut_state(config: dict[str, Any], state: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """The weights that stay, under their new names: each once, and none beside them."""
+    stack = locate(config, state)
+    kept_index = {old: new for new, old in enumerate(kept)}
+    renamed = {renumber(name, stack=stack, kept_index=kept_index): value for name, value in state.items()}
+    renamed.pop(None, None)
+    in_layers = [name for name in state if name.startswith(stack.tensor_prefix)]
+    gone = [name for name in in_layers if int(name[len(stack.tensor_prefix) :].split(".")[0]) not in kept]
+    assert len(renamed) == len(state) - len(gone)
+    return renamed
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_cuts())
+def test_each_kept_layer_keeps_its_kind_window_position_encoding_and_experts(
+    cut: tuple[dict[str, Any], list[int]],
+) -> None:
+    config, kept = cut
+    try:
+        pruned = prune_config(config, kept=kept)
+    except UnsupportedFieldError:  # a period that the kept layers break, no attention left
+        assert config["model_type"] in ("jamba", "lfm2", "qwen3_next")
+        return
     with torch.device("meta"):
-        before = kinds(build(config))
-        after = kinds(build(prune_config(config, kept=sorted(kept))))
-    assert after == [before[layer] for layer in sorted(kept)]
+        before, after = (decoder_layers(build(each)) for each in (config, pruned))
+    assert [parts(layer) for layer in after] == [parts(before[layer]) for layer in kept]
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_cuts())
+def test_random_cuts_of_random_decoders_compute_what_the_original_does_with_its_layers_skipped(
+    cut: tuple[dict[str, Any], list[int]],
+) -> None:
+    config, kept = cut
+    try:
+        pruned = build(prune_config(config, kept=kept))
+    except UnsupportedFieldError:
+        return
+    original = build(config)
+    pruned.load_state_dict(cut_state(config, original.state_dict(), kept))  # raises if any name differs
+    tokens = torch.randint(3, 64, (1, 12))
+    dropped = sorted({*range(len(decoder_layers(original)))} - {*kept})
+    with torch.no_grad(), skip_layers(original, dropped):
+        assert torch.equal(pruned(tokens).logits, original(tokens).logits)
