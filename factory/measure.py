@@ -73,7 +73,8 @@ def measure(
     while chunk := list(islice(samples, CHUNK)):
         sums.add(chunk, run(chunk))
         progress(sums.count, most, sums.note() if settings.num_samples is None else "")
-        if settings.num_samples is None and sums.certain():
+        long_enough = not settings.exact_length or sums.longest >= settings.sequence_length
+        if settings.num_samples is None and sums.certain() and long_enough:
             break
         if sums.count % SAVE_EVERY == 0:
             sums.save(folder)
@@ -260,10 +261,9 @@ def measure_batches(
         most = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
         positions, weights = _positions(mask.sum(dim=1).tolist(), most=most)
         with _boundary_states(layers, positions.to(model.device)) as states:
-            # The inner model: the head's logits, the largest tensor of a pass, are not needed.
-            model.base_model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            )
+            # The inner model: the head's logits, the largest tensor of a pass, are not needed. No mask:
+            # no real token looks ahead to the padding, and without one attention takes its fast kernel.
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
         states = [state.to(model.device) for state in states]  # where layers are spread over devices
         _check_finite(states, [number for number, _ in batch])
         weights = weights.to(model.device)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from factory.artifacts import Artifact
+from factory.artifacts import Artifact, DataSource
 from factory.config import BuildConfig
 from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, keep_apart, open_text
@@ -123,11 +123,24 @@ class Run:
         return lambda done, total, note="": self.reporter.progressed(name, done, total, note)
 
 
-def open_texts(config: BuildConfig) -> Texts:
-    """Open the texts a build reads; a missing or unknown one is an error here, before any work."""
+NOTHING = Text(DataSource(name="nothing", version="0"), lambda: iter(()))
+
+
+def open_texts(config: BuildConfig, *, heals: bool = True, evaluates: bool = True) -> Texts:
+    """Open the texts that a run reads; a missing or unknown one is an error here, before any work.
+
+    Args:
+        heals: Whether it reads the healing text.
+        evaluates: Whether it reads the evaluation text. One that is also measured on is opened all the
+            same: the documents are divided as a build divides them.
+    """
+    evaluates = evaluates or config.evaluate.data == config.measure.data
     evaluation, (calibration, healing) = keep_apart(
-        open_text(config.evaluate.data, split="validation"),
-        (open_text(config.measure.data, split="validation"), open_text(config.heal.data, split="train")),
+        open_text(config.evaluate.data, split="validation") if evaluates else NOTHING,
+        (
+            open_text(config.measure.data, split="validation"),
+            open_text(config.heal.data, split="train") if heals else NOTHING,
+        ),
     )
     return Texts(calibration, healing, evaluation)
 

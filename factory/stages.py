@@ -244,6 +244,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
         label=name,
         parameters={
             **_without_data(run.config.evaluate),
+            "limit": run.config.evaluate.limit if run.config.evaluate.tasks else None,
             "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
         },
         inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},

@@ -155,9 +155,10 @@ def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, R
     source = resolve_model(model, recipe)
     config = settle_options(model, drop, recipe, source, options)
     check_decoder(source.config)
-    if "tasks" in options:
+    sweeps = "tasks" in options
+    if sweeps:
         check_tasks(config.evaluate, search=True)
-    texts = open_texts(config)
+    texts = open_texts(config, heals=sweeps and config.heal_enabled, evaluates=sweeps)
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))

@@ -1,0 +1,204 @@
+"""Plans side by side and sweeps, through the command line on the demo model; where the cliff is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory.artifacts import (
+    DataSource,
+    Evaluation,
+    Plans,
+    PruningPlan,
+    Sweep,
+    SweepPoint,
+    TaskScore,
+    TokenLoss,
+)
+from factory.cli import main
+from factory.plots import sweep_figure
+from factory.sweep import RULE, before_the_cliff, share_kept
+
+DATA = DataSource(name="x", version="1")
+
+
+def evaluation(nats: float, *scores: float, chance: float | None = 0.25) -> Evaluation:
+    return Evaluation(
+        loss=TokenLoss(
+            nats=nats,
+            stderr=0.1,
+            normalized=nats / 10,
+            num_tokens=9,
+            num_documents=3,
+            sequence_length=8,
+            data=DATA,
+        ),
+        tasks=tuple(
+            TaskScore(
+                task=f"t{index}",
+                label=f"T{index}",
+                metric="acc",
+                value=value,
+                stderr=0.01,
+                num_fewshot=0,
+                num_samples=9,
+                chance=chance,
+                version="1",
+            )
+            for index, value in enumerate(scores)
+        ),
+        dtype="float32",
+        harness="lm-eval",
+    )
+
+
+def point(drop: float, pruned: Evaluation, healed: Evaluation | None = None) -> SweepPoint:
+    plan = PruningPlan(criterion="angular", num_layers=10, dropped=tuple(range(round(10 * drop))))
+    return SweepPoint(drop=drop, plan=plan, pruned=pruned, healed=healed)
+
+
+def test_what_is_kept_is_the_advantage_over_guessing() -> None:
+    source = evaluation(3.0, 0.75, 0.65)
+    assert share_kept(evaluation(9.0, 0.75, 0.65), source) == pytest.approx(1.0)
+    assert share_kept(evaluation(9.0, 0.50, 0.45), source) == pytest.approx(0.5)
+    assert share_kept(evaluation(9.0, 0.25, 0.25), source) == pytest.approx(0.0)
+
+
+def test_without_a_task_that_the_source_can_do_the_loss_decides() -> None:
+    for source in (evaluation(3.0), evaluation(3.0, 0.26), evaluation(3.0, 0.9, chance=None)):
+        after = evaluation(6.5).model_copy(update={"tasks": source.tasks})
+        assert share_kept(after, source) == pytest.approx(0.5)
+
+
+def test_the_cliff_is_where_too_little_is_kept_for_the_first_time() -> None:
+    source = evaluation(3.0, 0.75)
+    points = [
+        point(0.1, evaluation(3.1, 0.74)),
+        point(0.2, evaluation(3.5, 0.70)),
+        point(0.3, evaluation(5.0, 0.40)),
+        point(0.4, evaluation(5.1, 0.74)),  # a lucky one behind the cliff does not count
+    ]
+    assert before_the_cliff(points, source) == 0.2
+    assert before_the_cliff(points[2:], source) is None
+    healed = [point(0.3, evaluation(5.0, 0.40), healed=evaluation(3.2, 0.72))]
+    assert before_the_cliff(healed, source) == 0.3
+
+
+def a_sweep(*, healed: bool, tasks: bool) -> Sweep:
+    scores = [(0.75, 0.6), (0.7, 0.6), (0.4, 0.55), (0.26, 0.5)]
+    whole, *rest = [evaluation(3 + i, *(scores[i] if tasks else ())) for i in range(4)]
+    points = tuple(point(0.1 * (i + 1), e, whole if healed else None) for i, e in enumerate(rest))
+    return Sweep(
+        source_name="x",
+        source_commit="ab" * 20,
+        num_layers=10,
+        criterion="angular",
+        source=whole,
+        points=points,
+        before_the_cliff=0.1,
+        rule=RULE,
+    )
+
+
+@pytest.mark.parametrize("healed", [False, True])
+@pytest.mark.parametrize("tasks", [False, True])
+def test_equal_sweeps_give_equal_figures(tmp_path: Path, healed: bool, tasks: bool) -> None:
+    made = sweep_figure(a_sweep(healed=healed, tasks=tasks), path_stem=tmp_path / "a")
+    again = sweep_figure(a_sweep(healed=healed, tasks=tasks), path_stem=tmp_path / "b")
+    assert [path.suffix for path in made] == [".png", ".svg"]
+    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in again]
+
+
+# The commands -----------------------------------------------------------------------------------
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["factory", *arguments])
+    main()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def there(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FACTORY_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+QUICK = ("--samples", "8", "--sequence-length", "64", "--plan-documents", "4")
+
+
+def test_all_criteria_stand_side_by_side(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "plan", "demo", "--drop", "0.1", "--criterion", "all", *QUICK, "--save", "kept")
+    shown = capsys.readouterr().out
+    plans = Plans.read(there / "kept")
+    assert [plan.criterion for plan in plans.plans] == [
+        "angular", "deepest", "block-influence", "loss", "greedy",
+    ]  # fmt: skip
+    assert plans.losses is not None
+    assert [cut.dropped for cut in plans.losses.cuts] == [plan.dropped for plan in plans.plans]
+    assert all(cut.nats > plans.losses.source.nats for cut in plans.losses.cuts)
+    assert min(cut.behind for cut in plans.losses.cuts) == 0
+    assert f"Take {plans.chosen}: {plans.reason}." in shown
+    assert (there / "kept" / "angular-distance.png").stat().st_size > 10_000
+    run(monkeypatch, "plan", "demo", "--drop", "0.1", "--profile", "kept", *QUICK)
+    assert "passes" not in capsys.readouterr().out  # the profile alone decides, no weights are read
+
+
+def test_a_plan_is_json_for_programs(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "plan", "demo", "--drop", "0.1", *QUICK, "--json")
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert len(found["plans"][0]["dropped"]) == 2
+    assert found["chosen"] == "angular"
+
+
+def test_a_sweep_measures_once_and_a_build_reuses_its_cuts(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*QUICK, "--eval-documents", "3", "--tasks", "none"]
+    run(monkeypatch, "sweep", "demo", "--drop", "0.1,0.3,0.09", *quick)  # 0.1 and 0.09: the same two layers
+    shown = capsys.readouterr().out
+    assert shown.count("✓ measure") + shown.count("= measure") == 1
+    found = Sweep.read(there / "sweeps" / "demo")
+    assert [len(point.plan.dropped) for point in found.points] == [2, 7]
+    assert found.source.loss.nats < found.points[0].pruned.loss.nats < found.points[1].pruned.loss.nats
+    assert (there / "sweeps" / "demo" / "sweep.svg").is_file()
+    run(monkeypatch, "build", "demo", "--drop", "0.3", "--no-heal", *quick)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("=")]
+    assert {line.split()[1] for line in lines} == {"measure", "plan", "prune", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
+        (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
+        (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),
+        (["plan", "demo", "--drop", "0.1", "--profile", "nowhere"], "there is no profile at 'nowhere'"),
+        (["plan", "demo", "--drop", "0.1", "--criterion", "best"], "'best' is not one of"),
+        (["plan", "dmo", "--drop", "0.1"], "dmo"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(
+    there: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    assert caught.value.code in (1, 2)
+    error, hint = capsys.readouterr().err.strip().splitlines()
+    assert message in error
+    assert hint.startswith("hint: ")
+    assert not list(there.iterdir())
