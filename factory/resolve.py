@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.repocard import metadata_load
 
-from factory.artifacts import Source, canonical_json, sha256_of_file
-from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint
+from factory.artifacts import Source, canonical_json
+from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint, sha256_of_files
 from factory.decoder import locate
 from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
@@ -82,15 +82,11 @@ def _resolve_folder(folder: Path) -> Source:
     config = _read_config(folder / CONFIG)
     tensors = read_checkpoint(folder)
     weights = sorted({tensor.file.name for tensor in tensors.values()})
-    hashed = [
-        (name, sha256_of_file(folder / name))
-        for name in sorted(needed_files(names, weights))
-        if name != README
-    ]
+    hashed = sha256_of_files(folder, sorted(needed_files(names, weights) - {README}))
     source = _source(
         name="".join(letter for letter in folder.resolve().name if letter.isprintable()) or "model",
         repo_id=None,
-        commit=sha256(canonical_json(hashed).encode()).hexdigest()[:40],
+        commit=sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40],
         config=config,
         tensors=tensors,
         size_bytes=sum((folder / name).stat().st_size for name in weights),
