@@ -62,7 +62,7 @@ def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     download = source.size_bytes if source.folder is None and pending else 0
     writes = sum(stage in pending for stage in ("prune", "merge"))
-    free = shutil.disk_usage(_existing(home)).free
+    free = shutil.disk_usage(existing(home)).free
     device, memory_total, rate = _machine(source) if pending else ("", 0, 1.0)
     result = Preview(
         num_layers=source.num_layers,
@@ -153,6 +153,6 @@ def _is_cpu(device: str) -> bool:
     return device.startswith("CPU")
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())

@@ -123,6 +123,7 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
 
     source, run, reporter = _start(model, drops[0], options)
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
+    _preview_sweep(source, sorted(by_size), run, reporter)
     source = pull_source(source, reporter)
     try:
         found = pipeline.sweep(run, source, [by_size[size] for size in sorted(by_size)])
@@ -136,6 +137,24 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
         print_json(found.model_dump(mode="json"))
     else:
         show_sweep(reporter.out, found, folder=out)
+
+
+def _preview_sweep(source: "Source", sizes: list[int], run: "Run", reporter: "StageLines") -> None:
+    """Say what will be cut, and how much disk that can take."""
+    import shutil
+
+    from factory.preview import existing, size
+
+    layer = sum(source.layer_bytes) / source.num_layers
+    cuts = sum(source.size_bytes - int(n * layer) for n in sizes) * (2 if run.config.heal_enabled else 1)
+    needed = cuts + (source.size_bytes if source.folder is None else 0)
+    free = shutil.disk_usage(existing(run.store.home)).free
+    listed = ", ".join(map(str, sizes))
+    reporter.out.print(f"  cuts         {listed} of {source.num_layers} layers", soft_wrap=True)
+    reporter.out.print(
+        f"  disk         {size(needed)} at most, {size(free)} free; `factory gc` removes cuts of no build\n",
+        soft_wrap=True,
+    )
 
 
 def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, Run, StageLines]":
