@@ -5,7 +5,7 @@ prune a block and a scattered set of layers on disk, load the result, and compar
 generation with the original model whose dropped layers hand on their input. The reference knows nothing of
 the surgery. Prints a Markdown table; exits with 1 if any result is wrong.
 
-    python benchmarks/architectures.py [TYPE ...] [--verbose]
+    python benchmarks/architectures.py [TYPE ...] [--verbose] [--write-readme README.md]
 """
 
 import argparse
@@ -13,6 +13,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -159,6 +160,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# Where the README's table begins and ends.
+START, END = "<!-- support-table -->", "<!-- /support-table -->"
 
 # Equal in exact arithmetic alone: logits may differ by 1e-5 of the largest.
 ROUNDED = {"rwkv": "states are halved after every 6th layer (rescale_every), which is now another one"}
@@ -340,22 +343,83 @@ def examine_apart(model_type: str) -> Outcome:
         return Outcome(*json.loads(path.read_text()))
 
 
+def examine_all(model_types: list[str]) -> list[Outcome]:
+    """Examine each type in turn, and print a line as soon as it is done."""
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {NUM_LAYERS} layers, "
+          f"without {' and without '.join(str(list(cut)) for cut in CUTS)}\n")  # fmt: skip
+    print("| model type | result | why |\n|---|---|---|")
+    outcomes = []
+    for model_type in model_types:
+        outcome = examine_apart(model_type)
+        outcomes.append(outcome)
+        print(f"| {model_type} | {outcome.verdict} | {outcome.note.replace('|', '/')} |", flush=True)
+    return outcomes
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """What an earlier run printed."""
+    rows = [line.strip("| \n").split(" | ", 2) for line in path.read_text().splitlines() if line[:2] == "| "]
+    return [Outcome(*row, *[""] * (3 - len(row))) for row in rows if row[0] != "model type"]
+
+
+def support_table(outcomes: list[Outcome]) -> str:
+    """The part of the README: what is exact in one paragraph, the rest in a table with its reasons."""
+    exact = [outcome.model_type for outcome in outcomes if outcome.verdict == "exact"]
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    rows = [
+        f"| `{outcome.model_type}` | {outcome.verdict} | {readable(outcome.note)} |"
+        for outcome in outcomes
+        if outcome.verdict != "exact"
+    ]
+    version = transformers.__version__
+    return f"""{START}
+<details>
+<summary>All {len(outcomes)} causal model types of transformers {version}: {listed}</summary>
+
+Exact, to the last bit of the logits and in cached generation: {", ".join(f"`{name}`" for name in exact)}.
+
+| model type | result | why |
+|---|---|---|
+{chr(10).join(rows)}
+
+Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
+</details>
+{END}"""
+
+
+def readable(note: str) -> str:
+    """A reason without what only a log needs: the cut it came from, the name of the error's class."""
+    return re.sub(r"^\[[\d, ]+\]: ", "", re.sub(r"\b\w+Error: ", "", note)).replace("|", "/")
+
+
+def write_readme(outcomes: list[Outcome], path: Path) -> None:
+    """Put the table between its two marks."""
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(START)
+    _, found_end, after = rest.partition(END)
+    if not found or not found_end:
+        raise SystemExit(f"{path} has no {START} … {END}")
+    path.write_text(before + support_table(outcomes) + after, encoding="utf-8")
+
+
 def main() -> int:
     """Examine the types asked for, or all; print a table and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; all that transformers knows by default")
     parser.add_argument("--verbose", action="store_true", help="tracebacks of what could not be built")
+    parser.add_argument("--outcomes", type=Path, help="what an earlier run printed, instead of a new one")
+    parser.add_argument("--write-readme", type=Path, metavar="README", help="renew the table in this file")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {NUM_LAYERS} layers, "
-          f"without {' and without '.join(str(list(cut)) for cut in CUTS)}\n")  # fmt: skip
-    print("| model type | result | why |\n|---|---|---|")
-    verdicts: Counter[str] = Counter()
-    for model_type in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        outcome = examine_apart(model_type)
-        verdicts[outcome.verdict] += 1
-        print(f"| {model_type} | {outcome.verdict} | {outcome.note.replace('|', '/')} |", flush=True)
+    if arguments.outcomes:
+        outcomes = read_outcomes(arguments.outcomes)
+    else:
+        outcomes = examine_all(arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    verdicts = Counter(outcome.verdict for outcome in outcomes)
     print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()))
+    if arguments.write_readme:
+        write_readme(outcomes, arguments.write_readme)
     return 1 if verdicts["wrong"] else 0
 
 

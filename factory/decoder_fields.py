@@ -278,10 +278,11 @@ def _kv_sharing(
     for layer in kept:
         source = max((i for i in range(first_shared) if types[i] == types[layer]), default=None)
         if layer >= first_shared and source not in kept:
+            where = "another model" if source is None else f"layer {source}"
             raise UnsupportedFieldError(
                 f"{model_type}: num_kv_shared_layers = {num_shared}: layer {layer} reads the keys and "
-                f"values of layer {source}",
-                hint=f"keep layer {source}",
+                f"values of {where}",
+                hint="it runs beside that model only" if source is None else f"keep layer {source}",
             )
     return {"num_kv_shared_layers": sum(layer >= first_shared for layer in kept)}
 

@@ -296,4 +296,4 @@ def _suspects(config: dict[str, Any]) -> str:
     found = sorted(name for name in decoder if name in fields.PERIODS)
     if found:
         return f"the kept layers must still follow {', '.join(found)}"
-    return "this model type cannot describe the kept layers"
+    return "its layers depend on their place, and no setting keeps them as they are in another"
