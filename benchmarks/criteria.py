@@ -1,0 +1,78 @@
+"""Criteria beside one another: which layers each drops for several sizes, and the unhealed loss that costs.
+
+One measurement serves all sizes; searches read one half of the documents, losses are of the other half.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from factory import hub, pipeline
+from factory.artifacts import Plans, layer_ranges
+from factory.config import BuildConfig, MeasureSettings, PlanSettings
+from factory.references import CRITERIA
+from factory.run import Run, open_texts
+from factory.screen import StageLines, console
+from factory.store import Store
+
+
+def plans_for(run: Run, model: str, sizes: list[int]) -> list[Plans]:
+    """Plans of every criterion for each number of layers."""
+    source = hub.pull(hub.resolve(model))
+    found = []
+    for size in sizes:
+        run.config = run.config.model_copy(update={"drop": size / source.num_layers})
+        found.append(pipeline.make_plans(run, source, CRITERIA)[1])
+    return found
+
+
+def table(plans: Plans) -> str:
+    """One size as Markdown."""
+    assert plans.losses is not None
+    source = plans.losses.source
+    n, num_layers = len(plans.plans[0].dropped), plans.plans[0].num_layers
+    lines = [
+        f"n = {n} of {num_layers}; source {source.nats:.3f} ± {source.stderr:.3f}; take {plans.chosen}",
+        "",
+        "| criterion | layers that go | loss, unhealed | behind the best | passes |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for plan, cut in zip(plans.plans, plans.losses.cuts, strict=True):
+        behind = f"{cut.behind:.3f} ± {cut.behind_stderr:.3f}" if cut.behind else "–"
+        passes = f"{plan.passes:.0f}" if plan.passes is not None else ""
+        layers = layer_ranges(plan.dropped)
+        lines.append(
+            f"| {plan.criterion} | {layers} | {cut.nats:.3f} ± {cut.stderr:.3f} | {behind} | {passes} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print a table a size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="text that the model was not trained on")
+    parser.add_argument("--sizes", default="3,6,10,16", help="numbers of layers to drop")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--documents", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    arguments = parser.parse_args()
+    config = BuildConfig(
+        reference=arguments.model,
+        drop=0.5,
+        measure=MeasureSettings(
+            data=arguments.data,
+            num_samples=arguments.samples,
+            sequence_length=arguments.sequence_length,
+        ),
+        plan=PlanSettings(num_documents=arguments.documents, sequence_length=arguments.sequence_length),
+    )
+    with tempfile.TemporaryDirectory() as home:
+        texts = open_texts(config, heals=False, evaluates=False)
+        run = Run(config, Store(Path(home)), StageLines(console(stderr=True)), texts)
+        for plans in plans_for(run, arguments.model, [int(size) for size in arguments.sizes.split(",")]):
+            print(table(plans))
+
+
+if __name__ == "__main__":
+    main()
