@@ -1,5 +1,6 @@
 """`factory prune`: a complete model folder without some layers, there whole or not at all."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from factory.layout import swap
 from factory.prune import Thoroughness, prune
 from factory.store import PARTIAL, sync_files
 
+LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
 SPARE_BYTES = 100_000_000  # for tokenizer and configuration
 
 
@@ -26,7 +28,8 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
     """
     out = out.absolute()
     above = next((path for path in out.parents if path.exists()), out)
-    if out == Path(out.anchor) or not above.is_dir():
+    too_long = len(os.fsencode(out.name)) > LONGEST_NAME
+    if out == Path(out.anchor) or too_long or not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write a model to {out}", hint="give another folder with --out")
     if source.repo_id is None and source.folder:
         theirs, ours = source.folder.resolve(), out.resolve()

@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def prune(model: Path, layers: str, out: Path, *options: str) -> None:
-    home = str(out.parent / "home")
+    home = str(model.parent / "home")
     arguments = ["prune", str(model), "--layers", layers, "--out", str(out), "--home", home, *options]
     cli.main(arguments, standalone_mode=False)
 
@@ -100,7 +100,7 @@ def test_the_folder_is_a_whole_model_and_says_what_it_was_made_from(tmp_path: Pa
     assert (told["num_layers"], told["dropped"], told["source_name"]) == (6, [1, 3, 4], "model")
     assert told["verified"] == ["names and shapes", "logits"]
     assert str(tmp_path) not in json.dumps(told)
-    assert {path.name for path in out.parent.iterdir()} == {"out", "home"}
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
 
 
 def test_what_goes_and_what_stays_is_said(
@@ -159,6 +159,12 @@ def test_what_the_command_did_not_make_is_never_replaced(tmp_path: Path, model: 
     with pytest.raises(StoreError, match="was not made by `factory prune`"):
         prune(model, "2", tmp_path / "out", "--force")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("out", ["/", "model/config.json/out", "x" * 300])
+def test_a_place_that_takes_no_folder_is_refused(tmp_path: Path, model: Path, out: str) -> None:
+    with pytest.raises(StoreError, match="cannot write a model to"):
+        prune(model, "2", tmp_path / out)
 
 
 @pytest.mark.parametrize("out", [".", "inside", ".."])
