@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, pairwise
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from factory.artifacts import DistanceProfile, Source
 from factory.config import MeasureSettings
 from factory.decoder import decoder_layers
 from factory.errors import DataError, ModelError
-from factory.models import load_model, load_tokenizer, pad_batch
+from factory.models import fuse_norms, load_model, load_tokenizer, pad_batch
 from factory.texts import Text
 
 FIRST_BATCH_SIZE = 16  # sequences of full length; halved until it fits
@@ -55,6 +56,7 @@ def measure(
     """
     tokenizer = load_tokenizer(source.local_folder)
     model = load_model(source.local_folder, four_bit=settings.four_bit)
+    fuse_norms(model)
     sums = Sums.resume(folder, num_layers=source.num_layers, block_sizes=block_sizes)
     most = settings.num_samples or settings.max_samples
     samples = islice(take_samples(text, tokenizer, settings=settings, seed=seed), sums.count, most)
@@ -260,14 +262,15 @@ def measure_batches(
         ids, mask = pad_batch([tokens for _, tokens in batch], pad_token_id=pad_token_id)
         most = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
         positions, weights = _positions(mask.sum(dim=1).tolist(), most=most)
-        with _boundary_states(layers, positions.to(model.device)) as states:
+        weights = weights.to(model.device)
+        with _boundaries(layers, positions.to(model.device), keep_all=all_tokens) as seen:
             # The inner model: the head's logits, the largest tensor of a pass, are not needed. No mask:
             # no real token looks ahead to the padding, and without one attention takes its fast kernel.
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
-        states = [state.to(model.device) for state in states]  # where layers are spread over devices
-        _check_finite(states, [number for number, _ in batch])
-        weights = weights.to(model.device)
-        influence = block_influence(states, weights)
+        _check_finite(seen.finite, [number for number, _ in batch])
+        # Where layers are spread over devices, so are these.
+        states = [state.to(model.device) for state in seen.states]
+        influence = torch.stack([(turn.to(model.device) * weights).sum(dim=1) for turn in seen.turns], dim=1)
         if all_tokens:
             distances = torch.stack(
                 [_mean_distances([state[row] for state in states], weights[row]) for row in range(len(batch))]
@@ -285,23 +288,6 @@ def angular_distances(states: torch.Tensor) -> torch.Tensor:
     diagonal = torch.arange(states.shape[1], device=states.device)
     distances[:, diagonal, diagonal] = 0.0
     return distances
-
-
-def block_influence(states: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """1 − mean cosine between each layer's input and output (ShortGPT, arXiv 2403.03853, equation 1).
-
-    Args:
-        states: L + 1 of [b, p, d].
-        weights: Of the positions, [b, p] in float64; each row adds up to 1.
-
-    Returns:
-        [b, L] in float64.
-    """
-    changes = [
-        1 - torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-        for before, after in pairwise(states)
-    ]
-    return torch.stack([(change * weights).sum(dim=1) for change in changes], dim=1)
 
 
 def _mean_distances(states: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -339,39 +325,57 @@ def _positions(lengths: list[int], *, most: int) -> tuple[torch.Tensor, torch.Te
     return torch.tensor(positions), torch.tensor(weights, dtype=torch.float64)
 
 
+@dataclass
+class _Boundaries:
+    """What is kept at each layer's input and the last layer's output, of some positions."""
+
+    states: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b, p, d]
+    finite: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b]
+    turns: list[torch.Tensor] = field(default_factory=list)  # L of [b, p]: 1 − cosine over a layer
+
+
 @contextmanager
-def _boundary_states(layers: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Collect each layer's input and the last layer's output at some positions: L + 1 of [b, p, d].
+def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iterator[_Boundaries]:
+    """Watch the states pass at `positions`, [b, p]; keep those of the last one only unless `keep_all`.
 
     Hooks rather than `output_hidden_states`, whose last entry is after the final norm and so not
-    comparable with the others.
+    comparable with the others. 1 − cosine is what Block Influence is a mean of (ShortGPT, arXiv
+    2403.03853, equation 1).
     """
-    states: list[torch.Tensor] = []
+    seen = _Boundaries()
     rows = torch.arange(len(positions), device=positions.device)[:, None]
+    before: torch.Tensor | None = None
 
-    def keep(hidden: torch.Tensor) -> None:
-        states.append(hidden[rows.to(hidden.device), positions.to(hidden.device)])
+    def see(hidden: torch.Tensor) -> None:
+        nonlocal before
+        state = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        if before is not None:
+            both = before.to(state.device).double(), state.double()
+            seen.turns.append(1 - torch.nn.functional.cosine_similarity(*both, dim=-1))
+        seen.finite.append(state.isfinite().flatten(start_dim=1).all(dim=1))
+        seen.states.append(state if keep_all else state[:, -1:].clone())
+        before = state
 
-    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args[0] if args else kwargs["hidden_states"])
 
-    def after(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
+    def leave(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output)
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(after))
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
     try:
-        yield states
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _check_finite(states: Sequence[torch.Tensor], numbers: list[int]) -> None:
-    finite = torch.stack([state.isfinite().all(dim=-1).all(dim=-1) for state in states], dim=1)  # [b, L + 1]
-    if bool(finite.all()):
+def _check_finite(finite: Sequence[torch.Tensor], numbers: list[int]) -> None:
+    found = torch.stack([each.to(finite[0].device) for each in finite], dim=1)  # [b, L + 1]
+    if bool(found.all()):
         return
-    row, layer = (int(value) for value in (~finite).nonzero()[0])
+    row, layer = (int(value) for value in (~found).nonzero()[0])
     raise ModelError(
         f"the input of layer {layer} is not finite on sample {numbers[row]}",
         hint="the weights may be damaged, or 16-bit precision too narrow for this model",

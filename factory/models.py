@@ -1,12 +1,14 @@
 """A checkpoint in memory: device, dtype, tokenizer, padded batches."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises on kernels not needed here
 
 import torch
+from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -46,7 +48,10 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
     quantization = None
     if four_bit:
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
+            bnb_4bit_compute_dtype=dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -83,12 +88,47 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
     packed = module.weight.data.flatten().long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
     count = module.in_features * module.out_features
-    scales = state.absmax.repeat_interleave(state.blocksize)[:count]
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset  # scales have scales
+    scales = absmax.repeat_interleave(state.blocksize)[:count]
     linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     linear.weight.data = (state.code[nibbles[:count]] * scales).view(module.out_features, module.in_features)
     if module.bias is not None:
         linear.bias.data = module.bias.data.float()
     return linear.requires_grad_(False)
+
+
+@torch.no_grad()
+def fuse_norms(model: Any) -> int:
+    """Let RMS norms run as one kernel instead of six, which saves a seventh of a 7B model's pass on a GPU.
+
+    Each is tried first: one that adds 1 to its weight, subtracts a mean or is wrapped stays as it is.
+    PyTorch's kernel rounds to 16 bits once, where transformers' norms round twice.
+
+    Returns:
+        How many were replaced.
+    """
+    count = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
+            continue
+        fused = partial(
+            torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon
+        )
+        plain = "forward" not in vars(module) and weight.dtype == model.dtype and not weight.is_meta
+        if plain and _agree(module, fused, like=weight):
+            module.forward = fused
+            count += 1
+    return count
+
+
+def _agree(norm: Any, fused: Any, *, like: torch.Tensor) -> bool:
+    """Whether two norms give the same but for rounding, also where their epsilon counts."""
+    states = torch.randn(8, *like.shape).to(like) + 0.5  # of a mean that is not 0
+    return all(
+        torch.allclose(norm(states * scale), fused(states * scale), rtol=0.02, atol=0) for scale in (1, 1e-3)
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:

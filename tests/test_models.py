@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from factory.errors import ModelError
-from factory.models import load_model, load_tokenizer, pad_batch
+from factory.models import fuse_norms, load_model, load_tokenizer, pad_batch
 from tests.tiny import byte_tokenizer, save_llama
 
 # The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).
@@ -55,6 +55,34 @@ def test_four_bit_layers_compute_with_nf4_values_whatever_their_width(tmp_path: 
         # A value halfway between two codes may round either way.
         assert (actual - expected).norm() / expected.norm() < 1e-2
     assert any(isinstance(module, Linear4bit) for module in four.modules()) == (width % 32 == 0)
+
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def test_norms_are_fused_where_that_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, rms_norm_eps=1e-5)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        before = model(ids).logits
+        assert fuse_norms(model) == 5
+        assert torch.allclose(model(ids).logits, before, atol=1e-6)
+
+
+def test_norms_that_compute_something_else_are_left_alone() -> None:
+    assert fuse_norms(GemmaForCausalLM(GemmaConfig(**SMALL)).eval()) == 0  # adds 1 to its weights
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
