@@ -80,6 +80,7 @@ class Source(Artifact):
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     has_chat_template: bool = False
+    remote_code: bool = False  # transformers lacks this model type: code of the source, at `commit`, is run
 
     @property
     def local_folder(self) -> Path:

@@ -127,7 +127,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
         "language": list(source.languages),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["layer-pruning", "depth-pruning", "hf-factory"],
+        "tags": ["layer-pruning", "depth-pruning", "hf-factory"] + ["custom_code"] * source.remote_code,
         "model-index": [
             {"name": _title(build, repo_id=repo_id), "results": _results(build.evaluations[build.shipped])}
         ],
@@ -322,6 +322,8 @@ def reproduction_command(build: Build) -> Markup:
     """The command that makes this build, with each option whose absence would mean something else."""
     config = BuildConfig.model_validate(build.config)
     parts = [f"factory build {shlex.quote(plain(_reference(build)))} --drop {config.drop:g}"]
+    if build.source.remote_code:
+        parts.append("--trust-remote-code")
     if config.seed:
         parts.append(f"--seed {config.seed}")
     if not config.heal_enabled:

@@ -25,8 +25,8 @@ Progress = Callable[[int, int], None]
 def pull(source: Source, *, progress: Progress | None = None) -> Source:
     """Download what a build needs of a source into the Hub's cache, and compare every checksum.
 
-    Never downloaded: pickled weights, GGUF, code, second copies of the weights. A file that the cache
-    already holds is read once for its checksum and not downloaded again.
+    Never downloaded: pickled weights, GGUF, code that is not trusted, second copies of the weights. A file
+    that the cache already holds is read once for its checksum and not downloaded again.
 
     Args:
         source: As resolved; a folder's source is returned as it is.
@@ -47,7 +47,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         api = hub_api()
         files = patiently(lambda: _repository_files(api, repo_id, commit=source.commit))
         weights = weight_files(repo_id, commit=source.commit, names=files)
-        needed = sorted(needed_files(files, weights))
+        needed = sorted(needed_files(files, weights, code=source.remote_code))
         total = sum(files[name].size or 0 for name in needed)
         folder = Path(
             patiently(  # goes on where it broke: what is complete is not loaded again

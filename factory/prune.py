@@ -10,6 +10,7 @@ from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import DropError, UsageError, VerificationError
 from factory.reload import verify, verify_logits
+from factory.remote_code import point_to_source
 
 SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it takes seconds
 
@@ -84,7 +85,8 @@ def prune(
     source_folder = source.local_folder
     kept = _kept_tensors(source, plan, checkpoint.read_checkpoint(source_folder))
     config = decoder.prune_config(source.config, kept=plan.kept)
-    config.pop("auto_map", None)  # names code that is not copied
+    if not source.remote_code:
+        config.pop("auto_map", None)  # names code that is neither needed nor copied
     config.pop("_name_or_path", None)  # where somebody had it on disk
     files = checkpoint.sha256_of_files(
         folder, checkpoint.write_checkpoint(kept, folder=folder, progress=progress)
@@ -93,6 +95,8 @@ def prune(
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    if source.remote_code:
+        point_to_source(source, folder)
     verify(folder, source_folder=source_folder)
     verified = ["names and shapes"]
     if compares_logits(source, thoroughness=thoroughness):

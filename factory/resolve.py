@@ -22,9 +22,10 @@ from huggingface_hub.repocard import metadata_load
 from factory.artifacts import Source, canonical_json
 from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint, sha256_of_files
 from factory.decoder import locate
-from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError
+from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.references import HUB_NAME, local_path, unknown_model
+from factory.remote_code import class_references
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -46,12 +47,13 @@ DTYPES = {
 Progress = Callable[[int, int], None]
 
 
-def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
+def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find out what a model is, without its weights: configuration and safetensors headers only.
 
     Args:
         reference: A folder, or `owner/name[@revision]`.
         recipe_repo_id: The repository that an alias stands for; `reference` then gives the revision alone.
+        trust_remote_code: Accept a model type that only code of its own repository knows, at a pinned commit.
 
     Raises:
         UnknownModelError: No folder, and not written like a repository name.
@@ -61,16 +63,20 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None) -> Source:
     """
     folder = local_path(reference)
     if recipe_repo_id is None and folder.is_dir():
-        return _resolve_folder(folder)
+        return _resolve_folder(folder, trust_remote_code=trust_remote_code)
     name, _, revision = reference.partition("@")
     repo_id = recipe_repo_id or name
     if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
         raise unknown_model(reference)
     with hub_errors(repo_id, revision=revision or None):
-        return patiently(lambda: _resolve_repository(repo_id, revision=revision or None))
+        return patiently(
+            lambda: _resolve_repository(
+                repo_id, revision=revision or None, trust_remote_code=trust_remote_code
+            )
+        )
 
 
-def _resolve_folder(folder: Path) -> Source:
+def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """The commit of a folder is a hash of the files that make the model, not of its card."""
     names = [
         path.relative_to(folder).as_posix()
@@ -80,9 +86,10 @@ def _resolve_folder(folder: Path) -> Source:
     ]
     _check_names(names, where=str(folder))
     config = _read_config(folder / CONFIG)
+    remote_code = _needs_code(config, trusted=trust_remote_code)
     tensors = read_checkpoint(folder)
     weights = sorted({tensor.file.name for tensor in tensors.values()})
-    hashed = sha256_of_files(folder, sorted(needed_files(names, weights) - {README}))
+    hashed = sha256_of_files(folder, sorted(needed_files(names, weights, code=remote_code) - {README}))
     source = _source(
         name="".join(letter for letter in folder.resolve().name if letter.isprintable()) or "model",
         repo_id=None,
@@ -92,26 +99,29 @@ def _resolve_folder(folder: Path) -> Source:
         size_bytes=sum((folder / name).stat().st_size for name in weights),
         card=_card_of(folder),
         has_chat_template=_has_chat_template(names, folder / TOKENIZER_CONFIG),
+        remote_code=remote_code,
     )
     return source.model_copy(update={"folder": folder.resolve()})
 
 
-def _resolve_repository(repo_id: str, *, revision: str | None) -> Source:
+def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code: bool) -> Source:
     api = hub_api()
     commit = api.resolve_revision(repo_id, revision=revision).resolved
     try:
         info = api.model_info(repo_id, revision=commit, files_metadata=True)
     except UNREACHABLE:
-        folder = _cached_snapshot(repo_id, commit=commit)
+        folder = _cached_snapshot(repo_id, commit=commit, code=trust_remote_code)
         if folder is None:
             raise
         # The same facts from the cache; `pull` then finds the files complete.
-        cached = _resolve_folder(folder)
+        cached = _resolve_folder(folder, trust_remote_code=trust_remote_code and revision == commit)
         update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
         return cached.model_copy(update=update)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_names(sizes, where=repo_id)
     config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
+    pin = None if revision == commit else f"{repo_id}@{commit}"
+    remote_code = _needs_code(config, trusted=trust_remote_code, pin=pin)
     weights = weight_files(repo_id, commit=commit, names=sizes)
     tokenizer_config = Path(TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in sizes:
@@ -125,6 +135,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None) -> Source:
         size_bytes=sum(sizes[name] for name in weights),
         card=dict(info.card_data.to_dict()) if info.card_data else {},  # type: ignore[no-untyped-call]
         has_chat_template=_has_chat_template(sizes, tokenizer_config),
+        remote_code=remote_code,
     )
 
 
@@ -159,10 +170,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """config.json, if transformers knows its model type without foreign code."""
-    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses everything never needs.
-    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
-
+    """config.json, with values that can be worked with."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -171,20 +179,45 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.name} has no model_type", hint="give a model that transformers can load"
         )
-    if config["model_type"] not in CONFIG_MAPPING_NAMES:
-        foreign = config.get("auto_map")
-        code = (
-            f"needs its own code ({next(iter(foreign.values()))})"
-            if foreign
-            else "is unknown to transformers"
-        )
-        raise UnsupportedArchitectureError(
-            f"model type {config['model_type']!r} {code}",
-            hint="foreign code is never run; choose a model that transformers has itself",
-        )
     _check_values(config, name=path.name)
     # Where somebody had it on disk: what is recorded gets published.
     return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None) -> bool:
+    """Whether the model type is known to code of its own repository alone.
+
+    Args:
+        trusted: That code may be run.
+        pin: What to type for the same model at its commit; None where the commit was typed.
+
+    Raises:
+        UnsupportedArchitectureError: Nobody knows the model type, or its code is not trusted.
+        UsageError: It is trusted, whatever it may be tomorrow.
+    """
+    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses everything never needs.
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    model_type = config["model_type"]
+    if model_type in CONFIG_MAPPING_NAMES:
+        return False
+    if not config.get("auto_map"):
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r} is unknown to transformers",
+            hint="a newer transformers may know it; else choose another model",
+        )
+    classes = ", ".join(class_references(config).values())
+    if not trusted:
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r} needs its own code ({classes})",
+            hint=f"read that code; {pin or 'the same'} with --trust-remote-code runs it",
+        )
+    if pin:
+        raise UsageError(
+            f"--trust-remote-code without a commit would run whatever is there tomorrow ({classes})",
+            hint=f"read the code, then give {pin}",
+        )
+    return True
 
 
 def _check_values(config: dict[str, Any], *, name: str) -> None:
@@ -259,6 +292,7 @@ def _source(
     size_bytes: int,
     card: Mapping[str, Any],
     has_chat_template: bool,
+    remote_code: bool,
 ) -> Source:
     stack = locate(config, list(tensors))
     _check_weights(config, tensors, prefix=stack.tensor_prefix, num_layers=stack.num_layers)
@@ -290,6 +324,7 @@ def _source(
         license_link=_text(card.get("license_link")),
         languages=tuple(map(_language, languages if isinstance(languages, list) else [languages])),
         has_chat_template=has_chat_template,
+        remote_code=remote_code,
     )
 
 
@@ -349,9 +384,9 @@ def _has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:
     return tokenizer_config.is_file() and '"chat_template"' in tokenizer_config.read_text(encoding="utf-8")
 
 
-def needed_files(names: Collection[str], weights: Collection[str]) -> set[str]:
-    """Weights, configuration, tokenizer, chat templates, licence texts and card."""
-    patterns = (CONFIG, WEIGHTS_INDEX, README, *AUXILIARY)
+def needed_files(names: Collection[str], weights: Collection[str], *, code: bool = False) -> set[str]:
+    """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for."""
+    patterns = (CONFIG, WEIGHTS_INDEX, README, *AUXILIARY, *(("*.py",) if code else ()))
     return {
         name
         for name in names
@@ -359,12 +394,12 @@ def needed_files(names: Collection[str], weights: Collection[str]) -> set[str]:
     } - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
 
 
-def _cached_snapshot(repo_id: str, *, commit: str) -> Path | None:
+def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
     """The cache's folder of a commit, if a pull has completed it."""
     try:
         names = [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
         weights = weight_files(repo_id, commit=commit, names=names)
-        allowed = sorted(needed_files(names, weights))
+        allowed = sorted(needed_files(names, weights, code=code))
         return Path(
             snapshot_download(repo_id, revision=commit, allow_patterns=allowed, local_files_only=True)
         )

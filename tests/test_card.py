@@ -406,6 +406,10 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
         partial(render, chosen_by(criterion), has_healing_figure=False)
         for criterion in ("deepest", "loss", "block-influence")
     ]
+    foreign = demo_healed().source.model_copy(update={"remote_code": True})
+    others.append(
+        partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
+    )
     for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
         without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
         for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):

@@ -13,7 +13,7 @@ LAYERS = (
     ("__init__", "errors"),
     ("references", "disk"),
     ("config", "artifacts"),
-    ("header", "licenses", "decoder_fields", "markdown", "hub_errors", "sweep"),
+    ("header", "licenses", "remote_code", "decoder_fields", "markdown", "hub_errors", "sweep"),
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus"),
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity"),

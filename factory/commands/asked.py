@@ -13,29 +13,31 @@ if TYPE_CHECKING:
     from factory.run import Reporter
 
 
-def resolve_model(model: str, recipe: "Recipe | None") -> "Source":
+def resolve_model(model: str, recipe: "Recipe | None", *, trust_remote_code: bool = False) -> "Source":
     """The source that an alias, a repository or a folder means; no weight is read."""
     from factory import hub
 
     if recipe is None:
-        return hub.resolve(model)
+        return hub.resolve(model, trust_remote_code=trust_remote_code)
     if recipe.source == "embedded":
         found = hub.resolve(str(references.DEMO_MODEL))
         return found.model_copy(update={"name": recipe.alias, "license": "apache-2.0"})
     assert recipe.repo_id is not None
-    return hub.resolve(recipe.repo_id)
+    return hub.resolve(recipe.repo_id, trust_remote_code=trust_remote_code)
 
 
 def pull_source(source: "Source", reporter: "Reporter") -> "Source":
-    """The source with its weights here."""
-    if source.folder is not None:
-        return source
+    """The source with its weights here, and with its code, where that is trusted, known to transformers."""
     from factory import hub
+    from factory.remote_code import register
 
-    reporter.started("pull")
-    pulled = hub.pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
-    reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
-    return pulled
+    if source.folder is None:
+        reporter.started("pull")
+        source = hub.pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
+        reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+    if source.remote_code:
+        register(source)
+    return source
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def ask(model: str, options: dict[str, Any]) -> Asked:
     if options["reproduce"]:
         return _ask_again(model, options)
     recipe = load_recipe(model) if model in references.aliases() else None
-    source = resolve_model(model, recipe)
+    source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     config = settle_options(model, options["drop"], recipe, source, options)
     out = options["out"] or Path("builds") / build_name(source.name, config.drop)
     return Asked(model, source, config, out)
@@ -67,7 +69,9 @@ def _ask_again(reference: str, options: dict[str, Any]) -> Asked:
     from factory import hub, reproduce
 
     found = reproduce.read_build(reference)
-    source = reproduce.same_source(found, hub.resolve(reproduce.source_reference(found)))
+    pinned = reproduce.source_reference(found)
+    resolved = hub.resolve(pinned, trust_remote_code=options["trust_remote_code"])
+    source = reproduce.same_source(found, resolved)
     files = {
         "measure": options["calibration_data"],
         "heal": options["heal_data"],

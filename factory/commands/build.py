@@ -10,8 +10,15 @@ from click.core import ParameterSource
 
 from factory import references
 from factory.commands.asked import Asked, ask, pull_source
-from factory.commands.options import CONTEXT, Fraction, home_option, measuring_options, print_json
-from factory.commands.publishing import license_option, say_license
+from factory.commands.options import (
+    CONTEXT,
+    Fraction,
+    home_option,
+    measuring_options,
+    print_json,
+    trust_option,
+)
+from factory.commands.publishing import check_publishable, license_option
 from factory.errors import UsageError
 from factory.references import CRITERIA
 
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 # What a build can be given that repeats another: nothing that would make it another build.
 WITH_REPRODUCE = {
     *("model", "reproduce", "calibration_data", "heal_data", "eval_data", "tasks", "out", "home"),
-    *("push_to", "public", "accept_license", "rerun", "dry_run", "as_json"),
+    *("push_to", "public", "accept_license", "trust_remote_code", "rerun", "dry_run", "as_json"),
 }
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
@@ -49,6 +56,7 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
 @home_option
+@trust_option
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
 @click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
 @license_option
@@ -86,7 +94,7 @@ def _build(model: str, options: dict[str, Any]) -> None:
     reporter = StageLines(screen)
     asked = ask(model, options)
     if options["push_to"]:
-        say_license(asked.source, accepted=options["accept_license"])
+        check_publishable(asked.source, accepted=options["accept_license"])
     check_out(asked.out)
     run, pending = _prepare(asked, options, reporter)
     shown = preview(asked.source, asked.config, pending=pending, home=run.store.home)
@@ -122,7 +130,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
         check_same_texts(asked.repeats, texts)
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     pending = pipeline.pending(run, asked.source)
-    if "prune" in pending:
+    if "prune" in pending and not asked.source.remote_code:
         check_decoder(asked.source.config)
     check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):

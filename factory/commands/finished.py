@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from factory.commands.options import CONTEXT, build_folder
-from factory.commands.publishing import license_option, say_license
+from factory.commands.publishing import check_publishable, license_option
 
 
 @click.command(context_settings=CONTEXT)
@@ -28,7 +28,7 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     from factory.pipeline import publish
 
     message = options.pop("message") or "Publish a model without some of its layers"
-    say_license(Build.read(build_folder(folder)).source, accepted=options.pop("accept_license"))
+    check_publishable(Build.read(build_folder(folder)).source, accepted=options.pop("accept_license"))
     click.echo(publish(folder, repository, message=message, **options).url)
 
 

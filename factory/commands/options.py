@@ -110,6 +110,13 @@ home_option = click.option(
 )
 
 
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run code that comes with MODEL, which must then be owner/name@COMMIT or a folder.",
+)
+
+
 def build_folder(folder: Path) -> Path:
     """The folder of a build, or an error that says what it is not."""
     if not (folder / "build.json").is_file() or not (folder / "model").is_dir():

@@ -14,6 +14,7 @@ from factory.commands.options import (
     home_option,
     measuring_options,
     print_json,
+    trust_option,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 )
 @measuring_options
 @home_option
+@trust_option
 @click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for plans and figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def plan(model: str, drop: float, **options: Any) -> None:
@@ -109,6 +111,7 @@ def plan(model: str, drop: float, **options: Any) -> None:
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @home_option
+@trust_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: sweeps/NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
@@ -171,9 +174,10 @@ def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, R
         if options.get(data) is not None:
             references.check_data(options[data])
     recipe = load_recipe(model) if model in references.aliases() else None
-    source = resolve_model(model, recipe)
+    source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     config = settle_options(model, drop, recipe, source, options)
-    check_decoder(source.config)
+    if not source.remote_code:
+        check_decoder(source.config)
     sweeps = "tasks" in options
     if sweeps:
         check_tasks(config.evaluate, search=True)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from factory import references
-from factory.commands.asked import resolve_model
-from factory.commands.options import CONTEXT, Layers, home_option, print_json
+from factory.commands.asked import pull_source, resolve_model
+from factory.commands.options import CONTEXT, Layers, home_option, print_json, trust_option
 
 if TYPE_CHECKING:
     from factory.artifacts import Pruning, PruningPlan, Source
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace another model that `factory prune` wrote to --out.")
 @home_option
+@trust_option
 @click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> None:
@@ -42,18 +43,21 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     from factory.decoder import prune_config
     from factory.prune import compares_logits, plan_without
     from factory.removal import check_disk, find
-    from factory.screen import console
+    from factory.screen import StageLines, console
     from factory.store import Store, default_home
 
     references.check_model(model)
     recipe = load_recipe(model) if model in references.aliases() else None
-    source = resolve_model(model, recipe)
+    source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     plan = plan_without(layers, num_layers=source.num_layers)
     logits = compares_logits(source, thoroughness=options["thoroughness"])
     found = find(source, plan, out=out, logits=logits, force=options["force"])
     screen = console(stderr=options["as_json"])
-    if found is None:
+    if found is None and source.remote_code and not options["dry_run"]:
+        source = pull_source(source, StageLines(screen))
+    if found is None and not (source.remote_code and options["dry_run"]):
         prune_config(source.config, kept=plan.kept)  # what cannot be right is refused before any download
+    if found is None:
         check_disk(source, plan, out=out)
     expected = _expected(source, plan, logits=logits)
     for name, value in _lines(expected, plan):

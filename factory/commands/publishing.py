@@ -1,8 +1,10 @@
-"""What the commands that publish share: the licence is told before anything goes up."""
+"""What the commands that publish share: what would be wrong to publish is told before anything goes up."""
 
 from typing import TYPE_CHECKING
 
 import click
+
+from factory.errors import ModelError
 
 if TYPE_CHECKING:
     from factory.artifacts import Source
@@ -12,14 +14,23 @@ license_option = click.option(
 )
 
 
-def say_license(source: "Source", *, accepted: bool) -> None:
-    """Say, on standard error, what the source's licence asks of whoever publishes; silence if nothing.
+def check_publishable(source: "Source", *, accepted: bool) -> None:
+    """Refuse what may not, or could not, be published; say on standard error what the licence asks for.
+
+    Args:
+        accepted: The user says that they may share what the licence forbids to share.
 
     Raises:
-        LicenseError: It forbids to share what is made from the model, and nobody accepted that.
+        LicenseError: It forbids to share what is made from the model.
+        ModelError: The result needs code that is nowhere on the Hub.
     """
     from factory.licenses import check_license, remark
 
+    if source.remote_code and not source.repo_id:
+        raise ModelError(
+            f"what is made from the folder {source.name!r} needs its code, which is not on the Hub",
+            hint="publish the source with its code first, and build from there",
+        )
     check_license(source, accepted=accepted)
     told = remark(source)
     if told:
