@@ -250,7 +250,7 @@ class Adapter(Artifact):
     file_name = "adapter.json"
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
-    objective: str  # "sft"
+    objective: str  # "sft", "distill"
     quantization: str  # "nf4"
     rank: int
     learning_rate: float
@@ -291,6 +291,16 @@ class TokenLoss(BaseModel):
         return math.exp(self.nats) if self.nats < 700 else math.inf
 
 
+class PartScore(BaseModel):
+    """One task of a group: a subject of MMLU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str  # for people: "abstract_algebra"
+    value: float
+    num_samples: int
+
+
 class TaskScore(BaseModel):
     """One lm-eval task and metric."""
 
@@ -306,6 +316,8 @@ class TaskScore(BaseModel):
     chance: float | None  # None where there is none to speak of
     version: str  # the task's, as the harness gives it
     data: tuple[DataSource, ...] = ()  # Hub data sets that the questions come from
+    answers: str | None = None  # how they were found in what the model wrote: "strict-match"
+    parts: tuple[PartScore, ...] = ()  # of a group
 
 
 class Evaluation(Artifact):
@@ -319,6 +331,27 @@ class Evaluation(Artifact):
     harness: str  # "lm-eval 0.4.13"
 
 
+class Comparison(BaseModel):
+    """How one measure of a model differs from its source's, on the same documents or questions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measure: str  # "loss", or the task
+    difference: float  # model − source
+    stderr: float
+    low: float  # ends of the confidence interval
+    high: float
+    confidence: float  # 0.95
+    p_value: float  # two-sided
+    num_items: int
+    test: str  # "McNemar, exact", "paired t"
+
+    @property
+    def significant(self) -> bool:
+        """Whether chance alone would rarely make such a difference."""
+        return not self.p_value >= 1 - self.confidence  # what is not a number proves nothing alike
+
+
 class Speed(BaseModel):
     """Medians over alternating rounds; spread is half the interquartile range over the median."""
 
@@ -328,10 +361,12 @@ class Speed(BaseModel):
     prefill_spread: float
     decode_tokens_per_second: float
     decode_spread: float
+    memory_bytes: int | None = None
+    cache_bytes_per_token: float | None = None  # that the key-value cache grows by
 
 
 class SpeedComparison(Artifact):
-    """Tokens a second of source and result, measured in turns in one run."""
+    """Tokens a second and memory of source and result, measured in turns in one run."""
 
     file_name = "speed.json"
 
@@ -340,6 +375,8 @@ class SpeedComparison(Artifact):
     prompt_tokens: int
     new_tokens: int
     batch_size: int
+    dtype: str | None = None  # that the models ran in
+    memory: Literal["peak", "weights and cache"] | None = None  # what was counted; a peak only on a GPU
     source: Speed
     result: Speed
 
@@ -364,6 +401,7 @@ class Build(Artifact):
     source_bytes: int
     result_bytes: int
     evaluations: dict[str, Evaluation]  # "source", "pruned", "healed"
+    comparisons: dict[str, tuple[Comparison, ...]] = {}  # with the source: "pruned", "healed"
     speed: SpeedComparison | None
     files: dict[str, str]  # published weight file → sha256
     stages: dict[str, str]  # stage → key

@@ -305,6 +305,7 @@ FLAGS = {
     ("plan", "criterion"): "--criterion",
     ("plan", "num_documents"): "--plan-documents",
     ("heal", "data"): "--heal-data",
+    ("heal", "objective"): "--heal",
     ("heal", "num_steps"): "--heal-steps",
     ("heal", "learning_rate"): "--heal-lr",
     ("heal", "rank"): "--heal-rank",

@@ -40,6 +40,7 @@ class HealSettings(Settings):
     """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
 
     data: str = "allenai/c4:en"
+    objective: Literal["sft", "distill"] = "sft"  # next tokens of the text, or the source's distribution
     learning_rate: float = Field(default=3e-4, gt=0)
     rank: int = Field(default=64, ge=1)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
@@ -55,8 +56,8 @@ class EvaluateSettings(Settings):
     data: str = "allenai/c4:en"
     num_documents: int = Field(default=1000, ge=2)
     sequence_length: int = Field(default=2048, ge=8)  # tokens
-    tasks: tuple[str, ...] = ("mmlu", "boolq")
-    num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0})
+    tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
+    num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
     limit: int | None = Field(default=None, ge=1)  # samples a task; None: all of them
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use ot
 import torch
 from datasets import Dataset, Features, List, Value, disable_progress_bars
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -20,6 +22,8 @@ from trl import SFTConfig, SFTTrainer
 from factory.artifacts import Adapter, Checkpoint, LossPoint
 from factory.config import HealSettings
 from factory.decoder import decoder_layers
+from factory.decoder_proof import find_layers
+from factory.distill import DistillTrainer
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.models import load_model, load_tokenizer
 from factory.texts import Text, windows
@@ -29,6 +33,7 @@ disable_progress_bars()
 GUARD_SEQUENCES = 64  # held back from the healing text
 GUARD_SHARE = 0.1  # at most, of the training tokens
 CURVE_POINTS = 50
+PEFT_PREFIX = "base_model.model."
 CHECKPOINTS = 10  # trainer checkpoints over a run
 
 
@@ -36,6 +41,8 @@ def heal(
     pruned: Checkpoint,
     text: Text,
     *,
+    source_folder: Path,
+    dropped: Sequence[int],
     settings: HealSettings,
     seed: int,
     folder: Path,
@@ -43,8 +50,14 @@ def heal(
 ) -> Adapter:
     """Train a LoRA on the feed-forward modules of the NF4 model (arXiv 2403.17887, appendix A).
 
-    Works in `folder`, resumes from the last trainer checkpoint found there, and leaves peft's adapter
-    files in it. `progress` gets steps done, steps in all and the latest loss.
+    With `settings.objective` "distill", the source is loaded and its layers left out in memory: with them
+    and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
+    found there, and leaves peft's adapter files in it. `progress` gets steps done, steps in all and the
+    latest loss.
+
+    Args:
+        source_folder: The model that `pruned` was made from.
+        dropped: Its layers that `pruned` lacks.
 
     Raises:
         DataError: Too little text.
@@ -54,21 +67,36 @@ def heal(
     set_seed(seed)
     tokenizer = load_tokenizer(pruned.folder)
     guard, train = _data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
-    model = load_model(pruned.folder, four_bit=True)
+    distils = settings.objective == "distill"
+    model = load_model(source_folder if distils else pruned.folder, four_bit=True)
     modules = feed_forward_modules(model)
-    trainer = _trainer(model, tokenizer, modules, train, guard, settings=settings, seed=seed, folder=folder)
+    prefix, layers = find_layers(model)
+    gone = frozenset(dropped if distils else ())
+    kept = [index for index in range(len(layers)) if index not in gone]
+    trainer = _trainer(
+        partial(DistillTrainer, dropped=dropped) if distils else SFTTrainer,
+        model,
+        tokenizer,
+        _adapted(layers, modules, prefix=prefix, kept=kept),
+        train,
+        guard,
+        settings=settings,
+        seed=seed,
+        folder=folder,
+    )
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(_Progress(progress))
     before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(trainer.args.output_dir)))
     after = float(trainer.evaluate()["eval_loss"])
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    _save_adapter(trainer.model, folder)
+    new_names = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)}
+    _save_adapter(trainer.model, folder, modules=modules, new_names=new_names)
     for scratch in ("trainer", "tokens"):
         shutil.rmtree(folder / scratch, ignore_errors=True)
     return Adapter(
         folder=folder,
-        objective="sft",
+        objective=settings.objective,
         quantization="nf4",
         rank=settings.rank,
         learning_rate=settings.learning_rate,
@@ -176,7 +204,18 @@ def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[
             return
 
 
+def _adapted(layers: Any, modules: list[str], *, prefix: str, kept: list[int]) -> list[str]:
+    """Full names of the modules of the kept layers that LoRA adapts."""
+    return [
+        f"{prefix}.{index}.{name}"
+        for index in kept
+        for name, _ in layers[index].named_modules()
+        if name in modules
+    ]
+
+
 def _trainer(
+    trainer_class: Callable[..., SFTTrainer],
     model: Any,
     tokenizer: Any,
     modules: list[str],
@@ -223,7 +262,7 @@ def _trainer(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    trainer = SFTTrainer(
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -268,11 +307,21 @@ def _curve(history: list[dict[str, Any]]) -> tuple[LossPoint, ...]:
     )
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
-    """peft's two files, without the local path that peft writes as the base model."""
+def _save_adapter(model: Any, folder: Path, *, modules: list[str], new_names: dict[str, str]) -> None:
+    """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
+
+    Args:
+        new_names: Beginning of a module's name in the trained model → in the pruned checkpoint.
+    """
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = None
+    config |= {"base_model_name_or_path": None, "target_modules": modules}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = folder / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(weights).items():
+        old = next(old for old in new_names if f"{PEFT_PREFIX}{old}" in name)
+        tensors[name.replace(old, new_names[old], 1)] = tensor
+    save_file(tensors, weights, metadata={"format": "pt"})

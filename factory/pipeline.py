@@ -25,6 +25,7 @@ from factory.config import num_dropped
 from factory.references import Criterion
 from factory.run import Missing, Run
 from factory.stages import (
+    compare_evaluations,
     compare_stage,
     evaluate_stage,
     heal_stage,
@@ -78,7 +79,7 @@ def make_models(run: Run, source: Source) -> Made:
     profile = measure_stage(run, source)
     plan = plan_stage(run, source, profile)
     pruned = prune_stage(run, source, plan)
-    adapter = heal_stage(run, pruned) if run.config.heal_enabled else None
+    adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
     healed = merge_stage(run, pruned, adapter) if adapter else None
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed:
@@ -136,7 +137,7 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
         run.config = run.config.model_copy(update={"drop": drop})
         plan = plan_stage(run, source, profile)
         pruned = prune_stage(run, source, plan)
-        adapter = heal_stage(run, pruned) if run.config.heal_enabled else None
+        adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
         points.append(
             SweepPoint(
                 drop=len(plan.dropped) / source.num_layers,
@@ -161,7 +162,10 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     """Lay out the folder that is published: weights, card, figures, `build.json`."""
     from factory.layout import describe_build, lay_out, read_if_same
 
-    build = describe_build(run.config, run.texts, made, keys=run.keys, seconds=run.seconds)
+    comparisons = compare_evaluations(run, made.evaluations)
+    build = describe_build(
+        run.config, run.texts, made, comparisons=comparisons, keys=run.keys, seconds=run.seconds
+    )
     with run.store.laying_out(out):
         same = None if run.remade else read_if_same(build, out)
         if not same:

@@ -1,6 +1,6 @@
 """Each stage of a run: what it is made from, what decides its result, and what is said of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from factory.artifacts import (
     Adapter,
     Artifact,
     Checkpoint,
+    Comparison,
     CutLosses,
     DistanceProfile,
     Evaluation,
@@ -176,7 +177,7 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
     )
 
 
-def heal_stage(run: Run, pruned: Checkpoint) -> Adapter:
+def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) -> Adapter:
     """QLoRA; resumes from its last trainer checkpoint."""
 
     def work(folder: Path) -> Artifact:
@@ -185,6 +186,8 @@ def heal_stage(run: Run, pruned: Checkpoint) -> Adapter:
         return heal(
             pruned,
             run.texts.healing,
+            source_folder=source.local_folder,
+            dropped=plan.dropped,
             settings=run.config.heal,
             seed=run.config.seed,
             folder=folder,
@@ -254,11 +257,23 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
     )
 
 
+def compare_evaluations(run: Run, evaluations: Mapping[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
+    """Each model against the source, on the answers that the evaluations left; quick, so no stage."""
+    from factory.significance import compare
+
+    before = run.folders["evaluate source"]
+    return {
+        name: compare(before, run.folders[f"evaluate {name}"], num_tasks=len(evaluation.tasks))
+        for name, evaluation in evaluations.items()
+        if name != "source"
+    }
+
+
 def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str) -> SpeedComparison:
     """Tokens a second of source and result, in turns."""
 
     def work(_folder: Path) -> Artifact:
-        from factory.evaluate import compare_speed
+        from factory.speed import compare_speed
 
         return compare_speed(source.local_folder, shipped.folder, progress=run.ticks("speed"))
 

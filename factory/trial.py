@@ -75,7 +75,7 @@ class Trial:
                     self._run(*batch)
             calls: dict[int, Call] = {}
             if any(candidates):
-                with _bypassed(self.layers, gone, self.forms[number]), _recorded(self.layers, calls, {}):
+                with bypassed(self.layers, gone, self.forms[number]), _recorded(self.layers, calls, {}):
                     self._run(*batch, without=len(gone))
             results = [self._loss(number, batch, gone, candidate, calls) for candidate in candidates]
             rows.append(torch.stack(results))
@@ -97,10 +97,20 @@ class Trial:
         resume = max(candidate) + 1 if candidate else 0
         skipped = gone.union(range(resume))
         given = {resume - 1: calls[min(candidate)]} if candidate else {}
-        with _bypassed(self.layers, skipped, self.forms[number], given=given):
+        with bypassed(self.layers, skipped, self.forms[number], given=given):
             counts, nats = row_losses(self.model, *batch)
         self.layer_passes += len(self.layers) - len(skipped)
         return torch.stack([nats, counts], dim=1).cpu()
+
+
+def record_forms(model: Any) -> Forms:
+    """What each layer returns beside the states, from a short pass."""
+    layers = decoder_layers(model)
+    forms: Forms = {}
+    ids = torch.ones((1, 2), dtype=torch.long, device=model.device)
+    with torch.no_grad(), _recorded(layers, {}, forms):
+        model.base_model(input_ids=ids, use_cache=False)
+    return forms
 
 
 def mean_loss(losses: torch.Tensor) -> torch.Tensor:
@@ -112,7 +122,7 @@ def mean_loss(losses: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _bypassed(
+def bypassed(
     layers: Any, skipped: frozenset[int], forms: Forms, *, given: dict[int, Call] | None = None
 ) -> Iterator[None]:
     """Replace the forward of some layers by one that hands on its input, or what another was given.

@@ -42,10 +42,21 @@ def run(
     settings: HealSettings = SETTINGS,
     progress: Callable[[int, int, str], None] = quiet,
     documents: list[str] | None = None,
+    source: Path | None = None,
+    dropped: tuple[int, ...] = (),
 ) -> Adapter:
     folder.mkdir(exist_ok=True)
     text = text_of(rhymes(60) if documents is None else documents)
-    return heal(checkpoint(model), text, settings=settings, seed=0, folder=folder, progress=progress)
+    return heal(
+        checkpoint(model),
+        text,
+        source_folder=source or model,
+        dropped=dropped,
+        settings=settings,
+        seed=0,
+        folder=folder,
+        progress=progress,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,21 @@ LAYERS = (
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity"),
     ("trial",),
-    ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "card", "demo.next_line"),
+    ("distill", "significance"),
+    ("harness",),
+    (
+        "publish",
+        "measure",
+        "plan",
+        "search",
+        "prune",
+        "heal",
+        "merge",
+        "evaluate",
+        "speed",
+        "card",
+        "demo.next_line",
+    ),
     ("hub", "preview", "layout", "space"),
     ("removal",),
     ("run",),
@@ -31,7 +45,18 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-STAGES = {"measure", "plan", "search", "search", "prune", "heal", "merge", "evaluate", "card", "publish"}
+STAGES = {
+    "measure",
+    "plan",
+    "search",
+    "prune",
+    "heal",
+    "merge",
+    "evaluate",
+    "speed",
+    "card",
+    "publish",
+}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))
 

@@ -130,6 +130,7 @@ def settle_options(
             },
             "heal": {
                 "data": options.get("heal_data"),
+                "objective": options.get("heal_objective"),
                 "num_steps": options.get("heal_steps"),
                 "learning_rate": options.get("heal_lr"),
                 "rank": options.get("heal_rank"),

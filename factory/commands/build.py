@@ -13,6 +13,7 @@ from factory.commands.asked import Asked, ask, pull_source
 from factory.commands.options import (
     CONTEXT,
     Fraction,
+    heal_option,
     home_option,
     measuring_options,
     print_json,
@@ -49,7 +50,8 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the other two.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
 @click.option("--limit", type=click.IntRange(1), help="Samples a task, for a quick look.")
-@click.option("--heal/--no-heal", "heal_enabled", default=True, help="Heal the cut, or leave it.")
+@click.option("--no-heal", "heal_enabled", flag_value=False, default=True, help="Leave the cut as it is.")
+@heal_option
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")

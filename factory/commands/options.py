@@ -102,6 +102,16 @@ def measuring_options(command: Any) -> Any:
     return command
 
 
+heal_option = click.option(
+    "--heal",
+    "heal_objective",
+    is_flag=False,
+    flag_value="sft",
+    type=click.Choice(["sft", "distill"]),
+    help="sft: on the text; distill: on what the source makes of the text.",
+)
+
+
 home_option = click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),

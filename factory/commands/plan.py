@@ -11,6 +11,7 @@ from factory.commands.options import (
     CONTEXT,
     Fraction,
     Fractions,
+    heal_option,
     home_option,
     measuring_options,
     print_json,
@@ -107,7 +108,7 @@ def plan(model: str, drop: float, **options: Any) -> None:
     show_default=True,
     help="Samples a task, for a quick look.",
 )
-@click.option("--heal/--no-heal", "heal_enabled", default=False, help="Heal each cut too.  [default: no]")
+@heal_option
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @home_option
@@ -124,6 +125,7 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     from factory.plots import sweep_figure
     from factory.screen import show_sweep
 
+    options["heal_enabled"] = options["heal_objective"] is not None
     source, run, reporter = _start(model, drops[0], options)
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
     _preview_sweep(source, sorted(by_size), run, reporter)
