@@ -13,10 +13,11 @@ from factory.artifacts import sha256_of_file
 from factory.disk import no_room
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
-from factory.transfer import assemble
+from factory.transfer import assemble, read_blocks
 
 __all__ = [
     "TensorInfo",
+    "are_equal",
     "copy_auxiliary_files",
     "read_checkpoint",
     "read_header",
@@ -96,6 +97,18 @@ def read_tensor_bytes(tensor: TensorInfo) -> bytearray:
     if count != tensor.size_bytes:
         raise damaged(tensor.file, f"ends inside tensor {tensor.name!r}")
     return values
+
+
+def are_equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two stored tensors are the same: type, shape and every byte, read a block at a time.
+
+    Raises:
+        CheckpointError: A file has been cut since its header was read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    blocks = zip(read_blocks(one), read_blocks(other), strict=True)
+    return all(mine == theirs for mine, theirs in blocks)
 
 
 def _no_weights(folder: Path) -> CheckpointError:

@@ -1,15 +1,16 @@
 """The prune stage: copy the kept layers on disk, renumber them, and prove that the result loads."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from factory import checkpoint, decoder
 from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
 from factory.checkpoint import Progress, TensorInfo
+from factory.decoder import DecoderStack
 from factory.errors import DropError, UsageError, VerificationError
-from factory.reload import verify, verify_logits
+from factory.reload import verify, verify_logits, verify_values
 from factory.remote_code import point_to_source
 
 SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it takes seconds
@@ -71,7 +72,8 @@ def prune(
         source: Pulled: its weights are local.
         plan: Made for this source.
         folder: Exists, and is empty or holds an earlier attempt.
-        thoroughness: "full" compares logits whatever the size; "auto" does for small models.
+        thoroughness: "full" compares logits whatever the size; "auto" does for small models, and the
+            stored values of a few layers of others.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -83,7 +85,9 @@ def prune(
             than the source with those layers skipped.
     """
     source_folder = source.local_folder
-    kept = _kept_tensors(source, plan, checkpoint.read_checkpoint(source_folder))
+    tensors = checkpoint.read_checkpoint(source_folder)
+    stack = _stack(source, plan, tensors)
+    kept = _kept_tensors(tensors, stack=stack, kept=plan.kept)
     config = decoder.prune_config(source.config, kept=plan.kept)
     if not source.remote_code:
         config.pop("auto_map", None)  # names code that is neither needed nor copied
@@ -98,30 +102,35 @@ def prune(
     if source.remote_code:
         point_to_source(source, folder)
     verify(folder, source_folder=source_folder)
-    verified = ["names and shapes"]
-    if compares_logits(source, thoroughness=thoroughness):
+    logits = compares_logits(source, thoroughness=thoroughness)
+    if logits:
         verify_logits(source_folder, folder, dropped=plan.dropped)
-        verified.append("logits")
+    else:
+        verify_values(source_folder, folder, kept=plan.kept, prefix=stack.tensor_prefix)
     return Checkpoint(
         folder=folder,
         num_layers=len(plan.kept),
         num_parameters=sum(tensor.num_elements for _, tensor in kept),
         size_bytes=sum((folder / name).stat().st_size for name in files),
         files=files,
-        verified=tuple(verified),
+        verified=("names and shapes", "logits" if logits else "values"),
     )
 
 
-def _kept_tensors(
-    source: Source, plan: PruningPlan, tensors: Mapping[str, TensorInfo]
-) -> list[tuple[str, TensorInfo]]:
-    """Pairs (name in the result, where the values lie) of every tensor that stays."""
+def _stack(source: Source, plan: PruningPlan, tensors: Mapping[str, TensorInfo]) -> DecoderStack:
     stack = decoder.locate(source.config, tensors)
     if stack.num_layers != plan.num_layers:
         raise VerificationError(
             f"the plan is for {plan.num_layers} layers, {source.name} has {stack.num_layers}",
             hint="plan again from this source",
         )
-    kept_index = {old: new for new, old in enumerate(plan.kept)}
+    return stack
+
+
+def _kept_tensors(
+    tensors: Mapping[str, TensorInfo], *, stack: DecoderStack, kept: Sequence[int]
+) -> list[tuple[str, TensorInfo]]:
+    """Pairs (name in the result, where the values lie) of every tensor that stays."""
+    kept_index = {old: new for new, old in enumerate(kept)}
     names = ((decoder.renumber(name, stack=stack, kept_index=kept_index), name) for name in tensors)
     return [(new, tensors[old]) for new, old in names if new is not None]

@@ -20,6 +20,7 @@ from factory import checkpoint, decoder
 from factory.errors import VerificationError
 
 NUM_NAMED = 4  # tensors that an error message names
+MOST_LAYERS_READ = 4  # of a model whose logits are not compared
 MEMORY_SHARE = 0.6  # of the free memory that one model may take
 RELATIVE_LIMIT = 1e-4  # of the largest logit; fp32 sums in another order stay far below
 
@@ -64,6 +65,36 @@ def verify(folder: Path, *, source_folder: Path | None = None) -> None:
             f"the weights are not those of config.json: {'; '.join(problems)}",
             hint="the model disagrees with its own configuration, or this architecture is not supported",
         )
+
+
+def verify_values(source_folder: Path, pruned_folder: Path, *, kept: Sequence[int], prefix: str) -> int:
+    """Compare the stored values of a few layers with the source's: first, last, both sides of each cut.
+
+    Args:
+        kept: 0-based numbers in the source of the layers of the result.
+        prefix: Of the tensors of a layer, before its number.
+
+    Returns:
+        How many layers were compared, `MOST_LAYERS_READ` at most.
+
+    Raises:
+        VerificationError: Names the first tensor that is not the source's.
+    """
+    before, after = (checkpoint.read_checkpoint(folder) for folder in (source_folder, pruned_folder))
+    last = len(kept) - 1
+    beside_cuts = [new for new in range(last) if kept[new + 1] != kept[new] + 1]
+    ordered = dict.fromkeys([last, 0, *(new for cut in beside_cuts for new in (cut, cut + 1))])
+    chosen = list(ordered)[:MOST_LAYERS_READ]
+    for new in chosen:
+        start = f"{prefix}{new}."
+        for name in [name for name in after if name.startswith(start)]:
+            theirs = before.get(f"{prefix}{kept[new]}.{name[len(start) :]}")
+            if theirs is None or not checkpoint.are_equal(after[name], theirs):
+                raise VerificationError(
+                    f"{name} does not hold what layer {kept[new]} of the source holds",
+                    hint="is the disk failing? run the same command again",
+                )
+    return len(chosen)
 
 
 def parameter_names(folder: Path, stored_names: Iterable[str]) -> dict[str, str]:

@@ -34,6 +34,22 @@ def assemble(path: Path, parts: Iterable[TensorInfo | memoryview], *, header: by
             yield from _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part)
 
 
+def read_blocks(tensor: TensorInfo) -> Iterator[bytes]:
+    """The values of a tensor, a block at a time.
+
+    Raises:
+        CheckpointError: The file ends inside the tensor.
+    """
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        for start in range(0, tensor.size_bytes, BLOCK_BYTES):
+            wanted = min(BLOCK_BYTES, tensor.size_bytes - start)
+            block = file.read(wanted)
+            if len(block) < wanted:
+                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
+            yield block
+
+
 def _write_all(file: FileIO, values: memoryview) -> Iterator[int]:
     while values:
         count = file.write(values[:BLOCK_BYTES])

@@ -21,7 +21,7 @@ from factory import checkpoint
 from factory.artifacts import Checkpoint, PruningPlan, Source
 from factory.errors import VerificationError
 from factory.prune import prune
-from factory.reload import verify, verify_logits
+from factory.reload import verify, verify_logits, verify_values
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -244,6 +244,20 @@ def test_layers_in_another_order_show_in_the_logits(tmp_path: Path) -> None:
     edit(pruned.folder, lambda tensors: {swapped(name): tensor for name, tensor in tensors.items()})
     with pytest.raises(VerificationError, match="logits differ"):
         verify_logits(source.local_folder, pruned.folder, dropped=(2,))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_values_that_are_not_the_source_s_are_found_in_the_layers_beside_the_cut(
+    tmp_path: Path, layer: int
+) -> None:
+    source = save_source(tmp_path / "source")
+    pruned = drop(source, (2, 3), tmp_path / "pruned")
+    check = {"kept": (0, 1, 4, 5), "prefix": "model.layers."}
+    assert verify_values(source.local_folder, pruned.folder, **check) == 4
+    name = f"model.layers.{layer}.mlp.up_proj.weight"
+    edit(pruned.folder, lambda tensors: tensors | {name: tensors[name] * 2})
+    with pytest.raises(VerificationError, match=f"{name} does not hold what layer"):
+        verify_values(source.local_folder, pruned.folder, **check)
 
 
 def test_a_source_whose_cache_cuts_its_own_attention_short_is_no_fault_of_the_cut(tmp_path: Path) -> None:

@@ -238,7 +238,10 @@ def test_a_large_model_s_logits_are_compared_where_asked(
 ) -> None:
     monkeypatch.setattr(factory.prune, "SMALL_PARAMETERS", 0)
     prune(model, "2", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["verified"] == ["names and shapes"]
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["verified"] == [
+        "names and shapes",
+        "values",
+    ]
     prune(model, "2", tmp_path / "out", "--verify", "full")
     assert "logits" in json.loads((tmp_path / "out" / "pruning.json").read_text())["verified"]
 

@@ -1,5 +1,6 @@
 """`factory prune`: remove layers that somebody chose, and do nothing else."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,10 @@ from factory.commands.asked import pull_source, resolve_model
 from factory.commands.options import CONTEXT, Layers, home_option, print_json, trust_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from factory.artifacts import Pruning, PruningPlan, Source
+    from factory.prune import Thoroughness
 
 
 @click.command(context_settings=CONTEXT)
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "full"]),
     default="auto",
     show_default=True,
-    help="full: compare logits with the source whatever its size; auto: of small models.",
+    help="full: compare logits with the source whatever its size; auto: of small models only.",
 )
 @click.option("--force", is_flag=True, help="Replace another model that `factory prune` wrote to --out.")
 @home_option
@@ -35,15 +39,15 @@ if TYPE_CHECKING:
 def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> None:
     """Remove chosen layers of MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
 
-    Layers are copied on disk, byte for byte, without loading the model; the result is checked
-    against the architecture and, if it is small or --verify full is given, against the source
-    with these layers skipped. Nothing is measured, healed or evaluated: `factory build` does that.
+    Layers are copied on disk, byte for byte, without loading the model. The result is checked: names
+    and shapes against the architecture, values of a few layers against the source, and, if it is
+    small or --verify full is given, its logits against the source with these layers skipped.
+    Nothing is measured, healed or evaluated: `factory build` does that.
     """
     from factory.config import load_recipe
-    from factory.decoder import prune_config
     from factory.prune import compares_logits, plan_without
-    from factory.removal import check_disk, find
-    from factory.screen import StageLines, console
+    from factory.removal import find
+    from factory.screen import console
     from factory.store import Store, default_home
 
     references.check_model(model)
@@ -51,14 +55,9 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     plan = plan_without(layers, num_layers=source.num_layers)
     logits = compares_logits(source, thoroughness=options["thoroughness"])
-    found = find(source, plan, out=out, logits=logits, force=options["force"])
     screen = console(stderr=options["as_json"])
-    if found is None and source.remote_code and not options["dry_run"]:
-        source = pull_source(source, StageLines(screen))
-    if found is None and not (source.remote_code and options["dry_run"]):
-        prune_config(source.config, kept=plan.kept)  # what cannot be right is refused before any download
-    if found is None:
-        check_disk(source, plan, out=out)
+    if find(source, plan, out=out, logits=logits, force=options["force"]) is None:
+        source = _checked(source, plan, out, screen, dry_run=options["dry_run"])
     expected = _expected(source, plan, logits=logits)
     for name, value in _lines(expected, plan):
         screen.print(f"{name:<11} {value}", soft_wrap=True)
@@ -67,11 +66,9 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
             print_json(expected)
         return
     store = Store((options["home"] or default_home()).absolute())
-    with store.laying_out(out):
-        found = find(
-            source, plan, out=out, logits=logits, force=options["force"]
-        )  # another run may have made it meanwhile
-        pruning = found or _made(source, plan, out, screen, options)
+    with store.laying_out(out):  # another run may have made it meanwhile
+        found = find(source, plan, out=out, logits=logits, force=options["force"])
+        pruning = found or _made(source, plan, out, screen, options["thoroughness"])
     if options["as_json"]:
         print_json(pruning.model_dump(mode="json") | {"kept": plan.kept, "reused": found is not None})
     else:
@@ -79,31 +76,39 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
         screen.print(f"{out} {state}, verified: {', '.join(pruning.verified)}", soft_wrap=True)
 
 
+def _checked(
+    source: "Source", plan: "PruningPlan", out: Path, screen: "Console", *, dry_run: bool
+) -> "Source":
+    """Refuse what cannot be right or does not fit before the pull, unless code that is pulled must tell."""
+    from factory.decoder import prune_config
+    from factory.removal import check_disk
+    from factory.screen import StageLines
+
+    if source.remote_code and not dry_run:
+        source = pull_source(source, StageLines(screen))
+    if not (source.remote_code and dry_run):
+        prune_config(source.config, kept=plan.kept)
+    check_disk(source, plan, out=out)
+    return source
+
+
 def _made(
-    source: "Source", plan: "PruningPlan", out: Path, screen: Any, options: dict[str, Any]
+    source: "Source", plan: "PruningPlan", out: Path, screen: "Console", thoroughness: "Thoroughness"
 ) -> "Pruning":
     """Pull what is on the Hub, then make the folder."""
-    import time
-
-    from factory import hub
     from factory.removal import remove_layers
     from factory.screen import StageLines, count
 
     reporter = StageLines(screen)
     try:
-        if source.folder is None:
-            reporter.started("pull")
-            source = hub.pull(
-                source, progress=lambda done, total: reporter.progressed("pull", done, total, "")
-            )
-            reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+        source = pull_source(source, reporter)
         start = time.monotonic()
         reporter.started("prune")
         pruning = remove_layers(
             source,
             plan,
             out=out,
-            thoroughness=options["thoroughness"],
+            thoroughness=thoroughness,
             progress=lambda done, total: reporter.progressed("prune", done, total, ""),
         )
         summary = f"{count(pruning.source_parameters)} → {count(pruning.result_parameters)} parameters"
@@ -125,7 +130,7 @@ def _expected(source: "Source", plan: "PruningPlan", *, logits: bool) -> dict[st
         "parameters_after": source.num_parameters - sum(source.layer_parameters[i] for i in plan.dropped),
         "bytes_before": source.size_bytes,
         "bytes_after": source.size_bytes - sum(source.layer_bytes[i] for i in plan.dropped),
-        "verifies": ["names and shapes", *(["logits"] if logits else [])],
+        "verifies": ["names and shapes", "logits" if logits else "values"],
     }
 
 
@@ -147,7 +152,7 @@ def _lines(expected: dict[str, Any], plan: "PruningPlan") -> list[tuple[str, str
             + (
                 ", logits against the source with these layers skipped"
                 if "logits" in expected["verifies"]
-                else "; --verify full compares logits too"
+                else ", values of a few layers; --verify full compares logits"
             ),
         ),
     ]
