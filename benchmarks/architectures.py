@@ -17,6 +17,7 @@ import re
 import resource
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -366,31 +367,37 @@ def support_table(outcomes: list[Outcome]) -> str:
     """The part of the README: what is exact in one paragraph, the rest in a table with its reasons."""
     exact = [outcome.model_type for outcome in outcomes if outcome.verdict == "exact"]
     counts = Counter(outcome.verdict for outcome in outcomes)
-    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    listed = f"{counts['exact']} exact, {counts['wrong']} wrong, {counts['refused']} refused by name"
     rows = [
-        f"| `{outcome.model_type}` | {outcome.verdict} | {readable(outcome.note)} |"
+        f"| `{outcome.model_type}` | {outcome.verdict} | {readable(outcome)} |"
         for outcome in outcomes
         if outcome.verdict != "exact"
     ]
     version = transformers.__version__
+    names = textwrap.fill(", ".join(f"`{name}`" for name in exact), 118, break_on_hyphens=False)
     return f"""{START}
 <details>
 <summary>All {len(outcomes)} causal model types of transformers {version}: {listed}</summary>
 
-Exact, to the last bit of the logits and in cached generation: {", ".join(f"`{name}`" for name in exact)}.
+Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
+Exact to the last bit of the logits, and in cached generation, without a block of layers and without a scattered set:
+
+{names}
 
 | model type | result | why |
 |---|---|---|
 {chr(10).join(rows)}
 
-Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
+"exact, or refused": it depends on the cut; "to rounding": equal in exact arithmetic; "unbuilt": its tiny model
+cannot be made or run.
 </details>
 {END}"""
 
 
-def readable(note: str) -> str:
-    """A reason without what only a log needs: the cut it came from, the name of the error's class."""
-    return re.sub(r"^\[[\d, ]+\]: ", "", re.sub(r"\b\w+Error: ", "", note)).replace("|", "/")
+def readable(outcome: Outcome) -> str:
+    """A reason without what only a log needs: the cut, the class of the error, the type that the row names."""
+    note = re.sub(r"\b\w+Error: ", "", outcome.note).replace("|", "/")
+    return re.sub(r"^\[[\d, ]+\]: ", "", note).removeprefix(f"{outcome.model_type}: ")
 
 
 def write_readme(outcomes: list[Outcome], path: Path) -> None:
