@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from factory import __version__
-from factory.artifacts import Build, Checkpoint, DistanceProfile, Publication, sha256_of_file
+from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Publication, sha256_of_file
 from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.references import local_path
@@ -47,6 +47,7 @@ def describe_build(
     texts: "Texts",
     made: "Made",
     *,
+    comparisons: dict[str, tuple[Comparison, ...]],
     keys: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Build:
@@ -67,6 +68,7 @@ def describe_build(
         source_bytes=made.source.size_bytes,
         result_bytes=made.shipped.size_bytes,
         evaluations=made.evaluations,
+        comparisons=comparisons,
         speed=made.speed,
         files=made.shipped.files,
         stages=dict(keys),

@@ -20,8 +20,8 @@ VERSIONS = {
     "prune": 1,
     "heal": 3,
     "merge": 1,
-    "evaluate": 2,
-    "speed": 1,
+    "evaluate": 3,
+    "speed": 2,
 }
 
 # Libraries whose version can change a stage's numbers; part of its key.
@@ -76,6 +76,7 @@ class Run:
     only_look: bool = False  # raise Missing instead of working
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
     seconds: dict[str, float] = field(default_factory=dict)
 
     def stage(
@@ -104,7 +105,7 @@ class Run:
         result = self.store.make(
             spec,
             make,
-            resumable=stage in ("measure", "heal"),
+            resumable=stage in ("measure", "heal", "evaluate"),
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
         )
@@ -112,6 +113,7 @@ class Run:
             self.remade.add(result.key)
         value = artifact.read(result.folder)
         self.keys[name] = result.key
+        self.folders[name] = result.folder
         self.seconds[name] = result.seconds
         if not self.only_look:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)

@@ -52,7 +52,7 @@ def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
 
 
 def test_a_folder_gets_no_tasks_unless_they_are_asked_for() -> None:
-    assert config_of().evaluate.tasks == ("mmlu", "boolq")
+    assert config_of().evaluate.tasks == ("mmlu", "boolq", "gsm8k")
     assert config_of(is_folder=True).evaluate.tasks == ()
     asked = config_of(is_folder=True, overrides={"evaluate": {"tasks": ("boolq",)}})
     assert asked.evaluate.tasks == ("boolq",)

@@ -14,12 +14,29 @@ from transformers import LlamaForCausalLM
 from factory.artifacts import DataSource, Evaluation
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
-from factory.evaluate import compare_speed, evaluate
+from factory.evaluate import evaluate
 from factory.models import load_model, load_tokenizer
+from factory.significance import LOSSES, read_answers, read_losses
+from factory.speed import _footprint, compare_speed
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
 
 DEMO = Path(__file__).parent.parent / "factory" / "demo"
+CHOICES = "output_type: multiple_choice\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
+WRITTEN = """output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - metric: exact_match
+filter_list:
+  - name: strict
+    filter:
+      - {function: regex, regex_pattern: "#### ([0-9]+)"}
+      - {function: take_first}
+  - name: flexible
+    filter:
+      - {function: regex, regex_pattern: "([0-9]+)"}
+      - {function: take_first}
+"""
 SETTINGS = EvaluateSettings(data="x", num_documents=50, sequence_length=64, tasks=())
 
 
@@ -75,7 +92,7 @@ def test_the_loss_is_that_computed_naively_one_window_at_a_time(model: Path, tmp
     assert loss.nats == pytest.approx(mean, abs=1e-5)
     spread = sum((nats - mean * count) ** 2 for count, nats in totals) * 6 / 5
     assert loss.stderr == pytest.approx(math.sqrt(spread) / tokens_in_all, rel=1e-3)
-    by_document = json.loads((tmp_path / "into" / "losses.json").read_text())
+    by_document = json.loads((tmp_path / "into" / LOSSES).read_text())
     assert sorted(count for count, _ in by_document) == sorted(count for count, _ in totals)
 
 
@@ -107,21 +124,98 @@ def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: P
     assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)
 
 
-def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp_path: Path) -> None:
-    rows = [
-        {"q": f"{word} and", "choices": ["one", "two"], "answer": index % 2}
-        for index, word in enumerate("abcdef")
-    ]
-    data = tmp_path / "rows.jsonl"
+def save_task(folder: Path, name: str, rows: list[dict[str, Any]], more: str = CHOICES) -> Path:
+    """A YAML task of lm-eval with its questions beside it."""
+    data = folder / f"{name}.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    task = tmp_path / "mine.yaml"
+    task = folder / f"{name}.yaml"
     task.write_text(
-        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+        f"test_split: test\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: answer\n{more}"
     )
+    return task
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    return [
+        {"q": f"{word} and", "choices": ["one", "two"], "answer": index % 2}
+        for index, word in enumerate("abcdefghij"[:count])
+    ]
+
+
+def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp_path: Path) -> None:
+    task = save_task(tmp_path, "mine", questions(6))
     (score,) = evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),)).tasks
     assert (score.task, score.metric, score.chance, score.num_samples) == ("mine", "acc", 0.5, 6)
+    assert score.parts == ()
+    kept = read_answers(tmp_path / "into", 0)
+    assert kept
+    assert kept[0] == score
+    assert sum(kept[1]["mine"]) / 6 == score.value
+
+
+def test_a_group_tells_the_score_of_each_of_its_tasks(model: Path, tmp_path: Path) -> None:
+    for name, count in (("first", 3), ("second", 5)):
+        save_task(tmp_path, name, questions(count))
+    group = tmp_path / "both.yaml"
+    group.write_text(
+        "group: both\ntask: [first, second]\n"
+        "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    )
+    (score,) = evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(group),)).tasks
+    assert [(part.label, part.num_samples) for part in score.parts] == [("first", 3), ("second", 5)]
+    assert score.num_samples == 8
+    assert score.value == pytest.approx(sum(part.value * part.num_samples for part in score.parts) / 8)
+    kept = read_answers(tmp_path / "into", 0)
+    assert kept
+    assert {task: len(answers) for task, answers in kept[1].items()} == {"first": 3, "second": 5}
+
+
+def test_a_question_whose_answer_is_looked_for_in_two_ways_counts_once(model: Path, tmp_path: Path) -> None:
+    rows = [{"q": "one plus one is", "answer": "2"}, {"q": "two plus two is", "answer": "4"}]
+    task = save_task(tmp_path, "written", rows, WRITTEN)
+    (score,) = evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),)).tasks
+    assert (score.metric, score.answers, score.num_samples) == ("exact_match", "strict", 2)
+    assert score.chance is None
+    kept = read_answers(tmp_path / "into", 0)
+    assert kept
+    assert len(kept[1]["written"]) == 2
+
+
+class KilledError(Exception): ...
+
+
+@pytest.mark.parametrize("killed_in", ["loss", "second"])
+def test_an_evaluation_that_was_killed_repeats_nothing_that_it_had_finished(
+    model: Path, tmp_path: Path, killed_in: str
+) -> None:
+    tasks = tuple(str(save_task(tmp_path, name, questions(4))) for name in ("first", "second"))
+    documents = [f"{index} {text}" for index, text in enumerate(rhymes(40))]
+    settings = SETTINGS.model_copy(update={"tasks": tasks})
+    whole = evaluation_of(model, tmp_path / "whole", documents, tasks=tasks)
+    into = tmp_path / "into"
+    into.mkdir()
+
+    def deadly(done: int, _total: int, note: str) -> None:
+        if note == killed_in and (done == 35 or note != "loss"):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        evaluate(model, text_of(documents), settings=settings, into=into, progress=deadly)
+    heard: list[tuple[int, str]] = []
+    again = evaluate(
+        model,
+        text_of(documents),
+        settings=settings,
+        into=into,
+        progress=lambda done, _total, note: heard.append((done, note)),
+    )
+    assert again == whole
+    assert read_losses(into) == read_losses(tmp_path / "whole")
+    if killed_in == "loss":  # it had kept 32 documents
+        assert [done for done, note in heard if note == "loss"] == list(range(33, 41))
+    else:
+        assert {note for _, note in heard} == {"second"}
 
 
 @pytest.mark.parametrize(
@@ -145,3 +239,28 @@ def test_speed_is_measured_for_both_models_on_the_named_device(model: Path, tmp_
         assert side.prefill_tokens_per_second > 0
         assert side.decode_tokens_per_second > 0
         assert side.decode_spread >= 0
+
+
+def test_memory_is_that_of_the_weights_and_of_a_cache_that_grows_by_its_layers(
+    model: Path, tmp_path: Path
+) -> None:
+    smaller = save_llama(tmp_path / "smaller", num_layers=1)
+    speed = compare_speed(model, smaller, rounds=2, prompt_tokens=16, new_tokens=4, progress=quiet)
+    assert (speed.memory, speed.dtype) == ("weights and cache", "float32")
+    for side, folder, num_layers in ((speed.source, model, 4), (speed.result, smaller, 1)):
+        # Keys and values of one head of 32 numbers of 4 bytes.
+        assert side.cache_bytes_per_token == num_layers * 2 * 32 * 4
+        loaded = load_model(folder)
+        weights = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
+        assert side.memory_bytes == weights + 20 * side.cache_bytes_per_token
+
+
+def test_a_cache_that_slides_or_holds_a_state_is_counted_as_it_is() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sliding = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8)).eval()
+    prompt = torch.ones((1, 16), dtype=torch.long)
+    _, growth = _footprint(sliding, prompt, new_tokens=4)
+    assert growth == 0
