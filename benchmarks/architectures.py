@@ -380,7 +380,8 @@ def support_table(outcomes: list[Outcome]) -> str:
 <summary>All {len(outcomes)} causal model types of transformers {version}: {listed}</summary>
 
 Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
-Exact to the last bit of the logits, and in cached generation, without a block of layers and without a scattered set:
+Exact to the last bit of the logits and in cached generation, without a block of layers and without a scattered
+set:
 
 {names}
 
@@ -388,14 +389,14 @@ Exact to the last bit of the logits, and in cached generation, without a block o
 |---|---|---|
 {chr(10).join(rows)}
 
-"exact, or refused": it depends on the cut; "to rounding": equal in exact arithmetic; "unbuilt": its tiny model
-cannot be made or run.
+"exact, or refused": it depends on the cut; "to rounding": equal in exact arithmetic; "unbuilt": its tiny
+model cannot be made or run.
 </details>
 {END}"""
 
 
 def readable(outcome: Outcome) -> str:
-    """A reason without what only a log needs: the cut, the class of the error, the type that the row names."""
+    """A reason without what only a log needs: the cut, the error's class, the type that the row names."""
     note = re.sub(r"\b\w+Error: ", "", outcome.note).replace("|", "/")
     return re.sub(r"^\[[\d, ]+\]: ", "", note).removeprefix(f"{outcome.model_type}: ")
 
