@@ -6,6 +6,7 @@ With FAULT_TABLE=<file> in the environment the outcomes are also written there, 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,9 @@ HEAVY = (
 SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
 TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
 QUICK = [*SHORT.split(), *TEXTS.split()]
-AT_ONCE = 12  # commands under way
+AT_ONCE = 24  # commands under way: most wait
+UP = ("LFS", "xet")
+NOBODY = "http://127.0.0.1:9"  # the port of a service that is run nowhere any more
 
 # Requests of one case alone: {repo} is its repository, {sha} the sha256 of its last weight file.
 INFO = ("GET", "^/api/models/{repo}(/revision/[^/]+)?$")
@@ -63,7 +66,7 @@ class Case:
     requests: tuple[str, str]
     how: dict[str, Any] = field(default_factory=dict)
     says: tuple[str, ...] = ()
-    way: str = "LFS"  # up; or "xet"
+    way: str = "LFS"  # up; or "xet", or a process that is "offline", or one for whom the Hub is "down"
     file_bytes: int | None = None  # longest file that may be written
 
 
@@ -90,9 +93,11 @@ PULLS = [
     Case("file truncated once", FILE, {"truncate": True, **ONCE, **LOADING}),
     Case("file truncated for ever", FILE, {"truncate": True, **LOADING}, ("no connection to", "network")),
     Case("file too short", FILE, {"short": True, **LOADING}, ("cut short", "what is complete is kept")),
+    Case("the Hub is down", NOTHING, {}, ("no connection to", "network"), "down"),
+    Case("HF_HUB_OFFLINE is set", NOTHING, {}, ("not completely in the cache", "unset it"), "offline"),
     Case("one bit of a file flipped", FILE, {"corrupt": True, **LOADING}, ("arrived damaged", "removed")),
     Case("no room for a file", NOTHING, {}, ("`ulimit -f` allows", "make room"), file_bytes=4_000),
-    Case("no room for the pruned model", NOTHING, {}, ("`ulimit -f` allows", "room"), file_bytes=100_000),
+    Case("no room for the smaller model", NOTHING, {}, ("`ulimit -f` allows", ""), file_bytes=250_000),
 ]  # fmt: skip
 PUSHES = [
     Case("401 at first", INFO, {"status": 401}, ("does not accept your token",)),
@@ -128,6 +133,8 @@ PUSHES = [
     Case("connection dropped in commit", COMMIT, {"drop": True}, ("no connection to", "network"), "xet"),
     Case("connection dropped after commit", COMMIT, {"drop": True, "after": True}),
     Case("connection dropped after commit", COMMIT, {"drop": True, "after": True}, (), "xet"),
+    Case("the Hub is down", NOTHING, {}, ("no connection to", "nothing was published"), "down"),
+    Case("HF_HUB_OFFLINE is set", NOTHING, {}, ("nothing can be published", "unset it"), "offline"),
     Case("no room for the card", NOTHING, {}, ("`ulimit -f` allows", "make room"), file_bytes=1_000),
     Case("no room for what is under way", NOTHING, {}, ("`ulimit -f` allows", "make room"), "xet",
          file_bytes=6_000),
@@ -141,7 +148,7 @@ class Outcome:
     first: Ended
     on_hub: dict[str, bytes]  # after the first; empty where there is nothing
     whole_files: set[str]  # sha256 of the weight files in the cache, after the first pull
-    build_after_first: bool
+    made_at_first: bool  # what the command was to make of a model that it pulls
     second: Ended
     on_hub_at_last: dict[str, bytes]
     num_commits: int  # beside the Hub's own first one
@@ -155,7 +162,7 @@ class Bench:
 
     hub: Hub
     folder: Path
-    processes: dict[str, Forks]  # a way up → process
+    processes: dict[str, Forks]  # a case's way → process
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -178,22 +185,23 @@ def published(hub: Hub, repo: str) -> dict[str, bytes]:
 def strike(bench: Bench, case: Case, *, repo: str, weights: Sequence[str], command: list[str]) -> Outcome:
     """Run a command with the fault, then again without it."""
     hub, process = bench.hub, bench.processes[case.way]
+    mended = bench.processes[case.way if case.way in UP else "LFS"]
     method, path = case.requests
     fault = hub.fail(method, path.format(repo=repo, sha=weights[-1]), **case.how)
-    build = bench.folder / "builds" / f"{repo.split('/')[1]}-drop40"
+    made = bench.folder / "made" / repo.split("/")[1]
     first = process.run(*command, folder=bench.folder, file_bytes=case.file_bytes)
     fault.times = 0
-    on_hub, build_after_first = published(hub, repo), build.exists()
+    on_hub, made_at_first = published(hub, repo), made.exists()
     whole = {sha for sha in weights if list((bench.folder / "hf").rglob(sha))}
     start = len(hub.requests)
-    second = process.run(*command, folder=bench.folder)
+    second = mended.run(*command, folder=bench.folder)
     asked = [r.path for r in hub.requests[start:] if r.method == "GET" and "range" not in r.headers]
-    pulling = command[0] == "build"
+    pulling = command[0] == "prune"
     return Outcome(
         first,
         on_hub,
         whole,
-        build_after_first,
+        made_at_first,
         second,
         published(hub, repo),
         0 if pulling else len(hub.repository(repo).commits) - 1,
@@ -208,7 +216,8 @@ def strike_pull(bench: Bench, case: Case, number: int) -> Outcome:
     shutil.copytree(bench.folder / "model", model)
     weights = numbered(model, number)
     bench.hub.put_model(repo, model)
-    return strike(bench, case, repo=repo, weights=list(weights.values()), command=["build", repo, *QUICK])
+    command = ["prune", repo, "--layers", "3,4", "--out", f"made/pull-{number}"]
+    return strike(bench, case, repo=repo, weights=list(weights.values()), command=command)
 
 
 def strike_push(bench: Bench, case: Case, number: int) -> Outcome:
@@ -239,6 +248,8 @@ def bench(served_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     processes = {
         "LFS": Forks(variables | {"HF_HUB_DISABLE_XET": "1"}, modules=HEAVY),
         "xet": Forks(variables, modules=LIGHT),
+        "down": Forks(variables | {"HF_ENDPOINT": NOBODY}, modules=LIGHT),
+        "offline": Forks(variables | {"HF_HUB_OFFLINE": "1"}, modules=LIGHT),
     }
     built = processes["LFS"].run("build", "acme/base", *QUICK, folder=folder)
     assert built.code == 0, built.stderr
@@ -282,7 +293,7 @@ def test_a_pull_with_a_fault_is_survived_or_told_and_goes_on(
 ) -> None:
     outcome, case = outcomes["pull"][number], PULLS[number]
     check_told(outcome.first, case)
-    assert outcome.build_after_first is not bool(case.says)
+    assert outcome.made_at_first is not bool(case.says)
     assert outcome.second.code == 0, outcome.second.stderr
     assert not outcome.loaded_again & outcome.whole_files
 
@@ -331,8 +342,8 @@ def in_markdown(outcomes: dict[str, list[Outcome]], *, url: str) -> str:
     rows = ["| fault while pulling | what the user saw | exit code | on disk | the same command again |"]
     rows.append("|---|---|---|---|---|")
     for case, outcome in zip(PULLS, outcomes["pull"], strict=True):
-        kept = f"no build; {len(outcome.whole_files)} of 3 weight files whole in the cache, kept"
-        left = "the build" if outcome.build_after_first else kept
+        kept = f"nothing made; {len(outcome.whole_files)} of 3 weight files whole in the cache, kept"
+        left = "the smaller model" if outcome.made_at_first else kept
         rows.append(_row(case.name, outcome, left))
     rows.append("")
     rows.append(
@@ -343,8 +354,8 @@ def in_markdown(outcomes: dict[str, list[Outcome]], *, url: str) -> str:
         left = (
             "everything" if outcome.on_hub == outcome.local else "nothing" if not outcome.on_hub else "PART"
         )
-        rows.append(_row(f"{case.name} ({case.way})", outcome, left))
-    return "\n".join(rows).replace(url, "https://huggingface.co") + "\n"
+        rows.append(_row(f"{case.name} ({case.way})" if case.way in UP else case.name, outcome, left))
+    return re.sub(f"{url}|{NOBODY}", "https://huggingface.co", "\n".join(rows)) + "\n"
 
 
 def _row(name: str, outcome: Outcome, left: str) -> str:

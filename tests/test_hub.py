@@ -283,6 +283,25 @@ def test_without_a_connection_what_is_cached_serves_and_the_rest_is_told(
             offline.close()
 
 
+# Texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"drop": True}, {"truncate": True}, {"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}],
+)
+def test_a_text_whose_connection_breaks_in_between_is_read_on(
+    hub: Hub, xet: Client, how: dict[str, object]
+) -> None:
+    name = f"acme/text-{how.get('status') or next(iter(how))}"
+    rows = [f"row {number} " + "x" * 2000 for number in range(3000)]  # more than one block of 5 MB
+    hub.put_dataset(name, {"train.jsonl": "\n".join(json.dumps({"text": row}) for row in rows).encode()})
+    fault = hub.fail("GET", f"/datasets/{name}/resolve/", **how, skip=1, times=1)
+    answer = xet.call("read_text", name, token=None)
+    assert answer.value == rows, answer.message
+    assert fault.times == 0
+
+
 # Push ----------------------------------------------------------------------------------------------
 
 

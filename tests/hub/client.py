@@ -31,6 +31,11 @@ def pull(source):
 def resolve(reference, **options):
     return json.loads(hub.resolve(reference, **options).model_dump_json())
 
+def read_text(reference):
+    from factory.texts import open_text
+
+    return list(open_text(reference, split="train").documents())
+
 def default_repo_name(source, drop):
     return hub.default_repo_name(Source.model_validate(source), drop)
 
