@@ -380,8 +380,8 @@ def support_table(outcomes: list[Outcome]) -> str:
 <summary>All {len(outcomes)} causal model types of transformers {version}: {listed}</summary>
 
 Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
-Exact to the last bit of the logits and in cached generation, without a block of layers and without a scattered
-set:
+Exact to the last bit of the logits and in cached generation, without a block of layers and without a
+scattered set:
 
 {names}
 
