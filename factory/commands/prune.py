@@ -40,8 +40,8 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     """Remove chosen layers of MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
 
     Layers are copied on disk, byte for byte, without loading the model. The result is checked: names
-    and shapes against the architecture, values of a few layers against the source, and, if it is
-    small or --verify full is given, its logits against the source with these layers skipped.
+    and shapes against the architecture; logits against the source with these layers skipped, if the
+    model is small or --verify full is given; values of a few layers against the source otherwise.
     Nothing is measured, healed or evaluated: `factory build` does that.
     """
     from factory.config import load_recipe
