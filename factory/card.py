@@ -12,21 +12,19 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, DataSource, Evaluation, TaskScore
+from factory.artifacts import Build, Evaluation
 from factory.config import BuildConfig, load_recipe, settle
-from factory.markdown import (
-    HUB,
-    clean,
-    filters,
-    markdown,
-    number,
-    percent,
-    plain,
-    rate,
-    ratio,
-    size,
-    with_error,
+from factory.findings import (
+    comparison,
+    data_rows,
+    gap_closed,
+    precision,
+    quality_rows,
+    size_rows,
+    task_findings,
+    worst_parts,
 )
+from factory.markdown import HUB, clean, filters, markdown, plain
 from factory.references import aliases
 from factory.store import write_atomically
 
@@ -39,7 +37,6 @@ TEMPLATES = next(
 )
 ANGULAR_FIGURE = "figures/angular-distance.png"
 HEALING_FIGURE = "figures/healing.png"
-SIGNIFICANT = 2  # standard errors
 EMBEDDED = "demo"  # the one alias that is no repository
 
 
@@ -76,6 +73,8 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             shipped=build.evaluations[build.shipped],
             quality=quality_rows(build),
             tasks=sorted(task_findings(build), key=_by_recovery),
+            loss=comparison(build, build.shipped, "loss"),
+            groups=worst_parts(build),
             writes=any(s.metric == "exact_match" for s in build.evaluations["source"].tasks),
             gap_closed=gap_closed(build),
             precision=precision(build),
@@ -170,6 +169,10 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
     return results
 
 
+def _by_recovery(finding: dict[str, Any]) -> float:
+    return math.inf if finding["recovery"] is None else float(finding["recovery"])
+
+
 def _title(build: Build, *, repo_id: str | None) -> str:
     return repo_id.rpartition("/")[2] if repo_id else build.name
 
@@ -180,119 +183,6 @@ def _license_url(build: Build) -> str | None:
     if link is None or link.startswith(("https://", "http://")):
         return link
     return f"{HUB}/{quote(repo_id)}/blob/{build.source.commit}/{quote(link)}" if repo_id else None
-
-
-# Rows of the tables -----------------------------------------------------------------------------
-
-
-def quality_rows(build: Build) -> list[list[str]]:
-    """Head, losses and tasks: a column a model, then the recovery where there are tasks."""
-    names = [name for name in ("source", "pruned", "healed") if name in build.evaluations]
-    evaluations = [build.evaluations[name] for name in names]
-    losses = [evaluation.loss for evaluation in evaluations]
-    findings = task_findings(build)
-    rows = [
-        ["", *(f"{name} (this model)" if name == build.shipped else name for name in names)],
-        ["Loss, nats per token ↓", *(with_error(loss.nats, loss.stderr) for loss in losses)],
-        ["Loss / log V ↓", *(number(loss.normalized) for loss in losses)],
-        ["Perplexity ↓", *(number(loss.perplexity, digits=2) for loss in losses)],
-    ]
-    if findings:
-        rows = [[*row, "recovery" if row is rows[0] else ""] for row in rows]
-    for finding in findings:
-        task: TaskScore = finding["source"]
-        chance = "" if task.chance is None else f" (chance {number(task.chance)})"
-        scores = [_score_of(evaluation, task) for evaluation in evaluations]
-        rows.append(
-            [
-                f"{task.label}, {task.num_fewshot}-shot, {task.metric} ↑{chance}",
-                *(with_error(score.value, score.stderr) for score in scores),
-                "n/a" if finding["recovery"] is None else percent(finding["recovery"]),
-            ]
-        )
-    return rows
-
-
-def task_findings(build: Build) -> list[dict[str, Any]]:
-    """For each task: score of the source and of this model, and what follows from the two."""
-    findings = []
-    for source in build.evaluations["source"].tasks:
-        shipped = _score_of(build.evaluations[build.shipped], source)
-        error = math.hypot(source.stderr or 0, shipped.stderr or 0)
-        findings.append(
-            {
-                "source": source,
-                "shipped": shipped,
-                "recovery": recovery(source, shipped),
-                "at_chance": is_above_chance(source) and not is_above_chance(shipped),
-                "worse": source.value - shipped.value > SIGNIFICANT * error,
-                "says_nothing": source.chance is not None and not is_above_chance(source),
-            }
-        )
-    return findings
-
-
-def _by_recovery(finding: dict[str, Any]) -> float:
-    return math.inf if finding["recovery"] is None else float(finding["recovery"])
-
-
-def precision(build: Build) -> str:
-    """In which dtype the models ran; they can differ where a stage was made on another machine."""
-    dtypes = {name: evaluation.dtype for name, evaluation in build.evaluations.items()}
-    if len(set(dtypes.values())) == 1:
-        return f"All models ran in {dtypes['source']}."
-    return f"Not all models ran alike: {', '.join(f'{name} in {dtype}' for name, dtype in dtypes.items())}."
-
-
-def gap_closed(build: Build) -> float | None:
-    """Share of the loss that the cut had added and healing took away again; None without such a loss."""
-    if build.shipped != "healed":
-        return None
-    source, pruned, healed = (build.evaluations[name].loss.nats for name in ("source", "pruned", "healed"))
-    return (pruned - healed) / (pruned - source) if pruned > source else None
-
-
-def _score_of(evaluation: Evaluation, like: TaskScore) -> TaskScore:
-    return next(s for s in evaluation.tasks if (s.task, s.metric) == (like.task, like.metric))
-
-
-def is_above_chance(score: TaskScore) -> bool:
-    """Whether a score exceeds chance by more than two standard errors."""
-    return score.chance is not None and score.value - score.chance > SIGNIFICANT * (score.stderr or 0)
-
-
-def recovery(source: TaskScore, shipped: TaskScore) -> float | None:
-    """(score − chance) / (source − chance); None where the source is not clearly above chance."""
-    if source.chance is None or not is_above_chance(source):
-        return None
-    return (shipped.value - source.chance) / (source.value - source.chance)
-
-
-def size_rows(build: Build) -> list[list[str]]:
-    """Label, source, this model, ratio: parameters, bytes and, where measured, tokens a second."""
-    before, after = build.source_parameters, build.result_parameters
-    rows = [["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]]
-    before, after = build.source_bytes, build.result_bytes
-    rows.append(["Weight files", size(before), size(after), ratio(after, before)])
-    if build.speed:
-        old, new = build.speed.source, build.speed.result
-        for label, speed, spread in (
-            ("Prefill (reading the prompt), tokens/s", "prefill_tokens_per_second", "prefill_spread"),
-            ("Decode (writing), tokens/s", "decode_tokens_per_second", "decode_spread"),
-        ):
-            rates = [rate(getattr(side, speed), getattr(side, spread)) for side in (old, new)]
-            rows.append([label, *rates, ratio(getattr(new, speed), getattr(old, speed))])
-    return rows
-
-
-def data_rows(build: Build) -> list[tuple[str, DataSource]]:
-    """Each text with what it was used for."""
-    used = [("calibration text", build.calibration)]
-    if build.adapter:
-        used.append(("healing text", build.adapter.data))
-    evaluation = build.evaluations[build.shipped]
-    used.append(("evaluation text", evaluation.loss.data))
-    return [*used, *((f"{score.label} questions", data) for score in evaluation.tasks for data in score.data)]
 
 
 # Reproduction -----------------------------------------------------------------------------------

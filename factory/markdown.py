@@ -13,6 +13,7 @@ from markupsafe import Markup
 from factory.artifacts import DataSource, layer_ranges
 
 HUB = "https://huggingface.co"
+SMALLEST_P = 0.001  # that is written out
 
 
 def filters() -> dict[str, Any]:
@@ -26,9 +27,11 @@ def filters() -> dict[str, Any]:
         "hub_url": lambda repo_id: Markup(f"{HUB}/{quote(plain(repo_id))}"),
         "layers": layer_ranges,
         "number": number,
+        "p_value": p_value,
         "percent": percent,
         "python": lambda text: Markup(json.dumps(plain(text), ensure_ascii=False)),
         "row": row,
+        "signed": signed,
         "rule": lambda cells: Markup("|---|" + "--:|" * (len(cells) - 1)),
         "text": text_name,
         "url": lambda text: Markup(quote(plain(text), safe=":/?=&%#~+,;@")),
@@ -71,6 +74,17 @@ def row(cells: Sequence[str]) -> Markup:
 def number(value: float, *, digits: int = 3) -> str:
     """With a fixed number of decimals; past the float range it is infinite."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def signed(value: float, *, digits: int = 3) -> str:
+    """A difference, with its sign: "+0.391", "−0.012", "0.000"."""
+    shown = number(abs(value), digits=digits)
+    return shown if float(shown.replace("∞", "1")) == 0 else ("−" if value < 0 else "+") + shown
+
+
+def p_value(value: float) -> str:
+    """ "p = 0.041", "p < 0.001"."""
+    return f"p = {value:.3f}" if value >= SMALLEST_P else f"p < {SMALLEST_P}"
 
 
 def with_error(value: float, stderr: float | None) -> str:

@@ -10,7 +10,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.findings import comparison
+from factory.markdown import p_value
 from factory.preview import Preview, size
 from factory.sweep import share_kept
 
@@ -118,14 +120,21 @@ def printable(text: str) -> str:
 
 
 def result_table(build: Build) -> Table:
-    """Source, pruned and healed side by side."""
+    """Source, pruned and healed side by side, and how the one that ships (←) differs from the source."""
     names = list(build.evaluations)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
     for name in names:
         table.add_column(name + (" ←" if name == build.shipped else ""), justify="right")
+    if build.comparisons:
+        table.add_column("← less source", justify="right")
     evaluations = [build.evaluations[name] for name in names]
-    table.add_row("loss, nats a token", *(f"{e.loss.nats:.3f} ± {e.loss.stderr:.3f}" for e in evaluations))
+    loss = comparison(build, build.shipped, "loss")
+    table.add_row(
+        "loss, nats a token",
+        *(f"{e.loss.nats:.3f} ± {e.loss.stderr:.3f}" for e in evaluations),
+        _change(loss, "+.3f"),
+    )
     table.add_row("loss / log V", *(f"{e.loss.normalized:.3f}" for e in evaluations))
     table.add_row("perplexity", *(f"{e.loss.perplexity:.2f}" for e in evaluations))
     for index, task in enumerate(evaluations[0].tasks):
@@ -133,6 +142,7 @@ def result_table(build: Build) -> Table:
         table.add_row(
             f"{task.label}, {task.num_fewshot}-shot {task.metric}{chance}",
             *(_score(e.tasks[index]) for e in evaluations),
+            _change(comparison(build, build.shipped, task.task), "+.1%"),
         )
     after, bytes_after = count(build.result_parameters), size(build.result_bytes)
     others = len(names) - 1
@@ -141,6 +151,14 @@ def result_table(build: Build) -> Table:
     if build.speed:
         _add_speed(table, build, names)
     return table
+
+
+def _change(compared: Comparison | None, form: str) -> str:
+    """The difference with its interval; "≈" where chance alone could have made it."""
+    if compared is None:
+        return ""
+    sign = "" if compared.significant else "≈ "
+    return f"{sign}{compared.difference:{form}} ({compared.low:{form}} to {compared.high:{form}})"
 
 
 def _add_speed(table: Table, build: Build, names: list[str]) -> None:
@@ -152,6 +170,10 @@ def _add_speed(table: Table, build: Build, names: list[str]) -> None:
             speed = speeds.get(name)
             cells.append("" if speed is None else f"{getattr(speed, f'{field}_tokens_per_second'):,.0f}")
         table.add_row(label, *cells)
+    taken = {name: speed.memory_bytes for name, speed in speeds.items() if speed.memory_bytes is not None}
+    if taken:
+        label = "memory, at its peak" if build.speed.memory == "peak" else "weights and cache, in memory"
+        table.add_row(label, *(size(taken[name]) if name in taken else "" for name in names))
 
 
 def _score(task: TaskScore) -> str:
@@ -258,6 +280,13 @@ def verdict(build: Build) -> str:
     losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
     gap = losses["pruned"] - losses["source"]
     cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
+    compared = comparison(build, build.shipped, "loss")
+    if compared and not compared.significant:
+        return (
+            f"No measurable loss: {compared.difference:+.3f} nats a token is within chance "
+            f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
+            f"{compared.high:+.3f}."
+        )
     if "healed" not in losses:
         return f"{cut}; this build was not healed."
     change = losses["pruned"] - losses["healed"]

@@ -22,9 +22,11 @@ from factory import cli as command_line
 from factory.artifacts import (
     Adapter,
     Build,
+    Comparison,
     DataSource,
     Evaluation,
     LossPoint,
+    PartScore,
     PruningPlan,
     Source,
     Speed,
@@ -32,9 +34,10 @@ from factory.artifacts import (
     TaskScore,
     TokenLoss,
 )
-from factory.card import TEMPLATES, front_matter, recovery, render, reproduction_command, write_card
+from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
 from factory.config import BuildConfig, load_recipe
-from factory.markdown import markdown
+from factory.findings import recovery
+from factory.markdown import SMALLEST_P, markdown
 
 GOLDEN = Path(__file__).parent / "golden"
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -85,7 +88,7 @@ def an_evaluation(
 
 
 def a_score(
-    task: str, value: float, *, chance: float | None, shots: int = 0, metric: str = "acc"
+    task: str, value: float, *, chance: float | None, shots: int = 0, metric: str = "acc", **changes: Any
 ) -> TaskScore:
     return TaskScore(
         task=task,
@@ -99,6 +102,65 @@ def a_score(
         num_samples=1000,
         chance=chance,
         version="1.0",
+        **changes,
+    )
+
+
+def a_comparison(measure: str, difference: float, *, num_items: int, test: str) -> Comparison:
+    stderr = 0.0069
+    return Comparison(
+        measure=measure,
+        difference=difference,
+        stderr=stderr,
+        low=difference - 1.96 * stderr,
+        high=difference + 1.96 * stderr,
+        confidence=0.95,
+        p_value=math.erfc(abs(difference) / stderr / math.sqrt(2)),
+        num_items=num_items,
+        test=test,
+    )
+
+
+def comparisons(evaluations: dict[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
+    """With the source, as a build holds them."""
+    source = evaluations["source"]
+    return {
+        name: (
+            a_comparison(
+                "loss",
+                evaluation.loss.nats - source.loss.nats,
+                num_items=source.loss.num_documents,
+                test="paired t",
+            ),
+            *(
+                a_comparison(
+                    new.task, new.value - old.value, num_items=old.num_samples, test="McNemar, exact"
+                )
+                for old, new in zip(source.tasks, evaluation.tasks, strict=True)
+            ),
+        )
+        for name, evaluation in evaluations.items()
+        if name != "source"
+    }
+
+
+SUBJECTS = {  # the source's score, what is lost, questions
+    "high_school_mathematics": (0.411, 0.162, 270),
+    "formal_logic": (0.532, 0.121, 126),
+    "abstract_algebra": (0.36, 0.11, 100),
+    "moral_scenarios": (0.571, 0.094, 895),
+    "college_physics": (0.451, 0.088, 102),
+    "virology": (0.542, 0.012, 166),
+    "sociology": (0.861, -0.005, 201),
+}
+
+
+def subjects(name: str) -> tuple[PartScore, ...]:
+    """MMLU's parts: the healed model lost what `SUBJECTS` says, the pruned one twice as much."""
+    share = {"source": 0, "pruned": 2, "healed": 1}[name]
+    return tuple(
+        PartScore(label=label, value=value - share * lost, num_samples=count)
+        for label, (value, lost, count) in SUBJECTS.items()
     )
 
 
@@ -111,6 +173,7 @@ def a_build(**changes: Any) -> Build:
         "files": {"model.safetensors": "00" * 32},
         "device": "NVIDIA H100 80GB HBM3",
     }
+    values["comparisons"] = comparisons(changes["evaluations"])
     return Build.model_validate(values | changes)
 
 
@@ -186,17 +249,23 @@ def demo_healed() -> Build:
             prompt_tokens=256,
             new_tokens=32,
             batch_size=1,
+            dtype="float32",
+            memory="weights and cache",
             source=Speed(
                 prefill_tokens_per_second=2210.4,
                 prefill_spread=0.021,
                 decode_tokens_per_second=71.25,
                 decode_spread=0.034,
+                memory_bytes=14_390_208,
+                cache_bytes_per_token=2560.0,
             ),
             result=Speed(
                 prefill_tokens_per_second=3080.9,
                 prefill_spread=0.018,
                 decode_tokens_per_second=99.75,
                 decode_spread=0.029,
+                memory_bytes=10_619_904,
+                cache_bytes_per_token=1792.0,
             ),
         ),
         seconds={"measure": 9.1, "prune": 0.2, "heal": 141.7, "merge": 0.3, "evaluate": 33.0},
@@ -269,9 +338,16 @@ def chat_with_other_licence() -> Build:
             name: an_evaluation(
                 losses[name],
                 c4,
-                a_score("mmlu", scores[name][0], chance=0.25, shots=5),
+                a_score("mmlu", scores[name][0], chance=0.25, shots=5, parts=subjects(name)),
                 a_score("boolq", scores[name][1], chance=0.5),
-                a_score("gsm8k", scores[name][2], chance=None, shots=5, metric="exact_match"),
+                a_score(
+                    "gsm8k",
+                    scores[name][2],
+                    chance=None,
+                    shots=5,
+                    metric="exact_match",
+                    answers="strict-match",
+                ),
                 a_score("winogrande", scores[name][3], chance=0.5),
                 a_score("arc_fr|hard", scores[name][4], chance=0.25),
                 vocab_size=128_256,
@@ -284,17 +360,23 @@ def chat_with_other_licence() -> Build:
             prompt_tokens=256,
             new_tokens=32,
             batch_size=1,
+            dtype="bfloat16",
+            memory="peak",
             source=Speed(
                 prefill_tokens_per_second=14_210.0,
                 prefill_spread=0.011,
                 decode_tokens_per_second=41.2,
                 decode_spread=0.02,
+                memory_bytes=16_390_381_568,
+                cache_bytes_per_token=131_072.0,
             ),
             result=Speed(
                 prefill_tokens_per_second=18_533.0,
                 prefill_spread=0.014,
                 decode_tokens_per_second=54.1,
                 decode_spread=0.02,
+                memory_bytes=12_901_023_744,
+                cache_bytes_per_token=98_304.0,
             ),
         ),
     )
@@ -336,17 +418,22 @@ def healing_discarded() -> Build:
     """Healing was tried and made the model worse."""
     build = chat_with_other_licence()
     assert build.adapter is not None
-    changes = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distillation"}
-    adapter = build.adapter.model_copy(update=changes)
+    guard = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distillation"}
+    adapter = build.adapter.model_copy(update=guard)
     limited = build.config | {
         "evaluate": build.config["evaluate"] | {"limit": 1000},
         "heal": build.config["heal"] | {"dropout": 0.1},
     }
     evaluations = dict(build.evaluations)
     evaluations["pruned"], evaluations["healed"] = evaluations["healed"], evaluations["pruned"]
-    return build.model_copy(
-        update={"adapter": adapter, "config": limited, "shipped": "pruned", "evaluations": evaluations}
-    )
+    changes = {
+        "adapter": adapter,
+        "config": limited,
+        "shipped": "pruned",
+        "evaluations": evaluations,
+        "comparisons": comparisons(evaluations),
+    }
+    return build.model_copy(update=changes)
 
 
 def chosen_by(criterion: str) -> Build:
@@ -367,6 +454,14 @@ def chosen_by(criterion: str) -> Build:
     return build.model_copy(
         update={"plan": build.plan.model_copy(update=nothing | changes), "config": config}
     )
+
+
+def without_measurable_loss() -> Build:
+    """A healed model whose loss is that of its source, as far as the documents can tell."""
+    build = chat_with_other_licence()
+    same = a_comparison("loss", -0.001, num_items=1000, test="paired t")
+    others = build.comparisons["healed"][1:]
+    return build.model_copy(update={"comparisons": {"healed": (same, *others)}})
 
 
 # Golden files -----------------------------------------------------------------------------------
@@ -410,6 +505,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(
         partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
     )
+    others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
     for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
         without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
         for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):
@@ -458,6 +554,7 @@ def _written(value: Any) -> set[str]:
         return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*", value)) | {value[:12]}
     if isinstance(value, bool) or value is None:
         return set()
+    value = abs(value)  # a sign is no digit
     forms = {f"{value:.{digits}f}" for digits in range(4)} | {f"{value:g}", f"{100 * value:.0f}"}
     return (
         forms
@@ -480,8 +577,15 @@ def _derived(build: Build) -> set[str]:
     if "healed" in build.evaluations:
         loss = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
         values.append((loss["pruned"] - loss["healed"]) / (loss["pruned"] - loss["source"]))
+    if build.comparisons:
+        values += [1 - 0.95, SMALLEST_P]
+    for before, after in zip(source.tasks, shipped.tasks, strict=True):
+        values += [after.value - before.value, len(before.parts)]
+        values += [b.value - a.value for a, b in zip(before.parts, after.parts, strict=True)]
     if build.speed:
         old, new = build.speed.source, build.speed.result
+        values.append((new.memory_bytes or 0) / (old.memory_bytes or 1))
+        values.append((new.cache_bytes_per_token or 0) / (old.cache_bytes_per_token or 1))
         values.append(new.prefill_tokens_per_second / old.prefill_tokens_per_second)
         values.append(new.decode_tokens_per_second / old.decode_tokens_per_second)
     return _written(values)
@@ -491,6 +595,29 @@ def test_the_template_itself_holds_no_numbers_but_the_ends_of_scales() -> None:
     template = (TEMPLATES / "card.md.j2").read_text(encoding="utf-8").split("## Citation")[0]
     prose = re.sub(r"```python.*?```|\{[{%].*?[%}]\}", "", template, flags=re.DOTALL)
     assert set(re.findall(r"\d+", prose)) <= {"0", "1"}
+
+
+def test_no_measurable_loss_is_said_only_where_the_paired_test_finds_none() -> None:
+    card = render(chat_with_other_licence(), has_healing_figure=False)
+    assert re.findall(r"No measurable loss in (\w+)", card) == ["BoolQ"]
+    card = render(without_measurable_loss(), has_healing_figure=False)
+    assert "- No measurable loss in predicting this text: −0.001 nats per token, within chance" in card
+    assert "cannot rule out a loss of up to 0.013." in card
+    assert "It predicts text worse" not in card
+
+
+def test_a_build_from_before_the_models_were_compared_still_has_a_card() -> None:
+    card = render(chat_with_other_licence().model_copy(update={"comparisons": {}}), has_healing_figure=False)
+    assert "measurable" not in card
+    assert "| change |" not in card.split("## Limits")[0]
+    assert "MMLU fell from 0.679 to 0.634" in card
+
+
+def test_the_five_parts_of_a_group_that_fell_most_are_named_worst_first() -> None:
+    card = render(chat_with_other_licence(), has_healing_figure=False)
+    named = re.findall(r"^\| ([a-z\\_]+) \|.*−.* (\d+) \|$", card, flags=re.MULTILINE)
+    assert [name.replace("\\", "") for name, _ in named] == list(SUBJECTS)[:5]
+    assert [int(count) for _, count in named] == [count for *_, count in SUBJECTS.values()][:5]
 
 
 def test_recovery_counts_from_chance_and_is_unknown_where_the_source_is_at_chance() -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from factory.preview import size
-from factory.screen import count, duration, printable
+from factory.screen import console, count, duration, printable, result_table, verdict
+from tests.test_card import a_comparison, chat_with_other_licence
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:
@@ -31,3 +32,27 @@ def test_sizes(number: int, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> None:
+    out = console()
+    with out.capture() as captured:
+        out.print(result_table(chat_with_other_licence()))
+    rows = [line.split("  ") for line in captured.get().splitlines()]
+    last = {row[0]: row[-1].strip() or row[-2].strip() for row in rows}
+    assert last[""] == "← less source"
+    assert last["loss, nats a token"] == "+0.313 (+0.300 to +0.327)"
+    assert last["MMLU, 5-shot acc (chance 25.0%)"] == "-4.5% (-5.9% to -3.2%)"
+    assert last["BoolQ, 0-shot acc (chance 50.0%)"] == "≈ -1.1% (-2.4% to +0.3%)"
+    assert "memory, at its peak" in last
+
+
+def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hidden() -> None:
+    build = chat_with_other_licence()
+    assert "No measurable loss" not in verdict(build)
+    same = a_comparison("loss", 0.004, num_items=1000, test="paired t")
+    told = verdict(build.model_copy(update={"comparisons": {"healed": (same,)}}))
+    assert told == (
+        "No measurable loss: +0.004 nats a token is within chance (p = 0.562), "
+        "but 1000 documents cannot rule out +0.018."
+    )

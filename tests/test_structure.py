@@ -18,7 +18,7 @@ LAYERS = (
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity"),
     ("trial",),
-    ("distill", "significance"),
+    ("distill", "significance", "findings"),
     ("harness",),
     (
         "publish",
