@@ -269,7 +269,7 @@ def outcomes(bench: Bench) -> dict[str, list[Outcome]]:
         pulls = [pool.submit(strike_pull, bench, case, number) for number, case in enumerate(PULLS)]
         found = {"pull": [f.result() for f in pulls], "push": [f.result() for f in pushes]}
     if table := os.environ.get("FAULT_TABLE"):
-        Path(table).write_text(in_markdown(found, url=bench.hub.url), encoding="utf-8")
+        Path(table).write_text(in_markdown(found, bench), encoding="utf-8")
     return found
 
 
@@ -337,8 +337,8 @@ def test_a_disk_that_fills_up_while_pulling_is_told_in_one_line(bench: Bench) ->
 # The table ----------------------------------------------------------------------------------------
 
 
-def in_markdown(outcomes: dict[str, list[Outcome]], *, url: str) -> str:
-    """Two tables, with the Hub's address as users know it."""
+def in_markdown(outcomes: dict[str, list[Outcome]], bench: Bench) -> str:
+    """Two tables, with the Hub's address as users know it and without the folder of the test."""
     rows = ["| fault while pulling | what the user saw | exit code | on disk | the same command again |"]
     rows.append("|---|---|---|---|---|")
     for case, outcome in zip(PULLS, outcomes["pull"], strict=True):
@@ -355,7 +355,8 @@ def in_markdown(outcomes: dict[str, list[Outcome]], *, url: str) -> str:
             "everything" if outcome.on_hub == outcome.local else "nothing" if not outcome.on_hub else "PART"
         )
         rows.append(_row(f"{case.name} ({case.way})" if case.way in UP else case.name, outcome, left))
-    return re.sub(f"{url}|{NOBODY}", "https://huggingface.co", "\n".join(rows)) + "\n"
+    text = "\n".join(rows).replace(f"{bench.folder}/", "")
+    return re.sub(f"{bench.hub.url}|{NOBODY}", "https://huggingface.co", text) + "\n"
 
 
 def _row(name: str, outcome: Outcome, left: str) -> str:
