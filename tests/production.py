@@ -23,6 +23,7 @@ MODEL = "mistralai/Mistral-7B-v0.1"
 C4 = "allenai/c4"
 MMLU = "cais/mmlu"
 BOOLQ = "aps/super_glue"
+GSM8K = "openai/gsm8k"
 
 NUM_LAYERS = 10
 TRAIN_SHARDS, VALIDATION_SHARDS = 1024, 8  # as many as there are
@@ -33,7 +34,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def stock(hub: Hub, folder: Path) -> dict[str, str]:
-    """Put the model and the three data sets on a Hub; returns repository → commit.
+    """Put the model and the four data sets on a Hub; returns repository → commit.
 
     Args:
         hub: Empty.
@@ -44,6 +45,7 @@ def stock(hub: Hub, folder: Path) -> dict[str, str]:
         C4: hub.put_dataset(C4, c4_files()),
         MMLU: hub.put_dataset(MMLU, mmlu_files()),
         BOOLQ: hub.put_dataset(BOOLQ, boolq_files()),
+        GSM8K: hub.put_dataset(GSM8K, gsm8k_files()),
     }
 
 
@@ -240,6 +242,22 @@ def boolq_files() -> dict[str, bytes]:
     sizes = [{"name": split, "num_examples": len(rows[split]), "num_bytes": 0} for split in rows]
     info = {"config_name": "boolq", "features": BOOLQ_FEATURES, "splits": sizes}
     return _parquet_files({"boolq": rows}, dataset_info=[info])
+
+
+def gsm8k_files() -> dict[str, bytes]:
+    """Examples, and two questions to be answered freely: `main` and the start of a second configuration."""
+    tables = {
+        split: [
+            {
+                "question": f"{WHO[number].capitalize()} has {number} maps and {number + 2} more. How many?",
+                "answer": f"There are {number}+{number + 2}=<<{number}+{number + 2}={2 * number + 2}>>"
+                f"{2 * number + 2} maps.\n#### {2 * number + 2}",
+            }
+            for number in range(count)
+        ]
+        for split, count in (("train", 7), ("test", 2))
+    }
+    return _parquet_files({"main": tables, "socratic": tables})
 
 
 def _parquet_files(tables: dict[str, dict[str, list[dict[str, Any]]]], **more: Any) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from factory.artifacts import Build, Publication
 from tests.hub import Hub, running_hub
 from tests.hub.app import Request
 from tests.hub.reading import card_errors
-from tests.production import BOOLQ, C4, MMLU, MODEL, NUM_LAYERS, mmlu_subjects, stock
+from tests.production import BOOLQ, C4, GSM8K, MMLU, MODEL, NUM_LAYERS, mmlu_subjects, stock
 
 TOKEN = "hf_ThisTokenIsNowhereElse"
 USER = "jane.doe"
@@ -149,7 +149,7 @@ def test_the_bare_command_means_the_papers_recipe(xet: Way) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5,000 steps of 16 × 2048 tokens (163.84 M) of allenai/c4:en" in done.stdout
     assert "LoRA rank 4, rate 3e-06" in done.stdout
-    assert "mmlu, boolq" in done.stdout
+    assert "mmlu, boolq, gsm8k" in done.stdout
     assert all(r.method in ("GET", "HEAD") for r in xet.hub.requests[before:])
 
 
@@ -160,10 +160,26 @@ def test_a_short_healing_reads_one_of_the_thousand_shards_of_c4(xet: Way) -> Non
 
 
 def test_lm_evals_own_tasks_run_on_their_own_data_sets(xet: Way) -> None:
-    mmlu, boolq = Build.read(xet.build).evaluations["healed"].tasks
+    mmlu, boolq, gsm8k = Build.read(xet.build).evaluations["healed"].tasks
     assert (mmlu.task, mmlu.num_samples, mmlu.num_fewshot, mmlu.chance) == ("mmlu", 2 * 57, 5, 0.25)
     assert (boolq.task, boolq.num_samples, boolq.num_fewshot, boolq.chance) == ("boolq", 12, 0, 0.5)
+    assert (gsm8k.task, gsm8k.num_samples, gsm8k.num_fewshot, gsm8k.chance) == ("gsm8k", 2, 5, None)
+    assert (gsm8k.metric, gsm8k.answers) == ("exact_match", "strict-match")
     assert len(mmlu_subjects()) == 57
+    assert [part.num_samples for part in mmlu.parts] == [2] * 57
+
+
+def test_each_model_is_compared_with_the_source_on_the_same_answers(xet: Way) -> None:
+    build = Build.read(xet.build)
+    assert set(build.comparisons) == {"pruned", "healed"}
+    for name, comparisons in build.comparisons.items():
+        before, after = build.evaluations["source"], build.evaluations[name]
+        assert [c.measure for c in comparisons] == ["loss", "mmlu", "boolq", "gsm8k"]
+        assert [c.num_items for c in comparisons[1:]] == [2 * 57, 12, 2]
+        assert comparisons[0].num_items == before.loss.num_documents
+        assert comparisons[0].difference == pytest.approx(after.loss.nats - before.loss.nats)
+        for comparison, old, new in zip(comparisons[1:], before.tasks, after.tasks, strict=True):
+            assert comparison.difference == pytest.approx(new.value - old.value)
 
 
 def test_the_three_models_share_the_questions_of_a_task(xet: Way) -> None:
@@ -226,7 +242,7 @@ def test_card_and_build_name_the_source_and_the_data_with_their_commits(way: Way
     assert (build.calibration.hub_id, build.calibration.version) == (C4, way.commits[C4])
     assert build.adapter
     assert build.adapter.data.version == way.commits[C4]
-    assert tasks == {MMLU: way.commits[MMLU], BOOLQ: way.commits[BOOLQ]}
+    assert tasks == {name: way.commits[name] for name in (MMLU, BOOLQ, GSM8K)}
     card = (way.build / "model" / "README.md").read_text()
     matter = front_matter(card)
     assert matter["base_model"] == MODEL
@@ -235,7 +251,7 @@ def test_card_and_build_name_the_source_and_the_data_with_their_commits(way: Way
     assert matter["datasets"] == [C4]
     named = [result["dataset"] for result in matter["model-index"][0]["results"]]
     revisions = {data["type"]: data["revision"] for data in named}
-    assert revisions == {name: way.commits[name] for name in (C4, MMLU, BOOLQ)}
+    assert revisions == {name: way.commits[name] for name in (C4, MMLU, BOOLQ, GSM8K)}
     for commit in way.commits.values():
         assert f"`{commit}`" in card
 
