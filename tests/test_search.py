@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from factory.artifacts import DataSource, DistanceProfile
 from factory.decoder import decoder_layers, skip_layers
+from factory.measure import Sums, measure_batches
+from factory.plan import plan
 from factory.search import best_candidate, search_block, search_greedily
 from factory.trial import Trial, mean_loss
 
@@ -31,13 +36,18 @@ SIZES = {
 }
 
 
-def model_of(family: str) -> Any:
+def model_of(family: str, *, num_layers: int = 6, identities: tuple[int, ...] = ()) -> Any:
+    """A random model in which some layers add exactly nothing to the stream."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": num_layers, **FAMILIES[family]})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that each layer matters
+        for index in identities:
+            for name, parameter in decoder_layers(model)[index].named_parameters():
+                if name.split(".")[-2] in ("o_proj", "down_proj", "dense", "dense_4h_to_h"):
+                    parameter.zero_()
     return model
 
 
@@ -132,3 +142,37 @@ def test_few_sequences_pick_the_finalists_that_run_on_all() -> None:
     chosen, losses = best_candidate(exact, (), blocks)
     assert losses.shape == (25, 2)
     assert chosen == blocks[int(mean_loss(exact.losses((), blocks)).argmin())]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data(), st.sampled_from(["llama", "qwen3", "gpt_neox", "smollm3"]))
+def test_every_criterion_finds_layers_that_do_nothing(data: st.DataObject, family: str) -> None:
+    num_layers = data.draw(st.integers(min_value=4, max_value=7))
+    n = data.draw(st.integers(min_value=1, max_value=num_layers - 2))
+    start = data.draw(st.integers(min_value=0, max_value=num_layers - n - 1))
+    nothing = tuple(range(start, start + n))
+    model = model_of(family, num_layers=num_layers, identities=nothing)
+    sums = Sums(num_layers, (n,))
+    taken = list(enumerate(sequences()))
+    sums.add(taken, list(measure_batches(model, taken, pad_token_id=0, max_tokens=64)))
+    profile = DistanceProfile(
+        num_layers=num_layers,
+        num_samples=5,
+        sequence_length=12,
+        num_tokens=40,
+        mean=tuple(map(tuple, sums.distance.mean.tolist())),
+        stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
+        influence=tuple(sums.influence.mean.tolist()),
+        data=DataSource(name="x", version="1"),
+    )
+    assert plan(profile, block_size=n).dropped == nothing
+    assert plan(profile, block_size=n, criterion="block-influence").dropped == nothing
+    trial = trial_of(model)
+    blocks = [tuple(range(first, first + n)) for first in range(num_layers - n + 1)]
+    whole = mean_loss(trial.losses((), [()]))[0]
+    found = search_block(trial, blocks, progress=lambda *_: None)
+    # Another block may lower the loss of a random model; doing nothing must leave it as it is.
+    assert mean_loss(trial.losses((), [found]))[0] <= whole
+    assert torch.equal(trial.losses((), [nothing]), trial.losses((), [()]))
+    order = search_greedily(trial, num_layers=n, rank=list, may_drop=lambda _: True, progress=lambda *_: None)
+    assert mean_loss(trial.losses(tuple(sorted(order)), [()]))[0] <= whole
