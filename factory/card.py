@@ -206,13 +206,15 @@ FLAGS = {
 }
 SECTIONS = ("measure", "plan", "heal", "evaluate")
 WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option
-IMPLIED = {("measure", "exact_length")}  # by --sequence-length
+IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by --sequence-length, in place of --drop
 
 
 def reproduction_command(build: Build) -> Markup:
     """The command that makes this build, with each option whose absence would mean something else."""
     config = BuildConfig.model_validate(build.config)
-    parts = [f"factory build {shlex.quote(plain(_reference(build)))} --drop {config.drop:g}"]
+    chosen = config.plan.layers
+    cut = f"--layers {','.join(map(str, chosen))}" if chosen else f"--drop {config.drop:g}"
+    parts = [f"factory build {shlex.quote(plain(_reference(build)))} {cut}"]
     if build.source.remote_code:
         parts.append("--trust-remote-code")
     if config.seed:

@@ -32,6 +32,7 @@ class PlanSettings(Settings):
     """How the layers are chosen, and on how much text where a criterion looks at the loss."""
 
     criterion: Criterion = "angular"
+    layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
     num_documents: int = Field(default=32, ge=2)  # of the calibration text
     sequence_length: int = Field(default=512, ge=8)  # tokens
 

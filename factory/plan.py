@@ -2,11 +2,11 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from factory.artifacts import CutLosses, DataSource, DistanceProfile, PruningPlan, Source, layer_ranges
-from factory.errors import DataError, ModelError, StoreError
+from factory.errors import DataError, DropError, ModelError, StoreError
 from factory.references import CRITERIA, Criterion
 
 CERTAIN = 2.0  # standard errors of a paired difference
@@ -104,6 +104,29 @@ def block_influence(
         dropped=dropped,
         distance=profile.mean[dropped[0]][dropped[-1] + 1] if is_block else None,
     )
+
+
+def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
+    """The plan that drops the layers somebody chose.
+
+    Args:
+        layers: 0-based.
+
+    Raises:
+        DropError: Layers that the model does not have, or fewer than 2 that stay.
+    """
+    dropped = tuple(sorted(layers))
+    if not dropped or dropped[-1] >= num_layers:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)}: the model's {num_layers} layers are 0 to {num_layers - 1}",
+            hint="layers are counted from 0",
+        )
+    if num_layers - len(dropped) < 2:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
+            hint="at least 2 layers must stay; --layers names those that go",
+        )
+    return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
 
 
 def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:

@@ -1,15 +1,15 @@
 """The prune stage: copy the kept layers on disk, renumber them, and prove that the result loads."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from factory import checkpoint, decoder
-from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
+from factory.artifacts import Checkpoint, PruningPlan, Source
 from factory.checkpoint import Progress, TensorInfo
 from factory.decoder import DecoderStack
-from factory.errors import DropError, UsageError, VerificationError
+from factory.errors import UsageError, VerificationError
 from factory.reload import verify, verify_logits, verify_values
 from factory.remote_code import point_to_source
 
@@ -17,29 +17,6 @@ SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it tak
 
 
 Thoroughness = Literal["auto", "full"]
-
-
-def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
-    """The plan that drops the layers somebody chose.
-
-    Args:
-        layers: 0-based.
-
-    Raises:
-        DropError: Layers that the model does not have, or fewer than 2 that stay.
-    """
-    dropped = tuple(sorted(layers))
-    if not dropped or dropped[-1] >= num_layers:
-        raise DropError(
-            f"--layers {layer_ranges(dropped)}: the model's {num_layers} layers are 0 to {num_layers - 1}",
-            hint="layers are counted from 0",
-        )
-    if num_layers - len(dropped) < 2:
-        raise DropError(
-            f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
-            hint="at least 2 layers must stay; --layers names those that go",
-        )
-    return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
 
 
 def compares_logits(source: Source, *, thoroughness: Thoroughness) -> bool:

@@ -65,8 +65,18 @@ def plan_stage(
     run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
 ) -> PruningPlan:
     """Which layers go, by one criterion; the configuration's where none is given."""
-    from factory.plan import FROM_PROFILE, plan
+    from factory.plan import FROM_PROFILE, plan, plan_without
 
+    settings = run.config.plan
+    if settings.layers and criterion is None:
+        return run.stage(
+            "plan",
+            PruningPlan,
+            lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
+            parameters={"layers": list(settings.layers)},
+            inputs={"source": source.commit},
+            summary=_describe_plan,
+        )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
     if criterion not in FROM_PROFILE:
@@ -154,7 +164,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
 def _describe_plan(plan: PruningPlan) -> str:
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
-    by = "" if plan.criterion == "angular" else f" by {plan.criterion}"
+    by = {"angular": "", "chosen": " by choice"}.get(plan.criterion, f" by {plan.criterion}")
     share = f"{n / plan.num_layers:.0%}"
     return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
 

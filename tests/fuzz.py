@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from factory import checkpoint, decoder
 from factory.errors import FactoryError
-from factory.prune import plan_without
+from factory.plan import plan_without
 from factory.resolve import resolve
 
 SECONDS = 10  # a case

@@ -38,6 +38,7 @@ from factory.card import TEMPLATES, front_matter, render, reproduction_command, 
 from factory.config import BuildConfig, load_recipe
 from factory.findings import recovery
 from factory.markdown import SMALLEST_P, markdown
+from tests.hub import Hub
 
 GOLDEN = Path(__file__).parent / "golden"
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
@@ -449,7 +450,8 @@ def chosen_by(criterion: str) -> Build:
     nothing = {"distance": None, "runner_up_start": None, "runner_up_distance": None}
     config = build.config | {
         "measure": build.config["measure"] | {"tokens": "all", "four_bit": True},
-        "plan": build.config["plan"] | {"criterion": criterion},
+        "plan": build.config["plan"]
+        | ({"layers": build.plan.dropped} if criterion == "chosen" else {"criterion": criterion}),
     }
     return build.model_copy(
         update={"plan": build.plan.model_copy(update=nothing | changes), "config": config}
@@ -487,6 +489,13 @@ def test_the_card_is_the_golden_one(name: str) -> None:
     assert card == path.read_text(encoding="utf-8")
 
 
+def test_the_card_of_the_demo_that_people_are_shown_is_the_one_of_today() -> None:
+    """After a wanted change: `factory build demo --drop 0.3`, or `factory card` where only words changed."""
+    folder = TEMPLATES / "demo-drop30"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == render(Build.read(folder), has_healing_figure=True)
+
+
 # What the template names ------------------------------------------------------------------------
 
 
@@ -499,7 +508,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     survivors, tried = [], 0
     others = [
         partial(render, chosen_by(criterion), has_healing_figure=False)
-        for criterion in ("deepest", "loss", "block-influence")
+        for criterion in ("deepest", "loss", "chosen", "block-influence")
     ]
     foreign = demo_healed().source.model_copy(update={"remote_code": True})
     others.append(
@@ -653,6 +662,16 @@ def test_the_hub_client_reads_the_front_matter_whole(card: Callable[[], str]) ->
     assert "merge" not in data.tags
 
 
+@pytest.mark.parametrize("name", CARDS)
+def test_the_hub_accepts_every_golden_card(name: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    card = (GOLDEN / f"card_{name}.md").read_text(encoding="utf-8")
+    ModelCard(card).validate()
+    assert [(r.method, r.path) for r in hub.requests] == [("POST", "/api/validate-yaml")]
+    with pytest.raises(ValueError, match="base_model"):
+        ModelCard(card.replace("\nlibrary_name:", "\nbase_model: a/b/c\nlibrary_name:", 1)).validate()
+
+
 def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> None:
     fields = front_matter(demo_healed(), repo_id=None)
     assert not {"base_model", "base_model_relation", "datasets"} & set(fields)
@@ -777,6 +796,7 @@ def test_the_code_on_the_card_runs(
     [
         ("deepest", "the deepest layers but the last were dropped"),
         ("block-influence", "by the Block Influence of ShortGPT"),
+        ("chosen", "whoever made this model chose the layers"),
         ("loss", "raised the loss on 32 passages"),
         ("greedy", "in the order 6, 2, 5."),
     ],

@@ -177,9 +177,25 @@ def test_a_sweep_measures_once_and_a_build_reuses_its_cuts(
     assert {line.split()[1] for line in lines} == {"measure", "plan", "prune", "evaluate"}
 
 
+def test_a_build_can_drop_layers_of_ones_own_choice(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*QUICK, "--eval-documents", "3", "--tasks", "none", "--no-heal"]
+    run(monkeypatch, "build", "demo", "--layers", "3,7,21-22", *quick, "--out", "chosen")
+    assert "dropping 4 of 24 layers (17%) by choice: 3, 7, 21–22" in capsys.readouterr().out
+    card = (there / "chosen" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "whoever made this model chose the layers" in card
+    assert "factory build demo --layers 3,7,21,22 " in card
+    config = json.loads((there / "chosen" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["num_hidden_layers"] == 20
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["build", "demo", "--layers", "3,99"], "--layers 3, 99: the model's 24 layers are 0 to 23"),
+        (["build", "demo", "--layers", "3", "--drop", "0.1"], "--layers with --drop"),
+        (["build", "demo", "--layers", "3", "--criterion", "loss"], "--layers with --criterion"),
         (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
         (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
         (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),

@@ -54,12 +54,17 @@ class Asked:
 def ask(model: str, options: dict[str, Any]) -> Asked:
     """What `factory build` is to make, of what, and where; no weight is read."""
     from factory.config import build_name, load_recipe
+    from factory.plan import plan_without
 
     if options["reproduce"]:
         return _ask_again(model, options)
     recipe = load_recipe(model) if model in references.aliases() else None
     source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
-    config = settle_options(model, options["drop"], recipe, source, options)
+    drop = options["drop"]
+    if options["layers"]:
+        plan_without(options["layers"], num_layers=source.num_layers)  # refuses what the model lacks
+        drop = len(options["layers"]) / source.num_layers
+    config = settle_options(model, drop, recipe, source, options)
     out = options["out"] or Path("builds") / build_name(source.name, config.drop)
     return Asked(model, source, config, out)
 
@@ -126,6 +131,7 @@ def settle_options(
             },
             "plan": {
                 "criterion": options.get("criterion"),
+                "layers": options.get("layers"),
                 "num_documents": options.get("plan_documents"),
             },
             "heal": {

@@ -13,6 +13,7 @@ from factory.commands.asked import Asked, ask, pull_source
 from factory.commands.options import (
     CONTEXT,
     Fraction,
+    Layers,
     heal_option,
     home_option,
     measuring_options,
@@ -41,6 +42,9 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--drop", type=Fraction(), help="Fraction of the decoder layers to drop.")
+@click.option(
+    "--layers", type=Layers(), metavar="3,7,21-24", help="Layers that go, counted from 0, instead of --drop."
+)
 @click.option("--reproduce", is_flag=True, help="MODEL is a build: make it again, and compare the weights.")
 @measuring_options
 @click.option(
@@ -178,8 +182,13 @@ def _check_options(options: dict[str, Any]) -> None:
             raise UsageError(
                 f"{option} with --reproduce, which repeats a build as it was", hint="leave one of them out"
             )
-    elif options["drop"] is None:
-        raise UsageError("--drop is missing", hint="--drop 0.3 drops three of ten layers")
+    elif options["layers"] and (options["drop"] or options["criterion"]):
+        other = "--drop" if options["drop"] else "--criterion"
+        raise UsageError(f"--layers with {other}: each says which layers go", hint="leave one of them out")
+    elif not options["layers"] and options["drop"] is None:
+        raise UsageError(
+            "--drop is missing", hint="--drop 0.3 drops three of ten layers, --layers 3,7 those two"
+        )
     if rate is not None and not math.isfinite(rate):
         raise UsageError(f"--heal-lr {rate} is no learning rate", hint="--heal-lr 3e-4")
     if options["public"] and not repository:

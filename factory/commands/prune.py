@@ -45,7 +45,8 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     Nothing is measured, healed or evaluated: `factory build` does that.
     """
     from factory.config import load_recipe
-    from factory.prune import compares_logits, plan_without
+    from factory.plan import plan_without
+    from factory.prune import compares_logits
     from factory.removal import find
     from factory.screen import console
     from factory.store import Store, default_home
