@@ -190,37 +190,6 @@ class Plans(Artifact):
     reason: str
 
 
-class SweepPoint(BaseModel):
-    """One cut of a sweep, measured on the files of the pruned and the healed model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    drop: float  # dropped layers over all layers
-    plan: PruningPlan
-    pruned: "Evaluation"
-    healed: "Evaluation | None"
-
-    @property
-    def best(self) -> "Evaluation":
-        """Of the model that one would take: healed if it was."""
-        return self.healed or self.pruned
-
-
-class Sweep(Artifact):
-    """Quality against the fraction of layers that are dropped."""
-
-    file_name = "sweep.json"
-
-    source_name: str
-    source_commit: str
-    num_layers: int
-    criterion: str
-    source: "Evaluation"
-    points: tuple[SweepPoint, ...]  # by rising fraction
-    before_the_cliff: float | None  # largest fraction that still keeps enough; None: not even the first
-    rule: str
-
-
 class Checkpoint(Artifact):
     """A complete model folder that transformers can load."""
 
@@ -445,10 +414,6 @@ class Publication(Artifact):
     commit: str
     private: bool
     files: dict[str, str]  # every file → sha256
-
-
-SweepPoint.model_rebuild()
-Sweep.model_rebuild()
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -17,8 +17,6 @@ from factory.artifacts import (
     Publication,
     Source,
     SpeedComparison,
-    Sweep,
-    SweepPoint,
     canonical_json,
 )
 from factory.config import num_dropped
@@ -36,6 +34,7 @@ from factory.stages import (
     speed_stage,
 )
 from factory.store import STAGES as STORED
+from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff
 
 STAGES = (*STORED, "card")
 
@@ -127,8 +126,6 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
     Args:
         drops: Rising fractions, each another number of layers.
     """
-    from factory.sweep import RULE, before_the_cliff
-
     run.block_sizes = tuple(num_dropped(drop, source.num_layers) for drop in drops)
     profile = measure_stage(run, source)
     whole = evaluate_stage(run, "source", source)

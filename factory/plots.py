@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, Sweep, layer_ranges
+from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, layer_ranges
+from factory.sweep import Sweep
 
 INK = "#1f2328"
 GRID = "#d8dee4"

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Comparison, Evaluation, Plans, TaskScore, layer_ranges
 from factory.findings import comparison
 from factory.markdown import p_value
 from factory.preview import Preview, size
-from factory.sweep import share_kept
+from factory.sweep import Sweep, share_kept
 
 STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often

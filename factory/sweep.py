@@ -1,9 +1,11 @@
-"""Sweep: where the plateau ends, from the scores at each fraction of dropped layers."""
+"""Sweep: quality against the fraction of dropped layers, and where its plateau ends."""
 
 import math
 from collections.abc import Sequence
 
-from factory.artifacts import Evaluation, SweepPoint
+from pydantic import BaseModel, ConfigDict
+
+from factory.artifacts import Artifact, Evaluation, PruningPlan
 
 SHARE_KEPT = 0.8
 RULE = (
@@ -12,6 +14,37 @@ RULE = (
     "(score − chance) / (source − chance), averaged; without such a task by the loss, "
     "(log V − loss) / (log V − source loss)"
 )
+
+
+class SweepPoint(BaseModel):
+    """One cut of a sweep, measured on the files of the pruned and the healed model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop: float  # dropped layers over all layers
+    plan: PruningPlan
+    pruned: Evaluation
+    healed: Evaluation | None
+
+    @property
+    def best(self) -> Evaluation:
+        """Of the model that one would take: healed if it was."""
+        return self.healed or self.pruned
+
+
+class Sweep(Artifact):
+    """Quality against the fraction of layers that are dropped."""
+
+    file_name = "sweep.json"
+
+    source_name: str
+    source_commit: str
+    num_layers: int
+    criterion: str
+    source: Evaluation
+    points: tuple[SweepPoint, ...]  # by rising fraction
+    before_the_cliff: float | None  # largest fraction that still keeps enough; None: not even the first
+    rule: str
 
 
 def share_kept(evaluation: Evaluation, source: Evaluation) -> float:

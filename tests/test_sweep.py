@@ -11,14 +11,12 @@ from factory.artifacts import (
     Evaluation,
     Plans,
     PruningPlan,
-    Sweep,
-    SweepPoint,
     TaskScore,
     TokenLoss,
 )
 from factory.cli import main
 from factory.plots import sweep_figure
-from factory.sweep import RULE, before_the_cliff, share_kept
+from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff, share_kept
 
 DATA = DataSource(name="x", version="1")
 
