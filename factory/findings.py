@@ -57,7 +57,7 @@ def _scores(build: Build, names: Sequence[str], task: TaskScore) -> list[str]:
 
 
 def _star(compared: Comparison | None) -> str:
-    return " *" if compared and compared.significant else ""
+    return "*" if compared and compared.significant else ""
 
 
 def _change(compared: Comparison | None) -> str:
