@@ -174,8 +174,8 @@ def a_build(**changes: Any) -> Build:
         "files": {"model.safetensors": "00" * 32},
         "device": "NVIDIA H100 80GB HBM3",
     }
-    values["comparisons"] = comparisons(changes["evaluations"])
-    return Build.model_validate(values | changes)
+    build = Build.model_validate(values | changes)
+    return build.model_copy(update={"comparisons": comparisons(build.evaluations)})
 
 
 def demo_healed() -> Build:
