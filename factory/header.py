@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,6 +56,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: Unreadable, cut short, or not well-formed; says which and where.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            raise damaged(path, "it is no regular file")
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)

@@ -58,6 +58,12 @@ def test_a_header_gives_absolute_offsets_in_the_order_of_the_bytes(tmp_path: Pat
     assert starts == sorted(starts)
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        checkpoint.read_header(tmp_path / FILE)
+
+
 @pytest.mark.parametrize(("dtype", "size_bytes"), [("F4", 2), ("F6_E2M3", 3), ("F8_E8M0", 4), ("C64", 32)])
 def test_packed_and_wide_dtypes_have_their_size(tmp_path: Path, dtype: str, size_bytes: int) -> None:
     path = raw_file(tmp_path / FILE, {"a": entry(dtype, [4], [0, size_bytes])}, data=bytes(size_bytes))
