@@ -91,7 +91,7 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
     pruned = copy.deepcopy(config)
     target = _at(pruned, path)
     values = {**values_of(text_config(config)), **target}
-    target |= fields.rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+    target |= _rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
     if "quantization_config" in pruned:
         pruned["quantization_config"] = fields.renumber_module_names(
             pruned["quantization_config"], kept=kept, num_layers=num_layers
@@ -108,7 +108,7 @@ def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
     kept = [layer for layer in range(num_layers) if layer not in dropped]
     values = {**values_of(text_config(config)), **_at(config, path)}
     try:
-        fields.rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+        _rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
     except (UnsupportedArchitectureError, UnsupportedFieldError):
         return False
     return True
@@ -178,6 +178,17 @@ def hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
         before if place == 0 or getattr(before, "shape", None) == getattr(after, "shape", 0) else after
         for place, (before, after) in enumerate(zip(given, output, strict=False))
     )
+
+
+def _rewritten(values: dict[str, Any], **cut: Any) -> dict[str, Any]:
+    """`decoder_fields.rewritten`, whose rules take it that a field holds what its name says."""
+    try:
+        return fields.rewritten(values, **cut)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedFieldError(
+            f"{cut['model_type']}: a field about layers holds what it cannot mean: {error!r}"[:200],
+            hint="the configuration is damaged; download it again",
+        ) from error
 
 
 def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:

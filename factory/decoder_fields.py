@@ -326,6 +326,8 @@ def renumber_module_names(value: Any, *, kept: Sequence[int], num_layers: int) -
     new_index |= {old: old - num_layers + len(kept) for old in range(num_layers, num_layers + 16)}
 
     def renamed(name: Any) -> Any:
+        if isinstance(name, str) and any(word in name for word in TOWERS):
+            return name
         match = LAYER_IN_NAME.match(name) if isinstance(name, str) else None
         if match:
             new = new_index.get(int(match[2]))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch.nn import Module, ModuleList
 
 # What classes of transformers raise on values that they were not made for.
-CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+# Settings by which a configuration can have transformers fetch and run a kernel of any repository.
+KERNELS = ("attn_implementation", "experts_implementation")
 
 
 def full_config(config: dict[str, Any]) -> Any:
@@ -28,6 +30,7 @@ def full_config(config: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     model_type = str(config.get("model_type"))
+    _check_sources(config)
     try:
         config_class = transformers.CONFIG_MAPPING[model_type]
     except KeyError:
@@ -44,6 +47,22 @@ def full_config(config: dict[str, Any]) -> Any:
             f"transformers refuses the configuration of {model_type}: {str(error).strip().splitlines()[-1]}",
             hint="the kept layers cannot be described by this model type",
         ) from error
+
+
+def _check_sources(config: dict[str, Any]) -> None:
+    """Refuse a configuration that names code on the Hub, or weights other than those that are checked."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in (*KERNELS, *(f"_{name}" for name in KERNELS)):
+            if "/" in str(part.get(name)):
+                raise UnsupportedFieldError(
+                    f"{name} = {str(part[name])[:80]!r} asks for a kernel from the Hub",
+                    hint="take it out of config.json; code from repositories is not run",
+                )
+        if part.get("transformers_weights"):
+            raise UnsupportedFieldError(
+                f"transformers_weights = {str(part['transformers_weights'])[:80]!r} names weights of its own",
+                hint="take it out of config.json if model.safetensors holds the model",
+            )
 
 
 def _decode_floats(value: Any) -> Any:
@@ -67,7 +86,13 @@ def text_config(config: dict[str, Any]) -> Any:
             f"{config['model_type']} is an encoder-decoder",
             hint="only decoder-only language models can be pruned",
         )
-    return whole.get_text_config(decoder=True)
+    text = whole.get_text_config(decoder=True)
+    if not hasattr(text, "to_dict"):
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']} has no nested configuration of text, but config.json holds one",
+            hint="the configuration is damaged; download it again",
+        )
+    return text
 
 
 def values_of(config: Any) -> dict[str, Any]:

@@ -159,6 +159,24 @@ def check_weights(build: Build, folder: Path) -> None:
             )
 
 
+def check_whole(build: Build, folder: Path) -> None:
+    """Compare a model folder that is to be published with what was laid out.
+
+    Raises:
+        VerificationError: A file that no build lacks is missing, or the weights or `build.json` differ.
+    """
+    check_weights(build, folder)
+    for name in ("config.json", Build.file_name, RECIPE):
+        if not (folder / name).is_file():
+            raise VerificationError(
+                f"{folder / name} is missing", hint="run the build again: it lays it out anew"
+            )
+    if Build.read(folder).model_dump_json() != build.model_dump_json():
+        raise VerificationError(
+            f"{folder / Build.file_name} is of another build", hint="run the build again: it lays it out anew"
+        )
+
+
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build for people, with what pins its source and its texts."""
     source, healing = build.source, build.adapter
@@ -190,10 +208,17 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
     write_card(build, folder)
 
 
+def clear(path: Path) -> None:
+    """Remove what lies where a folder is to be made; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def swap(partial: Path, out: Path) -> None:
     """Put the new folder where the old one is; a kill in between leaves one of them whole."""
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
     if out.exists():
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
     os.replace(partial, out)  # noqa: PTH105

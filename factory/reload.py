@@ -17,12 +17,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory import checkpoint, decoder
+from factory.disk import no_room
 from factory.errors import VerificationError
 
 NUM_NAMED = 4  # tensors that an error message names
 MOST_LAYERS_READ = 4  # of a model whose logits are not compared
 MEMORY_SHARE = 0.6  # of the free memory that one model may take
 RELATIVE_LIMIT = 1e-4  # of the largest logit; fp32 sums in another order stay far below
+
+ATTENTION = "eager"  # every type has it; what config.json asks for may need another library
 
 transformers_logging.disable_progress_bar()
 
@@ -42,13 +45,15 @@ def verify(folder: Path, *, source_folder: Path | None = None) -> None:
     Raises:
         VerificationError: Names the first tensors that are missing, left over or of another shape.
     """
-    config = _config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        return
-    report = _loading_report(folder, config)
+    with _told("be loaded"):
+        config = _config(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            return
+        report = _loading_report(folder, config)
     unexpected = report["unexpected_keys"]
     if unexpected and source_folder:
-        unused = _loading_report(source_folder, _config(source_folder))["unexpected_keys"]
+        with _told("be loaded"):
+            unused = _loading_report(source_folder, _config(source_folder))["unexpected_keys"]
         allowed = {_any_layer(name) for name in unused}
         unexpected = {name for name in unexpected if _any_layer(name) not in allowed}
     problems = [
@@ -133,7 +138,7 @@ def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence
     Raises:
         VerificationError: Logits differ in one pass, or where a second pass goes on from a cache.
     """
-    with _quietly():  # transformers would remark on padding tokens among the random ones
+    with _quietly(), _told("be run"):  # transformers would remark on padding tokens among the random ones
         with _loaded(source_folder, scratch=pruned_folder) as source, decoder.skip_layers(source, dropped):
             vocab_size = source.get_input_embeddings().weight.shape[0]
             tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
@@ -174,13 +179,15 @@ def _loaded(folder: Path, *, scratch: Path) -> Iterator[Any]:
         if 4 * num_elements > room_bytes:
             kwargs = {"device_map": "auto", "max_memory": {"cpu": room_bytes}, "offload_folder": offload}
         yield AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, **kwargs
+            folder, dtype=torch.float32, trust_remote_code=False, attn_implementation=ATTENTION, **kwargs
         ).eval()
 
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=ATTENTION
+        )
 
 
 def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
@@ -195,6 +202,7 @@ def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
             _, report = type(skeleton).from_pretrained(
                 None,
                 config=skeleton.config,
+                attn_implementation=ATTENTION,
                 state_dict=state,
                 dtype=torch.float32,
                 device_map={"": "meta"},
@@ -222,6 +230,24 @@ def _quietly() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever transformers raises on a configuration that it accepted, as one line."""
+    try:
+        yield
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
+        if no_room(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise VerificationError(
+            f"the model cannot {what} by transformers: {reason[:200]}",
+            hint="if the source itself can, please report it",
+        ) from error
 
 
 def _any_layer(name: str) -> str:

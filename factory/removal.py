@@ -8,7 +8,7 @@ from factory import __version__
 from factory.artifacts import Checkpoint, Pruning, PruningPlan, Source
 from factory.checkpoint import Progress
 from factory.errors import DiskSpaceError, StoreError
-from factory.layout import swap
+from factory.layout import clear, swap
 from factory.prune import Thoroughness, prune
 from factory.store import PARTIAL, sync_files
 
@@ -26,7 +26,7 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
     Raises:
         StoreError: `out` holds something else, or is no place to write to.
     """
-    out = out.absolute()
+    out = out.resolve()
     above = next((path for path in out.parents if path.exists()), out)
     too_long = len(os.fsencode(out.name)) > LONGEST_NAME
     if out == Path(out.anchor) or too_long or not above.is_dir() or not os.access(above, os.W_OK):
@@ -75,7 +75,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
         DiskSpaceError: Says how much is needed and how much there is.
     """
     needed = source.size_bytes - sum(source.layer_bytes[layer] for layer in plan.dropped) + SPARE_BYTES
-    above = next(path for path in out.absolute().parents if path.exists())
+    above = next(path for path in out.resolve().parents if path.exists())
     free = shutil.disk_usage(above).free
     if needed > free:
         raise DiskSpaceError(
@@ -98,10 +98,10 @@ def remove_layers(
     Raises:
         FactoryError: As `prune` does; then `out` is as it was.
     """
-    out = out.absolute()
+    out = out.resolve()  # a link stays, and what it leads to is written
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    clear(partial)
     partial.mkdir()
     try:
         made = prune(source, plan, folder=partial, thoroughness=thoroughness, progress=progress)

@@ -173,6 +173,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """config.json, with values that can be worked with."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, ensure_ascii=False).encode("utf-8")  # JSON can write halves of characters
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is damaged: {error}", hint="download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -236,6 +237,8 @@ def _check_values(config: dict[str, Any], *, name: str) -> None:
             value = part.get(field)
             if value is not None and (type(value) is not int or value < 1):
                 wrong.append((field, value))
+        if type(part.get("num_nextn_predict_layers") or 0) is not int:
+            wrong.append(("num_nextn_predict_layers", part["num_nextn_predict_layers"]))
     if wrong:
         field, value = wrong[0]
         raise CheckpointError(
@@ -319,7 +322,7 @@ def _source(
         layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
         vocab_size=_vocab_size(config),
         dtype=DTYPES.get(dtype, dtype.lower()),
-        license=card.get("license") if isinstance(card.get("license"), str) else None,
+        license=_license(card.get("license")),
         license_name=_text(card.get("license_name")),
         license_link=_text(card.get("license_link")),
         languages=tuple(map(_language, languages if isinstance(languages, list) else [languages])),
@@ -354,6 +357,12 @@ def _check_weights(
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+def _license(value: object) -> str | None:
+    """One licence; a list of one, an old notation, is it too."""
+    only = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return only if isinstance(only, str) else None
 
 
 def _language(value: object) -> str:

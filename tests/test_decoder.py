@@ -144,6 +144,14 @@ def test_names_of_layers_in_quantisation_settings_are_renumbered() -> None:
     assert pruned["quantization_config"] == {"modules_to_not_convert": ["lm_head", "model.layers.2.mlp"]}
 
 
+def test_names_in_a_vision_tower_keep_their_numbers_in_quantisation_settings() -> None:
+    names = ["model.visual.blocks.1.attn.qkv", "model.visual.blocks.7.attn.qkv", "model.layers.7.mlp"]
+    settings = {"modules_to_not_convert": names}
+    pruned = prune_config({**plain("llama"), "quantization_config": settings}, kept=[0, 2, 7])
+    kept = [*names[:2], "model.layers.2.mlp"]
+    assert pruned["quantization_config"] == {"modules_to_not_convert": kept}
+
+
 def test_overrides_of_single_layers_follow_their_layers() -> None:
     types = ["sliding_attention", "full_attention"] * 4
     config = plain("gemma4_text", hidden_size_per_layer_input=0, global_head_dim=16, layer_types=types)
@@ -212,6 +220,33 @@ def test_what_loads_only_as_something_else_is_refused_by_name() -> None:
         UnsupportedArchitectureError, match="qwen2_vl is not among the causal language models"
     ):
         prune_config({"model_type": "qwen2_vl", "num_hidden_layers": 8}, kept=[0, 1])
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_kernel_of_another_repository_is_refused(name: str, nested: bool) -> None:
+    asked = {name: "mallory/kernel"}
+    with pytest.raises(UnsupportedFieldError, match=f"{name} = 'mallory/kernel' asks for a kernel"):
+        prune_config(plain("llama", **({"text_config": asked} if nested else asked)), kept=[0, 1])
+
+
+def test_weights_of_another_name_are_refused() -> None:
+    with pytest.raises(UnsupportedFieldError, match=r"transformers_weights = 'other\.bin'"):
+        prune_config(plain("llama", transformers_weights="other.bin"), kept=[0, 1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_kv_shared_layers": -1}, {"num_kv_shared_layers": 1.5}, {"attention_types": []},
+        {"scale_depth": 10**400}, {"block_types": {"a": 1}}, {"indexer_types": []}, {"head_dim": 10**400},
+        {"text_config": {}}, {"decoder": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)  # fmt: skip
+def test_values_that_no_field_can_have_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises((UnsupportedFieldError, UnsupportedArchitectureError)):
+        prune_config(plain("llama", **fields), kept=[0, 1, 3])
 
 
 def test_an_encoder_with_a_language_model_head_is_refused() -> None:

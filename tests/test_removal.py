@@ -21,7 +21,7 @@ from factory import removal
 from factory.artifacts import layer_ranges
 from factory.cli import cli
 from factory.commands.options import Layers
-from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError
+from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
 from tests.hub import Hub
 from tests.tiny import save_llama
 
@@ -173,6 +173,63 @@ def test_the_source_is_never_written_over(tmp_path: Path, model: Path, out: str)
     with pytest.raises(StoreError, match="lie in each other"):
         prune(model, "2", model / out, "--force")
     assert sorted(model.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path, model: Path, there: bool) -> None:
+    target, out = tmp_path / "far" / "target", tmp_path / "out"
+    if there:
+        prune(model, "1", target)
+    out.symlink_to(target)
+    prune(model, "2", out, "--force")
+    assert out.readlink() == target
+    assert json.loads((target / "pruning.json").read_text())["dropped"] == [2]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "far", "out"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
+def test_a_link_in_the_way_is_removed_and_what_it_leads_to_is_not(
+    tmp_path: Path, model: Path, name: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / name).symlink_to(other)
+    prune(model, "2", tmp_path / "out")
+    assert (other / "precious").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "out", "other"}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sliding_window": 1.5}, {"return_dict": None}, {"quantization_config": True}], ids=str
+)
+def test_a_model_that_transformers_cannot_run_is_told_in_one_line(
+    tmp_path: Path, model: Path, fields: dict[str, Any]
+) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(VerificationError, match=r"cannot be (run|loaded) by transformers: .+"):
+        prune(model, "2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_attention_that_is_not_installed_is_not_needed(tmp_path: Path, model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "flash_attention_2"}))
+    prune(model, "2", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"x"'])
+def test_a_configuration_that_cannot_be_written_again_is_refused(
+    tmp_path: Path, model: Path, text: str
+) -> None:
+    path = model / "config.json"
+    changed = path.read_text().rstrip().removesuffix("}") + f', "num_nextn_predict_layers": {text}}}'
+    path.write_text(changed)
+    with pytest.raises(FactoryError, match=r"config\.json"):
+        prune(model, "2", tmp_path / "out")
 
 
 def test_a_failure_leaves_what_was_there_and_nothing_beside_it(
