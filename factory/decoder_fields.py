@@ -160,6 +160,10 @@ OTHER_GROUPS = re.compile(
     r"rope|quantization|compression|auto_map|task_specific|2label|label2|^per_layer_config$"
 )
 
+# Names in a tower, or in a module of multi-token prediction that counts its layers by itself.
+OTHER_STACK = re.compile(rf"{'|'.join(TOWERS)}|(?:^|\.)mtp\.")
+# Patterns (re:… of compressed-tensors, -:… and +:… of GPTQ) that seem to choose layers by number.
+NUMBER_IN_PATTERN = re.compile(r"layers.*\d|^(?:re|[-+]):.*\.[(\[]*(?:\?:)?\d")
 LAYER_IN_NAME = re.compile(r"^(.*\b(?:layers|layer|h|blocks|block)\.)(\d+)(\b.*)$")
 
 
@@ -326,13 +330,13 @@ def renumber_module_names(value: Any, *, kept: Sequence[int], num_layers: int) -
     new_index |= {old: old - num_layers + len(kept) for old in range(num_layers, num_layers + 16)}
 
     def renamed(name: Any) -> Any:
-        if isinstance(name, str) and any(word in name for word in TOWERS):
+        if isinstance(name, str) and OTHER_STACK.search(name):
             return name
         match = LAYER_IN_NAME.match(name) if isinstance(name, str) else None
         if match:
             new = new_index.get(int(match[2]))
             return None if new is None else f"{match[1]}{new}{match[3]}"
-        if isinstance(name, str) and re.search(r"layers.*\d", name):
+        if isinstance(name, str) and NUMBER_IN_PATTERN.search(name):
             raise UnsupportedFieldError(
                 f"quantization_config chooses layers by {name!r}", hint="this pattern cannot be renumbered"
             )

@@ -144,8 +144,8 @@ def test_names_of_layers_in_quantisation_settings_are_renumbered() -> None:
     assert pruned["quantization_config"] == {"modules_to_not_convert": ["lm_head", "model.layers.2.mlp"]}
 
 
-def test_names_in_a_vision_tower_keep_their_numbers_in_quantisation_settings() -> None:
-    names = ["model.visual.blocks.1.attn.qkv", "model.visual.blocks.7.attn.qkv", "model.layers.7.mlp"]
+def test_names_of_other_stacks_keep_their_numbers_in_quantisation_settings() -> None:
+    names = ["model.visual.blocks.1.attn.qkv", "mtp.layers.1.mlp.gate", "model.layers.7.mlp"]
     settings = {"modules_to_not_convert": names}
     pruned = prune_config({**plain("llama"), "quantization_config": settings}, kept=[0, 2, 7])
     kept = [*names[:2], "model.layers.2.mlp"]
@@ -175,6 +175,11 @@ def test_patterns_become_explicit() -> None:
         (plain("llama", mystery=[1, 2, 3, 4, 5, 6, 7, 8]), [0, 1], "llama: mystery has 8 entries"),
         (plain("llama", odd_layers=[3]), [0, 1], "llama: odd_layers has 1 entries"),
         (plain("llama", group={"mystery": [0] * 8}), [0, 1], "llama: group.mystery has 8 entries"),
+        (
+            {**plain("llama"), "quantization_config": {"ignore": [r"re:.*\.(3|4)\.mlp.*"]}},
+            [0, 1],
+            "quantization_config chooses layers by 're:",
+        ),
         (
             {**plain("llama"), "quantization_config": {"ignore": [r"re:model\.layers\.[0-3]\..*"]}},
             [0, 1],
