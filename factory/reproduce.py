@@ -13,7 +13,6 @@ from factory.config import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.identity import is_task_file
 from factory.references import (
-    DEMO_MODEL,
     HUB_NAME,
     STANDARD_LIBRARY,
     aliases,
@@ -44,7 +43,7 @@ def read_build(reference: str) -> Build:
         raise StoreError(
             f"{folder} has no {Build.file_name}", hint="give what `factory build` made"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision"
         ) from error
@@ -59,6 +58,11 @@ def read_build(reference: str) -> Build:
             f"read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}",
             hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
         ) from error
+    if not {"source", build.shipped} <= build.evaluations.keys():
+        raise StoreError(
+            f"{Build.file_name} of {reference} lacks the evaluation of its source or its result",
+            hint="it was not written by `factory build`",
+        )
     return build
 
 
@@ -85,7 +89,7 @@ def _download(reference: str) -> Path:
 
 
 def source_reference(build: Build) -> str:
-    """What to resolve for the same source: its repository at its commit, or the embedded model.
+    """What to resolve for the same source: its repository at its commit, or the alias of the embedded model.
 
     Raises:
         VerificationError: The source was a folder.
@@ -94,15 +98,17 @@ def source_reference(build: Build) -> str:
     if source.repo_id:
         return f"{source.repo_id}@{source.commit}"
     if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
-        return str(DEMO_MODEL)
+        return build.reference
     raise VerificationError(
         f"{build.name} was made from a folder, {source.name!r}, which only its maker has",
         hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
     )
 
 
-def same_source(build: Build, found: Source) -> Source:
-    """The resolved source under the name that the build knows it by.
+def check_same_source(build: Build, found: Source) -> None:
+    """Compare the source that was resolved with that of the build.
+
+    What else the build says of it, its licence above all, is not believed: whoever wrote that may lie.
 
     Raises:
         VerificationError: It is another one.
@@ -113,8 +119,6 @@ def same_source(build: Build, found: Source) -> Source:
             f"{build.source.commit[:12]}",
             hint=f"install hf-factory {build.factory_version}",
         )
-    known = ("name", "license", "license_name", "license_link", "languages")
-    return found.model_copy(update={field: getattr(build.source, field) for field in known})
 
 
 def same_settings(
@@ -127,9 +131,10 @@ def same_settings(
         tasks: What to evaluate on instead.
 
     Raises:
-        DataError: A file is needed that was not given.
+        DataError: A file is needed that was not given. None is looked for by a name in `build.json`,
+            which may come from anybody: a task file can name code to run.
     """
-    values: dict[str, Any] = json.loads(json.dumps(build.config))
+    values = BuildConfig.model_validate(build.config).model_dump(mode="json")
     used = _used(build)
     for use, data in used.items():
         values[use]["data"] = _pinned(data, files[use], option=DATA_OPTIONS[use], name=build.name)
@@ -137,12 +142,9 @@ def same_settings(
         values["heal"]["data"] = values["measure"]["data"]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
-    missing = [
-        task for task in values["evaluate"]["tasks"] if is_task_file(task) and not Path(task).is_file()
-    ]
-    if missing:
+    elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
         raise DataError(
-            f"task {missing[0]} was a file of whoever made {build.name}",
+            f"task {task_files[0]} was a file of whoever made {build.name}",
             hint="give it with --tasks, or --tasks none: the weights do not depend on it",
         )
     return BuildConfig.model_validate(values)

@@ -149,3 +149,26 @@ def test_other_weights_are_told_with_what_was_different() -> None:
     said = comparison(published, made, reference="me/x")
     assert said.startswith("other weights than me/x: 1 of 1 files differ (torch 2.13.0 there, 2.14.0 here; ")
     assert "CPU, 2 threads here" in said
+
+
+def test_what_a_strangers_record_claims_is_not_believed(world: Hub, commands: Forks, folder: Path) -> None:
+    def repeat(*words: str, **change: object) -> Ended:
+        record = json.dumps(written | change).encode()
+        world.storage.put("model", "mallory/claims", {"build.json": record})
+        return run(commands, folder, "build", "mallory/claims", "--reproduce", "--dry-run", *words)
+
+    written = json.loads(world.files("alice/smaller")["build.json"])
+    outside = repeat(name="../../outside\x1b[31m")
+    assert outside.code == 0, outside.stderr
+    assert outside.stdout.startswith("tiny → builds/tiny-drop40-reproduced\n")
+    card = {"README.md": b"---\nlicense: [cc-by-nd-4.0]\n---\n"}
+    commit = world.put_model("acme/strict", folder / "tiny", **card)
+    strict = written["source"] | {"repo_id": "acme/strict", "commit": commit, "license": "mit"}
+    assert "forbids to share" in told(repeat("--push-to", "alice/free", source=strict))
+    (folder / "here.yaml").write_text("task: here")
+    tasks = written["config"]["evaluate"] | {"tasks": ["./here.yaml"]}
+    config = written["config"] | {"evaluate": tasks}
+    assert "give it with --tasks" in told(repeat(config=config))
+    assert "lacks the evaluation" in told(repeat(evaluations={}))
+    world.storage.put("model", "mallory/deep", {"build.json": b"[" * 100_000})
+    assert "damaged" in told(run(commands, folder, "build", "mallory/deep", "--reproduce"))

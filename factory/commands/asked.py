@@ -71,19 +71,21 @@ def ask(model: str, options: dict[str, Any]) -> Asked:
 
 def _ask_again(reference: str, options: dict[str, Any]) -> Asked:
     """The same for a build that repeats a finished one."""
-    from factory import hub, reproduce
+    from factory import reproduce
+    from factory.config import build_name, load_recipe
 
     found = reproduce.read_build(reference)
     pinned = reproduce.source_reference(found)
-    resolved = hub.resolve(pinned, trust_remote_code=options["trust_remote_code"])
-    source = reproduce.same_source(found, resolved)
+    recipe = load_recipe(pinned) if pinned in references.aliases() else None
+    source = resolve_model(pinned, recipe, trust_remote_code=options["trust_remote_code"])
+    reproduce.check_same_source(found, source)
     files = {
         "measure": options["calibration_data"],
         "heal": options["heal_data"],
         "evaluate": options["eval_data"],
     }
     config = reproduce.same_settings(found, files=files, tasks=_named_tasks(options["tasks"]))
-    out = options["out"] or Path("builds") / f"{found.name}-reproduced"
+    out = options["out"] or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
     return Asked(reference, source, config, out, repeats=found)
 
 

@@ -148,7 +148,7 @@ def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, A
     """Publish where asked, and show what came of it."""
     from factory import pipeline
     from factory.reproduce import comparison
-    from factory.screen import show_result
+    from factory.screen import printable, show_result
 
     result, url = made.model_dump(mode="json"), None
     if options["push_to"]:
@@ -164,7 +164,7 @@ def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, A
         return
     show_result(screen, made, folder=asked.out, url=url)
     if told:
-        screen.print(f"\n{told}", soft_wrap=True)
+        screen.print(f"\n{printable(told)}", soft_wrap=True)
 
 
 def _check_options(options: dict[str, Any]) -> None:
