@@ -7,22 +7,31 @@ from factory.errors import LicenseError
 
 # Identifiers: https://huggingface.co/docs/hub/repositories-licenses. In Creative Commons' names `nd` is
 # "no derivatives" (they may be made, but not shared) and `nc` is "no commercial use".
-CREATIVE_COMMONS = re.compile(r"cc-by(?P<nc>-nc)?(?:-sa|(?P<nd>-nd))?(?:-[\d.]+)?")
+CREATIVE_COMMONS = re.compile(r"cc-by(?P<nc>-nc)?(?:-sa|(?P<nd>-nd))?(?:-?[\d.]+)?(?:-[a-z]+)?")
 RESEARCH_ONLY = {"apple-amlr", "fair-noncommercial-research-license", "intel-research"}
-UNTOLD = {None, "unknown"}
+UNTOLD = {"", "unknown"}
 OWN_TERMS = "other"
+
+
+def _identifier(source: Source) -> str:
+    """The licence as the Hub spells it; where that is "other", a name that is one of Creative Commons'."""
+    spelled, name = (
+        "-".join((text or "").lower().replace("_", " ").replace("-", " ").split())
+        for text in (source.license, source.license_name)
+    )
+    return name if spelled == OWN_TERMS and CREATIVE_COMMONS.fullmatch(name) else spelled
 
 
 def forbids_sharing(source: Source) -> bool:
     """Whether the licence forbids to share what is made from the model."""
-    match = CREATIVE_COMMONS.fullmatch(source.license or "")
+    match = CREATIVE_COMMONS.fullmatch(_identifier(source))
     return bool(match and match["nd"])
 
 
 def remark(source: Source) -> str | None:
     """What to know before publishing what is made from a model, in one line; None if there is nothing."""
-    license_id, name = source.license, source.repo_id or source.name
-    match = CREATIVE_COMMONS.fullmatch(license_id or "")
+    license_id, name = _identifier(source), source.repo_id or source.name
+    match = CREATIVE_COMMONS.fullmatch(license_id)
     if forbids_sharing(source):
         return f"the licence of {name}, {license_id}, forbids to share what is made from it"
     if license_id in UNTOLD:

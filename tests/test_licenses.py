@@ -19,10 +19,26 @@ def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: st
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            {"license": name}
+            for name in ("CC-BY-ND-4.0", " cc-by-nd-4.0 ", "CC BY-NC-ND 4.0", "cc_by_nd_4.0")
+        ),
+        *({"license": name} for name in ("cc-by-nd4.0", "cc-by-nc-nd-3.0-igo")),
+        {"license": "other", "license_name": "CC-BY-ND-4.0"},
+    ],
+)
+def test_a_licence_is_known_however_it_is_spelled(fields: dict[str, Any]) -> None:
+    assert forbids_sharing(a_source(**fields))
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"license": None}, "names no licence"),
-        ({"license": "unknown"}, "names no licence"),
+        ({"license": "Unknown"}, "names no licence"),
+        ({"license": ""}, "names no licence"),
         ({"license": "other"}, "terms of its own (not named on its card)"),
         (
             {"license": "other", "license_name": "own-1", "license_link": "LICENSE"},

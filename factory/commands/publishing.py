@@ -25,6 +25,7 @@ def check_publishable(source: "Source", *, accepted: bool) -> None:
         ModelError: The result needs code that is nowhere on the Hub.
     """
     from factory.licenses import check_license, remark
+    from factory.screen import printable
 
     if source.remote_code and not source.repo_id:
         raise ModelError(
@@ -34,4 +35,4 @@ def check_publishable(source: "Source", *, accepted: bool) -> None:
     check_license(source, accepted=accepted)
     told = remark(source)
     if told:
-        click.echo(f"note: {told}", err=True)
+        click.echo(f"note: {printable(told)}", err=True)
