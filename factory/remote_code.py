@@ -73,6 +73,11 @@ def _tokenizer_reference(folder: Path) -> str | None:
     reference = settings.get("auto_map", {}).get(TOKENIZER_CLASS)
     if isinstance(reference, list):
         reference = next((name for name in reversed(reference) if name), None)
+    if isinstance(reference, str) and "--" in reference:
+        raise UnsupportedArchitectureError(
+            f"the tokenizer needs code of another repository ({reference}), at no pinned commit",
+            hint="give the repository that holds the code beside the weights",
+        )
     return reference if isinstance(reference, str) else None
 
 

@@ -162,3 +162,14 @@ def test_code_that_is_not_whole_or_not_here_is_told(
     commit = hub.put_model("acme/odd", folder / "homemade", **changed)
     reference = f"acme/odd@{commit}"
     assert words in told(commands.run("build", reference, "--trust-remote-code", *QUICK, folder=folder))
+
+
+def test_a_tokenizer_with_code_of_another_repository_is_refused(
+    hub: Hub, commands: Forks, folder: Path
+) -> None:
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil/code--tokenization_evil.Evil"]}}
+    changed = {"tokenizer_config.json": json.dumps(settings).encode()}
+    commit = hub.put_model("acme/borrowed", folder / "homemade", **changed)
+    words = ("build", f"acme/borrowed@{commit}", "--trust-remote-code", *QUICK)
+    assert "code of another repository (evil/code--" in told(commands.run(*words, folder=folder))
+    assert not [r for r in hub.requests if "evil" in r.path]
