@@ -183,11 +183,13 @@ def publish(folder: Path, repository: str | None, **options: Any) -> Publication
     """
     from factory import hub
     from factory.card import write_card
-    from factory.layout import check_weights
+    from factory.layout import check_whole
 
     build = Build.read(folder)
-    check_weights(build, folder / "model")
-    repo_id = hub.full_name(repository or hub.default_repo_name(build.source, build.config["drop"]))
+    check_whole(build, folder / "model")
+    if repository is None:
+        repository = hub.default_repo_name(build.source, build.config["drop"])
+    repo_id = hub.full_name(repository)
     write_card(build, folder / "model", repo_id=repo_id)
     publication = hub.push(folder / "model", repo_id=repo_id, **options)
     publication.write(folder)

@@ -157,11 +157,11 @@ def _reasons(body: str) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, str]:
-    """Every file below the folder → sha256."""
+    """Every file below the folder → sha256; hidden ones are no part of a model: keys, caches, `.git`."""
     return {
         path.relative_to(folder).as_posix(): sha256_of_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
 
 

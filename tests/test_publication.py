@@ -168,3 +168,48 @@ def test_a_build_that_is_to_be_published_hears_of_the_licence_before_it_starts(
         "note: the licence of acme/strict, cc-by-nc-4.0, allows no commercial use, "
         "also of what is made from it\n"
     )
+
+
+def test_what_a_card_says_of_its_licence_cannot_paint_the_terminal(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    licensed(build, license="other", license_name="own\x1b[31m\nerror: none of that")
+    done = commands.run("push", str(build), "alice/own", folder=build.parent)
+    assert done.code == 0, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "build.json", "recipe.yaml"])
+def test_a_model_that_is_not_whole_is_not_published(
+    hub: Hub, commands: Forks, build: Path, name: str
+) -> None:
+    (build / "model" / name).unlink()
+    assert f"{name} is missing" in told(commands.run("push", str(build), "alice/part", folder=build.parent))
+    assert not hub.requests
+
+
+def test_a_model_with_the_record_of_another_build_is_not_published(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    value = json.loads((build / "model" / "build.json").read_text())
+    (build / "model" / "build.json").write_text(json.dumps(value | {"device": "another"}))
+    refused = told(commands.run("push", str(build), "alice/other", folder=build.parent))
+    assert "build.json is of another build" in refused
+    assert not hub.requests
+
+
+def test_hidden_files_are_not_published(hub: Hub, commands: Forks, build: Path) -> None:
+    before = content_of(build / "model").keys()
+    (build / "model" / ".env").write_text("SECRET=1")
+    for name in (".cache", ".git"):  # the client itself refuses files below these
+        (build / "model" / name).mkdir()
+        (build / "model" / name / "config").write_text("x")
+    done = commands.run("push", str(build), "alice/hidden", folder=build.parent)
+    assert done.code == 0, done.stderr
+    assert hub.files("alice/hidden").keys() == before
+
+
+def test_an_empty_name_is_no_name(hub: Hub, commands: Forks, build: Path) -> None:
+    assert "is no repository name" in told(commands.run("push", str(build), "", folder=build.parent))
+    assert not hub.storage.repositories
