@@ -360,7 +360,7 @@ def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iter
         see(args[0] if args else kwargs["hidden_states"])
 
     def leave(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
-        see(output[0] if isinstance(output, tuple) else output)
+        see(output[0] if isinstance(output, tuple | list) else output)
 
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles.append(layers[-1].register_forward_hook(leave))

@@ -18,6 +18,7 @@ from factory.measure import Moments, Sums, angular_distances, measure, measure_b
 from factory.plan import plan
 from factory.references import DEMO_MODEL
 from factory.texts import Text
+from tests.families import build, config_of
 
 SIZES = {
     "vocab_size": 64,
@@ -286,3 +287,11 @@ def test_each_document_gives_one_sample_cut_to_length() -> None:
     )
     # A lone token has no neighbour to predict.
     assert sorted(tokens for _, tokens in found) == [[1, 1, 1, 1], [2, 2], [3, 3]]
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "mamba", "mixtral", "gemma3_text", "bloom"])
+def test_layers_may_return_and_be_given_what_their_family_does(family: str) -> None:
+    model = build(config_of(family))
+    (found, _influence), *_ = measure_batches(model, [(0, samples(1)[0])], pad_token_id=0, max_tokens=64)
+    assert found.shape == (1, 9, 9)
+    assert float(found.diagonal(offset=1, dim1=1, dim2=2).min()) > 1e-4
