@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -130,6 +131,12 @@ class DistanceProfile(Artifact):
         """Distance d(x^l, x^{l+n}) over each start l = 0 … L−n, for n = `block_size`."""
         return [self.mean[start][start + block_size] for start in range(self.num_layers - block_size + 1)]
 
+    def across(self, layers: tuple[int, ...]) -> float | None:
+        """Distance across a block of layers; None across others, or where the profile does not hold it."""
+        first, after = layers[0], layers[-1] + 1
+        distance = self.mean[first][after]
+        return distance if after - first == len(layers) and not math.isnan(distance) else None
+
 
 class PruningPlan(Artifact):
     """Which layers go, by which criterion, and what else was possible."""
@@ -255,8 +262,6 @@ class TokenLoss(BaseModel):
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite past the float range."""
-        import math
-
         return math.exp(self.nats) if self.nats < 700 else math.inf
 
 

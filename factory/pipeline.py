@@ -17,7 +17,6 @@ from factory.artifacts import (
     Publication,
     Source,
     SpeedComparison,
-    canonical_json,
 )
 from factory.config import num_dropped
 from factory.references import Criterion
@@ -102,7 +101,7 @@ def make_plans(
     from factory.plan import choose
 
     if profile:
-        run.keys["measure"] = sha256(canonical_json(profile.model_dump(mode="json")).encode()).hexdigest()
+        run.keys["measure"] = sha256(profile.model_dump_json().encode()).hexdigest()
     else:
         profile = measure_stage(run, source)
     plans = [plan_stage(run, source, profile, criterion=criterion) for criterion in criteria]

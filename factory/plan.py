@@ -74,12 +74,11 @@ def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = la
     dropped = tuple(range(start, start + block_size))
     if not may_drop(dropped):
         raise _refused(f"layers {layer_ranges(dropped)}")
-    distance = profile.mean[start][start + block_size]
     return PruningPlan(
         criterion="deepest",
         num_layers=profile.num_layers,
         dropped=dropped,
-        distance=None if math.isnan(distance) else distance,
+        distance=profile.across(dropped),
     )
 
 
@@ -97,12 +96,11 @@ def block_influence(
     dropped = tuple(sorted(ranking[:block_size]))
     if not may_drop(dropped):
         raise _refused(f"layers {layer_ranges(dropped)}")
-    is_block = dropped[-1] - dropped[0] + 1 == block_size
     return PruningPlan(
         criterion="block-influence",
         num_layers=profile.num_layers,
         dropped=dropped,
-        distance=profile.mean[dropped[0]][dropped[-1] + 1] if is_block else None,
+        distance=profile.across(dropped),
     )
 
 
@@ -222,6 +220,8 @@ def _read_ours(file: Path) -> DistanceProfile:
         raise DataError(f"{file} is not {size} by {size} distances", hint="the file is damaged")
     if not all(math.isnan(value) or 0 <= value <= 1 for value in values):
         raise DataError(f"{file} holds distances outside 0 to 1", hint="the file is damaged")
+    if not all(map(math.isfinite, profile.influence or ())):
+        raise DataError(f"{file} holds a Block Influence that is no number", hint="the file is damaged")
     return profile
 
 

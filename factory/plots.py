@@ -197,7 +197,8 @@ def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int)
     Returns:
         Lines without colour codes and without a final line break. Each row is shaded on its own: `●` is
         its nearest block, `·` the nearest fifth, `█` the farthest; at its right the distance across the
-        nearest. Blocks that hold the last layer are not shown, since no plan chooses them.
+        nearest. Blocks that hold the last layer are not shown, since no plan chooses them, nor sizes
+        of which a profile from elsewhere holds no distance.
     """
     count, room = profile.num_layers, max(width, 40) - len("▸126 ") - len("  0.123")
     layers_per_cell = math.ceil(count / room)
@@ -208,45 +209,53 @@ def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int)
         return f"{label:>4} {''.join(text * cell for text in cells)}{end}".rstrip()
 
     lines = []
-    for size in reversed(_shown_sizes(count, chosen=len(plan.dropped))):
+    for size in reversed(_shown_sizes(profile, chosen=len(plan.dropped))):
         distances = profile.block_distances(size)[:-1]
         cells = _shades(distances, layers_per_cell=layers_per_cell)
         cells += [" "] * (num_cells - len(cells))
         mark = "▸" if size == len(plan.dropped) else ""
-        lines.append(line(f"{mark}{size}", cells, f"  {min(distances):.3f}"))
+        nearest = min((value for value in distances if not math.isnan(value)), default=None)
+        lines.append(line(f"{mark}{size}", cells, "" if nearest is None else f"  {nearest:.3f}"))
     cells_cut = {layer // layers_per_cell for layer in plan.dropped}
     lines.append(line("", ["▲" if index in cells_cut else "─" for index in range(num_cells)]))
     lines.append(f"     0{count - 1:>{num_cells * cell - 1}}")
     return "\n".join(lines)
 
 
-def _shown_sizes(num_layers: int, *, chosen: int) -> list[int]:
-    """At most 17 block sizes, spread evenly, with the chosen one among them."""
-    step = math.ceil((num_layers - 1) / 16)
-    return sorted({*range(1, num_layers, step), chosen})
+def _shown_sizes(profile: DistanceProfile, *, chosen: int) -> list[int]:
+    """At most 17 block sizes, spread evenly over those that the profile holds, and the chosen one."""
+    known = list(best_starts(profile))
+    return sorted({*known[:: max(math.ceil(len(known) / 16), 1)], chosen})
 
 
 def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
     """One character a cell: `●` for the nearest, else by rank, since layer 0 alone would fill a scale."""
-    cells = [
-        min(distances[index : index + layers_per_cell]) for index in range(0, len(distances), layers_per_cell)
+    known = [math.inf if math.isnan(distance) else distance for distance in distances]
+    cells = [min(known[index : index + layers_per_cell]) for index in range(0, len(known), layers_per_cell)]
+    ranked = sorted(cell for cell in cells if cell < math.inf)
+    if not ranked:
+        return [" "] * len(cells)
+    shades = [
+        " " if cell == math.inf else SHADES[len(SHADES) * ranked.index(cell) // len(ranked)] for cell in cells
     ]
-    ranked = sorted(cells)
-    shades = [SHADES[len(SHADES) * ranked.index(distance) // len(cells)] for distance in cells]
     shades[max(index for index, cell in enumerate(cells) if cell == ranked[0])] = "●"  # as in `best_starts`
     return shades
 
 
-def best_starts(profile: DistanceProfile) -> list[int]:
-    """Start of the nearest block of n = 1 … L−1 layers that keeps the last layer; the deepest of equals.
+def best_starts(profile: DistanceProfile) -> dict[int, int]:
+    """n → start of the nearest block of n layers that keeps the last layer; the deepest of equals.
 
-    These are the blocks that a plan can choose.
+    These are the blocks that a plan can choose; sizes of which the profile holds no distance are left out.
     """
-    starts = []
+    starts = {}
     for size in range(1, profile.num_layers):
-        distances = profile.block_distances(size)[:-1]
-        nearest = min(distances)
-        starts.append(max(start for start, distance in enumerate(distances) if distance == nearest))
+        known = [
+            (distance, -start)
+            for start, distance in enumerate(profile.block_distances(size)[:-1])
+            if not math.isnan(distance)
+        ]
+        if known:
+            starts[size] = -min(known)[1]
     return starts
 
 
@@ -269,9 +278,10 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
         extent=(-0.5, count - 0.5, 0.5, count - 0.5),
     )
     cell = 270 / count  # points a layer, about
+    nearest = best_starts(profile)
     axes.plot(
-        best_starts(profile),
-        range(1, count),
+        list(nearest.values()),
+        list(nearest),
         linestyle="none",
         marker="o",
         markersize=max(2.2, min(5.0, 0.45 * cell)),
@@ -301,10 +311,10 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
 
 
 def _draw_best_by_size(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
-    sizes = list(range(1, profile.num_layers))
     starts = best_starts(profile)
-    best = [profile.mean[start][start + size] for start, size in zip(starts, sizes, strict=True)]
-    spread = [profile.stderr[start][start + size] for start, size in zip(starts, sizes, strict=True)]
+    sizes = list(starts)
+    best = [profile.mean[start][start + size] for size, start in starts.items()]
+    spread = [profile.stderr[start][start + size] for size, start in starts.items()]
     low = [value - error for value, error in zip(best, spread, strict=True)]
     high = [value + error for value, error in zip(best, spread, strict=True)]
     axes.fill_between(sizes, low, high, color=LINE, alpha=0.25, linewidth=0)

@@ -201,6 +201,9 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path, source: Source) -
     (tmp_path / "profile.json").write_text(text.replace("0.5", "7.5", 1), encoding="utf-8")
     with pytest.raises(DataError, match="outside 0 to 1"):
         read_profile(tmp_path, source=source)
+    flat_profile(24, influence=(math.nan,) * 24).write(tmp_path)
+    with pytest.raises(DataError, match="Block Influence that is no number"):
+        read_profile(tmp_path, source=source)
 
 
 @given(st.floats(min_value=0.001, max_value=0.999), st.integers(min_value=2, max_value=200))

@@ -111,8 +111,8 @@ steps = st.lists(st.floats(0.001, 0.02), min_size=3, max_size=48)
 def test_circles_mark_what_a_plan_would_choose(steps: list[float]) -> None:
     profile = a_profile(steps)
     starts = best_starts(profile)
-    assert len(starts) == profile.num_layers - 1
-    for size, start in enumerate(starts, start=1):
+    assert list(starts) == list(range(1, profile.num_layers))
+    for size, start in starts.items():
         assert plan(profile, block_size=size).dropped[0] == start
 
 
@@ -132,6 +132,28 @@ def test_the_terminal_map_keeps_to_the_width_and_marks_the_cut(
     assert [line for line in lines if line.lstrip().startswith(f"▸{len(chosen.dropped)} ")]
     assert all("●" in line for line in lines[:-2])
     assert "▲" in lines[-2]
+
+
+def test_only_known_distances_of_a_profile_from_elsewhere_are_drawn(tmp_path: Path) -> None:
+    whole = even_profile(12)
+    mean = tuple(
+        tuple(value if abs(a - b) in (0, 3) and (a, b) != (2, 5) else math.nan for b, value in enumerate(row))
+        for a, row in enumerate(whole.mean)
+    )
+    profile = whole.model_copy(update={"mean": mean})
+    chosen = plan(profile, block_size=3)
+    assert best_starts(profile) == {3: chosen.dropped[0]}
+    drawn = terminal_heatmap(profile, chosen, width=60).splitlines()
+    assert len(drawn) == 3
+    assert drawn[0].startswith("  ▸3 ")
+    assert drawn[0][5 + 4 : 5 + 6] == "  "  # layer 2: not known
+    assert f"{chosen.distance:.3f}" in drawn[0]
+    scattered = PruningPlan(criterion="greedy", num_layers=12, dropped=(2, 7))
+    assert terminal_heatmap(profile, scattered, width=60).splitlines()[1].strip() == "▸2"
+    for cut in (chosen, scattered):
+        assert all(
+            path.stat().st_size > 0 for path in distance_figure(profile, cut, path_stem=tmp_path / "x")
+        )
 
 
 def test_the_terminal_map_is_readable() -> None:
