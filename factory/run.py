@@ -15,8 +15,8 @@ from factory.texts import Text, check_text, keep_apart, open_text
 VERSIONS = {
     "measure": 3,
     "plan": 2,
-    "search": 1,
-    "compare": 1,
+    "search": 2,
+    "compare": 2,
     "prune": 1,
     "heal": 3,
     "merge": 1,
@@ -128,19 +128,22 @@ class Run:
 NOTHING = Text(DataSource(name="nothing", version="0"), lambda: iter(()))
 
 
-def open_texts(config: BuildConfig, *, heals: bool = True, evaluates: bool = True) -> Texts:
+def open_texts(
+    config: BuildConfig, *, measures: bool = True, heals: bool = True, evaluates: bool = True
+) -> Texts:
     """Open the texts that a run reads; a missing or unknown one is an error here, before any work.
 
     Args:
+        measures: Whether it reads the calibration text.
         heals: Whether it reads the healing text.
         evaluates: Whether it reads the evaluation text. One that is also measured on is opened all the
             same: the documents are divided as a build divides them.
     """
-    evaluates = evaluates or config.evaluate.data == config.measure.data
+    evaluates = evaluates or (measures and config.evaluate.data == config.measure.data)
     evaluation, (calibration, healing) = keep_apart(
         open_text(config.evaluate.data, split="validation") if evaluates else NOTHING,
         (
-            open_text(config.measure.data, split="validation"),
+            open_text(config.measure.data, split="validation") if measures else NOTHING,
             open_text(config.heal.data, split="train") if heals else NOTHING,
         ),
     )

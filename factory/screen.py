@@ -229,12 +229,11 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
         losses = plans.losses
         out.print(
             f"Source: {losses.source.nats:.3f} ± {losses.source.stderr:.3f}, on {losses.num_documents} "
-            f"documents of {printable(losses.data.name)} that chose nothing, {losses.sequence_length} "
+            f"documents of {printable(losses.data.name)} that no search has seen, {losses.sequence_length} "
             f"tokens at most.\nTake {plans.chosen}: {plans.reason}.",
             soft_wrap=True,
         )
-    suffix = "" if plans.chosen == "angular" else f" --criterion {plans.chosen}"
-    out.print(Text.assemble(("  build it    ", "dim"), printable(command + suffix)), soft_wrap=True)
+    out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 
 
 def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:

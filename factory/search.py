@@ -1,5 +1,6 @@
 """Search: the layers whose removal costs least calibration loss, and what any cut costs unhealed."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,12 +59,11 @@ def search(
 
     order, trial = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
     dropped = tuple(sorted(order))
-    is_block = dropped[-1] - dropped[0] + 1 == block_size
     return PruningPlan(
         criterion=settings.criterion,
         num_layers=source.num_layers,
         dropped=dropped,
-        distance=profile.mean[dropped[0]][dropped[-1] + 1] if is_block else None,
+        distance=profile.across(dropped),
         order=tuple(order) if settings.criterion == "greedy" else None,
         passes=round(trial.passes, 2),
         num_documents=len(sequences),
@@ -106,13 +106,18 @@ def compare(
 def take_sequences(
     text: Text, tokenizer: Any, *, settings: PlanSettings, seed: int, half: int
 ) -> list[list[int]]:
-    """The beginnings of every other document in shuffled order.
+    """The beginnings of every other document in shuffled order; equal documents count as one.
 
     Raises:
         DataError: Fewer than 2.
     """
     sequences: list[list[int]] = []
-    for number, document in enumerate(text.shuffled(seed)):
+    seen: set[str] = set()
+    for document in text.shuffled(seed):
+        if document in seen:
+            continue
+        number = len(seen)
+        seen.add(document)
         if number % 2 != half:
             continue
         tokens = tokenizer(document, truncation=True, max_length=settings.sequence_length).input_ids
@@ -201,13 +206,18 @@ def search_greedily(
 
 
 def _nearest(profile: DistanceProfile) -> Callable[[list[int]], list[int]]:
-    """Of the layers that are left, the half across which the states turn least: the rest costs more."""
+    """Of the layers that are left, the half across which the states turn least: the rest costs more.
+
+    All of them where a profile from elsewhere does not hold those distances.
+    """
 
     def rank(left: list[int]) -> list[int]:
         across = {
             layer: profile.mean[layer][after]
             for layer, after in zip(left, [*left[1:], profile.num_layers], strict=True)
         }
+        if any(map(math.isnan, across.values())):
+            return left
         return sorted(sorted(left, key=lambda layer: across[layer])[: max(len(left) // 2, 2 * FINALISTS)])
 
     return rank

@@ -126,7 +126,11 @@ def search_stage(
         PruningPlan,
         work,
         parameters={**settings.model_dump(), "block_size": block_size, "seed": run.config.seed},
-        inputs={"profile": run.keys["measure"], "text": text_identity(run.texts.calibration.data)},
+        inputs={  # a profile from elsewhere need not say of which model it is
+            "profile": run.keys["measure"],
+            "source": source.commit,
+            "text": text_identity(run.texts.calibration.data),
+        },
         summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
     )
 

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from factory.artifacts import DataSource, DistanceProfile
+from factory.config import PlanSettings
 from factory.decoder import decoder_layers, skip_layers
 from factory.measure import Sums, measure_batches
 from factory.plan import plan
-from factory.search import best_candidate, search_block, search_greedily
+from factory.search import COMPARE, SEARCH, best_candidate, search_block, search_greedily, take_sequences
+from factory.texts import Text
 from factory.trial import Trial, mean_loss
+from tests.tiny import byte_tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -176,3 +179,16 @@ def test_every_criterion_finds_layers_that_do_nothing(data: st.DataObject, famil
     assert torch.equal(trial.losses((), [nothing]), trial.losses((), [()]))
     order = search_greedily(trial, num_layers=n, rank=list, may_drop=lambda _: True, progress=lambda *_: None)
     assert mean_loss(trial.losses(tuple(sorted(order)), [()]))[0] <= whole
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["one", "two", "three", "four", "five", "six"]), min_size=9, max_size=30))
+def test_equal_documents_do_not_serve_search_and_comparison_both(documents: list[str]) -> None:
+    more = ["seven", "eight", "nine", "ten"]
+    text = Text(DataSource(name="x", version="1"), lambda: iter([*documents, *more]))
+    found = [
+        take_sequences(text, byte_tokenizer(), settings=PlanSettings(), seed=0, half=half)
+        for half in (SEARCH, COMPARE)
+    ]
+    together = [tuple(tokens) for tokens in found[0] + found[1]]
+    assert len(set(together)) == len(together) == len({*documents, *more})

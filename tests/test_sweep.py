@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from factory import hub
 from factory.artifacts import (
     DataSource,
     Evaluation,
@@ -15,8 +16,10 @@ from factory.artifacts import (
     TokenLoss,
 )
 from factory.cli import main
+from factory.plan import read_profile
 from factory.plots import sweep_figure
 from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff, share_kept
+from tests.tiny import rhymes, save_llama
 
 DATA = DataSource(name="x", version="1")
 
@@ -150,6 +153,49 @@ def test_all_criteria_stand_side_by_side(
     assert "passes" not in capsys.readouterr().out  # the profile alone decides, no weights are read
 
 
+def test_distances_of_pruneme_serve_the_command(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{start},{start + 3},{0.1 + 0.01 * abs(start - 3)}\n" for start in range(6))
+    Path("p.csv").write_text(f"block_start,block_end,average_distance\n{rows}", encoding="utf-8")
+    Path("t.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in rhymes(6)))
+    for seed in (0, 1):
+        save_llama(Path(f"m{seed}"), num_layers=8, seed=seed)
+    given = ["--drop", "0.375", "--profile", "p.csv", "--save", "kept"]
+    monkeypatch.setattr("factory.texts._hub_data_set", None)  # the text is not even opened
+    run(monkeypatch, "plan", "m0", *given)
+    assert "factory build m0 --layers 3,4,5\n" in capsys.readouterr().out
+    assert read_profile(Path("kept"), source=hub.resolve("m0")).block_distances(3)[3] == pytest.approx(0.1)
+    monkeypatch.undo()
+    monkeypatch.setenv("FACTORY_HOME", str(there / "home"))
+    monkeypatch.chdir(there)
+    run(monkeypatch, "plan", "m0", *given, "--criterion", "all", "--calibration-data", "t.jsonl")
+    plans = {plan.criterion: plan for plan in Plans.read(Path("kept")).plans}
+    assert list(plans) == ["angular", "deepest", "loss", "greedy"]
+    assert plans["greedy"].distance is None or len(plans["greedy"].dropped) == 3
+    capsys.readouterr()
+    run(monkeypatch, "plan", "m1", *given, "--criterion", "loss", "--calibration-data", "t.jsonl")
+    assert "✓ search" in capsys.readouterr().out  # the same distances, but another model
+
+
+def test_the_command_that_builds_a_plan_measures_on_the_same(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "plan", "demo", "--drop", "0.1", "--criterion", "deepest", *QUICK, "--save", "kept")
+    shown = capsys.readouterr().out
+    command = "factory build demo --drop 0.1 --samples 8 --sequence-length 64 --plan-documents 4"
+    assert f"  build it    {command} --criterion deepest\n" in shown
+
+
+def test_the_length_that_is_asked_for_is_that_of_the_search_too(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "plan", "demo", "--drop", "0.1", "--criterion", "all", *QUICK, "--save", "kept")
+    losses = Plans.read(there / "kept").losses
+    assert losses is not None
+    assert losses.sequence_length == 64
+
+
 def test_a_plan_is_json_for_programs(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +243,8 @@ def test_a_build_can_drop_layers_of_ones_own_choice(
         (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
         (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
         (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),
+        (["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
+        (["sweep", "demo", "--out", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
         (["plan", "demo", "--drop", "0.1", "--profile", "nowhere"], "there is no profile at 'nowhere'"),
         (["plan", "demo", "--drop", "0.1", "--criterion", "best"], "'best' is not one of"),
         (["plan", "dmo", "--drop", "0.1"], "dmo"),

@@ -135,6 +135,7 @@ def settle_options(
                 "criterion": options.get("criterion"),
                 "layers": options.get("layers"),
                 "num_documents": options.get("plan_documents"),
+                "sequence_length": length,
             },
             "heal": {
                 "data": options.get("heal_data"),

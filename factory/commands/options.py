@@ -1,5 +1,6 @@
 """What several commands share: option types, common options, build folders, JSON for programs."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,23 @@ trust_option = click.option(
     is_flag=True,
     help="Run code that comes with MODEL, which must then be owner/name@COMMIT or a folder.",
 )
+
+
+def output_folder(folder: Path) -> Path:
+    """A folder for results, made before the work that they take.
+
+    Raises:
+        UsageError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {str(folder)!r}: {error.strerror}", hint="give another one"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="give another one")
+    return folder
 
 
 def build_folder(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from factory import references
 from factory.commands.asked import pull_source, resolve_model, settle_options
@@ -14,12 +15,13 @@ from factory.commands.options import (
     heal_option,
     home_option,
     measuring_options,
+    output_folder,
     print_json,
     trust_option,
 )
 
 if TYPE_CHECKING:
-    from factory.artifacts import Source
+    from factory.artifacts import PruningPlan, Source
     from factory.run import Run
     from factory.screen import StageLines
 
@@ -60,12 +62,15 @@ def plan(model: str, drop: float, **options: Any) -> None:
     from factory.screen import show_plans
 
     asked = options.pop("criterion")
-    source, run, reporter = _start(model, drop, options)
+    measures = not (options["profile"] and asked in FROM_PROFILE)  # else neither text nor weights are read
+    source, run, reporter = _start(model, drop, options, measures=measures)
     profile = read_profile(options["profile"], source=source) if options["profile"] else None
     criteria = tuple(name for name in references.CRITERIA if asked in ("all", name))
     if asked == "all" and profile and profile.influence is None:
         criteria = tuple(name for name in criteria if name != "block-influence")
-    if not (profile and asked in FROM_PROFILE):  # those need no weights
+    if options["save"]:
+        output_folder(options["save"])
+    if measures:
         source = pull_source(source, reporter)
     try:
         profile, plans = pipeline.make_plans(run, source, criteria, profile=profile)
@@ -73,7 +78,6 @@ def plan(model: str, drop: float, **options: Any) -> None:
         reporter.stop()
     chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
     if options["save"]:
-        options["save"].mkdir(parents=True, exist_ok=True)
         profile.write(options["save"])
         plans.write(options["save"])
         distance_figure(profile, chosen, path_stem=options["save"] / "angular-distance")
@@ -83,7 +87,27 @@ def plan(model: str, drop: float, **options: Any) -> None:
     screen = reporter.out
     screen.print()
     screen.print(terminal_heatmap(profile, chosen, width=min(screen.width, 100)), soft_wrap=True)
-    show_plans(screen, plans, command=f"factory build {model} --drop {drop:g}")
+    show_plans(screen, plans, command=_build_command(chosen))
+
+
+def _build_command(chosen: "PruningPlan") -> str:
+    """What builds the plan: the options that were typed; the layers where a profile led to them."""
+    import shlex
+
+    context = click.get_current_context()
+    words = ["factory", "build", context.params["model"]]
+    layers = context.params["profile"] is not None  # which a build does not read
+    if layers:
+        words += ["--layers", ",".join(map(str, chosen.dropped))]
+    not_of_build = {"model", "criterion", "profile", "save", "as_json", *(["drop"] if layers else [])}
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if typed and name not in not_of_build:
+            words += [option.opts[0], *([] if value is True else [str(value)])]
+    if not layers and chosen.criterion != "angular":
+        words += ["--criterion", chosen.criterion]
+    return shlex.join(words)
 
 
 @click.command(context_settings=CONTEXT)
@@ -128,14 +152,13 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     options["heal_enabled"] = options["heal_objective"] is not None
     source, run, reporter = _start(model, drops[0], options)
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
+    out = output_folder(options["out"] or Path("sweeps") / source.name)
     _preview_sweep(source, sorted(by_size), run, reporter)
     source = pull_source(source, reporter)
     try:
         found = pipeline.sweep(run, source, [by_size[size] for size in sorted(by_size)])
     finally:
         reporter.stop()
-    out = options["out"] or Path("sweeps") / source.name
-    out.mkdir(parents=True, exist_ok=True)
     found.write(out)
     sweep_figure(found, path_stem=out / "sweep")
     if options["as_json"]:
@@ -162,7 +185,9 @@ def _preview_sweep(source: "Source", sizes: list[int], run: "Run", reporter: "St
     )
 
 
-def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, Run, StageLines]":
+def _start(
+    model: str, drop: float, options: dict[str, Any], *, measures: bool = True
+) -> "tuple[Source, Run, StageLines]":
     """What both commands begin with: the source, a run for it, and who is told."""
     from factory.config import load_recipe
     from factory.decoder import check_decoder
@@ -183,7 +208,7 @@ def _start(model: str, drop: float, options: dict[str, Any]) -> "tuple[Source, R
     sweeps = "tasks" in options
     if sweeps:
         check_tasks(config.evaluate, search=True)
-    texts = open_texts(config, heals=sweeps and config.heal_enabled, evaluates=sweeps)
+    texts = open_texts(config, measures=measures, heals=sweeps and config.heal_enabled, evaluates=sweeps)
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))
