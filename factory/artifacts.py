@@ -46,7 +46,7 @@ class Artifact(BaseModel):
             if "folder" in cls.model_fields:
                 value["folder"] = folder
             return cls.model_validate(value)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(
                 f"cannot read {path}: {str(error).splitlines()[0]}",
                 hint="delete that folder and run the same command again",

@@ -29,6 +29,7 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
+SHARED_BLOB = re.compile("[0-9a-f]{64}")  # of the Hub's cache
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 AUXILIARY = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
@@ -289,7 +290,7 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
             if not path.is_file():
                 continue
             target = path.resolve()
-            if source_folder.resolve() not in target.parents and not _in_hub_cache(target):
+            if source_folder.resolve() not in target.parents and not _in_hub_cache(target, source_folder):
                 raise CheckpointError(
                     f"{path.name} is a link to {target}, outside the model's folder",
                     hint="put the file itself there",
@@ -314,6 +315,16 @@ def _drop_local_paths(path: Path) -> None:
         path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _in_hub_cache(target: Path) -> bool:
-    """…/models--owner--name/blobs/<etag>, or the store shared by all repositories, …/blobs/<2 hex>/<hash>."""
-    return "blobs" in (target.parent.name, target.parent.parent.name)
+def _in_hub_cache(target: Path, folder: Path) -> bool:
+    """Whether the target is a blob of the repository whose snapshot the folder is.
+
+    cache/models--owner--name/snapshots/<commit> holds links to cache/models--owner--name/blobs/<etag>, and
+    these may be links into the store of all repositories, cache/blobs/<2 hex>/<64 hex>.
+    """
+    snapshots = folder.resolve().parent
+    repository, cache = snapshots.parent, snapshots.parent.parent
+    if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    if target.parent == repository / "blobs":
+        return True
+    return bool(SHARED_BLOB.fullmatch(target.name)) and target.parent == cache / "blobs" / target.name[:2]

@@ -42,7 +42,7 @@ class HealSettings(Settings):
 
     data: str = "allenai/c4:en"
     objective: Literal["sft", "distill"] = "sft"  # next tokens of the text, or the source's distribution
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
     num_steps: int = Field(default=5000, ge=1)
@@ -67,7 +67,7 @@ class BuildConfig(Settings):
 
     reference: str  # as typed: alias, repo[@revision] or folder
     drop: float = Field(gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     heal_enabled: bool = True
     measure: MeasureSettings = MeasureSettings()
     plan: PlanSettings = PlanSettings()

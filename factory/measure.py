@@ -1,5 +1,6 @@
 """Measure: the angular distance between every pair of layer inputs, in one pass over the text."""
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -198,7 +199,10 @@ class Sums:
         """What an earlier attempt left in `folder`, else nothing yet."""
         sums = cls(num_layers, block_sizes)
         if (folder / STATE).exists():
-            saved = torch.load(folder / STATE, weights_only=True)
+            try:
+                saved = torch.load(folder / STATE, weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+                return sums  # torn by a power cut: nothing yet
             moments = [sums.distance, sums.influence, *sums.rivals.values()]
             for moment, (count, mean, squares) in zip(moments, saved["moments"], strict=True):
                 moment.count, moment.mean, moment.squares = count, mean, squares

@@ -127,6 +127,14 @@ def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
     return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
 
 
+def first_dropped(plan: PruningPlan, count: int, *, profile: DistanceProfile) -> PruningPlan:
+    """The plan of a greedy search after its first `count` layers."""
+    order = (plan.order or ())[:count]
+    dropped = tuple(sorted(order))
+    changes = {"order": order, "dropped": dropped, "distance": profile.across(dropped)}
+    return plan.model_copy(update=changes)
+
+
 def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
     """The criterion to take, and why.
 
@@ -140,7 +148,7 @@ def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
     level = {
         plan.criterion: cut
         for plan, cut in zip(plans, losses.cuts, strict=True)
-        if cut.behind <= CERTAIN * cut.behind_stderr
+        if not cut.behind > CERTAIN * cut.behind_stderr  # NaN, where no loss is finite, is level too
     }
     chosen = next(criterion for criterion in CRITERIA if criterion in level)
     others = [criterion for criterion in level if criterion != chosen]

@@ -26,9 +26,9 @@ VERSIONS = {
 
 # Libraries whose version can change a stage's numbers; part of its key.
 LIBRARIES = {
-    "measure": ("torch", "transformers"),
-    "search": ("torch", "transformers"),
-    "compare": ("torch", "transformers"),
+    "measure": ("torch", "transformers", "bitsandbytes"),
+    "search": ("torch", "transformers", "bitsandbytes"),
+    "compare": ("torch", "transformers", "bitsandbytes"),
     "heal": ("torch", "transformers", "trl", "peft", "bitsandbytes"),
     "evaluate": ("torch", "transformers", "lm_eval"),
     "speed": ("torch", "transformers"),
@@ -105,7 +105,7 @@ class Run:
         result = self.store.make(
             spec,
             make,
-            resumable=stage in ("measure", "heal", "evaluate"),
+            resumable=stage in ("measure", "search", "heal", "evaluate"),
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
         )

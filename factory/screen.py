@@ -1,5 +1,6 @@
 """What the terminal shows: progress, the preview, the result, lists. Plain lines without a terminal."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,13 +247,14 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
         table.add_column(name, justify="left" if name == "layers that go" else "right")
     table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source), "100%")
     for point in sweep.points:
+        kept = share_kept(point.best, sweep.source)
         table.add_row(
             f"{len(point.plan.dropped)} ({point.drop:.0%})",
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
             *(_losses(point.healed) if point.healed else []),
             *_scores(point.best),
-            f"{share_kept(point.best, sweep.source):.0%}",
+            "–" if math.isnan(kept) else f"{kept:.0%}",
             style="bold" if point.drop == sweep.before_the_cliff else "",
         )
     out.print()
@@ -260,6 +262,8 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     out.print()
     largest = sweep.before_the_cliff
     found = f"The largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
+    if math.isnan(share_kept(sweep.source, sweep.source)):
+        found = "The source is no better than guessing, so there is no cliff to find"
     out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
     for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)

@@ -1,7 +1,9 @@
 """Search: the layers whose removal costs least calibration loss, and what any cut costs unhealed."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from factory.trial import Layers, Trial, mean_loss
 FIRST_BATCH_SIZE = 8
 FEW = 8  # sequences on which all candidates run; the best of them run on all
 FINALISTS = 4
+STATE = "order.json"
 SEARCH, COMPARE = 0, 1  # which half of the documents: a choice is not judged by the text that made it
 
 Progress = Callable[[int, int, str], None]
@@ -30,16 +33,22 @@ def search(
     *,
     block_size: int,
     settings: PlanSettings,
+    four_bit: bool,
     seed: int,
+    folder: Path,
     progress: Progress,
 ) -> PruningPlan:
     """Choose layers by the loss on the calibration text, by `settings.criterion`: "loss" or "greedy".
 
+    Args:
+        folder: Holds the layers that a greedy search has dropped so far; a later call goes on from there.
+
     Raises:
         DataError: Too little text.
-        ModelError: No cut of this size is possible, or the loss is not finite.
+        ModelError: No cut of this size is possible, the loss is not finite, or a layer of this architecture
+            hands on more than its states.
     """
-    model = load_model(source.local_folder)
+    model = load_model(source.local_folder, four_bit=four_bit)
     tokenizer = load_tokenizer(source.local_folder)
     sequences = take_sequences(text, tokenizer, settings=settings, seed=seed, half=SEARCH)
 
@@ -48,9 +57,15 @@ def search(
 
     def run(batch_size: int) -> tuple[list[int], Trial]:
         trial = Trial(model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
+        trial.check()
         if settings.criterion == "greedy":
             order = search_greedily(
-                trial, num_layers=block_size, rank=_nearest(profile), may_drop=allowed, progress=progress
+                trial,
+                num_layers=block_size,
+                rank=_nearest(profile),
+                may_drop=allowed,
+                progress=progress,
+                state=folder / STATE,
             )
             return order, trial
         starts = range(source.num_layers - block_size + 1)
@@ -58,6 +73,7 @@ def search(
         return list(search_block(trial, [b for b in blocks if allowed(b)], progress=progress)), trial
 
     order, trial = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
+    (folder / STATE).unlink(missing_ok=True)
     dropped = tuple(sorted(order))
     return PruningPlan(
         criterion=settings.criterion,
@@ -76,11 +92,12 @@ def compare(
     cuts: Sequence[Layers],
     *,
     settings: PlanSettings,
+    four_bit: bool,
     seed: int,
     progress: Progress,
 ) -> CutLosses:
     """Unhealed loss of several cuts on the same documents, none of which a search has seen."""
-    model = load_model(source.local_folder)
+    model = load_model(source.local_folder, four_bit=four_bit)
     tokenizer = load_tokenizer(source.local_folder)
     sequences = take_sequences(text, tokenizer, settings=settings, seed=seed, half=COMPARE)
 
@@ -176,6 +193,7 @@ def search_greedily(
     rank: Callable[[list[int]], list[int]],
     may_drop: Callable[[Layers], bool],
     progress: Progress,
+    state: Path | None = None,
 ) -> list[int]:
     """Drop one layer after another, each time the one whose removal costs least loss.
 
@@ -183,6 +201,7 @@ def search_greedily(
         num_layers: How many to drop.
         rank: From the layers that are left, the candidates worth a look.
         may_drop: Whether the surgery allows a set of layers to be missing.
+        state: File that keeps the layers dropped so far, and is gone on from.
 
     Returns:
         The layers in the order in which they went, so that its first n are the choice for n layers.
@@ -190,8 +209,8 @@ def search_greedily(
     Raises:
         ModelError: No layer can be left out.
     """
-    order: list[int] = []
-    for step in range(num_layers):
+    order: list[int] = json.loads(state.read_text(encoding="utf-8")) if state and state.exists() else []
+    for step in range(len(order), num_layers):
         progress(step, num_layers, f"{step} layers dropped")
         left = [layer for layer in range(len(trial.layers)) if layer not in order]
         allowed = [(layer,) for layer in rank(left) if may_drop(tuple(sorted([*order, layer])))]
@@ -202,6 +221,10 @@ def search_greedily(
             )
         chosen, _ = best_candidate(trial, order, allowed)
         order += chosen
+        if state:
+            partial = state.with_suffix(".partial")
+            partial.write_text(json.dumps(order), encoding="utf-8")
+            partial.replace(state)
     return order
 
 

@@ -65,7 +65,7 @@ def plan_stage(
     run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
 ) -> PruningPlan:
     """Which layers go, by one criterion; the configuration's where none is given."""
-    from factory.plan import FROM_PROFILE, plan, plan_without
+    from factory.plan import first_dropped, plan, plan_without
 
     settings = run.config.plan
     if settings.layers and criterion is None:
@@ -79,7 +79,11 @@ def plan_stage(
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
-    if criterion not in FROM_PROFILE:
+    if criterion == "greedy":  # one search serves every smaller number of layers
+        largest = max((n, *run.block_sizes))
+        found = search_stage(run, source, profile, criterion=criterion, block_size=largest)
+        return first_dropped(found, n, profile=profile)
+    if criterion == "loss":
         return search_stage(run, source, profile, criterion=criterion, block_size=n)
 
     def work(_folder: Path) -> Artifact:
@@ -108,7 +112,7 @@ def search_stage(
     """Which layers go, by the loss without them; the profile only ranks the candidates."""
     settings = run.config.plan.model_copy(update={"criterion": criterion})
 
-    def work(_folder: Path) -> Artifact:
+    def work(folder: Path) -> Artifact:
         from factory.search import search
 
         return search(
@@ -117,7 +121,9 @@ def search_stage(
             profile,
             block_size=block_size,
             settings=settings,
+            four_bit=run.config.measure.four_bit,
             seed=run.config.seed,
+            folder=folder,
             progress=run.ticks("search"),
         )
 
@@ -125,7 +131,12 @@ def search_stage(
         "search",
         PruningPlan,
         work,
-        parameters={**settings.model_dump(), "block_size": block_size, "seed": run.config.seed},
+        parameters={
+            **settings.model_dump(),
+            "block_size": block_size,
+            "four_bit": run.config.measure.four_bit,
+            "seed": run.config.seed,
+        },
         inputs={  # a profile from elsewhere need not say of which model it is
             "profile": run.keys["measure"],
             "source": source.commit,
@@ -147,6 +158,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
             run.texts.calibration,
             cuts,
             settings=settings,
+            four_bit=run.config.measure.four_bit,
             seed=run.config.seed,
             progress=run.ticks("compare"),
         )
@@ -158,6 +170,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         parameters={
             **settings.model_dump(exclude={"criterion"}),
             "cuts": [list(cut) for cut in cuts],
+            "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
         },
         inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},

@@ -48,7 +48,10 @@ class Sweep(Artifact):
 
 
 def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
-    """What is left of the source's advantage over guessing: 1 as good as the source, 0 guessing."""
+    """What is left of the source's advantage over guessing: 1 as good as the source, 0 guessing.
+
+    NaN where the source has none.
+    """
     shares = [
         (after.value - after.chance) / (before.value - after.chance)
         for after, before in zip(evaluation.tasks, source.tasks, strict=True)
@@ -56,7 +59,8 @@ def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
     ]
     if shares:
         return math.fsum(shares) / len(shares)
-    return (1 - evaluation.loss.normalized) / (1 - source.loss.normalized)
+    advantage = 1 - source.loss.normalized
+    return (1 - evaluation.loss.normalized) / advantage if advantage > 0 else math.nan
 
 
 def before_the_cliff(points: Sequence[SweepPoint], source: Evaluation) -> float | None:
@@ -67,7 +71,7 @@ def before_the_cliff(points: Sequence[SweepPoint], source: Evaluation) -> float 
     """
     largest = None
     for point in points:
-        if share_kept(point.best, source) < SHARE_KEPT:
+        if not share_kept(point.best, source) >= SHARE_KEPT:
             break
         largest = point.drop
     return largest

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from factory.decoder import decoder_layers, hand_on
+from factory.decoder import decoder_layers, hand_on, skip_layers
+from factory.errors import ModelError
 from factory.models import pad_batch, row_losses
+
+CLOSE = 0.01  # relative; batches and 16-bit sums in another order stay far below
 
 Layers = tuple[int, ...]
 
@@ -80,6 +83,27 @@ class Trial:
             results = [self._loss(number, batch, gone, candidate, calls) for candidate in candidates]
             rows.append(torch.stack(results))
         return torch.cat(rows, dim=1)
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compare one loss with that of the reference, which runs every layer and discards its result.
+
+        Raises:
+            ModelError: They differ: a layer hands on more than its states to the layers after it.
+        """
+        middle = len(self.layers) // 2
+        if middle < 2:
+            return
+        ids, mask = (tensor[:1].to(self.model.device) for tensor in self.batches[0])
+        with skip_layers(self.model, (middle - 2, middle - 1, middle)):
+            _, expected = row_losses(self.model, ids, mask)
+        found = self.losses((middle,), [(middle - 2, middle - 1)], num_batches=1)[0, 0, 0]
+        if not abs(float(found) - float(expected)) <= CLOSE * abs(float(expected)):
+            raise ModelError(
+                f"{self.model.config.model_type}: leaving layers out gives a loss of {float(found):.4g}, not "
+                f"{float(expected):.4g}: a layer hands on more than its states",
+                hint="choose the layers by --criterion angular",
+            )
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, without: int = 0) -> None:
         self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -1,6 +1,7 @@
 """Losses with layers left out are those of the shortened model, and the searches find what is best."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from factory.artifacts import DataSource, DistanceProfile
 from factory.config import PlanSettings
 from factory.decoder import decoder_layers, skip_layers
+from factory.errors import ModelError
 from factory.measure import Sums, measure_batches
 from factory.plan import plan
 from factory.search import COMPARE, SEARCH, best_candidate, search_block, search_greedily, take_sequences
@@ -116,6 +118,40 @@ def test_greedy_search_takes_the_least_loss_at_every_step() -> None:
             if layer not in order[:step]
         }
         assert order[step] == min(naive, key=lambda layer: naive[layer])
+
+
+def test_a_greedy_search_cut_short_goes_on_after_its_last_layer(tmp_path: Path) -> None:
+    model = model_of("llama")
+
+    def search(num_layers: int, steps: list[int]) -> list[int]:
+        return search_greedily(
+            trial_of(model),
+            num_layers=num_layers,
+            rank=list,
+            may_drop=lambda _: True,
+            progress=lambda done, _total, _note: steps.append(done),
+            state=tmp_path / "order.json",
+        )
+
+    first: list[int] = []
+    rest: list[int] = []
+    search(2, first)
+    assert first == [0, 1]
+    whole = search_greedily(
+        trial_of(model), num_layers=3, rank=list, may_drop=lambda _: True, progress=lambda *_: None
+    )
+    assert search(3, rest) == whole
+    assert rest == [2]
+
+
+def test_layers_that_hand_on_more_than_states_are_refused_rather_than_searched_wrongly() -> None:
+    model = model_of("llama")
+    trial_of(model).check()
+    layers, beside = decoder_layers(model), []
+    layers[2].mlp.register_forward_hook(lambda _module, _args, output: beside.append(output))
+    layers[5].register_forward_pre_hook(lambda _module, args: (args[0] + beside[-1][: len(args[0])],))
+    with pytest.raises(ModelError, match="llama: leaving layers out gives a loss of"):
+        trial_of(model).check()
 
 
 def test_greedy_search_takes_only_what_the_surgery_allows() -> None:

@@ -1,6 +1,7 @@
 """Plans side by side and sweeps, through the command line on the demo model; where the cliff is."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def test_without_a_task_that_the_source_can_do_the_loss_decides() -> None:
     for source in (evaluation(3.0), evaluation(3.0, 0.26), evaluation(3.0, 0.9, chance=None)):
         after = evaluation(6.5).model_copy(update={"tasks": source.tasks})
         assert share_kept(after, source) == pytest.approx(0.5)
+
+
+def test_a_source_that_only_guesses_has_no_cliff() -> None:
+    source = evaluation(10.5)
+    assert math.isnan(share_kept(evaluation(10.2), source))
+    assert before_the_cliff([point(0.1, evaluation(10.2))], source) is None
 
 
 def test_the_cliff_is_where_too_little_is_kept_for_the_first_time() -> None:
@@ -219,6 +226,30 @@ def test_a_sweep_measures_once_and_a_build_reuses_its_cuts(
     run(monkeypatch, "build", "demo", "--drop", "0.3", "--no-heal", *quick)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("=")]
     assert {line.split()[1] for line in lines} == {"measure", "plan", "prune", "evaluate"}
+
+
+def test_one_greedy_search_serves_every_fraction_of_a_sweep(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [
+        *QUICK,
+        "--eval-documents",
+        "3",
+        "--tasks",
+        "none",
+        "--criterion",
+        "greedy",
+        "--plan-documents",
+        "3",
+    ]
+    run(monkeypatch, "sweep", "demo", "--drop", "0.05,0.1", "--criterion", "greedy", *quick)
+    shown = capsys.readouterr().out
+    assert shown.count("✓ search") == 1
+    small, large = Sweep.read(there / "sweeps" / "demo").points
+    assert small.plan.order is not None
+    assert large.plan.order is not None
+    assert large.plan.order[: len(small.plan.order)] == small.plan.order
+    assert set(small.plan.dropped) == set(small.plan.order)
 
 
 def test_a_build_can_drop_layers_of_ones_own_choice(

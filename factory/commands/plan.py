@@ -142,7 +142,8 @@ def _build_command(chosen: "PruningPlan") -> str:
 def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     """Show the plateau and the cliff of MODEL: quality against the fraction of layers dropped.
 
-    Every cut is made on disk and measured as it would ship; a build of the same cut reuses it.
+    Every cut is made on disk and measured as it would ship; a build with the same settings reuses
+    what it shares with them.
     """
     from factory import pipeline
     from factory.config import num_dropped
