@@ -569,7 +569,33 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
         checkpoint.copy_auxiliary_files(source, tmp_path)
 
 
-@pytest.mark.parametrize("blob", ["models--o--n/blobs/etag", "blobs/ab/abcd"])
+HASH = "ab" + 62 * "0"
+
+
+@pytest.mark.parametrize(
+    ("folder", "target"),
+    [
+        ("models--o--n/snapshots/0", "elsewhere/blobs/key"),
+        ("models--o--n/snapshots/0", f"elsewhere/blobs/ab/{HASH}"),
+        ("models--o--n/snapshots/0", "models--o--other/blobs/etag"),
+        ("models--o--n/snapshots/0", "blobs/ab/key"),
+        ("models--o--n/snapshots/0", f"blobs/cd/{HASH}"),
+        ("models--o--n/folder/0", "models--o--n/blobs/etag"),
+        ("home/snapshots/0", "home/blobs/etag"),
+    ],
+)
+def test_blobs_that_are_not_of_the_snapshots_repository_are_not_copied(
+    tmp_path: Path, folder: str, target: str
+) -> None:
+    for path in (tmp_path / folder, (tmp_path / target).parent):
+        path.mkdir(parents=True)
+    (tmp_path / target).write_text("key")
+    (tmp_path / folder / "NOTICE").symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        checkpoint.copy_auxiliary_files(tmp_path / folder, tmp_path)
+
+
+@pytest.mark.parametrize("blob", ["models--o--n/blobs/etag", f"blobs/ab/{HASH}"])
 def test_a_link_into_the_hub_cache_is_copied_as_a_file(tmp_path: Path, blob: str) -> None:
     snapshot, target = tmp_path / "models--o--n" / "snapshots" / "0", tmp_path / "target"
     snapshot.mkdir(parents=True)
