@@ -1,5 +1,6 @@
 """What was typed wins over the recipe, the recipe over the defaults, and the model's length over all."""
 
+import math
 from typing import Any
 
 import pytest
@@ -81,6 +82,12 @@ def test_unknown_names_and_values_out_of_range_are_refused() -> None:
         HealSettings(learning_rte=1)  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
         MeasureSettings(num_samples=1)
+    for rate in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValidationError):
+            HealSettings(learning_rate=rate)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValidationError):
+            BuildConfig(reference="x", drop=0.3, seed=seed)
 
 
 def test_an_unknown_alias_offers_the_nearest() -> None:
