@@ -42,8 +42,8 @@ class Artifact(BaseModel):
         """
         path = folder / cls.file_name
         try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if "folder" in cls.model_fields:
+            value: Any = json.loads(path.read_text(encoding="utf-8"))
+            if "folder" in cls.model_fields and isinstance(value, dict):
                 value["folder"] = folder
             return cls.model_validate(value)
         except (OSError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from factory.artifacts import Publication, Source
 from factory.errors import DiskSpaceError, StoreError
 from factory.store import StageSpec, Store, link_or_copy
 
@@ -236,6 +237,14 @@ def test_a_damaged_registration_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "builds" / "x.json").write_text("{}")
     with pytest.raises(StoreError, match=r"x\.json is damaged"):
         Store(tmp_path).garbage()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"repo_id": 1}', 100_000 * "["])
+def test_a_damaged_record_is_told_with_its_place(tmp_path: Path, text: str) -> None:
+    for record in (Publication, Source):
+        (tmp_path / record.file_name).write_text(text)
+        with pytest.raises(StoreError, match=f"cannot read .*{record.file_name}"):
+            record.read(tmp_path)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
