@@ -18,6 +18,9 @@ from factory.errors import ModelError
 transformers_logging.disable_progress_bar()
 
 
+SHARE_FOR_WEIGHTS = 0.9  # of a GPU's free memory
+
+
 def best_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,6 +42,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load_model(folder: Path, *, four_bit: bool = False) -> Any:
     """Load a causal language model in evaluation mode, as a user would, onto the best device.
 
+    Weights that do not fit one GPU are spread over all of them and, what is left, over the host's memory.
+
     Args:
         folder: A complete checkpoint.
         four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
@@ -57,12 +62,20 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
         folder,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": device},
+        device_map={"": device} if four_bit or fits(folder, device) else "auto",
         trust_remote_code=False,
     )
     if four_bit and device.type == "cpu":
         _repair_four_bit_on_cpu(model)
     return model.eval()
+
+
+def fits(folder: Path, device: torch.device) -> bool:
+    """Whether a checkpoint's weights, and some room to work, fit into what is free on a device."""
+    if device.type == "cpu":
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SHARE_FOR_WEIGHTS * free_bytes
 
 
 def _repair_four_bit_on_cpu(model: Any) -> None:

@@ -19,7 +19,7 @@ from factory.plan import plan
 from factory.search import COMPARE, SEARCH, best_candidate, search_block, search_greedily, take_sequences
 from factory.texts import Text
 from factory.trial import Trial, mean_loss
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, save_llama
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -88,6 +88,30 @@ def test_losses_are_those_of_the_model_whose_layers_are_skipped(family: str) -> 
     found = trial.losses((1, 4), [(0,), (2,), (3,), (5,)])
     for layer, losses in zip((0, 2, 3, 5), found, strict=True):
         assert torch.allclose(losses, naive_losses(model, tuple(sorted((1, 4, layer)))), rtol=1e-5)
+
+
+def test_measuring_and_losses_are_the_same_where_layers_are_offloaded(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model", num_layers=6)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{index}": "disk" if index in (1, 2, 4) else "cpu" for index in range(6)}
+    here, spread = (
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload"
+        ).eval()
+        for device_map in ("cpu", places)
+    )
+    taken = list(enumerate(sequences()))
+    found, expected = (
+        [
+            torch.cat(parts)
+            for parts in zip(*measure_batches(m, taken, pad_token_id=0, max_tokens=64), strict=True)
+        ]
+        for m in (spread, here)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    cuts = [(1,), (2, 3), (4, 5)]
+    found_losses, expected_losses = (trial_of(m).losses((0,), cuts) for m in (spread, here))
+    assert torch.equal(found_losses, expected_losses)
 
 
 def test_a_search_leaves_the_model_as_it_was() -> None:
