@@ -19,6 +19,7 @@ __all__ = [
     "TensorInfo",
     "are_equal",
     "copy_auxiliary_files",
+    "is_shard_name",
     "read_checkpoint",
     "read_header",
     "read_tensor_bytes",
@@ -80,6 +81,11 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def is_shard_name(name: object) -> bool:
+    """Whether an index may say this: a safetensors file that lies beside it."""
+    return isinstance(name, str) and name.isprintable() and bool(SHARD_NAME.fullmatch(name))
+
+
 def read_tensor_bytes(tensor: TensorInfo) -> bytearray:
     """Values of one tensor, little-endian and row-major, as stored.
 
@@ -133,7 +139,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(path, "it has no weight_map")
     for name, shard in weight_map.items():
-        if not (isinstance(shard, str) and shard.isprintable() and SHARD_NAME.fullmatch(shard)):
+        if not is_shard_name(shard):
             raise CheckpointError(
                 f"{path.name} puts tensor {name!r} into {str(shard)[:80]!r}, no safetensors file beside it",
                 hint="do not use this checkpoint unless you trust where it comes from",

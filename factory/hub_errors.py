@@ -38,6 +38,7 @@ LONGEST_WAIT_SECONDS = 60.0  # that the Hub may ask for
 PASSING = (429, 500, 502, 503, 504)
 AGAIN = "run the same command again"
 CUT_SHORT = "Consistency check failed"  # the client, of a file that came shorter than announced
+NOT_SENT = (UnicodeEncodeError, httpx2.LocalProtocolError)  # the request could not be written down
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
@@ -137,6 +138,11 @@ def explain(
     for cause in _causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
             return not_logged_in()
+        if isinstance(cause, NOT_SENT) and not re.fullmatch("[ -~]*", get_token() or ""):
+            return HubError(
+                "your token holds a character that cannot be sent",
+                hint=f"{_nothing(writing)}copy it again (HF_TOKEN, where set, comes before `hf auth login`)",
+            )
         if isinstance(cause, HFValidationError):
             return HubError(f"{repo_id!r} is no repository name", hint="give owner/name")
         if isinstance(cause, OfflineModeIsEnabled):
@@ -145,10 +151,19 @@ def explain(
         if isinstance(cause, HfHubHTTPError):
             return _explain_answer(cause, repo_id=repo_id, revision=revision, writing=writing)
         if isinstance(cause, httpx2.TimeoutException):
-            return HubError(f"{constants.ENDPOINT} did not answer in time", hint=_later(writing))
+            return HubError(f"{endpoint()} did not answer in time", hint=_later(writing))
         if isinstance(cause, httpx2.TransportError):
-            return HubError(f"no connection to {constants.ENDPOINT}: {_line(cause)}", hint=_later(writing))
+            return HubError(f"no connection to {endpoint()}: {_line(cause)}", hint=_later(writing))
     return _explain_builtin(error, repo_id=repo_id, writing=writing)
+
+
+def endpoint() -> str:
+    """Address of the Hub as it can be shown: without the name and password of a proxy before it."""
+    return _without_password(constants.ENDPOINT)
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def not_logged_in() -> HubError:
@@ -194,9 +209,7 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
     if text.startswith(CUT_SHORT):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
     if isinstance(error, JSONDecodeError):
-        return HubError(
-            f"{constants.ENDPOINT} does not answer like a Hub", hint="check HF_ENDPOINT and proxies"
-        )
+        return HubError(f"{endpoint()} does not answer like a Hub", hint="check HF_ENDPOINT and proxies")
     if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError):
         status = re.search(r"\(([45]\d\d) [A-Z]", text)  # xet: "… client error (403 Forbidden), domain: …"
         if status:
@@ -207,7 +220,7 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
 
 def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:
     """Errors that the Hub itself sent."""
-    page = f"{constants.ENDPOINT}/{repo_id}"
+    page = f"{endpoint()}/{repo_id}"
     message = error.server_message or ""
     refused_token = "credentials" in (error.response.headers.get("X-Error-Message") or "")
     if isinstance(error, GatedRepoError):
@@ -259,21 +272,21 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
     if status == 403 and writing:
         return HubError(
             f"your token may not write to {repo_id}{said}",
-            hint=f"nothing was published; make one that may at {constants.ENDPOINT}/settings/tokens",
+            hint=f"nothing was published; make one that may at {endpoint()}/settings/tokens",
         )
     if status == 403:
         return HubError(f"the Hub denies access to {repo_id}{said}", hint="use a token that may read it")
     if status in (402, 413):
         return HubError(
             f"the Hub has no room for {repo_id} ({status}){said}",
-            hint=f"{nothing}see {constants.ENDPOINT}/settings/billing, or publish publicly",
+            hint=f"{nothing}see {endpoint()}/settings/billing, or publish publicly",
         )
     if status == 409 and writing:
         return HubError(f"{repo_id} is being changed by somebody else (409){said}", hint=f"{nothing}{AGAIN}")
     if status == 412 and writing:
         return HubError(
             f"somebody else committed to {repo_id} in the meantime",
-            hint=f"{nothing}look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
+            hint=f"{nothing}look at {endpoint()}/{repo_id}, then {AGAIN}",
         )
     if status == 429:
         return HubError(
@@ -283,13 +296,13 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
         return HubError(f"the Hub is out of order ({status})", hint=f"{nothing}{AGAIN} later")
     return HubError(
         f"the Hub refused a request about {repo_id} ({status}){said}",
-        hint=f"{nothing}look at {constants.ENDPOINT}/{repo_id}, then {AGAIN}",
+        hint=f"{nothing}look at {endpoint()}/{repo_id}, then {AGAIN}",
     )
 
 
 def _line(text: object) -> str:
     """One line of at most 200 characters, without anything that could be a token."""
-    line = " ".join(str(text).split())
+    line = _without_password(" ".join(str(text).split()))
     token = get_token()
     if token:
         line = line.replace(token, "…")

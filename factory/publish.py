@@ -10,7 +10,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    constants,
     get_token,
     hf_hub_download,
 )
@@ -19,11 +18,13 @@ from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source, sha256_of_file
+from factory.checkpoint import WEIGHTS
 from factory.config import build_name
 from factory.errors import HubError, UsageError
 from factory.hub_errors import (
     AGAIN,
     CLIENT_ERRORS,
+    endpoint,
     explain,
     hub_api,
     hub_errors,
@@ -71,7 +72,7 @@ def push(
 
     The card is checked before the first byte goes up. Files that are there already are not sent again: if
     all are, nothing is committed. Weight files of an earlier build that this one does not have are deleted
-    in the same commit.
+    in the same commit; of a repository that the factory did not make, nothing is.
 
     Args:
         folder: A build's `model/`.
@@ -98,8 +99,9 @@ def push(
         info, new_branch = _open_repository(api, repo_id, private=private, revision=revision)
         head = str(info.sha)
         remote = _remote_files(api, repo_id, commit=head)
-        if not (force or create_pr):
-            _check_ours(remote, repo_id=repo_id, commit=head)
+        others = _others_files(remote, repo_id=repo_id, commit=head)
+        if others:
+            _check_others(others, local, repo_id=repo_id, accepted=force or create_pr)
         if private and not (info.private or create_pr):
             raise HubError(
                 f"{repo_id} is there already and public",
@@ -107,9 +109,9 @@ def push(
             )
         if new_branch:
             api.create_branch(repo_id, branch=new_branch, revision=head)
-    stale = [name for name in remote if _is_weight(name) and name not in local]
+    stale = [name for name in remote if _is_weight(name) and name not in local] if not others else []
     changed = _differing(folder, local, remote)
-    commit, url = head, f"{constants.ENDPOINT}/{repo_id}"
+    commit, url = head, f"{endpoint()}/{repo_id}"
     if stale or changed:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, folder / name) for name in changed),
@@ -189,23 +191,32 @@ def _remote_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFil
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _check_ours(remote: dict[str, RepoFile], *, repo_id: str, commit: str) -> None:
-    """Refuse a repository with content that is not an earlier build's."""
-    others = sorted(remote.keys() - THE_HUBS_OWN)
-    if not others:
-        return
+def _others_files(remote: dict[str, RepoFile], *, repo_id: str, commit: str) -> list[str]:
+    """Files of a repository that the factory did not make; none of an empty one or an earlier build's."""
     if Build.file_name in remote:
         path = Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
         try:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict) and "factory_version" in value:
-            return
-    raise HubError(
-        f"{repo_id} holds content that is not a build's: {', '.join(others[:3])}{', …' * (len(others) > 3)}",
-        hint="nothing was published; choose another name, or --create-pr, or --force to overwrite it",
-    )
+            return []
+    return sorted(remote.keys() - THE_HUBS_OWN)
+
+
+def _check_others(others: list[str], local: dict[str, str], *, repo_id: str, accepted: bool) -> None:
+    """Refuse a repository whose own content was not accepted, or would be loaded in place of the build's."""
+    if not accepted:
+        raise HubError(
+            f"{repo_id} holds content that is not a build's: "
+            f"{', '.join(others[:3])}{', …' * (len(others) > 3)}",
+            hint="nothing was published; choose another name, or --create-pr, or --force to overwrite it",
+        )
+    if WEIGHTS in others and WEIGHTS not in local:
+        raise HubError(
+            f"{repo_id} holds a {WEIGHTS} of its own, which would be loaded in place of the build's shards",
+            hint="nothing was published; choose another name, or remove that file first",
+        )
 
 
 def _is_weight(name: str) -> bool:
@@ -278,7 +289,7 @@ def _landed(
     Raises:
         HubError: It cannot be found out.
     """
-    page = f"{constants.ENDPOINT}/{repo_id}"
+    page = f"{endpoint()}/{repo_id}"
     if request["create_pr"]:
         raise HubError(
             f"the connection was lost while a pull request to {repo_id} was on its way",

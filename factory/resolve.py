@@ -20,7 +20,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard import metadata_load
 
 from factory.artifacts import Source, canonical_json
-from factory.checkpoint import AUXILIARY, WEIGHTS, WEIGHTS_INDEX, TensorInfo, read_checkpoint, sha256_of_files
+from factory.checkpoint import (
+    AUXILIARY,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    TensorInfo,
+    is_shard_name,
+    read_checkpoint,
+    sha256_of_files,
+)
 from factory.decoder import locate
 from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
@@ -257,7 +265,13 @@ def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[s
         raise CheckpointError(
             f"{WEIGHTS_INDEX} of {repo_id} is damaged", hint="choose another revision"
         ) from error
-    missing = [str(name) for name in weights if name not in names]
+    strange = [name for name in weights if not is_shard_name(name)]
+    if strange:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, no safetensors file beside it",
+            hint="do not use this repository unless you trust where it comes from",
+        )
+    missing = [name for name in weights if name not in names]
     if missing or not weights:
         raise CheckpointError(
             f"{repo_id} lacks {_some(missing) or 'weights'} that its {WEIGHTS_INDEX} names",

@@ -200,6 +200,38 @@ def test_unusable_weights_are_refused_by_name(
         refused(xet.call("resolve", str(tmp_path), token=None), word, error="CheckpointError")
 
 
+@pytest.mark.parametrize("name", ["/abs.safetensors", "..\\x.safetensors", "../x.safetensors", 3])
+def test_an_index_that_leads_out_of_its_repository_is_refused_by_name(
+    hub: Hub, xet: Client, model: Path, name: str | int
+) -> None:
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    hub.put_model("org/leads", model, **{WEIGHTS_INDEX: index, str(name): b"x"})
+    refused(
+        xet.call("resolve", "org/leads", token=None), "safetensors", str(name)[-13:], error="CheckpointError"
+    )
+
+
+@pytest.mark.parametrize("token", ["hf_é", "hf_naïve\x07", "hf_“quoted”"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_shown(
+    hub: Hub, xet: Client, build: Path, token: str
+) -> None:
+    for answer in (xet.call("resolve", "org/tiny", token=token), push(xet, build, "alice/x", token=token)):
+        refused(answer, "your token", "HF_TOKEN")
+        assert token[3:] not in answer.message + answer.hint
+
+
+def test_a_password_in_the_address_of_the_hub_is_not_shown(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.put_model("org/tiny", model)
+    client = Client(hub, tmp_path, HF_ENDPOINT=hub.url.replace("//", "//me:s3cret@"))
+    for how in ({"status": 412}, {"status": 200, "body": "no"}, {"delay_seconds": 4}, {"drop": True}):
+        fault = hub.fail("GET", "/api/models/org/tiny", **how)
+        answer = client.call("resolve", "org/tiny", token=None)
+        refused(answer, hub.url)
+        assert "s3cret" not in answer.message + answer.hint
+        fault.times = 0
+    client.close()
+
+
 def test_foreign_code_is_refused_by_name(hub: Hub, xet: Client, model: Path) -> None:
     config = {"model_type": "homemade", "auto_map": {"AutoConfig": "configuration_homemade.Homemade"}}
     hub.put_model("org/code", model, **{"config.json": json.dumps(config).encode()})
@@ -371,6 +403,26 @@ def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client
     refused(push(xet, build, "alice/thesis", force=True), "public", "--public", "nothing was published")
     assert push(xet, build, "alice/thesis", force=True, private=False).error is None
     assert hub.files("alice/thesis") == before | content_of(build)
+
+
+def test_somebody_elses_weights_are_never_deleted(hub: Hub, xet: Client, build: Path) -> None:
+    theirs = {"theirs.safetensors": b"weeks", "build.json": b"[]", "README.md": b"theirs"}
+    hub.storage.put("model", "alice/theirs", theirs)
+    proposal = push(xet, build, "alice/theirs", create_pr=True)
+    assert hub.files("alice/theirs", revision=proposal.value["commit"]) == theirs | content_of(build)
+    assert push(xet, build, "alice/theirs", force=True, private=False).error is None
+    assert hub.files("alice/theirs") == theirs | content_of(build)
+
+
+def test_weights_that_would_be_loaded_in_place_of_the_builds_stop_a_push(
+    hub: Hub, xet: Client, build: Path
+) -> None:
+    theirs = {"model.safetensors": b"weeks"}
+    hub.storage.put("model", "alice/whole", theirs)
+    for create_pr in (True, False):
+        answer = push(xet, build, "alice/whole", create_pr=create_pr, force=not create_pr, private=False)
+        refused(answer, "model.safetensors", "nothing was published")
+    assert hub.files("alice/whole") == theirs
 
 
 def test_a_branch_is_made_and_main_left_alone(hub: Hub, xet: Client, build: Path) -> None:
