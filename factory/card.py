@@ -25,7 +25,7 @@ from factory.findings import (
     worst_parts,
 )
 from factory.markdown import HUB, clean, filters, markdown, plain
-from factory.references import aliases
+from factory.references import HUB_NAME, aliases
 from factory.store import write_atomically
 
 _ROOT = Path(__file__).parent
@@ -46,6 +46,25 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None) -> Pat
     has_figure = (folder / HEALING_FIGURE).is_file()
     write_atomically(path, render(build, repo_id=repo_id, has_healing_figure=has_figure))
     return path
+
+
+def renew_card(build: Build, folder: Path, *, repo_id: str) -> bool:
+    """Write the card for a repository, unless somebody has edited it: whether it was kept as it is."""
+    path = folder / "README.md"
+    if path.is_file() and _is_edited(path.read_bytes().decode("utf-8", "replace"), build, folder):
+        return True
+    write_card(build, folder, repo_id=repo_id)
+    return False
+
+
+def _is_edited(text: str, build: Build, folder: Path) -> bool:
+    """Whether a card says something else than would be written, for whichever repository it was written."""
+    named = re.search(rf'model="({HUB_NAME.pattern})"', text)
+    has_figure = (folder / HEALING_FIGURE).is_file()
+    return all(
+        text != render(build, repo_id=repo_id, has_healing_figure=has_figure)
+        for repo_id in (None, named and named[1])
+    )
 
 
 def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool) -> str:

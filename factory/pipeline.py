@@ -172,16 +172,21 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     return same or build
 
 
-def publish(folder: Path, repository: str | None, **options: Any) -> Publication:
+def publish(folder: Path, repository: str | None, **options: Any) -> tuple[Publication, bool]:
     """Publish a finished build: its card names the repository, then everything goes up in one commit.
+
+    A card that somebody has edited is published as it is.
 
     Args:
         folder: The build.
         repository: `owner/name`; None: the source's name and the fraction, under who is logged in.
         options: Of `hub.push`.
+
+    Returns:
+        What lies on the Hub, and whether the card is an edited one.
     """
     from factory import hub
-    from factory.card import write_card
+    from factory.card import renew_card
     from factory.layout import check_whole
 
     build = Build.read(folder)
@@ -189,7 +194,7 @@ def publish(folder: Path, repository: str | None, **options: Any) -> Publication
     if repository is None:
         repository = hub.default_repo_name(build.source, build.config["drop"])
     repo_id = hub.full_name(repository)
-    write_card(build, folder / "model", repo_id=repo_id)
+    is_edited = renew_card(build, folder / "model", repo_id=repo_id)
     publication = hub.push(folder / "model", repo_id=repo_id, **options)
     publication.write(folder)
-    return publication
+    return publication, is_edited

@@ -297,11 +297,11 @@ def test_pushing_again_uploads_nothing(way: Way) -> None:
 
 
 def test_after_a_change_to_the_card_the_card_alone_goes_up(way: Way) -> None:
-    text = (way.build / "build.json").read_text()
-    (way.build / "build.json").write_text(text.replace('"CPU, ', '"Another CPU, '))
+    card = way.build / "model" / "README.md"
+    text = card.read_text()
+    card.write_text(f"{text}\nMore about it.\n")
     seen = len(way.hub.requests)
     done = way.run(*factory("push", str(BUILD), REPOSITORY))
-    (way.build / "build.json").write_text(text)
     assert done.returncode == 0, done.stderr[-3000:]
     requests = way.hub.requests[seen:]
     (commit,) = [r for r in requests if "/commit/" in r.path]
@@ -309,6 +309,7 @@ def test_after_a_change_to_the_card_the_card_alone_goes_up(way: Way) -> None:
     assert [(change["key"], change["value"]["path"]) for change in changes] == [("file", "README.md")]
     assert not [r for r in requests if r.method == "PUT" or "xet-write" in r.path or "/info/lfs" in r.path]
     assert way.hub.files(REPOSITORY) == content_of(way.build / "model")
+    card.write_text(text)
 
 
 # The token --------------------------------------------------------------------------------------

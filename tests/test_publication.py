@@ -54,6 +54,7 @@ def licensed(build: Path, **fields: str | None) -> Path:
         value = json.loads(path.read_text())
         value["source"] |= fields
         path.write_text(json.dumps(value))
+    (build / "model" / "README.md").unlink()  # of the other licence
     return build
 
 
@@ -208,6 +209,34 @@ def test_hidden_files_are_not_published(hub: Hub, commands: Forks, build: Path) 
     done = commands.run("push", str(build), "alice/hidden", folder=build.parent)
     assert done.code == 0, done.stderr
     assert hub.files("alice/hidden").keys() == before
+
+
+def test_an_edited_card_is_published_as_it_is_and_told(hub: Hub, commands: Forks, build: Path) -> None:
+    card = build / "model" / "README.md"
+    edited = card.read_bytes() + b"\nIt likes coffee.\r\n"
+    card.write_bytes(edited)
+    done = commands.run("push", str(build), "alice/edited", folder=build.parent)
+    assert done.code == 0, done.stderr
+    assert done.stderr == (
+        f"note: the edited card was kept; its model id may be stale (`factory card {build}` writes it anew)\n"
+    )
+    assert hub.files("alice/edited")["README.md"] == edited == card.read_bytes()
+    assert commands.run("card", str(build), folder=build.parent).code == 0
+    done = commands.run("push", str(build), "alice/edited", folder=build.parent)
+    assert (done.code, done.stderr) == (0, "")
+    assert 'model="alice/edited"' in hub.files("alice/edited")["README.md"].decode()
+
+
+def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    refusal = hub.fail("POST", "/commit/", status=403)
+    assert "may not write" in told(commands.run("push", str(build), "alice/never", folder=build.parent))
+    refusal.times = 0
+    for name in ("alice/first", "alice/second"):
+        done = commands.run("push", str(build), name, folder=build.parent)
+        assert (done.code, done.stderr) == (0, "")
+        assert f'model="{name}"' in hub.files(name)["README.md"].decode()
 
 
 def test_an_empty_name_is_no_name(hub: Hub, commands: Forks, build: Path) -> None:

@@ -20,7 +20,7 @@ from factory.commands.options import (
     print_json,
     trust_option,
 )
-from factory.commands.publishing import check_publishable, license_option
+from factory.commands.publishing import check_publishable, license_option, publish
 from factory.errors import UsageError
 from factory.references import CRITERIA
 
@@ -146,16 +146,13 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
 
 def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> None:
     """Publish where asked, and show what came of it."""
-    from factory import pipeline
     from factory.reproduce import comparison
     from factory.screen import printable, show_result
 
     result, url = made.model_dump(mode="json"), None
     if options["push_to"]:
         message = f"Publish {made.name}"
-        publication = pipeline.publish(
-            asked.out, options["push_to"], private=not options["public"], message=message
-        )
+        publication = publish(asked.out, options["push_to"], private=not options["public"], message=message)
         url = publication.url
         result["publication"] = publication.model_dump(mode="json")
     told = comparison(asked.repeats, made, reference=asked.reference) if asked.repeats else None

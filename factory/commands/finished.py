@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from factory.commands.options import CONTEXT, build_folder
-from factory.commands.publishing import check_publishable, license_option
+from factory.commands.publishing import check_publishable, license_option, publish
 
 
 @click.command(context_settings=CONTEXT)
@@ -25,7 +25,6 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     repository is private unless --public is said; one that is there already stays as it is.
     """
     from factory.artifacts import Build
-    from factory.pipeline import publish
 
     message = options.pop("message") or "Publish a model without some of its layers"
     check_publishable(Build.read(build_folder(folder)).source, accepted=options.pop("accept_license"))

@@ -1,13 +1,14 @@
 """What the commands that publish share: what would be wrong to publish is told before anything goes up."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from factory.errors import ModelError
 
 if TYPE_CHECKING:
-    from factory.artifacts import Source
+    from factory.artifacts import Publication, Source
 
 license_option = click.option(
     "--accept-license", is_flag=True, help="Publish although the source's licence forbids to share it."
@@ -36,3 +37,20 @@ def check_publishable(source: "Source", *, accepted: bool) -> None:
     told = remark(source)
     if told:
         click.echo(f"note: {printable(told)}", err=True)
+
+
+def publish(folder: Path, repository: str | None, **options: Any) -> "Publication":
+    """Publish a finished build; say on standard error if its card is not the one that would be written.
+
+    Args:
+        repository: `owner/name`, or None for the usual one.
+        options: Of `pipeline.publish`.
+    """
+    from factory import pipeline
+    from factory.screen import printable
+
+    publication, is_edited = pipeline.publish(folder, repository, **options)
+    if is_edited:
+        told = "the edited card was kept; its model id may be stale"
+        click.echo(f"note: {told} (`factory card {printable(str(folder))}` writes it anew)", err=True)
+    return publication
