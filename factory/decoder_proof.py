@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 # Settings by which a configuration can have transformers fetch and run a kernel of any repository.
 KERNELS = ("attn_implementation", "experts_implementation")
+MOST_LABELS = 100_000
 
 
 def full_config(config: dict[str, Any]) -> Any:
@@ -50,7 +51,7 @@ def full_config(config: dict[str, Any]) -> Any:
 
 
 def _check_sources(config: dict[str, Any]) -> None:
-    """Refuse a configuration that names code on the Hub, or weights other than those that are checked."""
+    """Refuse a configuration that names code on the Hub or weights that are not checked, or fills memory."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in (*KERNELS, *(f"_{name}" for name in KERNELS)):
             if "/" in str(part.get(name)):
@@ -58,6 +59,11 @@ def _check_sources(config: dict[str, Any]) -> None:
                     f"{name} = {str(part[name])[:80]!r} asks for a kernel from the Hub",
                     hint="take it out of config.json; code from repositories is not run",
                 )
+        labels = part.get("num_labels")
+        if isinstance(labels, int) and labels > MOST_LABELS:  # transformers makes a name for each
+            raise UnsupportedFieldError(
+                f"num_labels = {str(labels)[:40]} is no number of labels", hint="take it out of config.json"
+            )
         if part.get("transformers_weights"):
             raise UnsupportedFieldError(
                 f"transformers_weights = {str(part['transformers_weights'])[:80]!r} names weights of its own",

@@ -235,6 +235,12 @@ def test_a_kernel_of_another_repository_is_refused(name: str, nested: bool) -> N
         prune_config(plain("llama", **({"text_config": asked} if nested else asked)), kept=[0, 1])
 
 
+@pytest.mark.parametrize("count", [10**6, 10**12])
+def test_labels_without_number_are_refused_before_each_gets_a_name(count: int) -> None:
+    with pytest.raises(UnsupportedFieldError, match=f"num_labels = {count} is no number of labels"):
+        prune_config(plain("llama", num_labels=3) | {"num_labels": count}, kept=[0, 1])
+
+
 def test_weights_of_another_name_are_refused() -> None:
     with pytest.raises(UnsupportedFieldError, match=r"transformers_weights = 'other\.bin'"):
         prune_config(plain("llama", transformers_weights="other.bin"), kept=[0, 1])

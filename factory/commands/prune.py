@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="full: compare logits with the source whatever its size; auto: of small models only.",
 )
-@click.option("--force", is_flag=True, help="Replace another model that `factory prune` wrote to --out.")
+@click.option("--force", is_flag=True, help="Replace the whole folder --out, if `factory prune` wrote it.")
 @home_option
 @trust_option
 @click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
