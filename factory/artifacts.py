@@ -133,9 +133,10 @@ class DistanceProfile(Artifact):
 
     def across(self, layers: tuple[int, ...]) -> float | None:
         """Distance across a block of layers; None across others, or where the profile does not hold it."""
-        first, after = layers[0], layers[-1] + 1
-        distance = self.mean[first][after]
-        return distance if after - first == len(layers) and not math.isnan(distance) else None
+        if not is_block(layers):
+            return None
+        distance = self.mean[layers[0]][layers[-1] + 1]
+        return None if math.isnan(distance) else distance
 
 
 class PruningPlan(Artifact):
@@ -419,6 +420,11 @@ class Publication(Artifact):
     commit: str
     private: bool
     files: dict[str, str]  # every file → sha256
+
+
+def is_block(layers: Sequence[int]) -> bool:
+    """Whether ascending layer indices follow one another without a gap."""
+    return len(layers) > 0 and layers[-1] - layers[0] + 1 == len(layers)
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

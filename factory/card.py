@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, Evaluation
+from factory.artifacts import Build, Evaluation, is_block
 from factory.config import BuildConfig, load_recipe, settle
 from factory.findings import (
     comparison,
@@ -102,7 +102,7 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             without_option=_without_option(build),
             data=data_rows(build),
             license_url=_license_url(build),
-            is_block=build.dropped[-1] - build.dropped[0] + 1 == len(build.dropped),
+            is_block=is_block(build.dropped),
             angular_figure=ANGULAR_FIGURE,
             healing_figure=HEALING_FIGURE if has_healing_figure and build.adapter else None,
         )

@@ -13,7 +13,7 @@ from factory.artifacts import Evaluation, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
 from factory.harness import load_task, score_task
-from factory.models import compute_dtype, load_model, load_tokenizer, pad_batch
+from factory.models import compute_dtype, load_model, load_tokenizer, pad_batch, row_losses
 from factory.significance import read_answers, read_losses, write_answers, write_losses
 from factory.texts import Text, windows
 
@@ -111,10 +111,7 @@ def _document_loss(model: Any, pieces: list[list[int]], *, pad_token_id: int) ->
     total, count = 0.0, 0
     for start in range(0, len(pieces), LOSS_BATCH_SIZE):
         ids, mask = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=pad_token_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [b, s, v]
-        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        for row, target in zip(logits[:, :-1], targets, strict=True):  # a row at a time: fp32 is large
-            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum"))
-            count += int((target != -100).sum())
+        counts, nats = row_losses(model, ids.to(model.device), mask.to(model.device))
+        count += int(counts.sum())
+        total = sum(nats.tolist(), total)
     return count, total

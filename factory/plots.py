@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, layer_ranges
+from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, is_block, layer_ranges
 from factory.sweep import Sweep
 
 INK = "#1f2328"
@@ -257,11 +257,6 @@ def best_starts(profile: DistanceProfile) -> dict[int, int]:
         if known:
             starts[size] = -min(known)[1]
     return starts
-
-
-def is_block(layers: Sequence[int]) -> bool:
-    """Whether ascending layer indices follow one another without a gap."""
-    return len(layers) > 0 and layers[-1] - layers[0] + 1 == len(layers)
 
 
 def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:

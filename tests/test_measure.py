@@ -55,9 +55,14 @@ def profile_of(model: torch.nn.Module, batch_size: int = 3) -> DistanceProfile:
     taken = list(enumerate(samples(7)))
     sums = Sums(len(model.model.layers), ())
     sums.add(taken, list(measure_batches(model, taken, pad_token_id=0, max_tokens=12 * batch_size)))
+    return profile_from(sums)
+
+
+def profile_from(sums: Sums) -> DistanceProfile:
+    """Unrounded, unlike that of `Sums.profile`."""
     return DistanceProfile(
         num_layers=sums.num_layers,
-        num_samples=7,
+        num_samples=sums.count,
         sequence_length=12,
         num_tokens=50,
         mean=tuple(map(tuple, sums.distance.mean.tolist())),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from factory.artifacts import DataSource, DistanceProfile
+from factory.artifacts import DataSource
 from factory.config import PlanSettings
 from factory.decoder import decoder_layers, skip_layers
 from factory.errors import ModelError
@@ -19,6 +19,7 @@ from factory.plan import plan
 from factory.search import COMPARE, SEARCH, best_candidate, search_block, search_greedily, take_sequences
 from factory.texts import Text
 from factory.trial import Trial, mean_loss
+from tests.test_measure import profile_from
 from tests.tiny import byte_tokenizer, save_llama
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -218,16 +219,7 @@ def test_every_criterion_finds_layers_that_do_nothing(data: st.DataObject, famil
     sums = Sums(num_layers, (n,))
     taken = list(enumerate(sequences()))
     sums.add(taken, list(measure_batches(model, taken, pad_token_id=0, max_tokens=64)))
-    profile = DistanceProfile(
-        num_layers=num_layers,
-        num_samples=5,
-        sequence_length=12,
-        num_tokens=40,
-        mean=tuple(map(tuple, sums.distance.mean.tolist())),
-        stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
-        influence=tuple(sums.influence.mean.tolist()),
-        data=DataSource(name="x", version="1"),
-    )
+    profile = profile_from(sums)
     assert plan(profile, block_size=n).dropped == nothing
     assert plan(profile, block_size=n, criterion="block-influence").dropped == nothing
     trial = trial_of(model)

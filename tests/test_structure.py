@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
     ("__init__", "errors"),
     ("references", "disk"),
@@ -20,19 +21,7 @@ LAYERS = (
     ("trial",),
     ("distill", "significance", "findings"),
     ("harness",),
-    (
-        "publish",
-        "measure",
-        "plan",
-        "search",
-        "prune",
-        "heal",
-        "merge",
-        "evaluate",
-        "speed",
-        "card",
-        "demo.next_line",
-    ),
+    (*STAGES, "demo.next_line"),
     ("hub", "preview", "layout", "space"),
     ("removal",),
     ("run",),
@@ -52,18 +41,6 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-STAGES = {
-    "measure",
-    "plan",
-    "search",
-    "prune",
-    "heal",
-    "merge",
-    "evaluate",
-    "speed",
-    "card",
-    "publish",
-}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))
 
