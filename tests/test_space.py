@@ -1,5 +1,6 @@
 """The comparison Space: both models write at once, apart from each other, and the command ends cleanly."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -96,6 +97,14 @@ def answer(desk: Any, session: Any, text: str, *, blind: bool = False) -> list[b
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(SystemExit, match="PRUNED_MODEL not set"):
         pair.load_pair({"SOURCE_MODEL": "owner/name"})
+
+
+def test_a_length_that_is_no_number_is_named() -> None:
+    assert app.most_tokens_of({}) == 512
+    assert app.most_tokens_of({"MAX_NEW_TOKENS": "64"}) == 64
+    for text in ("many", "0", "-5", "1.5"):
+        with pytest.raises(SystemExit, match=f"MAX_NEW_TOKENS is '{text}'"):
+            app.most_tokens_of({"MAX_NEW_TOKENS": text})
 
 
 def test_models_know_their_name_and_size(models: tuple[Any, Any], tiny: Path) -> None:
@@ -228,6 +237,29 @@ def test_retry_takes_the_last_prompt_with_the_next_seed_and_leaves_the_box(model
     assert [turn.prompt for turn in session.turns] == ["import os"]
 
 
+def test_a_retry_after_the_vote_is_a_new_round(models: tuple[Any, Any]) -> None:
+    desk, session = desk_for(models), app.Session()
+    answer(desk, session, "import os", blind=True)
+    desk.vote(session, 2)
+    assert list(desk.retry(session, "", 0, True, 8, 0.0, 1.0))
+    assert [turn.prompt for turn in session.turns] == ["import os"]
+    assert session.hides
+
+
+def test_a_gpu_that_is_not_lent_leaves_the_page_as_it_was(models: tuple[Any, Any]) -> None:
+    def refused(*_: Any) -> Iterator[Any]:
+        raise app.gr.Error("No GPU was available")
+        yield
+
+    desk, session = app.Desk(models, refused), app.Session()
+    run = desk.answer(session, "import os", GREEDY, blind=False)
+    assert [next(run), next(run)] == [True, False]
+    with pytest.raises(app.gr.Error, match="No GPU"):
+        next(run)
+    assert session.turns == []
+    assert session.halt is None
+
+
 def test_stop_keeps_what_was_written(models: tuple[Any, Any]) -> None:
     desk, session = desk_for(models), app.Session()
     sampling = pair.Sampling(max_new_tokens=120, temperature=1.0)
@@ -273,7 +305,7 @@ def test_the_card_gives_results_and_figures(models: tuple[Any, Any], tmp_path: P
     )
     (tmp_path / "README.md").write_text(card)
     shown = app.card_page((models[0], replace(models[1], reference=str(tmp_path))))
-    assert shown.startswith("| a | b |\n\n<figure>")
+    assert shown.startswith('<div class="scroll" tabindex="0">\n\n| a | b |\n\n</div>\n\n<figure>')
     assert 'alt="A map" src="data:image/png;base64,cG5n"' in shown
     assert "Gone" not in shown
 
@@ -291,7 +323,24 @@ def test_the_front_matter_is_what_a_space_needs() -> None:
     assert fields["sdk"] == "gradio"
     assert (SPACE / fields["app_file"]).is_file()
     assert len(fields["short_description"]) <= 60
-    assert {"title", "emoji", "colorFrom", "colorTo", "sdk_version", "license"} <= fields.keys()
+    assert {"title", "emoji", "colorFrom", "colorTo", "license"} <= fields.keys()
+    constraints = (SPACE.parent.parent / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"gradio=={fields['sdk_version']}" in constraints
+    assert fields["python_version"] == "3.12"  # the default, 3.10, is too old for transformers
+
+
+def test_the_files_import_nothing_but_what_the_requirements_name() -> None:
+    lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").split()
+    named = {re.split("[<>=]", line)[0] for line in lines} | {"pair"}
+    imported = set()
+    for path in SPACE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    assert imported - sys.stdlib_module_names <= named
+    assert "torch" in lines  # the Space's hardware decides which one
 
 
 # factory space ------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import html
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -19,6 +20,8 @@ try:
     from spaces import GPU  # has to come before torch where the Space runs on ZeroGPU
 except ImportError:
     GPU = None
+if os.environ.get("SPACES_ZERO_GPU"):  # it plays a GPU to the main thread alone: load the weights there
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import gradio as gr
 from pair import Model, Reply, Sampling, find_file, load_pair, stream
@@ -41,38 +44,11 @@ THEME = gr.themes.Default(
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_hover_dark="*primary_800",
+    color_accent="*primary_700",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
 )
-CSS = """
-.gradio-container {max-width: min(1280px, 100vw) !important; margin: auto}
-.gradio-container .main, .gradio-container .contain, .gradio-container .column {min-width: 0; max-width: 100%}
-.pane {gap: .5rem}
-.pane .html-container {padding: 0}
-.pane h2 {font-size: 1.05rem; margin: .2rem 0; overflow-wrap: anywhere}
-.text {display: flex; flex-direction: column-reverse; height: 22rem; overflow-y: auto; /* stays at the end */
-  padding: .8rem 1rem; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
-  background: var(--input-background-fill); color: var(--body-text-color)}
-.text pre {margin: 0 0 auto !important; padding: 0; background: none; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .92rem/1.55 ui-monospace, monospace}
-.pane pre, .pane pre code {white-space: pre-wrap !important; overflow-wrap: anywhere}
-.text .prompt, .text .empty, .facts dt {color: var(--body-text-color-subdued)}
-.text .empty {font-family: system-ui, sans-serif}
-.facts {display: grid; grid-template-columns: repeat(4, 1fr); gap: .3rem .8rem; margin: 0}
-.facts dt {font-size: .78rem}
-.facts dd {margin: 0; font-variant-numeric: tabular-nums; font-weight: 600}
-.note {margin: .4rem 0 0; padding: .35rem .6rem; border-left: 3px solid var(--color-accent); font-size: .9rem}
-.note.error {border-color: #dc2626}
-.actions {display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem}
-.actions.votes {grid-template-columns: repeat(3, 1fr)}
-.card table {display: block; overflow-x: auto; margin-bottom: 1rem; border: 0; padding: 0}
-.card th, .card td {white-space: nowrap}
-.card figure {margin: 1rem 0; overflow-x: auto; background: white; border-radius: var(--radius-lg)}
-.card img {width: 100%; min-width: 640px}
-@media (max-width: 640px) {
-  .facts {grid-template-columns: repeat(2, 1fr)}
-  .text {height: 13rem}
-  .actions button {padding-inline: .3rem; font-size: .95rem}
-}
-"""
+STYLE = Path(__file__).with_name("style.css")
 
 
 @dataclass
@@ -149,7 +125,7 @@ def facts(pair: Sequence[Model], session: Session, side: int) -> str:
         "tokens/s": f"{rate:.1f}" if rate else "–",
         "first token": f"{first * 1000:,.0f} ms" if first else "–",
         "parameters": amount(model.num_parameters),
-        "weights in memory": amount(model.size_bytes, "B"),
+        "memory": amount(model.size_bytes, "B"),
     }
     if session.hides:
         values = dict.fromkeys(values, "?")
@@ -168,11 +144,16 @@ def amount(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}".strip()
 
 
-def tally(session: Session) -> str:
-    """The votes of this visitor."""
-    source, pruned, neither = session.tally
-    who = "" if not session.voted else " The names are shown above; your next prompt starts a new round."
-    return f"Your votes: source {source}, pruned {pruned}, no difference {neither}.{who}"
+def status(session: Session, writing: bool) -> str:
+    """What goes on, for those who do not see it, and the votes of this visitor."""
+    doing = "Both are writing." if writing else "Both have written." if session.turns else ""
+    votes = ""
+    if session.blind or any(session.tally):
+        source, pruned, neither = session.tally
+        votes = f"Your votes: source {source}, pruned {pruned}, no difference {neither}."
+    if session.voted:
+        votes += " The names are shown above; your next prompt starts a new round."
+    return f'<p class="unseen">{doing}</p><p>{votes}</p>'
 
 
 def card_page(pair: Sequence[Model]) -> str | None:
@@ -182,7 +163,7 @@ def card_page(pair: Sequence[Model]) -> str | None:
         return None
     text = card.read_text(encoding="utf-8")
     results = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    parts = [results.group(1).strip()] if results else []
+    parts = [scrolling(results.group(1).strip())] if results else []
     for alt, name in re.findall(r"!\[([^]]*)\]\((figures/[\w.-]+\.png)\)", text):
         if path := find_file(pair[1], name):
             data = base64.b64encode(path.read_bytes()).decode()
@@ -190,6 +171,14 @@ def card_page(pair: Sequence[Model]) -> str | None:
                 f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
             )
     return "\n\n".join(parts) or None
+
+
+def scrolling(text: str) -> str:
+    """Markdown whose tables, if they are too wide, can be scrolled, with the keyboard too."""
+    box = '<div class="scroll" tabindex="0">'
+    return re.sub(
+        r"(?m)^(?:\|.*\n?)+", lambda table: f"{box}\n\n{table[0].strip()}\n\n</div>\n", text
+    ).strip()
 
 
 # What happens -------------------------------------------------------------------------------------
@@ -225,11 +214,17 @@ class Desk:
         session.turns = [*session.turns, turn] if self.chats else [turn]
         yield True
         conversations = [session.messages(index) for index in (0, 1)]
-        with closing(self.generate(conversations, sampling, session.hides)) as snapshots:
-            for turn.replies in snapshots:
-                if halt.is_set():
-                    break
-                yield True
+        try:
+            with closing(self.generate(conversations, sampling, session.hides)) as snapshots:
+                for turn.replies in snapshots:
+                    if halt.is_set():
+                        break
+                    yield True
+        except gr.Error:  # ZeroGPU has no GPU, or no time left for this visitor
+            session.turns = session.turns[:-1]
+            session.halt = None
+            yield False
+            raise
         if session.halt is halt:
             session.halt = None
             yield False
@@ -245,7 +240,7 @@ class Desk:
 
     def retry(self, session: Session, text: str, seed: float, *settings: Any) -> Iterator[list[Any]]:
         """The last prompt again with the next seed; what stands in the box stays there."""
-        if session.turns and not session.voted:
+        if session.turns:
             last, session.turns = session.turns[-1], session.turns[:-1]
             for update in self.send(session, last.prompt, seed + 1, *settings):
                 yield [*update[:-2], text, seed + 1]
@@ -266,13 +261,13 @@ class Desk:
         return self.view(session, False)
 
     def view(self, session: Session, writing: bool) -> list[Any]:
-        """New values of both sides, the stop button, the vote buttons and the tally."""
+        """New values of both sides, the stop button, the vote buttons and the status."""
         asks = session.hides and bool(session.turns) and not writing
         return [
             *(part for side in (0, 1) for part in self.side(session, side)),
             gr.update(interactive=writing),
             gr.update(visible=asks),
-            gr.update(value=tally(session), visible=session.blind or any(session.tally)),
+            status(session, writing),
         ]
 
     def side(self, session: Session, side: int) -> tuple[str, Any, str]:
@@ -320,19 +315,26 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
     with gr.Row(visible=False, elem_classes=["actions", "votes"]) as votes:
         names = [f"{side} is better" for side in SIDES] + ["No difference"]
         choices = [gr.Button(name, size="md", min_width=90) for name in names]
-    counted = gr.Markdown(visible=False)
-    box = gr.Textbox(
-        label="Message" if desk.chats else "Text to be continued",
-        placeholder="Enter sends, Shift+Enter starts a new line",
-        max_lines=8,
-        autofocus=True,
+    counted = gr.HTML(
+        status(Session(), False),
+        elem_classes="status",
+        js_on_load="element.setAttribute('role', 'status')",
     )
-    with gr.Row(elem_classes="actions"):
-        send = gr.Button("Send", variant="primary", min_width=70)
-        stop = gr.Button("Stop", variant="stop", min_width=70, interactive=False)
-        retry = gr.Button("Retry", min_width=70)
-        clear = gr.Button("Clear", min_width=70)
-    blind = gr.Checkbox(label="Blind: hide which is which until I have voted")
+    with gr.Column(elem_classes="composer"):
+        box = gr.Textbox(
+            label="Message" if desk.chats else "Text to be continued",
+            placeholder="Enter sends, Shift+Enter starts a new line",
+            max_lines=8,
+            autofocus=True,
+        )
+        with gr.Row(elem_classes="actions"):
+            send = gr.Button("Send", variant="primary", size="md", min_width=70)
+            stop = gr.Button("Stop", size="md", min_width=70, interactive=False)
+            retry = gr.Button("Retry", size="md", min_width=70)
+            clear = gr.Button("Clear", size="md", min_width=70)
+            blind = gr.Checkbox(
+                label="Blind: hide which is which until I vote", container=False, elem_classes="blind"
+            )
     gr.Examples(CHAT_EXAMPLES if desk.chats else COMPLETION_EXAMPLES, box, label="Try")
     with gr.Accordion("Sampling, the same for both", open=False), gr.Row():
         length = gr.Slider(1, most_tokens, min(256, most_tokens), step=1, label="Longest reply, tokens")
@@ -371,8 +373,20 @@ def pane_row(desk: Desk) -> list[Any]:
     return parts
 
 
+def most_tokens_of(environ: Mapping[str, str]) -> int:
+    """MAX_NEW_TOKENS, 512 where it is not set.
+
+    Raises:
+        SystemExit: It is no positive whole number.
+    """
+    text = environ.get("MAX_NEW_TOKENS") or "512"
+    if not text.isdecimal() or int(text) == 0:
+        raise SystemExit(f"MAX_NEW_TOKENS is {text!r}: give a whole number of tokens")
+    return int(text)
+
+
 if __name__ == "__main__":
-    longest = int(os.environ.get("MAX_NEW_TOKENS") or 512)
+    longest = most_tokens_of(os.environ)  # before anything is loaded
     page(load_pair(os.environ), most_tokens=longest).launch(
-        theme=THEME, css=CSS, footer_links=["gradio", "settings"], run_history=False
+        theme=THEME, css_paths=STYLE, footer_links=["gradio", "settings"], run_history=False
     )
