@@ -1,7 +1,7 @@
 """The stages in order, and nothing else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ STAGES = (*STORED, "card")
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
     """Stages that a build would still have to run; empty if all of them can be reused."""
-    looking = Run(run.config, run.store, run.reporter, run.texts, rerun=run.rerun, only_look=True)
+    looking = replace(run, only_look=True, keys={}, folders={}, seconds={}, remade=set())
     try:
         make_models(looking, source)
     except Missing as missing:
@@ -162,12 +162,12 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     build = describe_build(
         run.config, run.texts, made, comparisons=comparisons, keys=run.keys, seconds=run.seconds
     )
-    with run.store.laying_out(out):
+    with run.store.laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
         same = None if run.remade else read_if_same(build, out)
+        run.store.register(out, run.keys)  # before: what a kill leaves beside it is found by `factory gc`
         if not same:
             run.reporter.started("card")
             lay_out(build, made.profile, made.shipped.folder, out=out)
-        run.store.register(out, run.keys)
     run.reporter.finished("card", str(out), 0.0, same is not None)
     return same or build
 

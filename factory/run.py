@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
-from factory.artifacts import Artifact, DataSource
+from factory.artifacts import Artifact, Checkpoint, DataSource
 from factory.config import BuildConfig
 from factory.store import StageSpec, Store
 from factory.texts import Text, check_text, keep_apart, open_text
@@ -77,6 +77,7 @@ class Run:
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
+    in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
     seconds: dict[str, float] = field(default_factory=dict)
 
     def stage(
@@ -98,9 +99,11 @@ class Run:
         if self.only_look and (rerun or self.store.find(spec) is None):
             raise Missing(stage)
 
-        def make(folder: Path) -> None:
+        def make(folder: Path) -> Mapping[str, str]:
             self.reporter.started(name)
-            work(folder).write(folder)
+            value = work(folder)
+            value.write(folder)
+            return value.files if isinstance(value, Checkpoint) else {}
 
         result = self.store.make(
             spec,
@@ -109,7 +112,8 @@ class Run:
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
         )
-        if not result.reused:
+        self.in_use.append(result.in_use)
+        if rerun or result.changed:
             self.remade.add(result.key)
         value = artifact.read(result.folder)
         self.keys[name] = result.key

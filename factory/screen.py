@@ -77,7 +77,7 @@ class StageLines:
 
     def waiting(self, stage: str) -> None:
         """Somebody else makes this stage."""
-        self.out.print(f"  {stage:<{STAGE_WIDTH}}  another build is making it; waiting")
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  another run is making it; waiting")
 
     def stop(self) -> None:
         """Take the bar away."""

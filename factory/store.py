@@ -1,6 +1,5 @@
 """Stage folders: keys, resumption, locks, manifests. A folder with its final name is complete."""
 
-import errno
 import hashlib
 import json
 import os
@@ -9,17 +8,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import platformdirs
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from factory.artifacts import canonical_json
+from factory.artifacts import canonical_json, sha256_of_file
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
+from factory.locks import READ_ONLY, hold, is_held, locked, unless_locked, unwritable
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
@@ -62,6 +61,8 @@ class StageResult:
     folder: Path
     reused: bool
     seconds: float  # wall time when it was made, over all attempts
+    in_use: IO[bytes] | None = None  # while this is open, `factory gc` leaves the folder
+    changed: bool = False  # it was made, and not with the bytes that it had before
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Store:
     def make(
         self,
         spec: StageSpec,
-        work: Callable[[Path], None],
+        work: Callable[[Path], Mapping[str, str]],
         *,
         resumable: bool = False,
         rerun: bool = False,
@@ -93,30 +94,33 @@ class Store:
     ) -> StageResult:
         """Return the complete stage of this spec, running `work` in a partial folder if need be.
 
-        `work` gets the partial folder. It is emptied first unless the stage is `resumable`. If `work`
-        fails or is killed the partial folder never takes the final name. `rerun` makes it again.
+        `work` gets the partial folder, and returns the sha256 of those of its files that it has taken. The
+        folder is emptied first unless the stage is `resumable`. If `work` fails or is killed the partial
+        folder never takes the final name. `rerun` makes it again.
 
         Raises:
-            StoreError: The folder cannot be written.
+            StoreError: The folder cannot be written, or somebody who gives no sign of life is making it.
         """
         folder = self.folder(spec)
         partial = folder.with_name(folder.name + PARTIAL)
-        try:
+        with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(folder.parent, error) from error
-        with _locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
+        with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
             found = self.find(spec)
             if found and not rerun:
                 with suppress(OSError):
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
-                return found
-            if partial.exists() and (rerun or not resumable):
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
-            seconds = _timed(work, partial)
-            _complete(partial, folder, spec=spec, seconds=seconds)
-        return StageResult(spec.key, folder, reused=False, seconds=seconds)
+                return replace(found, in_use=hold(found.folder / MANIFEST))
+            before = _manifest_of(folder)
+            with _writing(partial):
+                if partial.exists() and (rerun or not resumable):
+                    shutil.rmtree(partial)
+                partial.mkdir(exist_ok=True)
+                seconds, known = _timed(work, partial)
+                manifest = _complete(partial, folder, spec=spec, seconds=seconds, known=known)
+            same = before is not None and before.get("sha256") == manifest["sha256"]
+            in_use = hold(folder / MANIFEST)
+        return StageResult(spec.key, folder, reused=False, seconds=seconds, in_use=in_use, changed=not same)
 
     def stages(self) -> Iterator[dict[str, Any]]:
         """Manifests of all complete stages, with `folder` and `size_bytes` added."""
@@ -132,39 +136,57 @@ class Store:
         write_atomically(self._root(build).with_suffix(".json"), json.dumps(root))
 
     @contextmanager
-    def laying_out(self, build: Path) -> Iterator[None]:
+    def laying_out(self, build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the lock of one build folder: two builds into it take turns."""
-        with _locked(self._root(build).with_suffix(".lock"), on_wait=None):
+        with locked(self._root(build).with_suffix(".lock"), on_wait=on_wait):
             yield
 
     def _root(self, build: Path) -> Path:
         roots = self.home / "builds"
-        roots.mkdir(parents=True, exist_ok=True)
+        with _writing(roots):
+            roots.mkdir(parents=True, exist_ok=True)
         return roots / hashlib.sha256(str(build.resolve()).encode()).hexdigest()[:16]
 
     def builds(self) -> list[Path]:
         """Build folders that were registered and are still there."""
         return [Path(root["build"]) for root in self._roots()]
 
-    def garbage(self, *, recent: bool = False) -> list[Path]:
-        """Stage folders, whole or partial, that no build uses and nobody is working on.
+    def collect_garbage(self, *, recent: bool = False, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
+        """Remove what no build uses and nobody is working on; yields each folder with its bytes.
+
+        Stages, whole or partial, and what a layout that was killed left beside a build.
 
         Args:
-            recent: Also those made or used within a day: a build under way registers only at its end.
+            recent: Also what was made or used within a day: somebody may come back to it.
+            dry_run: Remove nothing.
         """
+        for folder, lock in self._unused():
+            if not recent and abs(time.time() - folder.stat().st_mtime) < RECENT_SECONDS:
+                continue
+            with unless_locked(lock) as free, _writing(folder):
+                if not free or is_held(folder / MANIFEST):
+                    continue
+                size_bytes = folder_bytes(folder)
+                if not dry_run:
+                    shutil.rmtree(folder)
+            yield folder, size_bytes
+
+    def _unused(self) -> list[tuple[Path, Path]]:
+        """Folders that no finished build uses, each with the lock of whoever would be working on it."""
         used = {key for root in self._roots() for key in root["keys"]}
         found = []
         for folder in sorted((self.home / "stages").glob("*/*")):
-            ours = folder.parent.name in STAGES and KEY.fullmatch(folder.name.removesuffix(PARTIAL))
-            if not ours or not folder.is_dir():
-                continue  # somebody else's
-            if not recent and time.time() - folder.stat().st_mtime < RECENT_SECONDS:
-                continue
-            if folder.name.removesuffix(PARTIAL) not in used and not _is_locked(folder):
-                found.append(folder)
+            key = folder.name.removesuffix(PARTIAL)
+            ours = folder.parent.name in STAGES and KEY.fullmatch(key)
+            if ours and folder.is_dir() and key not in used:
+                found.append((folder, folder.with_name(f"{key}.lock")))
+        for path in sorted((self.home / "builds").glob("*.json")):
+            beside = leftovers(Path(_read_root(path)["build"]))
+            found += [(folder, path.with_suffix(".lock")) for folder in beside]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
+        """What finished builds use."""
         roots = []
         for path in sorted((self.home / "builds").glob("*.json")):
             root = _read_root(path)
@@ -196,13 +218,19 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _timed(work: Callable[[Path], None], partial: Path) -> float:
+def leftovers(build: Path) -> list[Path]:
+    """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
+    beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
+    return [folder for folder in beside if folder.is_dir()]
+
+
+def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:
     """Run the work; its wall time in seconds adds to that of attempts that were cut short."""
     clock = partial / "seconds"
-    before = float(clock.read_text()) if clock.exists() else 0.0
+    before = _seconds_of(clock)
     start = time.monotonic()
     try:
-        work(partial)
+        known = work(partial)
         sync_files(partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = no_room(error)
@@ -211,19 +239,44 @@ def _timed(work: Callable[[Path], None], partial: Path) -> float:
                 f"{reason}, while writing {partial}",
                 hint="`factory gc` removes what no build uses; then the same command goes on from here",
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-            raise _unwritable(partial, error) from error
         raise
     finally:
         seconds = before + time.monotonic() - start
         with suppress(OSError):  # on a full disk only the time of this attempt is lost
             clock.write_text(f"{seconds:.3f}")
     clock.unlink(missing_ok=True)
-    return round(seconds, 3)
+    return round(seconds, 3), known
 
 
-def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -> None:
-    """Write the manifest last, sync, and give the folder its final name."""
+def _seconds_of(clock: Path) -> float:
+    """What earlier attempts took; nothing where they were killed before they could say."""
+    try:
+        return float(clock.read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell a place that cannot be written from other trouble."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in READ_ONLY or isinstance(error, NotADirectoryError | FileExistsError):
+            raise unwritable(folder, error) from error
+        raise
+
+
+def _complete(
+    partial: Path, folder: Path, *, spec: StageSpec, seconds: float, known: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write the manifest last, sync, and give the folder its final name; returns the manifest.
+
+    Args:
+        known: File name → sha256, where it was taken already.
+    """
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    names = {path: path.relative_to(partial).as_posix() for path in files}
     manifest = {
         "stage": spec.stage,
         "key": spec.key,
@@ -231,11 +284,8 @@ def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -
         "parameters": dict(spec.parameters),
         "inputs": dict(spec.inputs),
         "seconds": seconds,
-        "files": {
-            path.relative_to(partial).as_posix(): path.stat().st_size
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        },
+        "files": {names[path]: path.stat().st_size for path in files},
+        "sha256": {names[path]: known.get(names[path]) or sha256_of_file(path) for path in files},
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sync_folder(partial)
@@ -243,6 +293,7 @@ def _complete(partial: Path, folder: Path, *, spec: StageSpec, seconds: float) -
         shutil.rmtree(folder)
     partial.rename(folder)
     sync_folder(folder.parent)
+    return manifest
 
 
 def sync_files(folder: Path) -> None:
@@ -290,38 +341,3 @@ def _read_root(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path} is damaged", hint="delete it, and run the builds made here again"
         ) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"cannot write to {folder}: {error.strerror}", hint="give another folder with --home or FACTORY_HOME"
-    )
-
-
-def _is_locked(folder: Path) -> bool:
-    lock = FileLock(folder.with_name(folder.name.removesuffix(PARTIAL) + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
-@contextmanager
-def _locked(path: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
-    """Hold the lock of one stage; the operating system frees it when its holder dies."""
-    lock = FileLock(path)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if on_wait:
-                on_wait()
-            lock.acquire()
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    try:
-        yield
-    finally:
-        lock.release()

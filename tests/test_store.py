@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,13 @@ def spec(**parameters: object) -> StageSpec:
     return StageSpec("prune", 1, parameters, {"source": "0" * 40})
 
 
-def write_hello(folder: Path) -> None:
+def write_hello(folder: Path) -> dict[str, str]:
     (folder / "hello.txt").write_text("hello")
+    return {}
+
+
+def garbage(store: Store, *, recent: bool = False) -> list[Path]:
+    return [folder for folder, _ in store.collect_garbage(recent=recent, dry_run=True)]
 
 
 json_values = st.recursive(
@@ -57,9 +63,9 @@ def test_a_stage_is_made_once_and_then_reused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     calls = []
 
-    def work(folder: Path) -> None:
+    def work(folder: Path) -> dict[str, str]:
         calls.append(folder)
-        write_hello(folder)
+        return write_hello(folder)
 
     first = store.make(spec(n=1), work)
     second = store.make(spec(n=1), work)
@@ -74,7 +80,7 @@ def test_a_stage_is_made_once_and_then_reused(tmp_path: Path) -> None:
 def test_work_that_fails_leaves_nothing_with_the_final_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    def work(folder: Path) -> None:
+    def work(folder: Path) -> dict[str, str]:
         write_hello(folder)
         raise ValueError("no")
 
@@ -88,11 +94,12 @@ def test_only_a_resumable_stage_sees_what_an_earlier_attempt_left(tmp_path: Path
     store = Store(tmp_path)
     seen = []
 
-    def work(folder: Path) -> None:
+    def work(folder: Path) -> dict[str, str]:
         seen.append((folder / "hello.txt").exists())
-        write_hello(folder)
         if len(seen) == 1:
+            write_hello(folder)
             raise ValueError("cut short")
+        return write_hello(folder)
 
     with pytest.raises(ValueError):
         store.make(spec(), work, resumable=resumable)
@@ -103,14 +110,20 @@ def test_only_a_resumable_stage_sees_what_an_earlier_attempt_left(tmp_path: Path
 def test_rerun_makes_a_complete_stage_again_from_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.make(spec(), write_hello)
-    result = store.make(spec(), lambda folder: (folder / "other.txt").write_text("x"), rerun=True)
+
+    def work(folder: Path) -> dict[str, str]:
+        (folder / "other.txt").write_text("x")
+        return {}
+
+    result = store.make(spec(), work, rerun=True)
     assert not result.reused
     assert not (result.folder / "hello.txt").exists()
 
 
-def slow_work(folder: Path) -> None:
+def slow_work(folder: Path) -> dict[str, str]:
     (folder / "started").write_text("")
     time.sleep(30)
+    return {}
 
 
 def make_slowly(home: Path) -> None:
@@ -132,11 +145,11 @@ def test_a_stage_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> N
 
 
 def count_and_make(home: Path) -> None:
-    def work(folder: Path) -> None:
+    def work(folder: Path) -> dict[str, str]:
         with (home / "calls").open("a") as file:
             file.write("x")
         time.sleep(0.3)
-        write_hello(folder)
+        return write_hello(folder)
 
     Store(home).make(spec(), work)
 
@@ -173,18 +186,18 @@ def test_builds_into_one_folder_take_turns(tmp_path: Path) -> None:
 
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
-    used, unused = store.make(spec(n=1), write_hello), store.make(spec(n=2), write_hello)
+    used, unused = (replace(store.make(spec(n=n), write_hello), in_use=None) for n in (1, 2))
     partial = used.folder.with_name("feedfeedfeedfeed.partial")
     partial.mkdir()
     build = tmp_path / "build"
     build.mkdir()
     (build / "build.json").write_text("{}")
     store.register(build, {"prune": used.key})
-    assert store.garbage() == []  # younger than a day
-    assert sorted(store.garbage(recent=True)) == sorted([unused.folder, partial])
+    assert garbage(store) == []  # younger than a day
+    assert sorted(garbage(store, recent=True)) == sorted([unused.folder, partial])
     assert store.builds() == [build]
     (build / "build.json").unlink()  # the user deleted the build
-    assert used.folder in store.garbage(recent=True)
+    assert used.folder in garbage(store, recent=True)
 
 
 def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
@@ -217,7 +230,7 @@ def test_a_rerun_that_fails_leaves_the_finished_stage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     result = store.make(spec(), write_hello)
 
-    def work(_folder: Path) -> None:
+    def work(_folder: Path) -> dict[str, str]:
         raise ValueError("cut short")
 
     with pytest.raises(ValueError):
@@ -229,14 +242,14 @@ def test_garbage_never_names_a_folder_that_is_not_the_stores(tmp_path: Path) -> 
     store = Store(tmp_path)
     (tmp_path / "stages" / "thesis" / ("0" * 16)).mkdir(parents=True)
     (tmp_path / "stages" / "prune" / "photos").mkdir(parents=True)
-    assert store.garbage(recent=True) == []
+    assert garbage(store, recent=True) == []
 
 
 def test_a_damaged_registration_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "builds").mkdir()
     (tmp_path / "builds" / "x.json").write_text("{}")
     with pytest.raises(StoreError, match=r"x\.json is damaged"):
-        Store(tmp_path).garbage()
+        garbage(Store(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"repo_id": 1}', 100_000 * "["])
@@ -248,7 +261,7 @@ def test_a_damaged_record_is_told_with_its_place(tmp_path: Path, text: str) -> N
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    def work(_folder: Path) -> None:
+    def work(_folder: Path) -> dict[str, str]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(DiskSpaceError, match="the disk is full, while writing"):

@@ -48,7 +48,7 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     from factory.plan import plan_without
     from factory.prune import compares_logits
     from factory.removal import find
-    from factory.screen import console
+    from factory.screen import StageLines, console
     from factory.store import Store, default_home
 
     references.check_model(model)
@@ -67,8 +67,10 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
             print_json(expected)
         return
     store = Store((options["home"] or default_home()).absolute())
-    with store.laying_out(out):  # another run may have made it meanwhile
+    with store.laying_out(out, on_wait=lambda: StageLines(screen).waiting("prune")):
+        # Another run may have made it meanwhile.
         found = find(source, plan, out=out, logits=logits, force=options["force"])
+        store.register(out, {})  # what a kill leaves beside it is found by `factory gc`
         pruning = found or _made(source, plan, out, screen, options["thoroughness"])
     if options["as_json"]:
         print_json(pruning.model_dump(mode="json") | {"kept": plan.kept, "reused": found is not None})

@@ -1,0 +1,147 @@
+"""Locks between processes: freed when their holder dies, kept by signs of life, waited for with an end."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from factory.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there age alone keeps `factory gc` from stages in use
+    fcntl = None  # type: ignore[assignment]
+
+LIFE_SECONDS = 10.0  # between two signs of life of a holder
+PATIENCE_SECONDS = 600.0  # without a sign of life; a stopped process or a dead machine gives none
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def unwritable(folder: Path, error: OSError) -> StoreError:
+    """The error for a place of the store that cannot be written."""
+    return StoreError(
+        f"cannot write to {folder}: {error.strerror}", hint="give another folder with --home or FACTORY_HOME"
+    )
+
+
+@contextmanager
+def locked(
+    path: Path, *, on_wait: Callable[[], None] | None = None, patience_seconds: float = PATIENCE_SECONDS
+) -> Iterator[None]:
+    """Hold the lock of one file; the operating system frees it when its holder dies.
+
+    While it is held, the file's time moves on every few seconds. Whoever waits goes by that, not by how
+    long it takes: a stage may take days, but a process that was stopped is not waited for.
+
+    Args:
+        on_wait: Called once if somebody else holds it.
+        patience_seconds: Without a sign of life of the holder.
+
+    Raises:
+        StoreError: It cannot be written, its file system has no locks, or its holder gives no sign of life.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if on_wait:
+                on_wait()
+            _wait(lock, path, patience_seconds=patience_seconds)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    try:
+        if isinstance(lock, SoftFileLock):  # what it falls back to outlives a holder that is killed
+            raise StoreError(
+                f"the file system of {path.parent} has no locks",
+                hint="give a folder on another disk with --home or FACTORY_HOME",
+            )
+        with _signs_of_life(path):
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def unless_locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of one file if nobody else does, and say whether; never waits."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def hold(path: Path) -> IO[bytes] | None:
+    """Mark a file as in use until what is returned is closed, or this process dies; many may at once."""
+    if fcntl is None:
+        return None
+    file = path.open("rb")
+    with suppress(OSError):  # without locks on its file system nobody could make it in the first place
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody marked this file as in use, and lives."""
+    if fcntl is None or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _wait(lock: FileLock, path: Path, *, patience_seconds: float) -> None:
+    """Wait for the lock while its holder gives signs of life, by this process's own clock."""
+    last, since = _time_of(path), time.monotonic()
+    while True:
+        with suppress(Timeout):
+            lock.acquire(timeout=min(patience_seconds / 4, LIFE_SECONDS), poll_interval=0.1)
+            return
+        if (seen := _time_of(path)) != last:
+            last, since = seen, time.monotonic()
+        elif time.monotonic() - since > patience_seconds:
+            raise StoreError(
+                f"{path} is held by a process that has given no sign of life for {patience_seconds:.0f} s",
+                hint=f"`fuser {path}` names it on its machine; end it and run the same command again",
+            )
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _signs_of_life(path: Path) -> Iterator[None]:
+    """Let the file's time move on from a thread until the work is done."""
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(LIFE_SECONDS):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

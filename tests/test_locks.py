@@ -1,0 +1,147 @@
+"""Locks are freed by death, waited for with an end, refused where they do not work, and seen by `gc`."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from factory.errors import StoreError
+from factory.locks import is_held, locked, unless_locked
+from factory.store import MANIFEST, StageSpec, Store
+
+HOLDER = """
+import sys
+from pathlib import Path
+from factory.locks import hold, locked
+path = Path(sys.argv[2])
+if sys.argv[1] == "use":
+    file = hold(path)
+    print("held", flush=True)
+    sys.stdin.read()
+with locked(path):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+# Every flock of this process answers as a file system without locks does.
+WITHOUT_LOCKS = """
+import errno, sys
+from pathlib import Path
+def refuse(event, arguments):
+    if event == "fcntl.flock":
+        raise OSError(errno.ENOSYS, "Function not implemented")
+sys.addaudithook(refuse)
+from factory.errors import StoreError
+from factory.store import StageSpec, Store
+try:
+    Store(Path(sys.argv[1])).make(StageSpec("prune", 1, {}, {}), lambda folder: {})
+except StoreError as error:
+    print(error.message, "|", error.hint)
+"""
+
+
+@contextmanager
+def holder(how: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock, or uses the file, until its standard input ends."""
+    command = [sys.executable, "-c", HOLDER, how, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdin
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_a_killed_holder_frees_its_lock_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with holder("lock", path) as process:
+        with unless_locked(path) as free:
+            assert not free
+        process.kill()
+        process.wait()
+        with locked(path):
+            pass
+
+
+def test_a_holder_without_a_sign_of_life_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    waits = []
+    with holder("lock", path) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        with (
+            pytest.raises(StoreError, match="no sign of life for 1 s") as caught,
+            locked(path, on_wait=lambda: waits.append(1), patience_seconds=1),
+        ):
+            pass
+    assert f"fuser {path}" in caught.value.hint
+    assert waits == [1]
+
+
+def test_a_holder_that_lives_is_waited_for_however_long_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with holder("lock", path) as process:
+        patience = 0.4
+
+        def live_on() -> None:
+            for _ in range(20):  # five times as long as anybody has patience
+                time.sleep(patience / 4)
+                os.utime(path)
+            assert process.stdin
+            process.stdin.close()
+
+        thread = threading.Thread(target=live_on)
+        thread.start()
+        with locked(path, patience_seconds=patience):
+            assert process.wait() == 0  # it let go by itself
+        thread.join()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_LOCKS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == (
+        f"the file system of {tmp_path / 'stages' / 'prune'} has no locks | "
+        "give a folder on another disk with --home or FACTORY_HOME"
+    )
+
+
+def write_nothing(_folder: Path) -> dict[str, str]:
+    return {}
+
+
+def test_gc_leaves_what_a_run_under_way_uses_however_old_it_is(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = replace(store.make(StageSpec("prune", 1, {}, {}), write_nothing), in_use=None).folder
+    with holder("use", folder / MANIFEST) as process:
+        os.utime(folder, (0, 0))
+        assert is_held(folder / MANIFEST)
+        assert list(store.collect_garbage(recent=True)) == []
+        process.kill()
+        process.wait()
+        assert [found for found, _ in store.collect_garbage()] == [folder]
+    assert not folder.exists()
+
+
+def test_gc_finds_what_a_killed_layout_left_beside_a_build(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    build = tmp_path / "builds" / "mine"
+    left = [build.with_name(".mine.partial"), build.with_name(".mine.old")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    store.register(build, {})
+    with store.laying_out(build):
+        assert list(store.collect_garbage(recent=True)) == []
+    assert [folder for folder, _ in store.collect_garbage(recent=True)] == left
+    assert not any(folder.exists() for folder in left)
