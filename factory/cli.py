@@ -16,7 +16,7 @@ from factory.commands.options import CONTEXT
 from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
 from factory.disk import no_room
-from factory.errors import FactoryError
+from factory.errors import FactoryError, UsageError
 
 
 @click.group(context_settings=CONTEXT)
@@ -46,6 +46,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
     try:
+        _refuse_launcher()
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -60,6 +61,19 @@ def main() -> None:
         if reason is None:
             raise
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
+
+
+def _refuse_launcher() -> None:
+    """One process runs the stages in order and starts others for those that can use them."""
+    rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE", "1")
+    if rank is None or size == "1":
+        return
+    if rank != "0":
+        sys.exit(0)  # one of them speaks
+    raise UsageError(
+        f"factory under `accelerate launch` with {size} processes: it starts them itself",
+        hint=f"run `factory build … --processes {size}`, without `accelerate launch`",
+    )
 
 
 def _fail(message: str, hint: str, *, code: int) -> None:

@@ -1,5 +1,8 @@
 """Every deliberate error: one line that says what is wrong with the value in it, and a hint."""
 
+from functools import partial
+from typing import Any
+
 
 class FactoryError(Exception):
     """Base of all errors the user can do something about.
@@ -15,6 +18,10 @@ class FactoryError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with its hint: a process hands it to the one that started it."""
+        return partial(type(self), hint=self.hint), (self.message,)
 
 
 # What was typed (exit code 2) ------------------------------------------------------------------
@@ -79,3 +86,7 @@ class StoreError(FactoryError):
 
 class HealingError(FactoryError):
     """Training diverged, or made the model worse where that is not acceptable."""
+
+
+class WorkerError(FactoryError):
+    """One of several processes ended without saying why."""

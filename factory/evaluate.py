@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from factory import processes
 from factory.artifacts import Evaluation, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
@@ -19,7 +20,7 @@ from factory.texts import Text, windows
 
 LOSS_BATCH_SIZE = 4
 ORDER = 0  # the same for every model and build: only then can losses be compared
-KEPT_EVERY = 32  # documents, for a run that is cut short
+KEPT_EVERY = 32  # documents a process, for a run that is cut short
 
 
 def evaluate(
@@ -33,14 +34,16 @@ def evaluate(
     """Loss and task scores of the checkpoint in `folder`.
 
     Losses by document and each task's answers go to `into`; what lies there already is not done again.
+    Several processes share the documents and the questions; the main one writes.
 
     Raises:
         DataError: Too little text, or a task's questions that cannot be read.
         HubError: The questions could not be had from the Hub.
         UsageError: An unknown task.
     """
-    for task in settings.tasks:  # what can fail for want of a connection comes before the work
-        load_task(task, shots=settings.num_fewshot.get(task))
+    with processes.main_first():
+        for task in settings.tasks:  # what can fail for want of a connection comes before the work
+            load_task(task, shots=settings.num_fewshot.get(task))
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)
@@ -49,7 +52,8 @@ def evaluate(
         answered = read_answers(into, number)
         if answered is None:
             answered = score_task(model, tokenizer, task, settings=settings, progress=progress)
-            write_answers(into, number, *answered)
+            if processes.is_main():
+                write_answers(into, number, *answered)
         scores.append(answered[0])
     return Evaluation(
         loss=loss,
@@ -79,13 +83,16 @@ def token_loss(
     """
     kept = read_losses(into)  # of a run that was cut short; a document too short for a loss counts as 0, 0
     documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
-    for document in documents:
-        pieces = list(windows(tokenizer(document).input_ids, length=settings.sequence_length))
-        kept.append(_document_loss(model, pieces, pad_token_id=tokenizer.pad_token_id))
-        if len(kept) % KEPT_EVERY == 0:
+    while some := list(islice(documents, KEPT_EVERY * processes.count())):
+        mine = []
+        for document in processes.share(some):
+            pieces = list(windows(tokenizer(document).input_ids, length=settings.sequence_length))
+            mine.append(_document_loss(model, pieces, pad_token_id=tokenizer.pad_token_id))
+            done = len(kept) + processes.count() * len(mine)
+            progress(min(done, settings.num_documents), settings.num_documents, "loss")
+        kept += processes.gather(mine)
+        if processes.is_main():
             write_losses(into, kept)
-        progress(len(kept), settings.num_documents, "loss")
-    write_losses(into, kept)
     losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and summed nats, a document
     if len(losses) < 2:
         raise DataError(

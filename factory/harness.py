@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
 from transformers import set_seed
 
+from factory import processes
 from factory.artifacts import DataSource, PartScore, TaskScore
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
@@ -54,7 +56,8 @@ def score_task(
         bootstrap_iters=BOOTSTRAP_ROUNDS,
         log_samples=True,
     )
-    return _task_score(name, results, data=_question_data(loaded["tasks"].values()))
+    scored = _task_score(name, results, data=_question_data(loaded["tasks"].values())) if results else None
+    return processes.from_main(scored)  # type: ignore[return-value]  # other processes get no results
 
 
 def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
@@ -88,7 +91,11 @@ def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None
             self.done = min(self.done + rows, self.total)
             report(self.done, self.total)
 
-    return Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
+    harness_model = Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
+    if processes.count() > 1:  # a model that is loaded already is taken for one process's
+        harness_model.accelerator = Accelerator()
+        harness_model._rank, harness_model._world_size = processes.index(), processes.count()
+    return harness_model
 
 
 @lru_cache
@@ -172,8 +179,9 @@ def _task_score(
     metric, _, answers = key.partition(",")
     stderr = values.get(f"{metric}_stderr,{answers}")
     # A task with several ways to find an answer logs each question once for each of them.
+    # Several processes' rows stand one process after another.
     rows = {
-        task: [row for row in logged if row["filter"] == answers]
+        task: sorted((row for row in logged if row["filter"] == answers), key=lambda row: row["doc_id"])
         for task, logged in results["samples"].items()
     }
     shots = [shot for task, shot in results["n-shot"].items() if task in rows]

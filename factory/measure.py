@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from factory import processes
 from factory.artifacts import DistanceProfile, Source
 from factory.config import MeasureSettings
 from factory.decoder import decoder_layers
@@ -45,7 +46,8 @@ def measure(
     Each document gives one sample: its first `settings.sequence_length` tokens. Reading stops after
     `settings.num_samples`; where that is None, once the nearest block of each of `block_sizes` is ahead of
     every rival by three standard errors of the paired difference, at `settings.max_samples`, or at the
-    end of the text. Nothing of a sample is kept but sums; the language-model head is never run.
+    end of the text. Nothing of a sample is kept but sums; the language-model head is never run. Several
+    processes share each chunk of samples and then hold the same sums.
 
     Args:
         block_sizes: Numbers of layers that a cut may have, for which the choice must be certain.
@@ -74,15 +76,16 @@ def measure(
         starting_batch_size=FIRST_BATCH_SIZE,
     )
     while chunk := list(islice(samples, CHUNK)):
-        sums.add(chunk, run(chunk))
+        sums.add(chunk, processes.gather(run(processes.share(chunk))))
         progress(sums.count, most, sums.note() if settings.num_samples is None else "")
         long_enough = not settings.exact_length or sums.longest >= settings.sequence_length
         if settings.num_samples is None and sums.certain() and long_enough:
             break
-        if sums.count % SAVE_EVERY == 0:
+        if sums.count % SAVE_EVERY == 0 and processes.is_main():
             sums.save(folder)
     _check_enough(sums, text, settings=settings)
-    (folder / STATE).unlink(missing_ok=True)
+    if processes.is_main():
+        (folder / STATE).unlink(missing_ok=True)
     return sums.profile(source, text, settings=settings)
 
 
@@ -311,7 +314,8 @@ def _batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[Sam
             yield batch
             batch = []
         batch.append(sample)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _positions(lengths: list[int], *, most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,7 +47,9 @@ class Preview:
     seconds: float
 
 
-def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home: Path) -> Preview:
+def preview(
+    source: Source, config: BuildConfig, *, pending: Sequence[str], home: Path, processes: int = 1
+) -> Preview:
     """Work out the preview; imports torch only if there is something to run.
 
     Layers are taken to be of mean size, since which ones go is known only after measuring.
@@ -64,6 +66,9 @@ def preview(source: Source, config: BuildConfig, *, pending: Sequence[str], home
     writes = sum(stage in pending for stage in ("prune", "merge"))
     free = shutil.disk_usage(existing(home)).free
     device, memory_total, rate = _machine(source) if pending else ("", 0, 1.0)
+    if processes > 1:
+        rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
+        device = f"{device}, {processes} processes"
     result = Preview(
         num_layers=source.num_layers,
         num_dropped=n,

@@ -11,6 +11,7 @@ from factory.errors import ModelError, UnsupportedArchitectureError
 CONFIG_CLASS, MODEL_CLASS, TOKENIZER_CLASS = "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"
 # What loading somebody's module can raise before anything of it runs.
 LOADING_ERRORS = (ImportError, SyntaxError, AttributeError, OSError, ValueError)
+registered: list[Source] = []  # in this process; those that it starts have to do the same
 
 
 def class_references(config: Mapping[str, Any]) -> dict[str, str]:
@@ -64,6 +65,7 @@ def register(source: Source) -> None:
             f"the code of {source.name} does not load: {' '.join(str(error).split())[:200]}",
             hint="it may need another package, or another version of transformers",
         ) from error
+    registered.append(source)
 
 
 def _tokenizer_reference(folder: Path) -> str | None:

@@ -35,6 +35,7 @@ LIBRARIES = {
 }
 
 A = TypeVar("A", bound=Artifact)
+T = TypeVar("T")
 
 
 class Reporter(Protocol):
@@ -74,6 +75,7 @@ class Run:
     rerun: frozenset[str] = frozenset()
     block_sizes: tuple[int, ...] = ()  # that the measurement must be certain for; empty: the one of `drop`
     only_look: bool = False  # raise Missing instead of working
+    processes: int = 1  # that a stage may use; no result and no key depends on it
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
@@ -123,13 +125,25 @@ class Run:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)
         return value
 
+    def spread(self, work: Callable[..., T], stage: str, label: str = "", *, model: Path, **case: Any) -> T:
+        """Call `work(progress=…)` in as many processes as may be; in one if `model` does not fit a GPU.
+
+        Such a model is spread over all of them by its layers.
+        """
+        from factory.models import best_device, fits
+        from factory.spread import spread
+
+        together = self.processes > 1 and fits(model, best_device())
+        processes = self.processes if together else 1
+        return spread(work, processes=processes, progress=self.ticks(stage, label), **case)
+
     def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
         """The progress callback of one stage."""
         name = f"{stage} {label}".strip()
         return lambda done, total, note="": self.reporter.progressed(name, done, total, note)
 
 
-NOTHING = Text(DataSource(name="nothing", version="0"), lambda: iter(()))
+NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)
 
 
 def open_texts(

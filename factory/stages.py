@@ -1,6 +1,7 @@
 """Each stage of a run: what it is made from, what decides its result, and what is said of it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
     def work(folder: Path) -> Artifact:
         from factory.measure import measure
 
-        return measure(
+        part = partial(
+            measure,
             source,
             run.texts.calibration,
             settings=settings,
             block_sizes=block_sizes if settings.num_samples is None else (),
             seed=run.config.seed,
             folder=folder,
-            progress=run.ticks("measure"),
         )
+        return run.spread(part, "measure", model=source.local_folder)
 
     return run.stage(
         "measure",
@@ -258,13 +260,9 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
     def work(into: Path) -> Artifact:
         from factory.evaluate import evaluate
 
-        return evaluate(
-            model.local_folder if isinstance(model, Source) else model.folder,
-            run.texts.evaluation,
-            settings=run.config.evaluate,
-            into=into,
-            progress=run.ticks("evaluate", name),
-        )
+        folder = model.local_folder if isinstance(model, Source) else model.folder
+        part = partial(evaluate, folder, run.texts.evaluation, settings=run.config.evaluate, into=into)
+        return run.spread(part, "evaluate", name, model=folder)
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(

@@ -7,12 +7,16 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from factory.artifacts import DataSource, sha256_of_file
 from factory.errors import DataError, HubError
 from factory.references import DATA_NOTATION, check_data, local_path
+
+if TYPE_CHECKING:
+    from factory.demo import corpus
 
 Split = Literal["train", "validation"]
 
@@ -22,7 +26,10 @@ PASSAGE_CHARACTERS = 3000  # source files are cut at blank lines into passages o
 
 @dataclass(frozen=True)
 class Text:
-    """Documents with a name and a version; `documents()` yields them anew in a fixed order."""
+    """Documents with a name and a version; `documents()` yields them anew in a fixed order.
+
+    Those that `open_text` makes can be pickled, so that another process reads the same.
+    """
 
     data: DataSource
     documents: Callable[[], Iterator[str]]
@@ -76,7 +83,11 @@ def keep_apart(evaluation: Text, others: tuple[Text, ...]) -> tuple[Text, tuple[
 
 def _half(text: Text, number: int) -> Text:
     data = text.data.model_copy(update={"part": f"{number + 1} of 2"})
-    return Text(data, lambda: (d for d in text.documents() if zlib.crc32(d.encode()) % 2 == number))
+    return Text(data, partial(_documents_of_half, text, number))
+
+
+def _documents_of_half(text: Text, number: int) -> Iterator[str]:
+    return (document for document in text.documents() if zlib.crc32(document.encode()) % 2 == number)
 
 
 def check_text(text: Text) -> None:
@@ -95,15 +106,12 @@ def check_text(text: Text) -> None:
 
 def _file(path: Path) -> Text:
     data = DataSource(name=path.name, version=sha256_of_file(path))
-    return Text(data, lambda: _not_empty(_read_file(path), name=str(path)))
+    return Text(data, partial(_read_file, path))
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    if path.suffix == ".txt":
-        return _read_paragraphs(path)
-    return _read_json_lines(path)
+    reader = {".parquet": _read_parquet, ".txt": _read_paragraphs}.get(path.suffix, _read_json_lines)
+    return _not_empty(reader(path), name=str(path))
 
 
 def _read_json_lines(path: Path) -> Iterator[str]:
@@ -201,7 +209,7 @@ def _hub_data_set(reference: str, *, split: Split) -> Text:
     repo_id, _, config = name.partition(":")
     commit = _data_set_commit(repo_id, revision=revision or None)
     data = DataSource(name=name, version=commit, hub_id=repo_id, split=split)
-    return Text(data, lambda: _stream(data, config=config or None))
+    return Text(data, partial(_stream, data, config=config or None))
 
 
 def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
@@ -259,7 +267,13 @@ def _standard_library(reference: str) -> Text:
 
     split: corpus.Split = "train" if reference == "stdlib:train" else "held-out"
     data = DataSource(name=reference, version=corpus.fingerprint(split))
-    return Text(data, lambda: (part for file in corpus.documents(split) for part in _passages(file)))
+    return Text(data, partial(_standard_passages, split))
+
+
+def _standard_passages(split: "corpus.Split") -> Iterator[str]:
+    from factory.demo import corpus
+
+    return (passage for file in corpus.documents(split) for passage in _passages(file))
 
 
 def _passages(source: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from factory.commands.options import (
     home_option,
     measuring_options,
     print_json,
+    processes_option,
     trust_option,
 )
 from factory.commands.publishing import check_publishable, license_option, publish
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # What a build can be given that repeats another: nothing that would make it another build.
 WITH_REPRODUCE = {
     *("model", "reproduce", "calibration_data", "heal_data", "eval_data", "tasks", "out", "home"),
-    *("push_to", "public", "accept_license", "trust_remote_code", "rerun", "dry_run", "as_json"),
+    *("processes", "push_to", "public", "accept_license", "trust_remote_code", "rerun", "dry_run", "as_json"),
 }
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
@@ -62,6 +63,7 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
 @home_option
+@processes_option
 @trust_option
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
 @click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
@@ -103,7 +105,7 @@ def _build(model: str, options: dict[str, Any]) -> None:
         check_publishable(asked.source, accepted=options["accept_license"])
     check_out(asked.out)
     run, pending = _prepare(asked, options, reporter)
-    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home)
+    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home, processes=run.processes)
     if not (as_json and options["dry_run"]):
         title = f"{asked.source.name} → {asked.out}"
         show_preview(screen, shown, title=title, lines=_preview_lines(asked.config))
@@ -126,6 +128,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.identity import check_tasks
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
+    from factory.spread import num_processes
     from factory.store import Store, default_home
 
     config = asked.config
@@ -141,6 +144,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)
+    if pending or options["processes"]:
+        run.processes = num_processes(options["processes"])
     return run, pending
 
 

@@ -121,6 +121,13 @@ home_option = click.option(
 )
 
 
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Processes to measure, heal and evaluate with, one a GPU.  [default: one for each GPU]",
+)
+
+
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,

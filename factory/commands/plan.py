@@ -17,6 +17,7 @@ from factory.commands.options import (
     measuring_options,
     output_folder,
     print_json,
+    processes_option,
     trust_option,
 )
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 )
 @measuring_options
 @home_option
+@processes_option
 @trust_option
 @click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for plans and figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
@@ -136,6 +138,7 @@ def _build_command(chosen: "PruningPlan") -> str:
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @home_option
+@processes_option
 @trust_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: sweeps/NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
@@ -195,6 +198,7 @@ def _start(
     from factory.identity import check_tasks
     from factory.run import Run, check_texts, open_texts
     from factory.screen import StageLines, console
+    from factory.spread import num_processes
     from factory.store import Store, default_home
 
     references.check_model(model)
@@ -213,4 +217,5 @@ def _start(
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))
-    return source, Run(config, store, reporter, texts), reporter
+    processes = num_processes(options["processes"]) if measures else 1
+    return source, Run(config, store, reporter, texts, processes=processes), reporter
