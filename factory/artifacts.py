@@ -232,13 +232,16 @@ class Adapter(Artifact):
     rank: int
     learning_rate: float
     target_modules: tuple[str, ...]
+    layers: str = "all"  # that are adapted; "seam": from the last one before the cut on
     num_steps: int
     num_tokens: int  # real tokens seen in training, without padding
     sequence_length: int
     num_trainable_parameters: int
-    curve: tuple[LossPoint, ...]
+    curve: tuple[LossPoint, ...]  # of the objective: distilled, the divergence from the source
+    guard_curve: tuple[LossPoint, ...] = ()
     guard_loss_before: float  # held back from the healing text, same 4-bit model, adapter off
     guard_loss_after: float
+    slowed_at_step: int | None = None  # from there on at a lower rate, after the loss had run away
     data: DataSource
 
     @property

@@ -1,37 +1,52 @@
 """Distil: the source teaches the model without some of its layers, both on one set of 4-bit weights."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import SFTTrainer
 
 from factory.decoder import decoder_layers
-from factory.trial import bypassed, record_forms
+from factory.trial import Call, bypassed, record_forms
 
-ROWS = 256  # tokens whose whole distributions are in fp32 at once
+CHUNK_VALUES = 2**25  # tokens × vocabulary whose distributions are in fp32 at once
 
 
 class DistillTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose training loss is the forward KL divergence from the teacher's next-token distribution.
 
     The teacher is the same model with all its layers and without the adapter; the student runs without
-    the dropped layers and with it. In evaluation the loss is the student's cross-entropy, as in `sft`, so
-    that the two can be compared.
+    the dropped layers and with it. Below the first adapted layer both are the same, so that the student
+    starts from the teacher's states there. In evaluation the loss is the student's cross-entropy, as in
+    `sft`, so that the two can be compared.
 
     Args:
         dropped: Layers that the student runs without.
+        start: The first layer with an adapter.
+        seam_weight: Of the squared error of the states behind each cut, relative to the teacher's; 0: without.
     """
 
-    def __init__(self, *args: Any, dropped: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, dropped: Sequence[int], start: int = 0, seam_weight: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        inner = self.accelerator.unwrap_model(self.model)
-        self.layers, self.dropped = decoder_layers(inner.get_base_model()), frozenset(dropped)
-        self.forms = record_forms(inner.get_base_model())
+        self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
+        self.layers, self.dropped, self.start = decoder_layers(self.causal), frozenset(dropped), start
+        self.seam_weight = seam_weight
+        self.seams = [
+            index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
+        ]
+        self.forms = record_forms(self.causal)
+        self.vocab_size = self.causal.config.get_text_config().vocab_size
+        self.one_logit = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.causal.forward).parameters else {}
+        )
         # For good, not only in the forward pass: activation checkpointing runs layers again in the backward.
-        self.student = bypassed(self.layers, self.dropped, self.forms)
-        self.student.__enter__()
+        self.bypass = ExitStack()
+        self._bypass(self.dropped)
 
     def compute_loss(
         self,
@@ -42,52 +57,135 @@ class DistillTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """KL(teacher ‖ student) in nats a predicted token while training."""
         if not self.model.training:
+            self._bypass(self.dropped)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
         targets = inputs.pop("labels")[:, 1:] != -100
-        with torch.no_grad(), self._teacher(model):
-            teacher = model(**inputs).logits
-        outputs = model(**inputs)
-        rows = (outputs.logits[:, :-1][targets], teacher[:, :-1][targets])  # [n, v]
-        loss = SummedDivergence.apply(*rows)  # type: ignore[no-untyped-call]
+        teacher, calls = self._teach(model, inputs)
+        prefix = frozenset(range(self.start))
+        self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
+        student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
+        with head_of(self.causal, self.accelerator.autocast) as logits_of:
+            rows = (student[:, :-1][targets], teacher[:, :-1][targets])  # [n, d]
+            loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
+        for index, call in seams.items():
+            loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
         loss = loss / (targets.sum() if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
+        return (loss, None) if return_outputs else loss
 
-    @contextmanager
-    def _teacher(self, model: Any) -> Iterator[None]:
-        """All layers, no adapter."""
-        self.student.__exit__(None, None, None)
+    @torch.no_grad()
+    def _teach(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[int, Call]]:
+        """Last states of all layers without the adapter, and what the layers behind cuts were given."""
+        self._bypass(frozenset())
+        model.eval()  # a teacher does not drop out
         try:
             with self.accelerator.unwrap_model(model).disable_adapter():
-                yield
+                return self._states(model, inputs, {self.start, *self.seams})
         finally:
-            self.student = bypassed(self.layers, self.dropped, self.forms)
-            self.student.__enter__()
+            model.train()
+
+    def _states(
+        self, model: Any, inputs: dict[str, Any], watched: Any
+    ) -> tuple[torch.Tensor, dict[int, Call]]:
+        """States before the head, [b, t, d], and what some layers were given in the pass.
+
+        The whole model is called, which casts, shards and synchronises; its head sees the last token only.
+        """
+        calls: dict[int, Call] = {}
+        states: list[torch.Tensor] = []
+
+        def keep(index: int) -> Callable[..., None]:
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls[index] = Call(args, kwargs)
+
+            return hook
+
+        with ExitStack() as hooks:
+            backbone = self.causal.base_model
+            after = backbone.register_forward_hook(lambda _m, _a, output: states.append(output[0]))
+            hooks.callback(after.remove)
+            for index in watched:
+                handle = self.layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
+                hooks.callback(handle.remove)
+            model(**inputs, **self.one_logit)
+        return states[0], calls
+
+    def _bypass(self, skipped: frozenset[int], given: dict[int, Call] | None = None) -> None:
+        self.bypass.close()
+        self.bypass.enter_context(bypassed(self.layers, skipped, self.forms, given=given))
+
+
+def _given(call: Call) -> torch.Tensor:
+    states: torch.Tensor = call.args[0] if call.args else call.kwargs["hidden_states"]
+    return states
+
+
+def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
+    error = (student.float() - teacher.float()).square().sum(dim=-1)
+    return (error / teacher.float().square().sum(dim=-1)).sum()
+
+
+@contextmanager
+def head_of(causal: Any, autocast: Callable[[], Any]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function from last states [n, d] to logits [n, v], by the model's own way: it may cap or scale them."""
+    backbone = causal.base_model
+    own = backbone.__dict__.get("forward")
+    given: list[torch.Tensor] = []
+    backbone.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=given.pop())
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        given.append(states[None])
+        ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        with autocast():
+            logits: torch.Tensor = causal(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    try:
+        yield logits_of
+    finally:
+        if own is None:
+            del backbone.forward
+        else:
+            backbone.forward = own
 
 
 class SummedDivergence(torch.autograd.Function):
-    """Sum over rows of KL(softmax(teacher) ‖ softmax(student)), [n, v] and [n, v] → a number.
+    """Sum over rows of KL(softmax(head(teacher)) ‖ softmax(head(student))), [n, d] and [n, d] → a number.
 
-    The gradient, softmax(student) − softmax(teacher), is worked out in the forward pass a few rows at a
-    time and put where the teacher's logits were, so that nothing of their size is held besides.
+    The logits of a few rows at a time exist, never of all: the gradient for the student's states is worked
+    out in the forward pass, so that memory does not grow with tokens × vocabulary.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Forward KL in fp32; overwrites `teacher`."""
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+    ) -> torch.Tensor:
+        """Forward KL in fp32."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for start in range(0, len(student), ROWS):
-            rows = slice(start, start + ROWS)
-            log_student = student[rows].float().log_softmax(dim=-1)
-            log_teacher = teacher[rows].float().log_softmax(dim=-1)
-            weights = log_teacher.exp()
-            total += (weights * (log_teacher - log_student)).sum()
-            teacher[rows] = (log_student.exp() - weights).to(teacher.dtype)
-        ctx.save_for_backward(teacher)
+        gradient = torch.empty_like(student)
+        step = max(CHUNK_VALUES // vocab_size, 1)
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            with torch.no_grad():
+                target = logits_of(teacher[rows]).float().log_softmax(dim=-1)
+            with torch.enable_grad():
+                states = student[rows].detach().requires_grad_()
+                log_student = logits_of(states).float().log_softmax(dim=-1)
+                nats = torch.nn.functional.kl_div(log_student, target, reduction="sum", log_target=True)
+            (gradient[rows],) = torch.autograd.grad(nats, states)
+            total += nats.detach()
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """softmax(student) − softmax(teacher), for the student alone."""
-        (difference,) = ctx.saved_tensors
-        return difference * grad.to(difference.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """For the student's states alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None

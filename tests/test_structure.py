@@ -19,7 +19,7 @@ LAYERS = (
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity", "spread"),
     ("trial",),
-    ("distill", "significance", "findings"),
+    ("distill", "lora", "attention", "micro_batch", "watch", "heal_text", "significance", "findings"),
     ("harness",),
     (*STAGES, "demo.next_line"),
     ("hub", "preview", "layout", "space"),

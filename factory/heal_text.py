@@ -1,0 +1,85 @@
+"""The healing text as tokens: what is trained on, and what is held back to see whether that helped."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+from factory.config import HealSettings
+from factory.errors import DataError
+from factory.texts import Text, windows
+
+disable_progress_bars()
+
+GUARD_SEQUENCES = 64  # held back from the healing text
+GUARD_SHARE = 0.05  # at most, of the training tokens: the guard is read a dozen times
+DOCUMENTS = 64  # tokenised at once
+
+
+def data_sets(
+    text: Text, tokenizer: Any, *, settings: HealSettings, seed: int, folder: Path
+) -> tuple[Dataset, Dataset]:
+    """Guard and training sequences, tokenised. Training stops taking text at its token budget.
+
+    Args:
+        folder: Training sequences are kept on disk in its `tokens`.
+
+    Raises:
+        DataError: Too little text.
+    """
+    budget = settings.num_steps * settings.batch_size * settings.sequence_length
+    documents = _documents(text, tokenizer, length=settings.sequence_length, seed=seed)
+    guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
+    guard = take_guard(documents, num_tokens=guard_tokens)
+    sequences = chain.from_iterable(documents)
+    first = next(sequences, None)
+    if first is None:
+        raise DataError(
+            f"{text.data.name} holds too little text to heal on",
+            hint="give more with --heal-data, or build without healing: --no-heal",
+        )
+    scratch = folder / "tokens"
+    shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
+    train = Dataset.from_generator(
+        lambda: ({"input_ids": tokens} for tokens in _until(chain([first], sequences), num_tokens=budget)),
+        features=Features({"input_ids": List(Value("int32"))}),
+        cache_dir=str(scratch),
+        fingerprint=f"heal-{seed}",
+    )
+    return Dataset.from_dict({"input_ids": guard}), train
+
+
+def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list[list[int]]:
+    """Sequences of the first documents; what is left of the last of them is nobody's.
+
+    A document is in the guard or in the training text, never in both: pieces of one document are too
+    much alike for one to say whether training on the other helped.
+    """
+    guard: list[list[int]] = []
+    for document in documents:
+        for sequence in document:
+            guard.append(sequence)
+            if sum(map(len, guard)) >= num_tokens:
+                return guard
+    return guard
+
+
+def _documents(text: Text, tokenizer: Any, *, length: int, seed: int) -> Iterator[list[list[int]]]:
+    """Each document as its sequences, the end token behind the last."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    documents = text.shuffled(seed)
+    while some := list(islice(documents, DOCUMENTS)):
+        for tokens in tokenizer(some).input_ids:
+            yield list(windows(tokens + end, length=length))
+
+
+def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:
+    taken = 0
+    for sequence in sequences:
+        yield sequence
+        taken += len(sequence)
+        if taken >= num_tokens:
+            return

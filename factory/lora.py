@@ -1,0 +1,101 @@
+"""Where LoRA is laid: which modules of which layers; and the adapter's files, in peft's format."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from factory.decoder import decoder_layers
+from factory.errors import UnsupportedArchitectureError
+
+PEFT_PREFIX = "base_model.model."
+
+Modules = Literal["ffn", "all-linear"]
+
+
+def linear_modules(model: Any, which: Modules) -> list[str]:
+    """Names, relative to a layer, of the linear modules to adapt: ["mlp.down_proj", …].
+
+    "ffn" takes those outside attention, "all-linear" attention's too; routers stay as they are in both.
+
+    Raises:
+        UnsupportedArchitectureError: There are none, or "ffn" is asked of experts that are one parameter.
+    """
+    names: set[str] = set()
+    for layer in decoder_layers(model):
+        if which == "ffn":
+            _refuse_fused_experts(model, layer)
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear) and (which == "all-linear" or not _mixes_tokens(name)):
+                if name.split(".")[-1] not in ("gate", "router"):
+                    names.add(name)
+    if not names:
+        raise UnsupportedArchitectureError(
+            f"{model.config.model_type}: no linear modules ({which}) for LoRA to adapt",
+            hint="build it without healing: --no-heal",
+        )
+    return sorted(names)
+
+
+def _mixes_tokens(name: str) -> bool:
+    """Whether a module belongs to attention or to what stands in its place."""
+    return any("att" in part.lower() or "mixer" in part.lower() for part in name.split("."))
+
+
+def _refuse_fused_experts(model: Any, layer: Any) -> None:
+    fused = [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "expert" in name]
+    if fused:
+        raise UnsupportedArchitectureError(
+            f"{model.config.model_type}: the experts are one parameter each ({fused[0]}), which no LoRA adapts",
+            hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
+        )
+
+
+def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) -> int:
+    """The source's number of the first layer that gets LoRA: with `seam`, the last one before the cut.
+
+    Below it nothing is trained: the backward pass stops there.
+
+    Args:
+        kept: Layers that stay, ascending, in the source's numbers.
+        dropped: Layers that go.
+    """
+    before = [index for index in kept if index < min(dropped, default=0)]
+    return before[-1] if seam and before else kept[0]
+
+
+def module_names(
+    layers: Any, modules: Sequence[str], *, prefix: str, indices: Sequence[int]
+) -> list[str]:
+    """Full names of the modules that LoRA adapts in some layers."""
+    return [
+        f"{prefix}.{index}.{name}"
+        for index in indices
+        for name, _ in layers[index].named_modules()
+        if name in modules
+    ]
+
+
+def save_adapter(
+    model: Any, folder: Path, *, modules: Sequence[str], new_names: Mapping[str, str]
+) -> None:
+    """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
+
+    Args:
+        new_names: Beginning of a module's name in the trained model → in the pruned checkpoint.
+    """
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": None, "target_modules": list(modules)}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = folder / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(weights).items():
+        old = next(old for old in new_names if f"{PEFT_PREFIX}{old}" in name)
+        tensors[name.replace(old, new_names[old], 1)] = tensor
+    save_file(tensors, weights, metadata={"format": "pt"})

@@ -1,0 +1,65 @@
+"""How many sequences a training pass holds: the most that fit the GPU, with all activations kept if they fit."""
+
+import gc
+from typing import Any
+
+import torch
+
+SHARE = 0.92  # of the memory that may be used; the rest is lost between blocks
+OPTIMIZER_BYTES = 12  # a trained parameter: gradient and Adam's two moments in fp32
+CANDIDATES = 64  # training sequences among which the longest is tried
+
+
+def fit_micro_batch(trainer: Any) -> None:
+    """Set a trainer's batch on each device by trying a pass, at an unchanged effective batch.
+
+    Activations are computed again in the backward pass only if not even one sequence fits otherwise. On a
+    CPU everything stays as it is.
+
+    Args:
+        trainer: Built with one sequence a pass, and without checkpointing of activations.
+    """
+    arguments = trainer.args
+    if trainer.model.device.type != "cuda":
+        return
+    sequences = arguments.gradient_accumulation_steps
+    for checkpointing in (False, True):
+        arguments.gradient_checkpointing = checkpointing
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
+            if _fits(trainer, size):
+                arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
+                arguments.gradient_accumulation_steps = sequences // size
+                trainer._train_batch_size = size
+                return
+    # Not even that fits: training itself says so, with the numbers of the allocator.
+
+
+def _fits(trainer: Any, size: int) -> bool:
+    """Whether a forward and a backward pass over `size` full sequences leave room for the optimiser."""
+    rows = [trainer.train_dataset[i] for i in range(min(CANDIDATES, len(trainer.train_dataset)))]
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainer.model.train()
+    torch.cuda.reset_peak_memory_stats()
+    random = torch.cuda.get_rng_state()
+    try:
+        inputs = trainer._prepare_inputs(trainer.data_collator([longest] * size))
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.set_rng_state(random)
+        for parameter in trained:
+            parameter.grad = None
+        trainer._metrics["train"].clear()
+        inputs = loss = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info()
+    usable_bytes = SHARE * (free_bytes + torch.cuda.memory_reserved())
+    needed_bytes = torch.cuda.max_memory_allocated() + OPTIMIZER_BYTES * sum(p.numel() for p in trained)
+    return needed_bytes <= usable_bytes

@@ -1,0 +1,89 @@
+"""What watches a healing run: progress with its speed, and whether the loss runs away."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from factory.errors import HealingError
+
+SPIKE = 2.0  # times the first loss: worse than not having healed at all
+SLOWER = 0.3  # of the learning rate, after a run-away
+# Dense bf16 FLOP/s by the makers' data sheets, for the utilisation on screen.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10": 125e12, "4090": 165e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+class Diverged(HealingError):
+    """The loss is no longer finite, or far above where it began."""
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Reports steps, loss and speed; stops a run whose loss runs away before that is saved.
+
+    Args:
+        report: Gets steps done, steps in all, and a note: "loss 2.345, 13,900 tokens/s, MFU 0.37".
+        flops_per_token: Of forward and backward passes, for the utilisation; adapters are not counted.
+    """
+
+    def __init__(self, report: Callable[[int, int, str], None], *, flops_per_token: float) -> None:
+        self.report, self.flops_per_token = report, flops_per_token
+        self.note = self.loss = ""
+        self.began: tuple[float, float] | None = None  # seconds and tokens, after the first step
+        self.first: float | None = None
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+        self.first, self.began = (losses[0] if losses else None), None
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        loss = float(logs["loss"])
+        self.first = loss if self.first is None else self.first
+        self.loss = f"loss {loss:.3f}"
+        if not loss <= SPIKE * self.first:
+            raise Diverged(
+                f"the loss is {loss:.4g} at step {state.global_step}, after {self.first:.4g} at the start",
+                hint="a lower --heal-lr usually helps",
+            )
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        now, tokens = time.monotonic(), float(state.num_input_tokens_seen)
+        speed = ""
+        if self.began is None:
+            self.began = (now, tokens)
+        elif now > self.began[0]:
+            rate = (tokens - self.began[1]) / (now - self.began[0])
+            speed = f", {rate:,.0f} tokens/s" + _utilisation(rate * self.flops_per_token)
+        self.report(state.global_step, state.max_steps, self.loss + speed)
+        if state.global_step == state.max_steps:  # the last step counts as much as any
+            control.should_evaluate = control.should_save = True
+
+
+class Slower(TrainerCallback):  # type: ignore[misc]
+    """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored."""
+
+    def on_train_begin(
+        self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= SLOWER
+            group["initial_lr"] *= SLOWER
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        schedule.base_lrs = [SLOWER * rate for rate in schedule.base_lrs]
+
+
+def _utilisation(flops: float) -> str:
+    """Model FLOP utilisation of the GPU: ", MFU 0.37"; empty for a card whose peak is not known."""
+    if not torch.cuda.is_available():
+        return ""
+    device = torch.cuda.get_device_name()
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+    return f", MFU {flops / peak:.2f}" if peak else ""
