@@ -22,6 +22,7 @@ from factory.prune import prune
 from factory.texts import Text, open_text
 
 WARMUP_SHARE = 0.1
+RECIPES = ("sft/ffn/all/8/3e-3", "sft/ffn/all/64/3e-3", "distill/all-linear/seam/64/3e-3")
 
 
 def loss_of(folder: Path, text: Text, settings: EvaluateSettings) -> float:
@@ -62,17 +63,24 @@ def healed_loss(
 
 
 def recipe_of(text: str, *, tokens: int, length: int, batch_size: int) -> HealSettings:
-    """`objective:rank:learning rate` as settings for a number of tokens."""
-    objective, rank, rate = text.split(":")
+    """`objective/modules/layers/rank/rate[/dropout[/seam weight]]` as settings for a number of tokens."""
+    objective, modules, layers, rank, rate, *rest = text.split("/")
+    dropout, seam_weight = (float(value) for value in [*rest, *("0.05", "0")[len(rest) :]])
     steps = max(tokens // (batch_size * length), 1)
-    return HealSettings(
-        objective=objective,  # type: ignore[arg-type]
-        rank=int(rank),
-        learning_rate=float(rate),
-        num_steps=steps,
-        warmup_steps=int(WARMUP_SHARE * steps),
-        batch_size=batch_size,
-        sequence_length=length,
+    return HealSettings.model_validate(
+        {
+            "objective": objective,
+            "modules": modules,
+            "layers": layers,
+            "rank": rank,
+            "learning_rate": rate,
+            "dropout": dropout,
+            "seam_weight": seam_weight,
+            "num_steps": steps,
+            "warmup_steps": int(WARMUP_SHARE * steps),
+            "batch_size": batch_size,
+            "sequence_length": length,
+        }
     )
 
 
@@ -83,7 +91,7 @@ def main() -> None:
     parser.add_argument("--layers", required=True, help="that are dropped: 11-20")
     parser.add_argument("--heal-data", required=True)
     parser.add_argument("--eval-data", required=True)
-    parser.add_argument("--recipes", default="sft:8:3e-3,sft:64:3e-3,distill:64:3e-3")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -102,7 +110,9 @@ def main() -> None:
         pruned = prune(source, plan, folder=Path(folder), progress=lambda *_: None)
         whole, cut = (loss_of(path, texts[1], evaluation) for path in (source.local_folder, Path(folder)))
         print(
-            f"layers {layer_ranges(dropped)} dropped; loss source {whole:.4f}, pruned {cut:.4f}", flush=True
+            f"layers {layer_ranges(dropped)} dropped; loss source {whole:.4f}, pruned {cut:.4f}; "
+            f"{arguments.tokens:,} tokens a heal",
+            flush=True,
         )
         rows = []
         for name in arguments.recipes.split(","):
@@ -120,7 +130,7 @@ def main() -> None:
                 print(f"{name} seed {seed}: {loss:.4f}, {shares[-1]:.3f} in {seconds:.0f} s", flush=True)
             spread = f" ± {stdev(shares):.3f}" if len(shares) > 1 else ""
             rows.append(f"| {name} | {mean(losses):.4f} | {mean(shares):.3f}{spread} | {mean(times):.0f} |")
-    print("\n| objective:rank:rate | loss | recovered | seconds |\n|---|--:|--:|--:|\n" + "\n".join(rows))
+    print("\n| recipe | loss | recovered | seconds |\n|---|--:|--:|--:|\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -24,35 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import find_executable_batch_size
-from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+from shapes import SHAPES, random_model
 
 from factory.artifacts import layer_ranges
 from factory.config import MeasureSettings
 from factory.decoder import decoder_layers
 from factory.measure import CERTAIN, CHUNK, FIRST_BATCH_SIZE, Sample, Sums, measure_batches, take_samples
 from factory.models import (
-    best_device,
-    compute_dtype,
     device_name,
     fuse_norms,
     load_model,
     load_tokenizer,
+    matrix_weights,
     pad_batch,
 )
 from factory.texts import open_text
 
 PAPER_SAMPLES = 10_000  # arXiv 2403.17887, section 3.2
 PRUNEME_SAMPLES = 4_000  # its run_layer_similarity.sh
-SHAPES: dict[str, PreTrainedConfig] = {
-    "mistral-7b": MistralConfig(max_position_embeddings=32768),
-    "llama-70b": LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096,
-    ),
-}  # fmt: skip
 
 Batches = Callable[[list[Sample], int], None]  # samples, sequences of full length a batch
 
@@ -60,55 +50,10 @@ Batches = Callable[[list[Sample], int], None]  # samples, sequences of full leng
 # The model and the samples ----------------------------------------------------------------------
 
 
-def random_model(config: PreTrainedConfig, *, four_bit: bool) -> Any:
-    """A model of random weights, made one after the other on the device, so that no more is ever there.
-
-    Args:
-        four_bit: Quantise each linear layer but the head to NF4 as `load_model` does.
-    """
-    device = best_device()
-    dtype = compute_dtype(device)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for module in list(model.modules()) if four_bit else ():
-        for name, child in list(module.named_children()):
-            if isinstance(child, torch.nn.Linear) and name != "lm_head":
-                setattr(module, name, random_four_bit(child, device=device, dtype=dtype))
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if weight.device.type == "meta":
-                values = torch.empty(weight.shape, device=device, dtype=dtype)
-                values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
-                module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=False)
-    model.tie_weights()
-    return model.eval()
-
-
-def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: torch.dtype) -> Linear4bit:
-    """An NF4 layer of the same size."""
-    made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
-    values = torch.empty(linear.weight.shape, device=device, dtype=dtype).normal_(std=0.02)
-    weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
-    made.weight = weight.to(device)
-    return made
-
-
 def random_samples(count: int, *, length: int, vocab_size: int) -> list[Sample]:
     """Sequences of random tokens, all of full length."""
     generator = torch.Generator().manual_seed(0)
     return list(enumerate(torch.randint(vocab_size, (count, length), generator=generator).tolist()))
-
-
-def matrix_weights(model: Any) -> int:
-    """Weights of the layers' matrices: a token costs two operations for each of them."""
-    return sum(
-        module.in_features * module.out_features
-        for module in decoder_layers(model).modules()
-        if isinstance(module, torch.nn.Linear)
-    )
 
 
 # The two ways -----------------------------------------------------------------------------------
@@ -272,7 +217,7 @@ def compare(ways: Ways, samples: list[Sample], *, rounds: int, batches: dict[str
 
 def report(ways: Ways, speeds: dict[str, list[float]], *, per_round: int) -> None:
     """Medians with their spread, and the ratios of the rounds."""
-    operations = 2 * matrix_weights(ways.model)
+    operations = 2 * matrix_weights(decoder_layers(ways.model))
     print(f"medians of {len(speeds['ours'])} rounds of {per_round} samples in turns; forward: layers alone")
     for name, values in speeds.items():
         speed = statistics.median(values)

@@ -46,15 +46,16 @@ def varlen_attention(
         cu_seq_lens_q = torch.arange(rows + 1, dtype=torch.int32, device=query.device) * length
     longest = max_length_q or length
     dtype = value.dtype if value.dtype != torch.float32 else torch.bfloat16
-    flat = [
+    q, k, v = (
         states.to(dtype).transpose(1, 2).flatten(0, 1).repeat_interleave(heads // states.shape[1], dim=1)
         for states in (query, key, value)
-    ]
+    )
     before = -1 if sliding_window is None else sliding_window - 1
     output = varlen_attn(
-        *flat, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=(before, 0)
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=(before, 0)
     )
-    return output.unflatten(0, (rows, length)).to(query.dtype), None
+    assert isinstance(output, torch.Tensor)
+    return output.view(rows, length, heads, -1).to(query.dtype), None
 
 
 def use_packed_attention(model: Any) -> str:
@@ -103,7 +104,10 @@ def _packed_logits(model: Any) -> torch.Tensor:
     """Logits of a few packed documents, given as TRL's collator gives them."""
     positions = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])[None].to(model.device)
     bounds = torch.tensor((0, *PROBE_LENGTHS)).cumsum(0).to(model.device, torch.int32)
-    ids = torch.arange(1, positions.shape[1] + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = (
+        torch.arange(1, positions.shape[1] + 1, device=model.device)[None]
+        % model.config.get_text_config().vocab_size
+    )
     longest = max(PROBE_LENGTHS)
     logits: torch.Tensor = model(
         input_ids=ids,

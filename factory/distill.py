@@ -26,7 +26,7 @@ class DistillTrainer(SFTTrainer):  # type: ignore[misc]
     Args:
         dropped: Layers that the student runs without.
         start: The first layer with an adapter.
-        seam_weight: Of the squared error of the states behind each cut, relative to the teacher's; 0: without.
+        seam_weight: Of the relative squared error of the states behind each cut; 0: without.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class DistillTrainer(SFTTrainer):  # type: ignore[misc]
         self.forms = record_forms(self.causal)
         self.vocab_size = self.causal.config.get_text_config().vocab_size
         self.one_logit = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.causal.forward).parameters else {}
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(self.causal.forward).parameters
+            else {}
         )
         # For good, not only in the forward pass: activation checkpointing runs layers again in the backward.
         self.bypass = ExitStack()
@@ -130,7 +132,7 @@ def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def head_of(causal: Any, autocast: Callable[[], Any]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """A function from last states [n, d] to logits [n, v], by the model's own way: it may cap or scale them."""
+    """A function from last states [n, d] to logits [n, v], by the model's own way: some cap them."""
     backbone = causal.base_model
     own = backbone.__dict__.get("forward")
     given: list[torch.Tensor] = []

@@ -12,7 +12,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
@@ -27,9 +26,9 @@ from factory.distill import DistillTrainer
 from factory.heal_text import data_sets
 from factory.lora import first_adapted, linear_modules, module_names, save_adapter
 from factory.micro_batch import fit_micro_batch
-from factory.models import fuse_norms, load_model, load_tokenizer
+from factory.models import fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
-from factory.watch import Diverged, Progress, Slower
+from factory.watch import DivergedError, Progress, Slower
 
 CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
@@ -47,6 +46,7 @@ class Student:
     adapted: list[str]  # full names
     start: int  # first layer with an adapter
     new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
+    num_weights: int  # in the matrices of its layers
 
 
 def heal(
@@ -81,23 +81,22 @@ def heal(
     set_seed(seed)
     tokenizer = load_tokenizer(pruned.folder)
     guard, train = data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
-    distils = settings.objective == "distill"
-    begin = partial(
-        _begin,
-        source_folder if distils else pruned.folder,
-        tokenizer,
-        (guard, train),
+    start = partial(
+        begin,
+        tokenizer=tokenizer,
+        texts=(guard, train),
         dropped=dropped,
         settings=settings,
         seed=seed,
         folder=folder,
         progress=progress,
     )
-    student, trainer = begin()
+    base = source_folder if settings.objective == "distill" else pruned.folder
+    student, trainer = start(load_model(base, four_bit=True))
     before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
     try:
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(trainer.args.output_dir)))
-    except Diverged:
+    except DivergedError:
         if (folder / SLOWED).exists():
             raise
         last = last_whole_checkpoint(Path(trainer.args.output_dir))
@@ -106,7 +105,7 @@ def heal(
         trainer = student = None  # type: ignore[assignment]
         gc.collect()
         set_seed(seed)
-        student, trainer = begin()
+        student, trainer = start(load_model(base, four_bit=True))
         trainer.train(resume_from_checkpoint=last)
     after = float(trainer.evaluate()["eval_loss"])
     save_adapter(trainer.model, folder, modules=student.modules, new_names=student.new_names)
@@ -150,38 +149,42 @@ def last_whole_checkpoint(output_folder: Path) -> str | None:
     return last
 
 
-def _begin(
-    model_folder: Path,
+def begin(
+    model: Any,
+    *,
     tokenizer: Any,
     texts: tuple[Dataset, Dataset],
-    *,
     dropped: Sequence[int],
     settings: HealSettings,
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
 ) -> tuple[Student, SFTTrainer]:
-    """A loaded student and its trainer, before the first step."""
-    student = _student(model_folder, dropped=dropped, settings=settings)
-    trainer = _trainer(student, tokenizer, *texts, dropped=dropped, settings=settings, seed=seed, folder=folder)
+    """The student and its trainer, before the first step.
+
+    Args:
+        model: NF4: the pruned model, or for distilling its source.
+        texts: Guard and training sequences.
+        dropped: Layers of the source that the student lacks.
+    """
+    student = _student(model, dropped=dropped, settings=settings)
+    trainer = _trainer(
+        student, tokenizer, *texts, dropped=dropped, settings=settings, seed=seed, folder=folder
+    )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             # TRL casts QLoRA adapters to bf16, where a small update to a weight rounds to nothing.
             parameter.data = parameter.data.float()
     fit_micro_batch(trainer)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
-    kept = len(student.new_names) / len(find_layers(student.model)[1])
-    parameters = student.model.num_parameters() * (kept if settings.objective == "distill" else 1)
-    trainer.add_callback(Progress(progress, flops_per_token=4 * parameters))
+    trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=PATIENCE))
     if (folder / SLOWED).exists():
         trainer.add_callback(Slower())
     return student, trainer
 
 
-def _student(model_folder: Path, *, dropped: Sequence[int], settings: HealSettings) -> Student:
-    """The pruned model, or for distilling its source, quantised; nothing is trained yet."""
-    model = load_model(model_folder, four_bit=True)
+def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
     if model.device.type == "cuda":
         use_packed_attention(model)
         fuse_norms(model)
@@ -197,6 +200,7 @@ def _student(model_folder: Path, *, dropped: Sequence[int], settings: HealSettin
         adapted=module_names(layers, modules, prefix=prefix, indices=kept[first:]),
         start=kept[first],
         new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
+        num_weights=sum(matrix_weights(layers[index]) for index in kept),
     )
 
 

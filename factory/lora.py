@@ -29,9 +29,10 @@ def linear_modules(model: Any, which: Modules) -> list[str]:
         if which == "ffn":
             _refuse_fused_experts(model, layer)
         for name, module in layer.named_modules():
-            if isinstance(module, torch.nn.Linear) and (which == "all-linear" or not _mixes_tokens(name)):
-                if name.split(".")[-1] not in ("gate", "router"):
-                    names.add(name)
+            wanted = which == "all-linear" or not _mixes_tokens(name)
+            routes = name.split(".")[-1] in ("gate", "router")
+            if isinstance(module, torch.nn.Linear) and wanted and not routes:
+                names.add(name)
     if not names:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: no linear modules ({which}) for LoRA to adapt",
@@ -49,7 +50,7 @@ def _refuse_fused_experts(model: Any, layer: Any) -> None:
     fused = [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "expert" in name]
     if fused:
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: the experts are one parameter each ({fused[0]}), which no LoRA adapts",
+            f"{model.config.model_type}: its experts are one parameter ({fused[0]}), which no LoRA adapts",
             hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
         )
 
@@ -67,9 +68,7 @@ def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) ->
     return before[-1] if seam and before else kept[0]
 
 
-def module_names(
-    layers: Any, modules: Sequence[str], *, prefix: str, indices: Sequence[int]
-) -> list[str]:
+def module_names(layers: Any, modules: Sequence[str], *, prefix: str, indices: Sequence[int]) -> list[str]:
     """Full names of the modules that LoRA adapts in some layers."""
     return [
         f"{prefix}.{index}.{name}"
@@ -79,9 +78,7 @@ def module_names(
     ]
 
 
-def save_adapter(
-    model: Any, folder: Path, *, modules: Sequence[str], new_names: Mapping[str, str]
-) -> None:
+def save_adapter(model: Any, folder: Path, *, modules: Sequence[str], new_names: Mapping[str, str]) -> None:
     """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
 
     Args:

@@ -1,4 +1,4 @@
-"""How many sequences a training pass holds: the most that fit the GPU, with all activations kept if they fit."""
+"""How many sequences a training pass holds: the most that fit the GPU, activations kept if those fit."""
 
 import gc
 from typing import Any
@@ -62,4 +62,4 @@ def _fits(trainer: Any, size: int) -> bool:
     free_bytes, _ = torch.cuda.mem_get_info()
     usable_bytes = SHARE * (free_bytes + torch.cuda.memory_reserved())
     needed_bytes = torch.cuda.max_memory_allocated() + OPTIMIZER_BYTES * sum(p.numel() for p in trained)
-    return needed_bytes <= usable_bytes
+    return bool(needed_bytes <= usable_bytes)

@@ -1,9 +1,7 @@
 """What watches a healing run: progress with its speed, and whether the loss runs away."""
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-class Diverged(HealingError):
+class DivergedError(HealingError):
     """The loss is no longer finite, or far above where it began."""
 
 
@@ -49,7 +47,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.first = loss if self.first is None else self.first
         self.loss = f"loss {loss:.3f}"
         if not loss <= SPIKE * self.first:
-            raise Diverged(
+            raise DivergedError(
                 f"the loss is {loss:.4g} at step {state.global_step}, after {self.first:.4g} at the start",
                 hint="a lower --heal-lr usually helps",
             )
@@ -71,7 +69,13 @@ class Slower(TrainerCallback):  # type: ignore[misc]
     """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored."""
 
     def on_train_begin(
-        self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+        self,
+        _args: Any,
+        _state: Any,
+        _control: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
     ) -> None:
         for group in optimizer.param_groups:
             group["lr"] *= SLOWER

@@ -163,7 +163,7 @@ def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_stops_the_run(model: Path, tmp_path: Path) -> None:
     wild = SETTINGS.model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(HealingError, match="the loss is .* at step") as caught:
+    with pytest.raises(HealingError, match=r"the loss is .* at step") as caught:
         run(model, tmp_path / "adapter", settings=wild)
     assert "--heal-lr" in caught.value.hint
 

@@ -1,0 +1,58 @@
+"""Models of known shapes with random weights, for speed and memory: made on the device, no file needed."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from factory.models import best_device, compute_dtype
+
+SHAPES: dict[str, PreTrainedConfig] = {
+    "mistral-7b": MistralConfig(max_position_embeddings=32768),
+    "llama-70b": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096,
+    ),
+    "tiny": LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=32000, max_position_embeddings=4096,
+    ),
+}  # fmt: skip
+
+
+def random_model(config: PreTrainedConfig, *, four_bit: bool) -> Any:
+    """A model of random weights, made one after the other on the device, so that no more is ever there.
+
+    Args:
+        four_bit: Quantise each linear layer but the head to NF4 as `load_model` does.
+    """
+    device = best_device()
+    dtype = compute_dtype(device)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in list(model.modules()) if four_bit else ():
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear) and name != "lm_head":
+                setattr(module, name, random_four_bit(child, device=device, dtype=dtype))
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.device.type == "meta":
+                values = torch.empty(weight.shape, device=device, dtype=dtype)
+                values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+                module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: torch.dtype) -> Linear4bit:
+    """An NF4 layer of the same size."""
+    made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
+    values = torch.empty(linear.weight.shape, device=device, dtype=dtype).normal_(std=0.02)
+    weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
+    made.weight = weight.to(device)
+    return made
