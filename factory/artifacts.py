@@ -423,6 +423,7 @@ class Publication(Artifact):
     commit: str
     private: bool
     files: dict[str, str]  # every file → sha256
+    space: str | None = None  # the comparison Space that the card links to
 
 
 def is_block(layers: Sequence[int]) -> bool:

@@ -40,39 +40,43 @@ HEALING_FIGURE = "figures/healing.png"
 EMBEDDED = "demo"  # the one alias that is no repository
 
 
-def write_card(build: Build, folder: Path, *, repo_id: str | None = None) -> Path:
+def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space: str | None = None) -> Path:
     """Write README.md into the model folder; the healing curve is shown where its figure lies there."""
     path = folder / "README.md"
     has_figure = (folder / HEALING_FIGURE).is_file()
-    write_atomically(path, render(build, repo_id=repo_id, has_healing_figure=has_figure))
+    write_atomically(path, render(build, repo_id=repo_id, space=space, has_healing_figure=has_figure))
     return path
 
 
-def renew_card(build: Build, folder: Path, *, repo_id: str) -> bool:
+def renew_card(build: Build, folder: Path, *, repo_id: str, space: str | None = None) -> bool:
     """Write the card for a repository, unless somebody has edited it: whether it was kept as it is."""
     path = folder / "README.md"
     if path.is_file() and _is_edited(path.read_bytes().decode("utf-8", "replace"), build, folder):
         return True
-    write_card(build, folder, repo_id=repo_id)
+    write_card(build, folder, repo_id=repo_id, space=space)
     return False
 
 
 def _is_edited(text: str, build: Build, folder: Path) -> bool:
-    """Whether a card says something else than would be written, for whichever repository it was written."""
+    """Whether a card says something else than would be written, whichever repository and Space it names."""
     named = re.search(rf'model="({HUB_NAME.pattern})"', text)
+    linked = re.search(rf"\({HUB}/spaces/({HUB_NAME.pattern})\)", text)
     has_figure = (folder / HEALING_FIGURE).is_file()
     return all(
-        text != render(build, repo_id=repo_id, has_healing_figure=has_figure)
+        text != render(build, repo_id=repo_id, space=linked and linked[1], has_healing_figure=has_figure)
         for repo_id in (None, named and named[1])
     )
 
 
-def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool) -> str:
+def render(
+    build: Build, *, repo_id: str | None = None, space: str | None = None, has_healing_figure: bool
+) -> str:
     """The card: YAML front matter and Markdown.
 
     Args:
         build: Everything that is said.
         repo_id: Where it will be published; without it the code on the card loads `./model`.
+        space: Where source and result can be tried side by side.
         has_healing_figure: Whether `figures/healing.png` lies beside the card.
 
     Raises:
@@ -88,6 +92,7 @@ def render(build: Build, *, repo_id: str | None = None, has_healing_figure: bool
             front_matter=Markup(yaml.safe_dump(front_matter(build, repo_id=repo_id), **YAML_STYLE)),
             title=_title(build, repo_id=repo_id),
             model_id=repo_id or "./model",
+            space=space,
             source=build.evaluations["source"],
             shipped=build.evaluations[build.shipped],
             quality=quality_rows(build),

@@ -172,7 +172,9 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     return same or build
 
 
-def publish(folder: Path, repository: str | None, **options: Any) -> tuple[Publication, bool]:
+def publish(
+    folder: Path, repository: str | None, *, space: str | None = None, **options: Any
+) -> tuple[Publication, bool]:
     """Publish a finished build: its card names the repository, then everything goes up in one commit.
 
     A card that somebody has edited is published as it is.
@@ -180,6 +182,7 @@ def publish(folder: Path, repository: str | None, **options: Any) -> tuple[Publi
     Args:
         folder: The build.
         repository: `owner/name`; None: the source's name and the fraction, under who is logged in.
+        space: The comparison Space that the card links to; None: the one it links to already, if any.
         options: Of `hub.push`.
 
     Returns:
@@ -194,7 +197,10 @@ def publish(folder: Path, repository: str | None, **options: Any) -> tuple[Publi
     if repository is None:
         repository = hub.default_repo_name(build.source, build.config["drop"])
     repo_id = hub.full_name(repository)
-    is_edited = renew_card(build, folder / "model", repo_id=repo_id)
-    publication = hub.push(folder / "model", repo_id=repo_id, **options)
+    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    if known and known.repo_id == repo_id:
+        space = space or known.space
+    is_edited = renew_card(build, folder / "model", repo_id=repo_id, space=space)
+    publication = hub.push(folder / "model", repo_id=repo_id, **options).model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited

@@ -515,6 +515,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
         partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
     )
     others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
+    others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
         without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
         for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):

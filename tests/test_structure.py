@@ -28,6 +28,7 @@ LAYERS = (
     ("reproduce",),
     ("stages",),
     ("pipeline",),
+    ("deploy",),
     ("screen",),
     ("commands.asked", "commands.options", "commands.publishing"),
     (

@@ -25,9 +25,9 @@ def card(folder: Path, preview: bool, no_browser: bool) -> None:
     if no_browser and not preview:
         raise UsageError("--no-browser without --preview", hint="add --preview, or leave it out")
     model = build_folder(folder) / "model"
-    published = (folder / Publication.file_name).is_file()
-    repo_id = Publication.read(folder).repo_id if published else None
-    click.echo(write_card(Build.read(folder), model, repo_id=repo_id))
+    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    names = {"repo_id": known.repo_id, "space": known.space} if known else {}
+    click.echo(write_card(Build.read(folder), model, **names))
     if not preview:
         return
     from factory.store import write_atomically

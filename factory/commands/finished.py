@@ -7,6 +7,9 @@ import click
 
 from factory.commands.options import CONTEXT, build_folder
 from factory.commands.publishing import check_publishable, license_option, publish
+from factory.errors import UsageError
+
+USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
 
 
 @click.command(context_settings=CONTEXT)
@@ -53,8 +56,33 @@ def show(folder: Path) -> None:
     "--source", type=click.Path(path_type=Path), help="Folder of the model that BUILD was made from."
 )
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
-def space(folder: Path, port: int | None, source: Path | None, no_browser: bool) -> None:
-    """Compare both models of a BUILD side by side, in the browser, without network; Ctrl-C ends it."""
+@click.option(
+    "--deploy",
+    is_flag=False,
+    flag_value=USUAL_NAME,
+    metavar="[OWNER/NAME]",
+    help="Put the page on the Hub, as a Space.  [default: the model's name and -compare]",
+)
+@click.option("--hardware", help="Of the Space.  [default: zero-a10g for a new one]")
+def space(folder: Path, deploy: str | None, hardware: str | None, **options: Any) -> None:
+    """Compare both models of a BUILD side by side, in the browser, without network; Ctrl-C ends it.
+
+    With --deploy the page goes to the Hub instead, or is brought up to date there; BUILD must have been
+    pushed, and its source must be on the Hub.
+    """
+    build_folder(folder)
+    if deploy is not None:
+        if any(options.values()):
+            raise UsageError("--deploy runs nothing on this machine", hint="leave out all but --hardware")
+        deploy_space(folder, name=None if deploy == USUAL_NAME else deploy, hardware=hardware)
+    elif hardware is not None:
+        raise UsageError("--hardware without --deploy", hint="add --deploy, or leave it out")
+    else:
+        serve_page(folder, **options)
+
+
+def serve_page(folder: Path, *, port: int | None, source: Path | None, no_browser: bool) -> None:
+    """Run the page here until it is interrupted."""
     from factory.space import serve
 
     def ready(url: str) -> None:
@@ -62,4 +90,21 @@ def space(folder: Path, port: int | None, source: Path | None, no_browser: bool)
         if not no_browser:
             click.launch(url)
 
-    serve(build_folder(folder), source=source, port=port, ready=ready)
+    serve(folder, source=source, port=port, ready=ready)
+
+
+def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> None:
+    """Deploy the page; print its address, and on standard error what is left to do."""
+    from factory.deploy import deploy
+    from factory.screen import printable
+
+    deployed = deploy(folder, name=name, hardware=hardware)
+    if not deployed.changed:
+        click.echo("note: it was up to date", err=True)
+    if deployed.keeps_card:
+        click.echo("note: the edited card was kept; link the Space from it yourself", err=True)
+    if deployed.secret_for:
+        models = printable(" and ".join(deployed.secret_for))
+        told = f"not everybody may read {models}: give the Space a secret HF_TOKEN that may"
+        click.echo(f"note: {told}, at {deployed.url}/settings", err=True)
+    click.echo(deployed.url)
