@@ -10,6 +10,7 @@ import click
 from factory import __version__
 from factory.commands.build import build
 from factory.commands.card import card
+from factory.commands.entries import schema
 from factory.commands.finished import push, show, space
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.options import CONTEXT
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, sweep, prune, push, show, card, space, list_stages, collect_garbage):
+for command in (build, plan, sweep, prune, push, show, card, space, list_stages, collect_garbage, schema):
     cli.add_command(command)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from factory.artifacts import Build, Comparison, Evaluation, Plans, TaskScore, layer_ranges
+from factory.errors import FactoryError
 from factory.findings import comparison
 from factory.markdown import p_value
 from factory.preview import Preview, size
@@ -201,6 +202,26 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     rows.append(("published", url) if url else ("publish it", f"factory push {folder}"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+
+
+def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]) -> None:
+    """A line a build, of several that were made one after another."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("build", "layers that go", "parameters", "source's loss", "its loss"):
+        table.add_column(column, justify="left" if column in ("build", "layers that go") else "right")
+    for folder, made in rows:
+        if isinstance(made, FactoryError):
+            table.add_row(printable(str(folder)), "failed: " + printable(made.message))
+            continue
+        losses = [made.evaluations[name].loss for name in ("source", made.shipped)]
+        table.add_row(
+            printable(str(folder)),
+            layer_ranges(made.dropped),
+            f"{count(made.source_parameters)} → {count(made.result_parameters)}",
+            *(f"{loss.nats:.3f} ± {loss.stderr:.3f}" for loss in losses),
+        )
+    out.print()
+    out.print(table)
 
 
 def show_plans(out: Console, plans: Plans, *, command: str) -> None:

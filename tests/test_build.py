@@ -46,7 +46,14 @@ main()
 """
 
 
-INHERITED = ("PATH", "HOME", "OMP_NUM_THREADS", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+INHERITED = (
+    "PATH",
+    "PYTHONPATH",
+    "HOME",
+    "OMP_NUM_THREADS",
+    "COVERAGE_PROCESS_START",
+    "COVERAGE_PROCESS_CONFIG",
+)
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -206,6 +213,34 @@ def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path
     assert done.stdout.count("reused") == 10
     assert done.stdout.splitlines()[-1] == "[]"
     assert (built / BUILD / "build.json").read_bytes() == before
+
+
+def test_a_build_file_and_the_same_flags_have_the_same_stage_keys(built: Path) -> None:
+    printed = factory(*DEMO, "--print-config", home=built)
+    (built / "build.yaml").write_text(printed.stdout)
+    (built / "two.yaml").write_text(f"{printed.stdout}builds: [{{}}, {{no-heal: true, out: other}}]\n")
+    done = factory("build", "build.yaml", home=built)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reused") == 10
+    done = factory("build", "two.yaml", home=built)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reused") == 10 + 5
+    summary = done.stdout.splitlines()[-3:]
+    assert [line.split()[0] for line in summary] == ["build", str(BUILD), "other"]
+    assert Build.read(built / "other").stages.items() < Build.read(built / BUILD).stages.items() | {
+        ("speed", Build.read(built / "other").stages["speed"])
+    }
+
+
+def test_one_build_that_fails_does_not_stop_those_after_it(built: Path, hub: Hub) -> None:
+    online = {**hub.environment(built / "hf"), "HF_HUB_OFFLINE": "0"}
+    text = factory(*DEMO, "--print-config", home=built).stdout
+    (built / "three.yaml").write_text(f"{text}builds: [{{push-to: bob/x}}, {{no-heal: true, out: other}}]\n")
+    done = factory("build", "three.yaml", home=built, **online)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {BUILD}: your token may not write to bob/x")
+    assert "failed: your token" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("other")
 
 
 def test_another_fraction_that_means_the_same_layers_shares_their_checkpoint(built: Path) -> None:

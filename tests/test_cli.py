@@ -1,6 +1,7 @@
 """The command line refuses what it cannot mean in one line, at once, and writes nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
         cwd=home,
         env={
             "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "FACTORY_HOME": str(home / "home"),
             "HF_HOME": str(home / "hf"),
         },

@@ -14,6 +14,7 @@ LAYERS = (
     ("__init__", "errors"),
     ("references", "disk", "locks"),
     ("config", "artifacts"),
+    ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint",),
@@ -33,6 +34,7 @@ LAYERS = (
     ("commands.asked", "commands.options", "commands.publishing"),
     (
         "commands.build",
+        "commands.entries",
         "commands.prune",
         "commands.finished",
         "commands.house",

@@ -1,15 +1,13 @@
 """`factory build`: a smaller model from a reference, published where asked."""
 
-import math
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from factory import references
 from factory.commands.asked import Asked, ask, pull_source
+from factory.commands.entries import Request, print_config, requests
 from factory.commands.options import (
     CONTEXT,
     Fraction,
@@ -22,7 +20,7 @@ from factory.commands.options import (
     trust_option,
 )
 from factory.commands.publishing import check_publishable, license_option, publish
-from factory.errors import UsageError
+from factory.errors import FactoryError, UsageError
 from factory.references import CRITERIA
 
 if TYPE_CHECKING:
@@ -30,13 +28,10 @@ if TYPE_CHECKING:
 
     from factory.artifacts import Build
     from factory.config import BuildConfig
+    from factory.preview import Preview
     from factory.run import Reporter, Run
+    from factory.screen import StageLines
 
-# What a build can be given that repeats another: nothing that would make it another build.
-WITH_REPRODUCE = {
-    *("model", "reproduce", "calibration_data", "heal_data", "eval_data", "tasks", "out", "home"),
-    *("processes", "push_to", "public", "accept_license", "trust_remote_code", "rerun", "dry_run", "as_json"),
-}
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
 
@@ -70,55 +65,151 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @license_option
 @click.option("--rerun", type=click.Choice(RERUN_STAGES), multiple=True, help="Make a stage again.")
 @click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
+@click.option("--print-config", is_flag=True, help="Print a build file that asks for the same, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def build(model: str, **options: Any) -> None:
-    """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
+    """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], a folder, or a build file.
 
     DATA is a .jsonl, .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set
     owner/name[:config][@revision]. The same command again goes on where it was cut short, and
     reuses whatever is finished.
 
+    A build file, build.yaml, holds these flags by their names, for one build or for several;
+    --print-config writes one, and `factory schema` tells editors what it may hold.
+
     With --reproduce, MODEL is a build's folder or a repository that one was published in: its build.json
     says what to repeat. A text that was a file is given again with its option.
     """
-    references.check_model(model)
-    _check_options(options)
-    for data in ("calibration_data", "heal_data", "eval_data"):
-        if options[data] is not None:
-            references.check_data(options[data])
-    _build(model, options)
+    asked = requests(model, options)
+    if options["print_config"]:
+        print_config(asked)
+    else:
+        _build(asked, options)
 
 
-def _build(model: str, options: dict[str, Any]) -> None:
-    from factory import hub, pipeline
-    from factory.layout import check_out
-    from factory.preview import preview
+@dataclass(frozen=True)
+class Ready:
+    """A build of which everything was looked at before the work."""
+
+    request: Request
+    asked: Asked
+    run: "Run"
+    pending: tuple[str, ...]
+    preview: "Preview"
+
+
+def _build(requests: list[Request], options: dict[str, Any]) -> None:
     from factory.screen import StageLines, console, show_preview
 
-    if options["push_to"]:
-        hub.full_name(options["push_to"])  # nobody logged in: say so now, not after hours
     as_json = options["as_json"]
-    screen = console(stderr=as_json)
-    reporter = StageLines(screen)
-    asked = ask(model, options)
-    if options["push_to"]:
-        check_publishable(asked.source, accepted=options["accept_license"])
-    check_out(asked.out)
-    run, pending = _prepare(asked, options, reporter)
-    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home, processes=run.processes)
-    if not (as_json and options["dry_run"]):
-        title = f"{asked.source.name} → {asked.out}"
-        show_preview(screen, shown, title=title, lines=_preview_lines(asked.config))
+    reporter = StageLines(console(stderr=as_json))
+    asked = []
+    for request in requests:
+        with request.located():
+            asked.append(_asked(request))
+    _check_apart(requests, asked)
+    ready = []
+    for request, each in zip(requests, asked, strict=True):
+        with request.located():
+            ready.append(_ready(request, each, reporter))
+    for one in ready:
+        if not (as_json and options["dry_run"]):
+            title = f"{one.asked.source.name} → {one.asked.out}"
+            show_preview(reporter.out, one.preview, title=title, lines=_preview_lines(one.asked.config))
     if options["dry_run"]:
         if as_json:
-            print_json(vars(shown))
-        return
+            shown = [vars(one.preview) for one in ready]
+            print_json(shown[0] if len(shown) == 1 else shown)
+    elif len(ready) == 1:
+        _, result = _make(ready[0], reporter)
+        if as_json:
+            print_json(result)
+    else:
+        _make_all(ready, reporter, as_json=as_json)
+
+
+def _asked(request: Request) -> Asked:
+    """What one build is to make, and whether it may be published."""
+    from factory import hub
+
+    options = request.options
+    if options["push_to"]:
+        hub.full_name(options["push_to"])  # nobody logged in: say so now, not after hours
+    asked = ask(request.model, options)
+    if options["push_to"]:
+        check_publishable(asked.source, accepted=options["accept_license"])
+    return asked
+
+
+def _ready(request: Request, asked: Asked, reporter: "Reporter") -> Ready:
+    """Look at everything else that one build needs; no weight is read."""
+    from factory.layout import check_out
+    from factory.preview import preview
+
+    check_out(asked.out)
+    run, pending = _prepare(asked, request.options, reporter)
+    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home, processes=run.processes)
+    return Ready(request, asked, run, pending, shown)
+
+
+def _make(ready: Ready, reporter: "StageLines") -> tuple["Build", dict[str, Any]]:
+    """Make one build, publish it where asked, and show what came of it: also as JSON values."""
+    from factory import pipeline
+
     try:
-        source = pull_source(asked.source, reporter) if pending else asked.source
-        made = pipeline.build(run, source, out=asked.out)
+        source = pull_source(ready.asked.source, reporter) if ready.pending else ready.asked.source
+        made = pipeline.build(ready.run, source, out=ready.asked.out)
     finally:
         reporter.stop()
-    _finish(screen, made, asked, options)
+    return made, _finish(reporter.out, made, ready.asked, ready.request.options)
+
+
+def _make_all(ready: list[Ready], reporter: "StageLines", *, as_json: bool) -> None:
+    """One build after another; one that fails does not stop those after it.
+
+    Raises:
+        FactoryError: Some failed; told once all are through.
+    """
+    from factory.screen import printable, show_summary
+
+    rows: list[tuple[Path, Build | FactoryError]] = []
+    results = []
+    for number, one in enumerate(ready, 1):
+        reporter.out.print(f"\nbuild {number} of {len(ready)}: {one.asked.out}", soft_wrap=True)
+        try:
+            made, result = _make(one, reporter)
+            rows.append((one.asked.out, made))
+        except FactoryError as error:
+            reporter.out.print(f"failed: {printable(error.message)}", soft_wrap=True)
+            result = {"error": error.message, "hint": error.hint}
+            rows.append((one.asked.out, error))
+        results.append(result)
+    if as_json:
+        print_json(results)
+    else:
+        show_summary(reporter.out, rows)
+    failed = [(out, told) for out, told in rows if isinstance(told, FactoryError)]
+    if failed:
+        out, first = failed[0]
+        others = f" ({len(failed)} of {len(ready)} builds failed)" if len(failed) > 1 else ""
+        raise type(first)(f"{out}: {first.message}{others}", hint=first.hint)
+
+
+def _check_apart(requests: list[Request], asked: list[Asked]) -> None:
+    """Refuse builds that would overwrite one another."""
+    taken: dict[str, int] = {}
+    for request, one in zip(requests, asked, strict=True):
+        line = request.entry.line if request.entry else 0
+        for key, place in (("out", one.out), ("push-to", request.options["push_to"])):
+            if place is None:
+                continue
+            if str(place) in taken:
+                with request.located(key):
+                    raise UsageError(
+                        f"{place} is where the build in line {taken[str(place)]} goes",
+                        hint=f"give each build its own `{key}`",
+                    )
+            taken[str(place)] = line
 
 
 def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tuple["Run", tuple[str, ...]]:
@@ -149,8 +240,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     return run, pending
 
 
-def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> None:
-    """Publish where asked, and show what came of it."""
+def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> dict[str, Any]:
+    """Publish where asked, and show what came of it, unless it is asked for as JSON."""
     from factory.reproduce import comparison
     from factory.screen import printable, show_result
 
@@ -161,44 +252,13 @@ def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, A
         url = publication.url
         result["publication"] = publication.model_dump(mode="json")
     told = comparison(asked.repeats, made, reference=asked.reference) if asked.repeats else None
-    if options["as_json"]:
-        print_json(result | ({"reproduced": told} if told else {}))
-        return
-    show_result(screen, made, folder=asked.out, url=url)
     if told:
-        screen.print(f"\n{printable(told)}", soft_wrap=True)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what click's types let through."""
-    rate, repository, tasks = options["heal_lr"], options["push_to"], options["tasks"]
-    if options["reproduce"]:
-        context = click.get_current_context()
-        typed = {
-            name
-            for name in context.params
-            if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        }
-        if others := sorted(typed - WITH_REPRODUCE):
-            option = next(p for p in context.command.params if p.name == others[0]).opts[0]
-            raise UsageError(
-                f"{option} with --reproduce, which repeats a build as it was", hint="leave one of them out"
-            )
-    elif options["layers"] and (options["drop"] or options["criterion"]):
-        other = "--drop" if options["drop"] else "--criterion"
-        raise UsageError(f"--layers with {other}: each says which layers go", hint="leave one of them out")
-    elif not options["layers"] and options["drop"] is None:
-        raise UsageError(
-            "--drop is missing", hint="--drop 0.3 drops three of ten layers, --layers 3,7 those two"
-        )
-    if rate is not None and not math.isfinite(rate):
-        raise UsageError(f"--heal-lr {rate} is no learning rate", hint="--heal-lr 3e-4")
-    if options["public"] and not repository:
-        raise UsageError("--public without --push-to", hint="add --push-to owner/name")
-    if repository is not None and not re.fullmatch(r"([\w.-]+/|~/)?[\w.-]+", repository):
-        raise UsageError(f"--push-to {repository!r} is no repository name", hint="--push-to owner/name")
-    if tasks is not None and not all(name.strip() for name in tasks.split(",")):
-        raise UsageError(f"--tasks {tasks!r} has an empty name", hint="--tasks mmlu,boolq, or --tasks none")
+        result["reproduced"] = told
+    if not options["as_json"]:
+        show_result(screen, made, folder=asked.out, url=url)
+        if told:
+            screen.print(f"\n{printable(told)}", soft_wrap=True)
+    return result
 
 
 def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
