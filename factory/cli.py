@@ -11,13 +11,14 @@ from factory import __version__
 from factory.commands.build import build
 from factory.commands.card import card
 from factory.commands.entries import schema
-from factory.commands.finished import push, show, space
+from factory.commands.finished import push, show, space, verify
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.options import CONTEXT
 from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
 from factory.disk import no_room
 from factory.errors import FactoryError, UsageError
+from factory.memory import no_memory
 
 
 @click.group(context_settings=CONTEXT)
@@ -31,7 +32,8 @@ def cli() -> None:
     """
 
 
-for command in (build, plan, sweep, prune, push, show, card, space, list_stages, collect_garbage, schema):
+COMMANDS = (build, plan, sweep, prune, push, show, verify, card, space, list_stages, collect_garbage, schema)
+for command in COMMANDS:
     cli.add_command(command)
 
 
@@ -57,9 +59,10 @@ def main() -> None:
         _fail(error.message, error.hint, code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command goes on from here", code=130)
-    except (OSError, RuntimeError) as error:
-        reason = no_room(error)
-        if reason is None:
+    except (OSError, RuntimeError, MemoryError, ImportError) as error:
+        if full := no_memory(error):
+            _fail(full, "the same command goes on from here where more is free", code=1)
+        if (reason := no_room(error)) is None:
             raise
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
 

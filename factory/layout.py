@@ -16,6 +16,7 @@ from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
+from factory.sums import SUMS, changed_files, read_sums, write_sums
 
 if TYPE_CHECKING:
     from factory.pipeline import Made
@@ -38,6 +39,10 @@ MOMENTARY = {"seconds", "speed", "versions", "factory_version"}
 # Files of a stage folder that are the store's, not the model's.
 NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
 RECIPE = "recipe.yaml"
+CARD = "model/README.md"
+# In a build folder: what people edit, and what says what lies on the Hub.
+NOT_SUMMED = {CARD, SUMS, Publication.file_name}
+AGAIN = "run the build again: it lays it out anew"
 DISTANCE_FIGURE = "angular-distance"
 HEALING_FIGURE = "healing"
 
@@ -88,16 +93,13 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     if not (out / Build.file_name).is_file():
         return None
     found = Build.read(out)
-    whole = all(
-        (out / "model" / name).is_file() for name in [*build.files, "README.md", "config.json", RECIPE]
-    )
     same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
-    if not (whole and same):
+    if not (same and (out / CARD).is_file()):
         return None
     try:
-        check_weights(build, out / "model")
-    except VerificationError:
-        return None  # laying it out again mends it, or says that the store is damaged too
+        check_whole(build, out)
+    except (StoreError, VerificationError):
+        return None  # laying it out again mends it
     return found
 
 
@@ -139,6 +141,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     for folder in (target, partial):
         build.write(folder)
     profile.write(partial)
+    take_sums(build, partial)
     if (out / Publication.file_name).is_file():  # what lies on the Hub stays known
         shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
     swap(partial, out)
@@ -159,22 +162,40 @@ def check_weights(build: Build, folder: Path) -> None:
             )
 
 
-def check_whole(build: Build, folder: Path) -> None:
-    """Compare a model folder that is to be published with what was laid out.
+def check_whole(build: Build, out: Path) -> None:
+    """Refuse a build folder that is not what was laid out.
 
     Raises:
-        VerificationError: A file that no build lacks is missing, or the weights or `build.json` differ.
+        VerificationError: A file is missing or has changed.
     """
-    check_weights(build, folder)
-    for name in ("config.json", Build.file_name, RECIPE):
-        if not (folder / name).is_file():
-            raise VerificationError(
-                f"{folder / name} is missing", hint="run the build again: it lays it out anew"
-            )
-    if Build.read(folder).model_dump_json() != build.model_dump_json():
-        raise VerificationError(
-            f"{folder / Build.file_name} is of another build", hint="run the build again: it lays it out anew"
-        )
+    changed = changed_since_laid_out(build, out)
+    if changed:
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        told = f"{out / changed[0]} is missing or has changed since it was made{others}"
+        raise VerificationError(told, hint=f"{AGAIN}; if you changed it yourself: `factory verify --accept`")
+    if (out / "model" / Build.file_name).read_bytes() != (out / Build.file_name).read_bytes():
+        raise VerificationError(f"{out / 'model' / Build.file_name} is of another build", hint=AGAIN)
+
+
+def changed_since_laid_out(build: Build, out: Path) -> list[str]:
+    """Files of a build folder that are missing or not what was laid out; the card may be edited.
+
+    Raises:
+        VerificationError: Nothing says what they were.
+    """
+    sums = read_sums(out)
+    if sums is None:
+        raise VerificationError(f"{out / SUMS} is missing", hint=AGAIN)
+    weights = {f"model/{name}": sha256 for name, sha256 in build.files.items()}
+    needed = {f"model/{name}" for name in ("config.json", Build.file_name, RECIPE)} - sums.keys()
+    return [*changed_files(out, sums | weights), *sorted(needed)]
+
+
+def take_sums(build: Build, out: Path) -> None:
+    """Write down the checksums of every file of a build folder but the card and itself."""
+    names = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file()]
+    weights = {f"model/{name}": sha256 for name, sha256 in build.files.items()}
+    write_sums(out, [name for name in names if name not in NOT_SUMMED], known=weights)
 
 
 def write_recipe(build: Build, folder: Path) -> None:

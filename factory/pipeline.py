@@ -193,7 +193,7 @@ def publish(
     from factory.layout import check_whole
 
     build = Build.read(folder)
-    check_whole(build, folder / "model")
+    check_whole(build, folder)
     if repository is None:
         repository = hub.default_repo_name(build.source, build.config["drop"])
     repo_id = hub.full_name(repository)

@@ -8,7 +8,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 from factory.artifacts import Artifact, Checkpoint, DataSource
 from factory.config import BuildConfig
-from factory.store import StageSpec, Store
+from factory.store import StageSpec, Store, damage
 from factory.texts import Text, check_text, keep_apart, open_text
 
 # Raised when a stage's code gives other results for the same input; part of its key.
@@ -45,6 +45,7 @@ class Reporter(Protocol):
     def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
     def waiting(self, stage: str) -> None: ...
+    def damaged(self, stage: str, file: str) -> None: ...
 
 
 class Missing(Exception):  # noqa: N818  not an error: the answer to "what is left to do?"
@@ -76,6 +77,7 @@ class Run:
     block_sizes: tuple[int, ...] = ()  # that the measurement must be certain for; empty: the one of `drop`
     only_look: bool = False  # raise Missing instead of working
     processes: int = 1  # that a stage may use; no result and no key depends on it
+    verified: set[Path] = field(default_factory=set)  # stage folders whose checksums were compared
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
@@ -98,7 +100,8 @@ class Run:
         libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
         spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
         rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
-        if self.only_look and (rerun or self.store.find(spec) is None):
+        found = None if rerun else self.store.find(spec)
+        if self.only_look and not (found and self._is_intact(name, found.folder)):
             raise Missing(stage)
 
         def make(folder: Path) -> Mapping[str, str]:
@@ -113,7 +116,9 @@ class Run:
             resumable=stage in ("measure", "search", "heal", "evaluate"),
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
+            is_intact=lambda folder: self._is_intact(name, folder),
         )
+        self.verified.add(result.folder)
         self.in_use.append(result.in_use)
         if rerun or result.changed:
             self.remade.add(result.key)
@@ -136,6 +141,15 @@ class Run:
         together = self.processes > 1 and fits(model, best_device())
         processes = self.processes if together else 1
         return spread(work, processes=processes, progress=self.ticks(stage, label), **case)
+
+    def _is_intact(self, name: str, folder: Path) -> bool:
+        """Whether a complete stage is what it was; each is read through once a run."""
+        changed = damage(folder) if folder not in self.verified else []
+        if changed and not self.only_look:
+            self.reporter.damaged(name, changed[0])
+        if not changed:
+            self.verified.add(folder)
+        return not changed
 
     def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
         """The progress callback of one stage."""

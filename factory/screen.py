@@ -17,6 +17,7 @@ from factory.findings import comparison
 from factory.markdown import p_value
 from factory.preview import Preview, size
 from factory.sweep import Sweep, share_kept
+from factory.verify import Verified
 
 STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
@@ -79,6 +80,11 @@ class StageLines:
     def waiting(self, stage: str) -> None:
         """Somebody else makes this stage."""
         self.out.print(f"  {stage:<{STAGE_WIDTH}}  another run is making it; waiting")
+
+    def damaged(self, stage: str, file: str) -> None:
+        """A finished stage is not what it was."""
+        told = f"{printable(file)} has changed since it was made; making it again"
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  {told}", soft_wrap=True)
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -356,3 +362,14 @@ def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence
     out.print(table)
     for build in builds:
         out.print(f"build  {build}", soft_wrap=True)
+
+
+def show_verified(out: Console, found: Sequence[Verified]) -> None:
+    """A line a folder: whole, changed or not there any more."""
+    for one in found:
+        mark, told = ("✓", "unchanged") if not one.changed else ("✗", f"changed: {', '.join(one.changed)}")
+        if not one.there:
+            mark, told = "–", "no longer in the store"
+        place = one.folder.name if one.name != "build" else str(one.folder)
+        line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {told}"
+        out.print(printable(line), soft_wrap=True)

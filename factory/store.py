@@ -19,6 +19,7 @@ from factory.artifacts import canonical_json, sha256_of_file
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
 from factory.locks import READ_ONLY, hold, is_held, locked, unless_locked, unwritable
+from factory.sums import changed_files
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
@@ -91,12 +92,14 @@ class Store:
         resumable: bool = False,
         rerun: bool = False,
         on_wait: Callable[[], None] | None = None,
+        is_intact: Callable[[Path], bool] = lambda folder: not damage(folder),
     ) -> StageResult:
         """Return the complete stage of this spec, running `work` in a partial folder if need be.
 
         `work` gets the partial folder, and returns the sha256 of those of its files that it has taken. The
         folder is emptied first unless the stage is `resumable`. If `work` fails or is killed the partial
-        folder never takes the final name. `rerun` makes it again.
+        folder never takes the final name. `rerun` makes it again, and so does a finished one that is not
+        what it was when it was made.
 
         Raises:
             StoreError: The folder cannot be written, or somebody who gives no sign of life is making it.
@@ -107,7 +110,7 @@ class Store:
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
             found = self.find(spec)
-            if found and not rerun:
+            if found and not rerun and is_intact(folder):
                 with suppress(OSError):
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
                 return replace(found, in_use=hold(found.folder / MANIFEST))
@@ -218,6 +221,12 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def damage(folder: Path) -> list[str]:
+    """Files of a complete stage that have changed since it was made; of one made without sums, none."""
+    manifest = _manifest_of(folder) or {}
+    return changed_files(folder, manifest.get("sha256", {}))
+
+
 def leftovers(build: Path) -> list[Path]:
     """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
     beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
@@ -321,7 +330,8 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
     needed = {"stage": str, "key": str, "seconds": int | float, "files": dict}
     if not isinstance(manifest, dict):
         return None
-    return manifest if all(isinstance(manifest.get(name), kind) for name, kind in needed.items()) else None
+    well_formed = all(isinstance(manifest.get(name), kind) for name, kind in needed.items())
+    return manifest if well_formed and isinstance(manifest.get("sha256", {}), dict) else None
 
 
 def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:

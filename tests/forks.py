@@ -22,6 +22,7 @@ def run(call):
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["factory", *call["arguments"]]
+    exec(call["before"], {})
     try:
         main()
         code = 0
@@ -79,14 +80,21 @@ class Forks:
             text=True,
         )
 
-    def run(self, *arguments: str, folder: Path, file_bytes: int | None = None) -> Ended:
+    def run(self, *arguments: str, folder: Path, file_bytes: int | None = None, before: str = "") -> Ended:
         """Run `factory` with these arguments in a folder, and wait for it.
 
         Args:
             file_bytes: Longest file that may be written: past it the system says "File too large".
+            before: Python that the process runs before the command.
         """
         with tempfile.TemporaryDirectory() as into:
-            call = {"arguments": arguments, "folder": str(folder), "file_bytes": file_bytes, "into": into}
+            call = {
+                "arguments": arguments,
+                "folder": str(folder),
+                "file_bytes": file_bytes,
+                "into": into,
+                "before": before,
+            }
             with self._lock:
                 assert self._process.stdin
                 self._process.stdin.write(json.dumps(call) + "\n")
@@ -100,6 +108,11 @@ class Forks:
                 int(code.read_text()),
                 *((Path(into) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")),
             )
+
+    @property
+    def root(self) -> Path:
+        """The file system as the process sees it, with what it alone has mounted."""
+        return Path(f"/proc/{self._process.pid}/root")
 
     def close(self) -> None:
         """End the process; runs under way end by themselves."""

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from factory.artifacts import sha256_of_file
+from factory.artifacts import Build, sha256_of_file
+from factory.layout import take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.hub.server import ALICE
@@ -227,6 +228,7 @@ def strike_push(bench: Bench, case: Case, number: int) -> Outcome:
     weights = numbered(build / "model", number)
     for path in (build / "build.json", build / "model" / "build.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"files": weights}))
+    take_sums(Build.read(build), build)
     return strike(bench, case, repo=repo, weights=list(weights.values()), command=["push", str(build), repo])
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from factory.artifacts import Build
+from factory.layout import take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -55,7 +57,15 @@ def licensed(build: Path, **fields: str | None) -> Path:
         value["source"] |= fields
         path.write_text(json.dumps(value))
     (build / "model" / "README.md").unlink()  # of the other licence
+    take_sums(Build.read(build), build)
     return build
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # it may share its bytes with another folder
+    path.write_bytes(content)
 
 
 def told(ended: Ended) -> str:
@@ -195,9 +205,35 @@ def test_a_model_with_the_record_of_another_build_is_not_published(
 ) -> None:
     value = json.loads((build / "model" / "build.json").read_text())
     (build / "model" / "build.json").write_text(json.dumps(value | {"device": "another"}))
+    take_sums(Build.read(build), build)
     refused = told(commands.run("push", str(build), "alice/other", folder=build.parent))
     assert "build.json is of another build" in refused
     assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/tokenizer.json", "profile.json"])
+def test_a_flipped_bit_in_a_build_is_found_before_it_is_published(
+    hub: Hub, commands: Forks, build: Path, name: str
+) -> None:
+    flip_a_bit(build / name)
+    refused = told(commands.run("push", str(build), "alice/rotten", folder=build.parent))
+    assert f"{name} is missing or has changed since it was made" in refused
+    assert not hub.requests
+    verified = commands.run("verify", str(build), folder=build.parent)
+    assert verified.code == 1
+    assert f"✗ build            {build}  changed: {name}" in verified.stdout
+
+
+def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    (build / "model" / "generation_config.json").write_text('{"do_sample": true}')
+    refused = told(commands.run("push", str(build), "alice/mine", folder=build.parent))
+    assert "`factory verify --accept`" in refused
+    assert commands.run("verify", str(build), "--accept", folder=build.parent).code == 0
+    assert commands.run("push", str(build), "alice/mine", folder=build.parent).code == 0
+    flip_a_bit(build / "model" / "model.safetensors")
+    assert commands.run("verify", str(build), "--accept", folder=build.parent).code == 1  # never the weights
 
 
 def test_hidden_files_are_not_published(hub: Hub, commands: Forks, build: Path) -> None:

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
     ("__init__", "errors"),
-    ("references", "disk", "locks"),
+    ("references", "disk", "memory", "locks"),
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
+    ("sums",),
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity", "spread"),
@@ -24,7 +25,7 @@ LAYERS = (
     ("harness",),
     (*STAGES, "demo.next_line"),
     ("hub", "preview", "layout", "space"),
-    ("removal",),
+    ("removal", "verify"),
     ("run",),
     ("reproduce",),
     ("stages",),

@@ -1,11 +1,11 @@
-"""What is done with a finished build: `factory push`, `show` and `space`."""
+"""What is done with a finished build: `factory push`, `show`, `verify` and `space`."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from factory.commands.options import CONTEXT, build_folder
+from factory.commands.options import CONTEXT, build_folder, home_option
 from factory.commands.publishing import check_publishable, license_option, publish
 from factory.errors import UsageError
 
@@ -47,6 +47,29 @@ def show(folder: Path) -> None:
     profile = DistanceProfile.read(folder)
     screen.print(terminal_heatmap(profile, found.plan, width=min(screen.width, 100)), soft_wrap=True)
     show_result(screen, found, folder=folder, url=None)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@home_option
+@click.option("--accept", is_flag=True, help="Take the files as they are now: you changed them yourself.")
+def verify(folder: Path, home: Path | None, accept: bool) -> None:
+    """Compare every file of a BUILD, and of the stages that it was made from, with its checksum.
+
+    The card may be edited; the weights may not, also with --accept.
+    """
+    from factory.artifacts import Build
+    from factory.layout import take_sums
+    from factory.screen import console, show_verified
+    from factory.store import Store, default_home
+    from factory.verify import changed_in, check_all
+
+    build = Build.read(build_folder(folder))
+    if accept:
+        take_sums(build, folder)
+    found = changed_in(build, folder, store=Store((home or default_home()).absolute()))
+    show_verified(console(), found)
+    check_all(found)
 
 
 @click.command(context_settings=CONTEXT)

@@ -1,0 +1,54 @@
+"""Checksums that tell what has changed since it was made, whoever changed it: a disk, a copy, a person."""
+
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from factory.artifacts import sha256_of_file
+from factory.errors import StoreError
+
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def changed_files(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """Names of files that are missing, cannot be read, or have another sha256 than they had."""
+
+    def is_same(name: str) -> bool:
+        try:
+            return sha256_of_file(folder / name) == sums[name]
+        except OSError:  # also what a failing disk answers
+            return False
+
+    names = sorted(sums)
+    with ThreadPoolExecutor() as pool:
+        return [name for name, same in zip(names, pool.map(is_same, names), strict=True) if not same]
+
+
+def write_sums(folder: Path, names: Iterable[str], *, known: Mapping[str, str]) -> None:
+    """Write the sums of these files into `folder`; `known` holds those that were taken already."""
+    sums = {name: known.get(name) or sha256_of_file(folder / name) for name in names}
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """File name → sha256; None where no sums were written.
+
+    Raises:
+        StoreError: It is no such list.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(folder) from error
+    matches = [LINE.fullmatch(line) for line in lines]
+    if not all(matches):
+        raise _damaged(folder)
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _damaged(folder: Path) -> StoreError:
+    return StoreError(f"{folder / SUMS} is damaged", hint="run the build again: it lays it out anew")

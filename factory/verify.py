@@ -1,0 +1,50 @@
+"""Whether a build, and the stages that it was made from, are still what they were when they were made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.artifacts import Build
+from factory.errors import VerificationError
+from factory.layout import changed_since_laid_out
+from factory.store import Store, damage
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in one folder."""
+
+    name: str  # "build", "evaluate source"
+    folder: Path
+    changed: tuple[str, ...]
+    there: bool = True  # a stage may have been removed
+
+
+def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
+    """Compare every checksum of a build folder and of its stages; the build comes first.
+
+    Raises:
+        VerificationError: The build was laid out without checksums.
+    """
+    found = [Verified("build", folder, tuple(changed_since_laid_out(build, folder)))]
+    for name, key in build.stages.items():
+        stage = store.home / "stages" / name.split()[0] / key
+        there = stage.is_dir()
+        found.append(Verified(name, stage, tuple(damage(stage)) if there else (), there))
+    return found
+
+
+def check_all(found: Sequence[Verified]) -> None:
+    """Refuse what has changed.
+
+    Raises:
+        VerificationError: Names the first file of it.
+    """
+    changed = [one.folder / name for one in found for name in one.changed]
+    if not changed:
+        return
+    others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    hint = "the same `factory build` again makes anew what has changed"
+    if found[0].changed:
+        hint += "; if you changed it yourself: --accept"
+    raise VerificationError(f"{changed[0]} is missing or has changed since it was made{others}", hint=hint)
