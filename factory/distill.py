@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from trl import SFTTrainer
 
 from factory.decoder import decoder_layers
+from factory.trainer import HealTrainer
 from factory.trial import Call, bypassed, record_forms
 
 CHUNK_VALUES = 2**25  # tokens × vocabulary whose distributions are in fp32 at once
 
 
-class DistillTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose training loss is the forward KL divergence from the teacher's next-token distribution.
+class DistillTrainer(HealTrainer):
+    """HealTrainer whose training loss is the forward KL divergence from the teacher's next tokens.
 
     The teacher is the same model with all its layers and without the adapter; the student runs without
     the dropped layers and with it. Below the first adapted layer both are the same, so that the student

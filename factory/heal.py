@@ -16,8 +16,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from factory import processes
 from factory.artifacts import Adapter, Checkpoint, LossPoint
 from factory.attention import use_packed_attention
 from factory.config import HealSettings
@@ -28,12 +29,14 @@ from factory.lora import first_adapted, linear_modules, module_names, save_adapt
 from factory.micro_batch import fit_micro_batch
 from factory.models import fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
+from factory.trainer import HealTrainer
 from factory.watch import DivergedError, Progress, Slower
 
 CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
 PATIENCE = 3  # checkpoints without a lower guard loss
 SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
+TRAINER = "trainer"  # the folder of its checkpoints
 GUARD = "guard.json"  # beside the adapter: the sequences that were held back
 
 
@@ -80,7 +83,8 @@ def heal(
     """
     set_seed(seed)
     tokenizer = load_tokenizer(pruned.folder)
-    guard, train = data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
+    with processes.main_first():
+        guard, train = data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
     start = partial(
         begin,
         tokenizer=tokenizer,
@@ -93,27 +97,30 @@ def heal(
     )
     base = source_folder if settings.objective == "distill" else pruned.folder
     student, trainer = start(load_model(base, four_bit=True))
-    before = float(trainer.evaluate()["eval_loss"])  # LoRA starts as the identity
     try:
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(trainer.args.output_dir)))
+        train_on(trainer, folder)
     except DivergedError:
-        if (folder / SLOWED).exists():
+        if processes.from_main((folder / SLOWED).exists()):
             raise
-        last = last_whole_checkpoint(Path(trainer.args.output_dir))
-        step = int(last.rpartition("-")[2]) if last else 0
-        (folder / SLOWED).write_text(json.dumps({"step": step}), encoding="utf-8")
+        if processes.is_main():
+            last = last_whole_checkpoint(folder / TRAINER)
+            step = int(last.rpartition("-")[2]) if last else 0
+            (folder / SLOWED).write_text(json.dumps({"step": step}), encoding="utf-8")
         trainer = student = None  # type: ignore[assignment]
         gc.collect()
         set_seed(seed)
         student, trainer = start(load_model(base, four_bit=True))
-        trainer.train(resume_from_checkpoint=last)
+        train_on(trainer, folder)
     after = float(trainer.evaluate()["eval_loss"])
-    save_adapter(trainer.model, folder, modules=student.modules, new_names=student.new_names)
-    (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
+    guard_curve = _curve(trainer.state.log_history, "eval_loss")
     slowed = json.loads((folder / SLOWED).read_text())["step"] if (folder / SLOWED).exists() else None
-    for scratch in ("trainer", "tokens"):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
-    (folder / SLOWED).unlink(missing_ok=True)
+    processes.gather([slowed])  # read by all, before the main one removes it
+    if processes.is_main():
+        save_adapter(trainer.model, folder, modules=student.modules, new_names=student.new_names)
+        (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
+        for scratch in (TRAINER, "tokens"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+        (folder / SLOWED).unlink(missing_ok=True)
     return Adapter(
         folder=folder,
         objective=settings.objective,
@@ -127,12 +134,22 @@ def heal(
         sequence_length=settings.sequence_length,
         num_trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         curve=_curve(trainer.state.log_history, "loss"),
-        guard_curve=_curve(trainer.state.log_history, "eval_loss"),
-        guard_loss_before=before,
+        guard_curve=guard_curve,
+        guard_loss_before=next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
         guard_loss_after=after,
         slowed_at_step=slowed,
         data=text.data,
     )
+
+
+def train_on(trainer: HealTrainer, folder: Path) -> None:
+    """Train from the last checkpoint on; from the start, where the guard's loss is taken first.
+
+    Not before: a model that was prepared to be evaluated alone is not prepared again, for several processes.
+    """
+    last = processes.from_main(last_whole_checkpoint(folder / TRAINER) if processes.is_main() else None)
+    trainer.args.eval_on_start = last is None
+    trainer.train(resume_from_checkpoint=last)
 
 
 def last_whole_checkpoint(output_folder: Path) -> str | None:
@@ -159,7 +176,7 @@ def begin(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
-) -> tuple[Student, SFTTrainer]:
+) -> tuple[Student, HealTrainer]:
     """The student and its trainer, before the first step.
 
     Args:
@@ -214,15 +231,15 @@ def _trainer(
     settings: HealSettings,
     seed: int,
     folder: Path,
-) -> SFTTrainer:
+) -> HealTrainer:
     on_gpu = student.model.device.type == "cuda"
     every = max(1, settings.num_steps // CURVE_POINTS)
     arguments = SFTConfig(
-        output_dir=str(folder / "trainer"),
+        output_dir=str(folder / TRAINER),
         max_steps=settings.num_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=settings.batch_size,
+        gradient_accumulation_steps=settings.batch_size // processes.count(),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
@@ -248,7 +265,9 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=True,  # an expert that no token went to
     )
+    arguments._n_gpu = 1  # that this process uses; the batch would be multiplied by all it sees
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank,
@@ -257,7 +276,7 @@ def _trainer(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    trainer_class = SFTTrainer
+    trainer_class: Callable[..., HealTrainer] = HealTrainer
     if settings.objective == "distill":
         trainer_class = partial(
             DistillTrainer, dropped=dropped, start=student.start, seam_weight=settings.seam_weight

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, disable_progress_bars
 
+from factory import processes
 from factory.config import HealSettings
 from factory.errors import DataError
 from factory.texts import Text, windows
@@ -25,7 +26,7 @@ def data_sets(
     """Guard and training sequences, tokenised. Training stops taking text at its token budget.
 
     Args:
-        folder: Training sequences are kept on disk in its `tokens`.
+        folder: Training sequences are kept on disk in its `tokens`; other processes read the main one's.
 
     Raises:
         DataError: Too little text.
@@ -42,7 +43,8 @@ def data_sets(
             hint="give more with --heal-data, or build without healing: --no-heal",
         )
     scratch = folder / "tokens"
-    shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
+    if processes.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
     train = Dataset.from_generator(
         lambda: ({"input_ids": tokens} for tokens in _until(chain([first], sequences), num_tokens=budget)),
         features=Features({"input_ids": List(Value("int32"))}),

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from factory import processes
+
 SHARE = 0.92  # of the memory that may be used; the rest is lost between blocks
 OPTIMIZER_BYTES = 12  # a trained parameter: gradient and Adam's two moments in fp32
 CANDIDATES = 64  # training sequences among which the longest is tried
@@ -23,17 +25,29 @@ def fit_micro_batch(trainer: Any) -> None:
     if trainer.model.device.type != "cuda":
         return
     sequences = arguments.gradient_accumulation_steps
+    found = processes.gather([_largest(trainer, sequences)])  # a pass is as large on each GPU
+    checkpointing, size = any(again for again, _ in found), min(size for _, size in found)
+    if checkpointing:
+        _recompute(trainer)
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
+    arguments.gradient_accumulation_steps = sequences // size
+    trainer._train_batch_size = size
+
+
+def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
+    """Whether activations must be computed again, and how many sequences then fit this process's GPU."""
     for checkpointing in (False, True):
-        arguments.gradient_checkpointing = checkpointing
         if checkpointing:
-            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute(trainer)
         for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
             if _fits(trainer, size):
-                arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
-                arguments.gradient_accumulation_steps = sequences // size
-                trainer._train_batch_size = size
-                return
-    # Not even that fits: training itself says so, with the numbers of the allocator.
+                return checkpointing, size
+    return True, 1  # not even that fits: training itself says so, with the numbers of the allocator
+
+
+def _recompute(trainer: Any) -> None:
+    trainer.args.gradient_checkpointing = True
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _fits(trainer: Any, size: int) -> bool:
@@ -44,6 +58,7 @@ def _fits(trainer: Any, size: int) -> bool:
     trainer.model.train()
     torch.cuda.reset_peak_memory_stats()
     random = torch.cuda.get_rng_state()
+    trainer.accelerator.gather_for_metrics = lambda value: value  # what fits is each process's own matter
     try:
         inputs = trainer._prepare_inputs(trainer.data_collator([longest] * size))
         with trainer.accelerator.autocast():
@@ -52,6 +67,7 @@ def _fits(trainer: Any, size: int) -> bool:
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
+        del trainer.accelerator.gather_for_metrics
         torch.cuda.set_rng_state(random)
         for parameter in trained:
             parameter.grad = None

@@ -19,6 +19,8 @@ transformers_logging.disable_progress_bar()
 
 
 SHARE_FOR_WEIGHTS = 0.9  # of a GPU's free memory
+SHARE_FOR_TRAINED = 0.7  # the same, where activations, gradients and an optimiser need room
+FOUR_BIT_BYTES = 0.6  # a parameter: NF4, its scales, and the embeddings in 16 bits
 
 
 def best_device() -> torch.device:
@@ -76,6 +78,14 @@ def fits(folder: Path, device: torch.device) -> bool:
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SHARE_FOR_WEIGHTS * free_bytes
+
+
+def trains_on_one(num_parameters: int, device: torch.device) -> bool:
+    """Whether the NF4 model, and what training it takes, fit into what is free on a device."""
+    if device.type == "cpu":
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return FOUR_BIT_BYTES * num_parameters < SHARE_FOR_TRAINED * free_bytes
 
 
 def _repair_four_bit_on_cpu(model: Any) -> None:

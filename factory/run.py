@@ -18,7 +18,7 @@ VERSIONS = {
     "search": 2,
     "compare": 2,
     "prune": 1,
-    "heal": 3,
+    "heal": 4,
     "merge": 1,
     "evaluate": 3,
     "speed": 2,
@@ -35,7 +35,6 @@ LIBRARIES = {
 }
 
 A = TypeVar("A", bound=Artifact)
-T = TypeVar("T")
 
 
 class Reporter(Protocol):
@@ -129,18 +128,6 @@ class Run:
         if not self.only_look:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)
         return value
-
-    def spread(self, work: Callable[..., T], stage: str, label: str = "", *, model: Path, **case: Any) -> T:
-        """Call `work(progress=…)` in as many processes as may be; in one if `model` does not fit a GPU.
-
-        Such a model is spread over all of them by its layers.
-        """
-        from factory.models import best_device, fits
-        from factory.spread import spread
-
-        together = self.processes > 1 and fits(model, best_device())
-        processes = self.processes if together else 1
-        return spread(work, processes=processes, progress=self.ticks(stage, label), **case)
 
     def _is_intact(self, name: str, folder: Path) -> bool:
         """Whether a complete stage is what it was; each is read through once a run."""

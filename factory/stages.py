@@ -1,6 +1,6 @@
 """Each stage of a run: what it is made from, what decides its result, and what is said of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ from factory.run import Run
 MADE_BY = {"pruned": "prune", "healed": "merge"}
 
 
+def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
+    """Call `work(progress=…)` in as many processes as may be; in one if `model` does not fit a GPU.
+
+    Such a model is spread over all GPUs by its layers.
+    """
+    from factory.models import best_device, fits
+    from factory.spread import spread
+
+    together = run.processes > 1 and fits(model, best_device())
+    return spread(work, processes=run.processes if together else 1, progress=run.ticks(name))
+
+
 def measure_stage(run: Run, source: Source) -> DistanceProfile:
     """Angular distance of every pair of layer inputs."""
     settings = run.config.measure
@@ -43,7 +55,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
             seed=run.config.seed,
             folder=folder,
         )
-        return run.spread(part, "measure", model=source.local_folder)
+        return in_processes(run, part, name="measure", model=source.local_folder)
 
     return run.stage(
         "measure",
@@ -211,8 +223,10 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
     def work(folder: Path) -> Artifact:
         from factory.heal import heal
+        from factory.spread import spread
 
-        return heal(
+        part = partial(
+            heal,
             pruned,
             run.texts.healing,
             source_folder=source.local_folder,
@@ -220,8 +234,11 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             settings=run.config.heal,
             seed=run.config.seed,
             folder=folder,
-            progress=run.ticks("heal"),
         )
+        # Each process takes as many sequences of a step: the batch stays what was asked for.
+        batch_size = run.config.heal.batch_size
+        processes = max(n for n in range(1, run.processes + 1) if batch_size % n == 0)
+        return spread(part, processes=processes, progress=run.ticks("heal"))
 
     return run.stage(
         "heal",
@@ -262,7 +279,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
 
         folder = model.local_folder if isinstance(model, Source) else model.folder
         part = partial(evaluate, folder, run.texts.evaluation, settings=run.config.evaluate, into=into)
-        return run.spread(part, "evaluate", name, model=folder)
+        return in_processes(run, part, name=f"evaluate {name}", model=folder)
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from factory import processes
-from factory.artifacts import DistanceProfile, Evaluation
-from factory.config import BuildConfig, EvaluateSettings, MeasureSettings
+from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
+from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UsageError, WorkerError
 from factory.evaluate import evaluate
+from factory.heal import heal
 from factory.resolve import resolve
 from factory.run import Run, open_texts
-from factory.significance import read_answers, read_losses
+from factory.significance import LOSSES, read_answers, read_losses
 from factory.spread import num_processes, spread
 from factory.stages import measure_stage
 from factory.store import Store
@@ -28,6 +29,9 @@ from tests.test_evaluate import questions, save_task
 from tests.tiny import rhymes, save_llama
 
 ROOT = Path(__file__).parent.parent
+HEALING = HealSettings(
+    data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=4, sequence_length=64
+)
 Progress = Callable[[int, int, str], None]
 
 
@@ -43,6 +47,7 @@ class Heard:
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
     def waiting(self, stage: str) -> None: ...
+    def damaged(self, stage: str, file: str) -> None: ...
 
 
 def ignore(_done: int, _total: int, _note: str = "") -> None: ...
@@ -75,12 +80,21 @@ def measured(folder: Path, home: Path, *, with_processes: int) -> tuple[Distance
     return measure_stage(run, source), run.keys["measure"], heard
 
 
-def evaluated(folder: Path, into: Path, *, with_processes: int) -> Evaluation:
-    into.mkdir()
+def evaluate_and_heal(folder: Path, into: Path, *, progress: Progress) -> tuple[Evaluation, Adapter]:
     settings = EvaluateSettings(num_documents=70, sequence_length=64, tasks=(str(folder / "rhyme.yaml"),))
     text = open_text(str(folder / "text.txt"), split="validation")
-    work = partial(evaluate, folder / "model", text, settings=settings, into=into)
-    return spread(work, processes=with_processes, progress=ignore)
+    evaluation = evaluate(folder / "model", text, settings=settings, into=into, progress=ignore)
+    adapter = heal(
+        Checkpoint(folder=folder / "model", num_layers=4, num_parameters=1, size_bytes=1, files={}),
+        text,
+        source_folder=folder / "model",
+        dropped=(),
+        settings=HEALING,
+        seed=0,
+        folder=into,
+        progress=progress,
+    )
+    return evaluation, adapter
 
 
 def test_two_processes_measure_what_one_does_under_the_same_key(folder: Path, tmp_path: Path) -> None:
@@ -93,19 +107,45 @@ def test_two_processes_measure_what_one_does_under_the_same_key(folder: Path, tm
     assert heard.progress[-1][0] == one.num_samples
 
 
-def test_two_processes_evaluate_as_one_does_and_leave_answers_in_the_same_order(
+class Cut(Exception): ...  # noqa: N818
+
+
+def cut_at_7(done: int, _total: int, _note: str) -> None:
+    if done == 7:
+        raise Cut
+
+
+def test_two_processes_evaluate_as_one_does_and_finish_what_one_began_to_heal(
     folder: Path, tmp_path: Path
 ) -> None:
-    one = evaluated(folder, tmp_path / "one", with_processes=1)
-    two = evaluated(folder, tmp_path / "two", with_processes=2)
-    assert two.loss.nats == pytest.approx(one.loss.nats, abs=1e-6)
-    assert two.tasks == one.tasks
-    assert [count for count, _ in read_losses(tmp_path / "two")] == [
-        count for count, _ in read_losses(tmp_path / "one")
-    ]
-    nats = [nats for _, nats in read_losses(tmp_path / "one")]
-    assert [nats for _, nats in read_losses(tmp_path / "two")] == pytest.approx(nats, abs=1e-3)
-    assert read_answers(tmp_path / "two", 0) == read_answers(tmp_path / "one", 0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    evaluation, adapter = evaluate_and_heal(folder, one, progress=ignore)
+    two.mkdir()
+    with pytest.raises(Cut):
+        evaluate_and_heal(folder, two, progress=cut_at_7)
+    for kept in (*two.glob("task-*.json"), two / LOSSES):
+        kept.unlink()  # that is measured anew
+    steps: list[int] = []
+    same_evaluation, same_adapter = spread(
+        partial(evaluate_and_heal, folder, two),
+        processes=2,
+        progress=lambda done, _total, _note: steps.append(done),
+    )
+    assert same_evaluation.loss.nats == pytest.approx(evaluation.loss.nats, abs=1e-6)
+    assert same_evaluation.tasks == evaluation.tasks
+    losses, same_losses = read_losses(one), read_losses(two)
+    assert [count for count, _ in same_losses] == [count for count, _ in losses]
+    assert [nats for _, nats in same_losses] == pytest.approx([nats for _, nats in losses], abs=1e-3)
+    assert read_answers(two, 0) == read_answers(one, 0)
+
+    assert steps[0] > 1  # it did not begin anew
+    assert same_adapter.num_tokens == adapter.num_tokens
+    assert same_adapter.guard_loss_before == pytest.approx(adapter.guard_loss_before, abs=1e-6)
+    assert same_adapter.guard_loss_after == pytest.approx(adapter.guard_loss_after, abs=1e-4)
+    curve = [point.loss for point in adapter.curve]
+    assert [point.loss for point in same_adapter.curve] == pytest.approx(curve, abs=1.1e-4)
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
 
 
 def fail_in_the_second(progress: Progress) -> int:

@@ -1,0 +1,51 @@
+"""The trainer of healing: TRL's, with the same steps and guard loss in one process and in several."""
+
+import math
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from factory import processes
+
+PASSES = 2**20  # more than a step can have
+
+
+class HealTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose dropout and guard loss are the same however many processes share the work."""
+
+    step, passes = -1, 0  # where in training this process is, and its passes in that step
+    control: Any
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Seed each pass by its place in the whole batch, which is dealt out to the processes by turns."""
+        if self.step != self.state.global_step:
+            self.step, self.passes = self.state.global_step, 0
+        place = self.passes * processes.count() + processes.index()
+        self.passes += 1
+        torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The guard's loss in nats a token: all tokens count alike, however they are batched and shared."""
+        self.model.eval()
+        size = self.args.per_device_eval_batch_size
+        mine = processes.share(range(len(self.eval_dataset)))
+        most = max(processes.gather([len(mine)]))
+        found = []
+        for start in range(0, most, size):
+            # A sharded model takes all processes to a pass: one that has no rows left repeats the first.
+            rows = mine[start : start + size]
+            batch = self.data_collator([self.eval_dataset[row] for row in rows or [0]])
+            inputs = self._prepare_inputs(batch)
+            tokens = int((inputs["labels"][:, 1:] != -100).sum()) if rows else 0
+            with self.accelerator.autocast():
+                loss = float(self.compute_loss(self.model, inputs))
+            found.append((tokens, loss * tokens if tokens else 0.0))
+        self._metrics["eval"].clear()  # TRL's entropy and the like, which nobody reads
+        found = processes.gather(found)
+        metrics = {"eval_loss": math.fsum(nats for _, nats in found) / sum(tokens for tokens, _ in found)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
