@@ -1,54 +1,38 @@
 """The comparison Space: both models write at once, apart from each other, and the command ends cleanly."""
 
 import ast
-import importlib.util
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
+from gradio_client import Client
 
 from factory import space
 from factory.artifacts import Build
 from factory.errors import FactoryError, HubError, UsageError
 from factory.resolve import resolve
+from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
 from tests.tiny import save_llama
 
-pytest.importorskip("gradio")
-
-SPACE = space.space_folder()
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SPACE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-pair = module("pair")
-app = module("app")
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
 
 
@@ -209,7 +193,10 @@ def test_a_long_conversation_loses_its_oldest_turns_then_the_head_of_the_message
 
 def test_an_empty_prompt_does_nothing(models: tuple[Any, Any]) -> None:
     session = app.Session()
-    assert list(desk_for(models).send(session, " \n", 0, False, 8, 0.0, 1.0)) == []
+    desk = desk_for(models)
+    assert list(desk.send(session, " \n", 0, False, 8, 0.0, 1.0)) == [app.UNCHANGED]
+    assert list(desk.retry(session, "typed", 0, False, 8, 0.0, 1.0)) == [app.UNCHANGED]
+    assert len(app.UNCHANGED) == len(desk.view(session, False)) + 2
     assert session.turns == []
 
 
@@ -233,7 +220,8 @@ def test_retry_takes_the_last_prompt_with_the_next_seed_and_leaves_the_box(model
     desk, session = desk_for(models), app.Session()
     answer(desk, session, "import os")
     updates = list(desk.retry(session, "half written", 5, False, 8, 0.0, 1.0))
-    assert updates[-1][-2:] == ["half written", 6]
+    assert updates[0][-2:] == ["half written", 6]
+    assert all(update[-2:] == app.UNCHANGED[:2] for update in updates[1:])
     assert [turn.prompt for turn in session.turns] == ["import os"]
 
 
@@ -331,7 +319,7 @@ def test_the_front_matter_is_what_a_space_needs() -> None:
 
 def test_the_files_import_nothing_but_what_the_requirements_name() -> None:
     lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").split()
-    named = {re.split("[<>=]", line)[0] for line in lines} | {"pair"}
+    named = {re.split("[<>=]", line)[0] for line in lines} | {"pair", "session"}
     imported = set()
     for path in SPACE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -341,6 +329,82 @@ def test_the_files_import_nothing_but_what_the_requirements_name() -> None:
                 imported.add((node.module or "").split(".")[0])
     assert imported - sys.stdlib_module_names <= named
     assert "torch" in lines  # the Space's hardware decides which one
+
+
+# Many at once -------------------------------------------------------------------------------------
+
+
+def generated(model: Any, messages: list[dict[str, str]], num_tokens: int) -> str:
+    """What `model.generate` makes of a conversation by itself."""
+    ids = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    start = ids["input_ids"].shape[1]
+    out = model.model.generate(**ids, max_new_tokens=num_tokens, do_sample=False)[0, start:]
+    return str(model.tokenizer.decode(out, skip_special_tokens=True)).rstrip("\ufffd")
+
+
+def test_many_visitors_at_once_each_have_their_own_conversation(chatting: tuple[Any, Any]) -> None:
+    visitors, num_tokens = 20, 4
+    demo = app.page(chatting, most_tokens=64)
+    _, url, _ = demo.launch(**app.LOOK, server_name=space.HOST, prevent_thread_lock=True, quiet=True)
+
+    def visit(number: int) -> list[str]:
+        client = Client(url, verbose=False)
+        for turn in ("first", "second"):
+            job = client.submit(f"{turn} of {number}", 0, False, num_tokens, 0.0, 1.0, api_name="/send")
+            job.result()
+        shown = job.outputs()[-1]
+        return [message["content"][0]["text"] for side in (1, 4) for message in shown[side]]
+
+    with ThreadPoolExecutor(visitors) as pool:
+        seen = list(pool.map(visit, range(visitors)))
+    demo.close()
+    for number, texts in enumerate(seen):
+        expected = []
+        for model in chatting:
+            said: list[dict[str, str]] = []
+            for turn in ("first", "second"):
+                said.append({"role": "user", "content": f"{turn} of {number}"})
+                said.append({"role": "assistant", "content": generated(model, said, num_tokens)})
+            expected += [message["content"] for message in said]
+        assert texts == expected
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="ZeroGPU's client needs a torch built for CUDA")
+def test_on_zerogpu_the_page_starts_with_its_models_on_the_device(tmp_path: Path, tiny: Path) -> None:
+    class Lender(BaseHTTPRequestHandler):
+        """Stands for the service that lends GPUs: it hears that the page has started."""
+
+        def do_POST(self) -> None:
+            heard.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    heard: list[str] = []
+    with ThreadingHTTPServer((space.HOST, 0), Lender) as lender:
+        threading.Thread(target=lender.serve_forever, daemon=True).start()
+        variables = {
+            "SPACES_ZERO_GPU": "true",
+            "SPACES_ZERO_DEVICE_API_URL": f"http://{space.HOST}:{lender.server_port}",
+            "SOURCE_MODEL": str(space.DEMO),
+            "PRUNED_MODEL": str(tiny),
+            "GRADIO_SERVER_PORT": str(space.free_port(None)),
+            "HOME": str(tmp_path),
+        }
+        with (tmp_path / "log").open("w") as log:
+            page = subprocess.Popen(
+                [sys.executable, str(SPACE / "app.py")],
+                env={**os.environ, **variables},
+                stdout=log,
+                stderr=log,
+            )
+        while page.poll() is None and not heard:
+            time.sleep(0.1)
+        page.terminate()
+        page.wait(timeout=20)
+        lender.shutdown()
+    assert heard == ["/startup-report"], (tmp_path / "log").read_text()
 
 
 # factory space ------------------------------------------------------------------------------------

@@ -118,6 +118,8 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
         "factory/_resources/model_cards/card.md.j2",
         "factory/_resources/spaces/compare/app.py",
         "factory/_resources/spaces/compare/pair.py",
+        "factory/_resources/spaces/compare/session.py",
+        "factory/_resources/spaces/compare/style.css",
         "factory/recipes/mistral-7b.yaml",
         "factory/accelerate/gpus.yaml",
         "factory/demo/model/model.safetensors",

@@ -3,14 +3,10 @@
 Configured by SOURCE_MODEL, PRUNED_MODEL, SOURCE_REVISION, PRUNED_REVISION, MAX_NEW_TOKENS, LOAD_IN_4BIT.
 """
 
-import base64
-import html
 import os
-import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -24,11 +20,25 @@ if os.environ.get("SPACES_ZERO_GPU"):  # it plays a GPU to the main thread alone
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import gradio as gr
-from pair import Model, Reply, Sampling, find_file, load_pair, stream
+from pair import Model, Reply, Sampling, load_pair, stream
+from session import (
+    SIDES,
+    Session,
+    Turn,
+    card_page,
+    completion,
+    conversation,
+    facts,
+    heading,
+    status,
+)
 
 GPU_SECONDS = 60  # a call, on ZeroGPU
 VISITORS = 4  # served at the same time; others wait in line
-SIDES = ("Left", "Right")
+AS_GROUP = """const pane = element.closest(".pane")
+pane.setAttribute("role", "group")
+pane.setAttribute("aria-label", "{name}")"""  # tells one conversation from the other without eyes
+UNCHANGED = [gr.skip()] * 11  # what a prompt shows; an event that shows nothing at all would empty it
 CHAT_EXAMPLES = [
     "Explain to a ten-year-old why the sky is blue.",
     "Write a Python function that merges two sorted lists.",
@@ -48,137 +58,12 @@ THEME = gr.themes.Default(
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-STYLE = Path(__file__).with_name("style.css")
-
-
-@dataclass
-class Turn:
-    """One prompt and what each model made of it, in the order source, pruned."""
-
-    prompt: str
-    replies: tuple[Reply, ...] = (Reply(), Reply())
-
-
-@dataclass
-class Session:
-    """What one visitor has done."""
-
-    turns: list[Turn] = field(default_factory=list)
-    order: tuple[int, ...] = (0, 1)  # which model is on the left, which on the right
-    blind: bool = False
-    voted: bool = False
-    tally: list[int] = field(default_factory=lambda: [0, 0, 0])  # source, pruned, no difference
-    halt: Event | None = None  # of the run that is under way
-
-    @property
-    def hides(self) -> bool:
-        """Whether the names are not to be told yet."""
-        return self.blind and not self.voted
-
-    def start_round(self, *, blind: bool) -> None:
-        """Forget the conversation; in blind mode, draw anew who is on which side."""
-        if self.halt:
-            self.halt.set()
-        self.turns, self.voted, self.blind = [], False, blind
-        self.order = tuple(random.sample((0, 1), 2)) if blind else (0, 1)
-
-    def messages(self, index: int) -> list[dict[str, str]]:
-        """The conversation with one model; turns without a reply are left out."""
-        said = []
-        for turn in self.turns:
-            said.append({"role": "user", "content": turn.prompt})
-            if text := turn.replies[index].text:
-                said.append({"role": "assistant", "content": text})
-            elif turn is not self.turns[-1]:
-                said.pop()
-        return said
-
-
-# What is shown ------------------------------------------------------------------------------------
-
-
-def heading(pair: Sequence[Model], session: Session, side: int) -> str:
-    """The name of the model on one side, or only the side."""
-    model = pair[session.order[side]]
-    title = SIDES[side] if session.hides else f"{model.role} · {model.name}"
-    return f"<h2>{html.escape(title)}</h2>"
-
-
-def completion(session: Session, side: int) -> str:
-    """The last prompt and its continuation as one text."""
-    if not session.turns:
-        inner = '<span class="empty">The model goes on with your text: it was not trained to answer.</span>'
-    else:
-        turn = session.turns[-1]
-        reply = turn.replies[session.order[side]]
-        inner = f'<span class="prompt">{html.escape(turn.prompt)}</span>{html.escape(reply.text)}'
-    label = f'role="region" aria-label="{SIDES[side]} text"'
-    return f'<div class="text" tabindex="0" {label}><pre>{inner}</pre></div>'
-
-
-def facts(pair: Sequence[Model], session: Session, side: int) -> str:
-    """Speed, size, and what went wrong; nothing that gives a hidden model away."""
-    index = session.order[side]
-    model, reply = pair[index], session.turns[-1].replies[index] if session.turns else Reply()
-    rate, first = reply.tokens_per_second, reply.first_token_seconds
-    values = {
-        "tokens/s": f"{rate:.1f}" if rate else "–",
-        "first token": f"{first * 1000:,.0f} ms" if first else "–",
-        "parameters": amount(model.num_parameters),
-        "memory": amount(model.size_bytes, "B"),
-    }
-    if session.hides:
-        values = dict.fromkeys(values, "?")
-    rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
-    notes = f'<p class="note">{html.escape(reply.notice)}</p>' if reply.notice else ""
-    if reply.error:
-        notes += f'<p class="note error" role="alert">This model failed. {html.escape(reply.error)}</p>'
-    return f'<dl class="facts">{rows}</dl>{notes}'
-
-
-def amount(number: float, unit: str = "") -> str:
-    """Three digits and a prefix: "7.24 B" for parameters, "14.5 GB" for bytes."""
-    for prefix, size in (("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {prefix}{unit}"
-    return f"{number:.0f} {unit}".strip()
-
-
-def status(session: Session, writing: bool) -> str:
-    """What goes on, for those who do not see it, and the votes of this visitor."""
-    doing = "Both are writing." if writing else "Both have written." if session.turns else ""
-    votes = ""
-    if session.blind or any(session.tally):
-        source, pruned, neither = session.tally
-        votes = f"Your votes: source {source}, pruned {pruned}, no difference {neither}."
-    if session.voted:
-        votes += " The names are shown above; your next prompt starts a new round."
-    return f'<p class="unseen">{doing}</p><p>{votes}</p>'
-
-
-def card_page(pair: Sequence[Model]) -> str | None:
-    """Figures and results of the pruned model's card, as HTML and Markdown; None without a card."""
-    card = find_file(pair[1], "README.md")
-    if card is None:
-        return None
-    text = card.read_text(encoding="utf-8")
-    results = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    parts = [scrolling(results.group(1).strip())] if results else []
-    for alt, name in re.findall(r"!\[([^]]*)\]\((figures/[\w.-]+\.png)\)", text):
-        if path := find_file(pair[1], name):
-            data = base64.b64encode(path.read_bytes()).decode()
-            parts.append(
-                f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-            )
-    return "\n\n".join(parts) or None
-
-
-def scrolling(text: str) -> str:
-    """Markdown whose tables, if they are too wide, can be scrolled, with the keyboard too."""
-    box = '<div class="scroll" tabindex="0">'
-    return re.sub(
-        r"(?m)^(?:\|.*\n?)+", lambda table: f"{box}\n\n{table[0].strip()}\n\n</div>\n", text
-    ).strip()
+LOOK: dict[str, Any] = {
+    "theme": THEME,
+    "css_paths": Path(__file__).with_name("style.css"),
+    "footer_links": ["gradio", "settings"],
+    "run_history": False,
+}
 
 
 # What happens -------------------------------------------------------------------------------------
@@ -233,17 +118,27 @@ class Desk:
         self, session: Session, text: str, seed: float, blind: bool, length: int, *how: float
     ) -> Iterator[list[Any]]:
         """A new prompt; an empty one does nothing."""
-        if text.strip():
-            sampling = Sampling(int(length), *how, seed=int(seed))
+        if not text.strip():
+            yield UNCHANGED
+        else:
+            seed = int(seed or 0)  # the field can be emptied
+            sampling = Sampling(int(length), *how, seed=seed)
+            typed: list[Any] = ["", seed]
             for writing in self.answer(session, text, sampling, blind=blind):
-                yield [*self.view(session, writing), "", seed]
+                yield [*self.view(session, writing), *typed]
+                typed = UNCHANGED[:2]  # by now somebody may be typing the next prompt
 
     def retry(self, session: Session, text: str, seed: float, *settings: Any) -> Iterator[list[Any]]:
         """The last prompt again with the next seed; what stands in the box stays there."""
-        if session.turns:
+        if not session.turns:
+            yield UNCHANGED
+        else:
             last, session.turns = session.turns[-1], session.turns[:-1]
-            for update in self.send(session, last.prompt, seed + 1, *settings):
-                yield [*update[:-2], text, seed + 1]
+            seed = int(seed or 0) + 1
+            typed = [text, seed]
+            for update in self.send(session, last.prompt, seed, *settings):
+                yield [*update[:-2], *typed]
+                typed = UNCHANGED[:2]
 
     def stop(self, session: Session) -> None:
         """Halt the run under way; it then shows itself for the last time."""
@@ -272,7 +167,7 @@ class Desk:
 
     def side(self, session: Session, side: int) -> tuple[str, Any, str]:
         """Heading, text and facts of one side."""
-        text = session.messages(session.order[side]) if self.chats else completion(session, side)
+        text = conversation(session, side) if self.chats else completion(session, side)
         return heading(self.pair, session, side), text, facts(self.pair, session, side)
 
 
@@ -340,13 +235,14 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
         length = gr.Slider(1, most_tokens, min(256, most_tokens), step=1, label="Longest reply, tokens")
         temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: the likeliest token)")
         top_p = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p")
-        seed = gr.Number(0, precision=0, label="Seed (Retry adds one)")
+        seed = gr.Number(0, precision=0, minimum=0, maximum=2**32, label="Seed (Retry adds one)")
 
     shown = [*panes, stop, votes, counted]
     asked = [session, box, seed, blind, length, temperature, top_p]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    gr.on([send.click, box.submit], desk.send, asked, [*shown, box, seed], **quiet)
-    retry.click(desk.retry, asked, [*shown, box, seed], **quiet)
+    again: dict[str, Any] = {"trigger_mode": "multiple"}  # a new prompt ends the run under way
+    gr.on([send.click, box.submit], desk.send, asked, [*shown, box, seed], **again, **quiet)
+    retry.click(desk.retry, asked, [*shown, box, seed], **again, **quiet)
     stop.click(desk.stop, session, None, queue=False, **quiet)
     emptied = [part.clear for part in panes if isinstance(part, gr.Chatbot)]
     gr.on([clear.click, blind.input, *emptied], desk.restart, [session, blind], shown, **quiet)
@@ -361,7 +257,7 @@ def pane_row(desk: Desk) -> list[Any]:
         for number, name in enumerate(SIDES):
             head, text, below = desk.side(Session(), number)
             with gr.Column(min_width=300, elem_classes="pane"):
-                parts.append(gr.HTML(head))
+                parts.append(gr.HTML(head, js_on_load=AS_GROUP.format(name=name)))
                 if desk.chats:
                     label = f"{name} conversation"
                     parts.append(
@@ -387,6 +283,4 @@ def most_tokens_of(environ: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     longest = most_tokens_of(os.environ)  # before anything is loaded
-    page(load_pair(os.environ), most_tokens=longest).launch(
-        theme=THEME, css_paths=STYLE, footer_links=["gradio", "settings"], run_history=False
-    )
+    page(load_pair(os.environ), most_tokens=longest).launch(**LOOK)
