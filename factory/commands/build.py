@@ -219,7 +219,6 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.identity import check_tasks
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
-    from factory.spread import num_processes
     from factory.store import Store, default_home
 
     config = asked.config
@@ -236,6 +235,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)
     if pending or options["processes"]:
+        from factory.spread import num_processes
+
         run.processes = num_processes(options["processes"])
     return run, pending
 

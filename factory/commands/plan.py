@@ -198,7 +198,6 @@ def _start(
     from factory.identity import check_tasks
     from factory.run import Run, check_texts, open_texts
     from factory.screen import StageLines, console
-    from factory.spread import num_processes
     from factory.store import Store, default_home
 
     references.check_model(model)
@@ -217,5 +216,9 @@ def _start(
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))
-    processes = num_processes(options["processes"]) if measures else 1
-    return source, Run(config, store, reporter, texts, processes=processes), reporter
+    run = Run(config, store, reporter, texts)
+    if measures:
+        from factory.spread import num_processes
+
+        run.processes = num_processes(options["processes"])
+    return source, run, reporter
