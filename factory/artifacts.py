@@ -228,7 +228,7 @@ class Adapter(Artifact):
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
     objective: str  # "sft", "distill"
-    quantization: str  # "nf4"
+    quantization: str  # "nf4", "none"
     rank: int
     learning_rate: float
     target_modules: tuple[str, ...]

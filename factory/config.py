@@ -45,6 +45,7 @@ class HealSettings(Settings):
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # those that get an adapter; seam: from the one before the cut on
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
+    four_bit: bool = True  # NF4 (QLoRA); else the weights in 16 bits on a GPU
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)

@@ -96,7 +96,7 @@ def heal(
         progress=progress,
     )
     base = source_folder if settings.objective == "distill" else pruned.folder
-    student, trainer = start(load_model(base, four_bit=True))
+    student, trainer = start(load_model(base, four_bit=settings.four_bit))
     try:
         train_on(trainer, folder)
     except DivergedError:
@@ -109,7 +109,7 @@ def heal(
         trainer = student = None  # type: ignore[assignment]
         gc.collect()
         set_seed(seed)
-        student, trainer = start(load_model(base, four_bit=True))
+        student, trainer = start(load_model(base, four_bit=settings.four_bit))
         train_on(trainer, folder)
     after = float(trainer.evaluate()["eval_loss"])
     guard_curve = _curve(trainer.state.log_history, "eval_loss")
@@ -124,7 +124,7 @@ def heal(
     return Adapter(
         folder=folder,
         objective=settings.objective,
-        quantization="nf4",
+        quantization="nf4" if settings.four_bit else "none",
         rank=settings.rank,
         learning_rate=settings.learning_rate,
         target_modules=tuple(student.modules),
