@@ -14,10 +14,10 @@ from huggingface_hub.utils.sha import git_hash
 
 from factory import pipeline
 from factory.artifacts import Build, Publication
-from factory.errors import HubError, ModelError, UsageError
+from factory.errors import HubError, UsageError
 from factory.hub import full_name
 from factory.hub_errors import endpoint, hub_api, hub_errors, patiently
-from factory.space import space_folder
+from factory.space import check_loadable, space_folder
 
 USUAL_HARDWARE = "zero-a10g"  # a GPU, and free for two Spaces of any account
 MARK = "hf-factory"  # the tag by which a Space that the factory made is known
@@ -49,7 +49,7 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
 
     Raises:
         UsageError: The source is not on the Hub.
-        ModelError: The models need code of their own, which the Space does not run.
+        ModelError: The models need code of their own.
         HubError: The build was not published, or the Hub refused something.
     """
     build, published = Build.read(folder), _publication(folder)
@@ -119,11 +119,7 @@ def _source_on_the_hub(build: Build) -> str:
             "a Space could not load it",
             hint="publish the source and build from there; without --deploy the page runs on this machine",
         )
-    if build.source.remote_code:
-        raise ModelError(
-            f"{build.source.repo_id} comes with code of its own, which the Space does not run",
-            hint="only models that transformers knows by itself can be compared",
-        )
+    check_loadable(build)
     return build.source.repo_id
 
 

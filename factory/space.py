@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from factory.artifacts import Build
-from factory.errors import FactoryError, HubError, UsageError
+from factory.errors import FactoryError, HubError, ModelError, UsageError
 from factory.resolve import resolve
 
 _ROOT = Path(__file__).parent
@@ -36,6 +36,7 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
 
     Raises:
         UsageError: The port is taken, or the source's folder is needed or is another model.
+        ModelError: The models need code of their own.
         HubError: The source is not in the Hub's cache.
         FactoryError: gradio is not installed, or the page ended by itself.
     """
@@ -90,9 +91,23 @@ def space_folder() -> Path:
     return packed if packed.is_dir() else _ROOT.parent / "spaces" / "compare"
 
 
+def check_loadable(build: Build) -> None:
+    """Refuse models that need code of their own: the page runs none.
+
+    Raises:
+        ModelError: The source comes with such code.
+    """
+    if build.source.remote_code:
+        raise ModelError(
+            f"{build.source.name} comes with code of its own, which the comparison page does not run",
+            hint="only models that transformers knows by itself can be compared",
+        )
+
+
 def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
-    """The Space's variables for a build: which two models, and the commit of one from the Hub."""
+    """The page's variables for a build: which two models, and the commit of one from the Hub."""
     build = Build.read(folder)
+    check_loadable(build)
     names = {"PRUNED_MODEL": str((folder / "model").resolve()), "PRUNED_REVISION": "", "SOURCE_REVISION": ""}
     repo_id, commit = build.source.repo_id, build.source.commit
     if repo_id is None or source is not None:

@@ -256,7 +256,7 @@ def test_a_source_that_a_space_could_not_load_is_refused(hub: Hub, commands: For
     known = json.loads((pushed / "build.json").read_text())
     for change, told in (
         ({"repo_id": None}, "made from 'tiny', which is not on the Hub"),
-        ({"remote_code": True}, f"{SOURCE} comes with code of its own"),
+        ({"remote_code": True}, "tiny comes with code of its own"),
     ):
         (pushed / "build.json").write_text(json.dumps(known | {"source": known["source"] | change}))
         assert told in refused(commands, pushed, code=2 if "repo_id" in change else 1)

@@ -27,7 +27,7 @@ from gradio_client import Client
 
 from factory import space
 from factory.artifacts import Build
-from factory.errors import FactoryError, HubError, UsageError
+from factory.errors import FactoryError, HubError, ModelError, UsageError
 from factory.resolve import resolve
 from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
@@ -445,6 +445,14 @@ def test_a_hub_source_that_is_not_cached_is_an_error(tmp_path: Path, tiny: Path)
     build = a_build_folder(tmp_path / "b", healing_discarded(), tiny)
     with pytest.raises(HubError, match="is not in the Hub's cache"):
         space.pair_environment(build, source=None)
+
+
+def test_models_that_need_code_of_their_own_are_refused(tmp_path: Path, tiny: Path) -> None:
+    build = demo_build()
+    foreign = build.source.model_copy(update={"remote_code": True})
+    folder = a_build_folder(tmp_path / "b", build.model_copy(update={"source": foreign}), tiny)
+    with pytest.raises(ModelError, match="demo comes with code of its own"):
+        space.pair_environment(folder, source=None)
 
 
 def test_a_taken_port_is_an_error() -> None:

@@ -182,7 +182,7 @@ def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
 
     desk = Desk(pair, GPU(duration=GPU_SECONDS)(generate) if GPU else generate)
     with gr.Blocks(title=f"{pair[0].name} and {pair[1].name}", analytics_enabled=False) as demo:
-        gr.Markdown(introduction(pair))
+        gr.Markdown(introduction(pair), elem_classes="title")
         with gr.Tabs():
             with gr.Tab("Compare"):
                 compare_tab(desk, most_tokens)
