@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from factory.artifacts import sha256_of_file
+from factory.layout import take_sums
 from factory.space import space_folder
 from tests.forks import Ended, Forks
 from tests.hub import Hub
@@ -41,6 +42,7 @@ def build(hub: Hub, tmp_path: Path) -> Path:
     for place in (folder, folder / "model"):
         made.write(place)
     (folder / "model" / "recipe.yaml").write_text("drop: 0.3\n")
+    take_sums(made, folder)
     return folder
 
 
