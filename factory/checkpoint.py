@@ -18,6 +18,7 @@ from factory.transfer import assemble, read_blocks
 __all__ = [
     "TensorInfo",
     "are_equal",
+    "auxiliary_files",
     "copy_auxiliary_files",
     "is_shard_name",
     "read_checkpoint",
@@ -280,34 +281,43 @@ def _parts(
 # Beside the weights ------------------------------------------------------------------------------
 
 
-def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, generation settings, chat templates and licence texts; returns their names, sorted.
+def auxiliary_files(folder: Path) -> dict[str, Path]:
+    """Tokenizer, generation settings, chat templates and licence texts: name → the file itself.
 
-    Left behind: code (`*.py`), the card, other weights, whatever training left. A link is followed only
-    within the folder or into the blobs of the Hub's cache: what is copied gets published. So the paths of
-    the machine that saved a tokenizer are taken out of its settings.
+    A link is followed only within the folder or into the blobs of the Hub's cache: these files are copied
+    into what gets published.
 
     Raises:
         CheckpointError: A file is a link to somewhere else.
     """
-    names = set()
-    for pattern in AUXILIARY:
-        for path in source_folder.glob(pattern):
-            if not path.is_file():
-                continue
-            target = path.resolve()
-            if source_folder.resolve() not in target.parents and not _in_hub_cache(target, source_folder):
-                raise CheckpointError(
-                    f"{path.name} is a link to {target}, outside the model's folder",
-                    hint="put the file itself there",
-                )
-            name = path.relative_to(source_folder)
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(target, folder / name)
-            names.add(name.as_posix())
-    if "tokenizer_config.json" in names:
+    found = {}
+    for path in (path for pattern in AUXILIARY for path in folder.glob(pattern) if path.is_file()):
+        target = path.resolve()
+        if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
+            raise CheckpointError(
+                f"{path.name} is a link to {target}, outside the model's folder",
+                hint="put the file itself there",
+            )
+        found[path.relative_to(folder).as_posix()] = target
+    return found
+
+
+def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
+    """Copy what `auxiliary_files` finds; returns the names, sorted.
+
+    Left behind: code (`*.py`), the card, other weights, whatever training left; of a tokenizer's settings,
+    the paths of the machine that saved it.
+
+    Raises:
+        CheckpointError: A file is a link to somewhere else.
+    """
+    found = auxiliary_files(source_folder)
+    for name, target in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(target, folder / name)
+    if "tokenizer_config.json" in found:
         _drop_local_paths(folder / "tokenizer_config.json")
-    return sorted(names)
+    return sorted(found)
 
 
 def _drop_local_paths(path: Path) -> None:

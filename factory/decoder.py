@@ -126,15 +126,19 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
     verify(config, pruned_config, kept)
 
 
-def check_decoder(config: dict[str, Any]) -> None:
+def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
     """Refuse early, whatever the cut, what is no decoder that transformers can build.
+
+    Args:
+        num_parameters: That the weights hold. What they lack would be made up, in any size, while loading.
 
     Raises:
         UnsupportedArchitectureError: Says the model type.
+        CheckpointError: The configuration describes a model that is much larger than the weights.
     """
     from factory.decoder_proof import check
 
-    check(config)
+    check(config, num_parameters=num_parameters)
 
 
 def decoder_layers(model: Any) -> "ModuleList":

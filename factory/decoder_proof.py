@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from factory import decoder_fields as fields
-from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.errors import CheckpointError, UnsupportedArchitectureError, UnsupportedFieldError
 
 if TYPE_CHECKING:
     from torch.nn import Module, ModuleList
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 # Settings by which a configuration can have transformers fetch and run a kernel of any repository.
 KERNELS = ("attn_implementation", "experts_implementation")
+MOST_MADE_UP = 1.5  # parameters described for one stored: a head that is tied without saying so
+MOST_PACKED = 16
 MOST_LABELS = 100_000
 
 
@@ -127,9 +129,17 @@ def num_layers_of(config: Any) -> int:
     return count
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any], *, num_parameters: int) -> None:
     """See `factory.decoder.check_decoder`."""
-    _, layers = find_layers(_build(config))
+    model = _build(config)
+    described = int(model.num_parameters())
+    packed = "quantization_config" in config  # several weights in a stored number
+    if described > (MOST_PACKED if packed else MOST_MADE_UP) * num_parameters:
+        raise CheckpointError(
+            f"config.json describes {described:,} parameters, the weights hold {num_parameters:,}",
+            hint="they are of two different models; download both again",
+        )
+    _, layers = find_layers(model)
     _check_causal(layers[0], model_type=config["model_type"])
 
 

@@ -171,7 +171,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="give a model with a whole tokenizer",

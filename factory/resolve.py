@@ -10,14 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     LocalEntryNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.repocard import metadata_load
 
 from factory.artifacts import Source, canonical_json
 from factory.checkpoint import (
@@ -25,6 +23,7 @@ from factory.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
     TensorInfo,
+    auxiliary_files,
     is_shard_name,
     read_checkpoint,
     sha256_of_files,
@@ -34,10 +33,10 @@ from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureE
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
+from factory.source_card import README, languages_of, one_license, read_card, short_text
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-README = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' words for the types that transformers calls otherwise
 DTYPES = {
@@ -51,6 +50,11 @@ DTYPES = {
     "U8": "uint8",
     "I32": "int32",
 }
+
+# Larger ones are no model's and would fill the memory of whoever parses them. The largest index known, of
+# 70,000 tensors, takes a third of its limit; the largest tokenizer.json a seventh.
+MOST_BYTES = {CONFIG: 2**24, TOKENIZER_CONFIG: 2**24, README: 2**24, WEIGHTS_INDEX: 2**26}
+MOST_OTHER_BYTES = 2**28
 
 Progress = Callable[[int, int], None]
 
@@ -93,6 +97,8 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
         if path.is_file()
     ]
     _check_names(names, where=str(folder))
+    _check_sizes({name: (folder / name).stat().st_size for name in needed_files(names, ())})
+    auxiliary_files(folder)  # refuses links that lead elsewhere
     config = _read_config(folder / CONFIG)
     remote_code = _needs_code(config, trusted=trust_remote_code)
     tensors = read_checkpoint(folder)
@@ -105,7 +111,7 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
         config=config,
         tensors=tensors,
         size_bytes=sum((folder / name).stat().st_size for name in weights),
-        card=_card_of(folder),
+        card=read_card(folder),
         has_chat_template=_has_chat_template(names, folder / TOKENIZER_CONFIG),
         remote_code=remote_code,
     )
@@ -127,6 +133,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         return cached.model_copy(update=update)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_names(sizes, where=repo_id)
+    _check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
     config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
     pin = None if revision == commit else f"{repo_id}@{commit}"
     remote_code = _needs_code(config, trusted=trust_remote_code, pin=pin)
@@ -171,6 +178,17 @@ def _check_names(names: Collection[str], *, where: str) -> None:
         )
     if CONFIG not in names:
         raise CheckpointError(f"{where} has no {CONFIG}", hint="give a model that transformers can load")
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse files beside the weights that no model has in such a size, before they are downloaded."""
+    for name, size_bytes in sizes.items():
+        most = MOST_BYTES.get(name, MOST_OTHER_BYTES)
+        if size_bytes > most:
+            raise CheckpointError(
+                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it",
+                hint="do not use this model unless you trust where it comes from",
+            )
 
 
 def _some(names: list[str]) -> str:
@@ -321,7 +339,6 @@ def _source(
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_elements
     dtype = dtypes.most_common(1)[0][0]
-    languages = [] if card.get("language") is None else card["language"]
     return Source(
         name=name,
         repo_id=repo_id,
@@ -336,10 +353,10 @@ def _source(
         layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
         vocab_size=_vocab_size(config),
         dtype=DTYPES.get(dtype, dtype.lower()),
-        license=_license(card.get("license")),
-        license_name=_text(card.get("license_name")),
-        license_link=_text(card.get("license_link")),
-        languages=tuple(map(_language, languages if isinstance(languages, list) else [languages])),
+        license=one_license(card.get("license")),
+        license_name=short_text(card.get("license_name")),
+        license_link=short_text(card.get("license_link")),
+        languages=languages_of(card.get("language")),
         has_chat_template=has_chat_template,
         remote_code=remote_code,
     )
@@ -369,36 +386,11 @@ def _check_weights(
         )
 
 
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _license(value: object) -> str | None:
-    """One licence; a list of one, an old notation, is it too."""
-    only = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return only if isinstance(only, str) else None
-
-
-def _language(value: object) -> str:
-    """YAML reads the code of Norwegian as false."""
-    return "no" if value is False else str(value)
-
-
 def _vocab_size(config: Mapping[str, Any]) -> int:
     for part in (config, config.get("text_config") or {}):
         if isinstance(part.get("vocab_size"), int):
             return int(part["vocab_size"])
     raise ModelError(f"{CONFIG} has no vocab_size", hint="give a text model that transformers can load")
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    """Front matter of a folder's README.md; nothing where there is none."""
-    try:
-        return (metadata_load(folder / README) if (folder / README).is_file() else None) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise ModelError(
-            f"{folder / README}: {str(error).splitlines()[0]}", hint="mend its front matter"
-        ) from error
 
 
 def _has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:

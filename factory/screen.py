@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -23,13 +24,26 @@ STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
 
 
+class PlainConsole(Console):
+    """A console on which no text can paint: what moves cursors or changes colours is rich's alone."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Every text as rich lays it out, without the control characters that came with it."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                lines = [printable(line) for line in segment.text.split("\n")]
+                yield Segment("\n".join(lines), segment.style)
+
+
 def console(*, stderr: bool = False) -> Console:
     """Colours and bars only on a terminal; elsewhere lines are as long as they need to be."""
-    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    made = PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False)
     return (
         made
         if made.is_terminal
-        else Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=200, no_color=True)
+        else PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False, width=200, no_color=True)
     )
 
 

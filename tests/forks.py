@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ def supervise(call):  # the code of a run that a signal ends is told as well
     pid = os.fork()
     if pid == 0:
         run(call)
+    with open(f"{call['into']}/pid", "w") as file:
+        file.write(str(pid))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with open(f"{call['into']}/draft", "w") as file:
         file.write(str(code))
@@ -74,18 +77,27 @@ class Forks:
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-c", PROGRAM, *modules],
-            # OpenMP does not outlive a fork; with one thread it is not there to begin with.
-            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+            # OpenMP does not outlive a fork; with one thread it is not there to begin with. How much
+            # transformers tells is read at its import, which comes before the command line's own setting.
+            env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, **environment, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *arguments: str, folder: Path, file_bytes: int | None = None, before: str = "") -> Ended:
+    def run(
+        self,
+        *arguments: str,
+        folder: Path,
+        file_bytes: int | None = None,
+        before: str = "",
+        patience_seconds: float | None = None,
+    ) -> Ended:
         """Run `factory` with these arguments in a folder, and wait for it.
 
         Args:
             file_bytes: Longest file that may be written: past it the system says "File too large".
             before: Python that the process runs before the command.
+            patience_seconds: A run that takes longer is killed; None: that is a fault of the test.
         """
         with tempfile.TemporaryDirectory() as into:
             call = {
@@ -101,7 +113,11 @@ class Forks:
                 self._process.stdin.flush()
             code = Path(into) / "code"
             end = time.monotonic() + 300
+            patience = time.monotonic() + patience_seconds if patience_seconds else end
             while not code.exists():
+                if patience < min(time.monotonic(), end):
+                    os.kill(int((Path(into) / "pid").read_text()), signal.SIGKILL)
+                    patience = end
                 assert time.monotonic() < end, f"factory {' '.join(arguments)} does not end"
                 time.sleep(0.02)
             return Ended(
@@ -118,4 +134,4 @@ class Forks:
         """End the process; runs under way end by themselves."""
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)

@@ -39,6 +39,8 @@ COMMAND = (
 BUILD = Path("builds") / "tiny-drop40"
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "memory", "file size", "full disk", "clock jump")
 MOMENTARY = ("seconds", "speed")
+# Where a new thread has no memory for its first step, Python waits for that step for ever.
+HUNG_SECONDS = 60.0
 YEAR = 365 * 24 * 3600
 # What the process does to itself, so late after its start or at its n-th event on the file system.
 STRIKE = """
@@ -56,7 +58,7 @@ def strike():
     elif how == "memory":
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + amount,) * 2)
     elif how == "file size":
         resource.setrlimit(resource.RLIMIT_FSIZE, (amount, amount))
     elif how == "full disk":
@@ -99,7 +101,7 @@ class Moment:
     kind: str
     seconds: float | None  # after its start
     event: int | None  # or this one of its opens, renames, …
-    amount: int  # of a clock jump, seconds; of a limit on files, bytes
+    amount: int  # of a clock jump, seconds; of a limit on files or further memory, bytes
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ def moments(found: Bench, count: int, *, seed: int) -> list[Moment]:
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         by_time = number // len(KINDS) % 2 == 0
-        amounts = {"clock jump": draw.choice([-10 * YEAR, -3600, 3600, 10 * YEAR])}
+        amounts = {
+            "clock jump": draw.choice([-10 * YEAR, -3600, 3600, 10 * YEAR]),
+            "memory": draw.choice([2**20, 2**24, 2**26]),
+        }
         made.append(
             Moment(
                 kind,
@@ -225,7 +230,10 @@ def _run(found: Bench, place: Path, moment: Moment, *, process: str = "") -> End
     files = (str(place / "counted"), str(place / "ballast"))
     arguments = (kind, moment.seconds, moment.event, moment.amount, *files)
     before = STRIKE.format(arguments=arguments)
-    return found.processes[process].run(*COMMAND, "--home", "home", folder=place, before=before)
+    patience = HUNG_SECONDS + 5 * found.seconds if kind == "memory" else None
+    return found.processes[process].run(
+        *COMMAND, "--home", "home", folder=place, before=before, patience_seconds=patience
+    )
 
 
 def _counted(place: Path) -> int:

@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
-    ("sums",),
+    ("sums", "source_card"),
     ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint",),
     ("decoder", "resolve", "reload", "identity", "spread"),

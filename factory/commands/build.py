@@ -230,7 +230,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     pending = pipeline.pending(run, asked.source)
     if "prune" in pending and not asked.source.remote_code:
-        check_decoder(asked.source.config)
+        check_decoder(asked.source.config, num_parameters=asked.source.num_parameters)
     check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)

@@ -25,11 +25,12 @@ def list_stages(home: Path | None) -> None:
 def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
     """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
     from factory.preview import size
+    from factory.screen import printable
     from factory.store import Store, default_home
 
     store = Store((home or default_home()).absolute())
     freed = 0
     for folder, size_bytes in store.collect_garbage(recent=recent, dry_run=dry_run):
         freed += size_bytes
-        click.echo(f"{'would remove' if dry_run else 'removed'} {folder}")
+        click.echo(printable(f"{'would remove' if dry_run else 'removed'} {folder}"))
     click.echo(f"{size(freed)} {'could be' if dry_run else ''} freed".replace("  ", " "))

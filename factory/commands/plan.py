@@ -208,7 +208,7 @@ def _start(
     source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     config = settle_options(model, drop, recipe, source, options)
     if not source.remote_code:
-        check_decoder(source.config)
+        check_decoder(source.config, num_parameters=source.num_parameters)
     sweeps = "tasks" in options
     if sweeps:
         check_tasks(config.evaluate, search=True)
