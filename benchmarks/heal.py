@@ -12,6 +12,7 @@ model of 26 M parameters.
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -55,13 +56,13 @@ def healed_loss(
     source: Source,
     pruned: Checkpoint,
     dropped: tuple[int, ...],
-    texts: tuple[Text, Text],
+    texts: Sequence[Text],
     *,
     settings: HealSettings,
     seed: int,
     keep: Path | None,
-) -> tuple[float, float]:
-    """Loss of the merged weights, and the seconds that healing took."""
+) -> tuple[list[float], float]:
+    """Losses of the merged weights on the texts behind the first, and the seconds that healing took."""
     with tempfile.TemporaryDirectory() as scratch:
         adapter_folder, merged_folder = keep or Path(scratch) / "adapter", Path(scratch) / "merged"
         adapter_folder.mkdir(parents=True)
@@ -79,7 +80,7 @@ def healed_loss(
         )
         seconds = time.monotonic() - start
         merge(pruned, adapter, folder=merged_folder)
-        return loss_of(merged_folder, texts[1], length=settings.sequence_length), seconds
+        return [loss_of(merged_folder, text, length=settings.sequence_length) for text in texts[1:]], seconds
 
 
 def settings_of(recipe: str, *, tokens: int, length: int, batch_size: int) -> HealSettings:
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", required=True, help="that are dropped: 11-20")
     parser.add_argument("--heal-data", required=True)
     parser.add_argument("--eval-data", required=True)
+    parser.add_argument("--dev-data", help="text to choose recipes by; its loss is shown beside the other")
     parser.add_argument("--recipe", action="append", help="settings of healing; may be repeated")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -108,7 +110,8 @@ def main() -> None:
     options = parser.parse_args()
     source = hub.pull(hub.resolve(options.model))
     dropped = Layers().convert(options.layers, None, None)
-    texts = open_text(options.heal_data, split="train"), open_text(options.eval_data, split="validation")
+    data = [options.heal_data, options.eval_data, *([options.dev_data] if options.dev_data else [])]
+    texts = [open_text(reference, split="train") for reference in data]
     length = options.sequence_length
     with tempfile.TemporaryDirectory() as folder:
         plan = PruningPlan(criterion="chosen", num_layers=source.num_layers, dropped=dropped)
@@ -124,14 +127,15 @@ def main() -> None:
             shares, losses, times = [], [], []
             for seed in range(options.seeds):
                 keep = options.keep / str(number) if options.keep and seed == 0 else None
-                loss, seconds = healed_loss(
+                (loss, *dev), seconds = healed_loss(
                     source, pruned, dropped, texts, settings=settings, seed=seed, keep=keep
                 )
                 losses.append(loss)
                 times.append(seconds)
                 shares.append((cut - loss) / (cut - whole))
                 print(
-                    f"{head}: {recipe} seed {seed}: {loss:.4f}, {shares[-1]:.3f} in {seconds:.0f} s",
+                    f"{head}: {recipe} seed {seed}: {loss:.4f}, {shares[-1]:.3f} in {seconds:.0f} s"
+                    + "".join(f"; dev {nats:.4f}" for nats in dev),
                     flush=True,
                 )
             spread = f" ± {stdev(shares):.3f}" if len(shares) > 1 else ""
