@@ -18,6 +18,7 @@ except ImportError:
     GPU = None
 if os.environ.get("SPACES_ZERO_GPU"):  # it plays a GPU to the main thread alone: load the weights there
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # prompts are not kept, not in the browser either
 
 import gradio as gr
 from pair import Model, Reply, Sampling, load_pair, stream
@@ -62,7 +63,6 @@ LOOK: dict[str, Any] = {
     "theme": THEME,
     "css_paths": Path(__file__).with_name("style.css"),
     "footer_links": ["gradio", "settings"],
-    "run_history": False,
 }
 
 
