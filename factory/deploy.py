@@ -52,8 +52,8 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
         ModelError: The models need code of their own.
         HubError: The build was not published, or the Hub refused something.
     """
-    build, published = Build.read(folder), _publication(folder)
-    source = _source_on_the_hub(build)
+    build = Build.read(folder)
+    source, published = _source_on_the_hub(build), _publication(folder)
     repo_id = full_name(name or published.space or f"{published.repo_id}-compare")
     api = hub_api()
     model = _model_with_this_build(api, folder, published)
@@ -89,7 +89,7 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
 def space_files(build: Build, publication: Publication) -> dict[str, bytes]:
     """The files of a Space: those of the comparison page, with a README that names its two models."""
     folder = space_folder()
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*")) if path.is_file()}
     _, front, body = files[README].decode().split("---\n", 2)
     fields = yaml.safe_load(front) | {
         "title": f"{build.source.name} and {publication.repo_id.split('/')[-1]}",

@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="NO BROWSER TEST WAS RUN: there is no Chromium (apt-get install chromium)"
 )
 PROMPT = "def read_lines(path):\n    "
-SHORT, LONG = 16, 128  # tokens of a reply
+SHORT, LONG = 16, 64  # tokens of a reply
 CARD = """# it
 
 ## Results
@@ -81,7 +82,11 @@ def chat_url(serve: Callable[..., str], models: Models) -> str:
 
 @pytest.fixture(scope="module")
 def long_url(serve: Callable[..., str], models: Models) -> str:
-    return serve(models, tokens=LONG)
+    """A page whose models take two seconds for a reply on any machine: time enough to stop them."""
+    tardy = tuple(replace(model, model=copy.deepcopy(model.model)) for model in models)
+    for model in tardy:
+        model.model.register_forward_hook(lambda *_: time.sleep(2 / LONG))
+    return serve(tardy, tokens=LONG)
 
 
 @pytest.fixture(scope="module")
