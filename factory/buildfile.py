@@ -61,6 +61,9 @@ class BuildOptions(Settings):
     processes: int = Field(default=UNSET, ge=1)
     trust_remote_code: bool = Field(default=UNSET)
     push_to: str = Field(default=UNSET)
+    on: str = Field(default=UNSET)
+    timeout: Listed = Field(default=UNSET)
+    state: str = Field(default=UNSET)
     public: bool = Field(default=UNSET)
     accept_license: bool = Field(default=UNSET)
 

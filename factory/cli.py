@@ -13,6 +13,7 @@ from factory.commands.card import card
 from factory.commands.entries import schema
 from factory.commands.finished import push, show, space, verify
 from factory.commands.house import collect_garbage, list_stages
+from factory.commands.jobs import jobs_group
 from factory.commands.options import CONTEXT
 from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
@@ -32,7 +33,10 @@ def cli() -> None:
     """
 
 
-COMMANDS = (build, plan, sweep, prune, push, show, verify, card, space, list_stages, collect_garbage, schema)
+COMMANDS = (
+    *(build, plan, sweep, prune, push, show, verify, card, space),
+    *(list_stages, collect_garbage, jobs_group, schema),
+)
 for command in COMMANDS:
     cli.add_command(command)
 

@@ -47,10 +47,29 @@ class Preview:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a build is to run on."""
+
+    device: str
+    memory_bytes: int  # of all its GPUs, or of the machine without one
+    flops_per_second: float  # that a whole model reaches
+    disk_bytes: int  # free
+
+
 def preview(
-    source: Source, config: BuildConfig, *, pending: Sequence[str], home: Path, processes: int = 1
+    source: Source,
+    config: BuildConfig,
+    *,
+    pending: Sequence[str],
+    home: Path,
+    processes: int = 1,
+    machine: Machine | None = None,
 ) -> Preview:
     """Work out the preview; imports torch only if there is something to run.
+
+    Args:
+        machine: Another one than this.
 
     Layers are taken to be of mean size, since which ones go is known only after measuring.
 
@@ -64,11 +83,8 @@ def preview(
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     download = source.size_bytes if source.folder is None and pending else 0
     writes = sum(stage in pending for stage in ("prune", "merge"))
-    free = shutil.disk_usage(existing(home)).free
-    device, memory_total, rate = _machine(source) if pending else ("", 0, 1.0)
-    if processes > 1:
-        rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
-        device = f"{device}, {processes} processes"
+    machine = machine or _this_machine(source, home, processes=processes, works=bool(pending))
+    device, free = machine.device, machine.disk_bytes
     result = Preview(
         num_layers=source.num_layers,
         num_dropped=n,
@@ -81,9 +97,11 @@ def preview(
         disk_needed=download + writes * bytes_after + (_token_bytes(config) if "heal" in pending else 0),
         disk_free=free,
         memory_needed=_memory_needed(source.num_parameters, parameters_after, on_gpu=not _is_cpu(device)),
-        memory_total=memory_total,
+        memory_total=machine.memory_bytes,
         device=device,
-        seconds=_seconds(config, source.num_parameters, parameters_after, pending, device, rate),
+        seconds=_seconds(
+            config, source.num_parameters, parameters_after, pending, device, machine.flops_per_second
+        ),
     )
     if result.disk_needed > free:
         raise DiskSpaceError(
@@ -130,7 +148,15 @@ def _token_bytes(config: BuildConfig) -> int:
     return config.heal.num_steps * config.heal.batch_size * config.heal.sequence_length * 4
 
 
-def _machine(source: Source) -> tuple[str, int, float]:
+def _this_machine(source: Source, home: Path, *, processes: int, works: bool) -> Machine:
+    device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
+    if processes > 1:
+        rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
+        device = f"{device}, {processes} processes"
+    return Machine(device, memory_total, rate, shutil.disk_usage(existing(home)).free)
+
+
+def _measured(source: Source) -> tuple[str, int, float]:
     """Device, its memory in bytes, and the FLOP a second it reaches on products of this model's width."""
     import torch
 

@@ -82,6 +82,9 @@ class Run:
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
     in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
     seconds: dict[str, float] = field(default_factory=dict)
+    unfinished: tuple[StageSpec, Path] | None = (
+        None  # the stage under way that can be resumed, and its folder
+    )
 
     def stage(
         self,
@@ -103,16 +106,20 @@ class Run:
         if self.only_look and not (found and self._is_intact(name, found.folder)):
             raise Missing(stage)
 
+        resumable = stage in ("measure", "search", "heal", "evaluate")
+
         def make(folder: Path) -> Mapping[str, str]:
             self.reporter.started(name)
+            self.unfinished = (spec, folder) if resumable else None
             value = work(folder)
+            self.unfinished = None
             value.write(folder)
             return value.files if isinstance(value, Checkpoint) else {}
 
         result = self.store.make(
             spec,
             make,
-            resumable=stage in ("measure", "search", "heal", "evaluate"),
+            resumable=resumable,
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
             is_intact=lambda folder: self._is_intact(name, folder),
@@ -141,7 +148,14 @@ class Run:
     def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
         """The progress callback of one stage."""
         name = f"{stage} {label}".strip()
-        return lambda done, total, note="": self.reporter.progressed(name, done, total, note)
+
+        def tick(done: int, total: int, note: str = "") -> None:
+            self.reporter.progressed(name, done, total, note)
+            if self.store.elsewhere and self.unfinished:
+                spec, folder = self.unfinished
+                self.store.elsewhere.keep_partial(spec.stage, spec.key, folder)
+
+        return tick
 
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)

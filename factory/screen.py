@@ -387,3 +387,15 @@ def show_verified(out: Console, found: Sequence[Verified]) -> None:
         place = one.folder.name if one.name != "build" else str(one.folder)
         line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {told}"
         out.print(printable(line), soft_wrap=True)
+
+
+def show_jobs(out: Console, jobs: Sequence[dict[str, Any]]) -> None:
+    """A line a job."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("job", "build", "hardware", "stage", "submitted", "ran"):
+        table.add_column(column, justify="right" if column == "ran" else "left")
+    for job in jobs:
+        ran = "" if job["seconds"] is None else duration(job["seconds"])
+        submitted = (job["created_at"] or "")[:16].replace("T", " ")
+        table.add_row(job["id"], job["name"] or "", str(job["hardware"]), job["stage"], submitted, ran)
+    out.print(table if jobs else "no jobs; `factory build MODEL --on HARDWARE` submits one")

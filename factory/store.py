@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import platformdirs
 from safetensors import SafetensorError
@@ -66,23 +66,59 @@ class StageResult:
     changed: bool = False  # it was made, and not with the bytes that it had before
 
 
+class Elsewhere(Protocol):
+    """Where stages are kept besides this machine, so that another one can go on."""
+
+    def fetch(self, stage: str, key: str, folder: Path) -> bool: ...
+    def keep(self, stage: str, key: str, folder: Path) -> None: ...
+    def fetch_partial(self, stage: str, key: str, folder: Path) -> None: ...
+    def keep_partial(self, stage: str, key: str, folder: Path) -> None: ...
+
+
 @dataclass(frozen=True)
 class Store:
     """The stages under one home folder, shared by all builds."""
 
     home: Path
+    elsewhere: Elsewhere | None = None
 
     def folder(self, spec: StageSpec) -> Path:
         """Where a complete stage of this spec lies, whether it is there or not."""
         return self.home / "stages" / spec.stage / spec.key
 
     def find(self, spec: StageSpec) -> StageResult | None:
-        """The complete stage of this spec, or None; a stage whose files have other sizes is absent."""
+        """The complete stage of this spec, or None; one that is only elsewhere is brought here."""
+        found = self._here(spec)
+        if found is None and self.elsewhere:
+            folder = self.folder(spec)
+            with _writing(folder.parent):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_name(folder.name + ".lock"), on_wait=None):
+                return self._here(spec) or self._brought(spec, self.elsewhere)
+        return found
+
+    def _here(self, spec: StageSpec) -> StageResult | None:
+        """The complete stage of this spec on this machine; one whose files have other sizes is absent."""
         folder = self.folder(spec)
         manifest = _manifest_of(folder)
         if manifest is None or not _is_whole(folder, manifest):
             return None
         return StageResult(spec.key, folder, reused=True, seconds=manifest["seconds"])
+
+    def _brought(self, spec: StageSpec, elsewhere: Elsewhere) -> StageResult | None:
+        """The complete stage of this spec from elsewhere; None if it is not there, or not as it was made."""
+        folder = self.folder(spec)
+        arriving = folder.with_name(f"{folder.name}.fetched{PARTIAL}")
+        with _writing(folder.parent):
+            shutil.rmtree(arriving, ignore_errors=True)
+            arriving.mkdir()
+            fetched = elsewhere.fetch(spec.stage, spec.key, arriving)
+            if not fetched or damage(arriving):
+                shutil.rmtree(arriving)
+                return None
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been found
+            arriving.rename(folder)
+        return self._here(spec)
 
     def make(
         self,
@@ -109,7 +145,9 @@ class Store:
         with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
-            found = self.find(spec)
+            found = self._here(spec)
+            if found is None and self.elsewhere and not rerun:
+                found = self._brought(spec, self.elsewhere)
             if found and not rerun and is_intact(folder):
                 with suppress(OSError):
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
@@ -118,9 +156,13 @@ class Store:
             with _writing(partial):
                 if partial.exists() and (rerun or not resumable):
                     shutil.rmtree(partial)
+                if self.elsewhere and resumable and not rerun and not partial.exists():
+                    self.elsewhere.fetch_partial(spec.stage, spec.key, partial)
                 partial.mkdir(exist_ok=True)
                 seconds, known = _timed(work, partial)
                 manifest = _complete(partial, folder, spec=spec, seconds=seconds, known=known)
+            if self.elsewhere:
+                self.elsewhere.keep(spec.stage, spec.key, folder)
             same = before is not None and before.get("sha256") == manifest["sha256"]
             in_use = hold(folder / MANIFEST)
         return StageResult(spec.key, folder, reused=False, seconds=seconds, in_use=in_use, changed=not same)
@@ -179,7 +221,7 @@ class Store:
         used = {key for root in self._roots() for key in root["keys"]}
         found = []
         for folder in sorted((self.home / "stages").glob("*/*")):
-            key = folder.name.removesuffix(PARTIAL)
+            key = folder.name.partition(".")[0]
             ours = folder.parent.name in STAGES and KEY.fullmatch(key)
             if ours and folder.is_dir() and key not in used:
                 found.append((folder, folder.with_name(f"{key}.lock")))

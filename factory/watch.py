@@ -8,14 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from factory.errors import HealingError
+from factory.gpus import peak_flops
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
 SLOWER = 0.3  # of the learning rate, after a run-away
-# Dense bf16 FLOP/s by the makers' data sheets, for the utilisation on screen.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "4090": 165e12, "B200": 2250e12,
-}  # fmt: skip
 
 
 class DivergedError(HealingError):
@@ -88,6 +84,5 @@ def _utilisation(flops: float) -> str:
     """Model FLOP utilisation of the GPU: ", MFU 0.37"; empty for a card whose peak is not known."""
     if not torch.cuda.is_available():
         return ""
-    device = torch.cuda.get_device_name()
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
+    peak = peak_flops(torch.cuda.get_device_name())
     return f", MFU {flops / peak:.2f}" if peak else ""

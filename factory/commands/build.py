@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from factory.commands.asked import Asked, ask, pull_source
-from factory.commands.entries import Request, print_config, requests
+from factory.commands.entries import Request, config_text, requests
 from factory.commands.options import (
     CONTEXT,
     Fraction,
@@ -15,8 +15,10 @@ from factory.commands.options import (
     heal_option,
     home_option,
     measuring_options,
+    on_option,
     print_json,
     processes_option,
+    state_option,
     trust_option,
 )
 from factory.commands.publishing import check_publishable, license_option, publish
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from factory.preview import Preview
     from factory.run import Reporter, Run
     from factory.screen import StageLines
+    from factory.state import StageBucket
 
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
@@ -63,6 +66,8 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
 @click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
 @license_option
+@on_option
+@state_option
 @click.option("--rerun", type=click.Choice(RERUN_STAGES), multiple=True, help="Make a stage again.")
 @click.option("--dry-run", is_flag=True, help="Stop after saying what would happen.")
 @click.option("--print-config", is_flag=True, help="Print a build file that asks for the same, and stop.")
@@ -82,7 +87,11 @@ def build(model: str, **options: Any) -> None:
     """
     asked = requests(model, options)
     if options["print_config"]:
-        print_config(asked)
+        click.echo(config_text([request.given for request in asked]), nl=False)
+    elif any(request.options["on"] for request in asked):
+        from factory.commands.jobs import submit
+
+        submit(asked, options)
     else:
         _build(asked, options)
 
@@ -106,8 +115,8 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
     asked = []
     for request in requests:
         with request.located():
-            asked.append(_asked(request))
-    _check_apart(requests, asked)
+            asked.append(look_at(request))
+    check_apart(requests, asked)
     ready = []
     for request, each in zip(requests, asked, strict=True):
         with request.located():
@@ -115,7 +124,7 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
     for one in ready:
         if not (as_json and options["dry_run"]):
             title = f"{one.asked.source.name} → {one.asked.out}"
-            show_preview(reporter.out, one.preview, title=title, lines=_preview_lines(one.asked.config))
+            show_preview(reporter.out, one.preview, title=title, lines=preview_lines(one.asked.config))
     if options["dry_run"]:
         if as_json:
             shown = [vars(one.preview) for one in ready]
@@ -128,7 +137,7 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
         _make_all(ready, reporter, as_json=as_json)
 
 
-def _asked(request: Request) -> Asked:
+def look_at(request: Request) -> Asked:
     """What one build is to make, and whether it may be published."""
     from factory import hub
 
@@ -195,7 +204,7 @@ def _make_all(ready: list[Ready], reporter: "StageLines", *, as_json: bool) -> N
         raise type(first)(f"{out}: {first.message}{others}", hint=first.hint)
 
 
-def _check_apart(requests: list[Request], asked: list[Asked]) -> None:
+def check_apart(requests: list[Request], asked: list[Asked]) -> None:
     """Refuse builds that would overwrite one another."""
     taken: dict[str, int] = {}
     for request, one in zip(requests, asked, strict=True):
@@ -222,7 +231,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.store import Store, default_home
 
     config = asked.config
-    store = Store((options["home"] or default_home()).absolute())
+    store = Store((options["home"] or default_home()).absolute(), _bucket(options["state"]))
     check_tasks(config.evaluate, search=False)
     texts = open_texts(config)
     if asked.repeats:
@@ -239,6 +248,20 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
 
         run.processes = num_processes(options["processes"])
     return run, pending
+
+
+def _bucket(name: str | None) -> "StageBucket | None":
+    """Where stages are kept besides this machine; told on standard error is what could not be."""
+    if name is None:
+        return None
+    from factory.hub import full_name
+    from factory.screen import printable
+    from factory.state import open_bucket
+
+    def remark(told: str) -> None:
+        click.echo(f"note: {printable(told)}", err=True)
+
+    return open_bucket(full_name(name), remark=remark)
 
 
 def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +285,7 @@ def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, A
     return result
 
 
-def _preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
+def preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
     heal, measure, evaluate = config.heal, config.measure, config.evaluate
     samples = measure.num_samples or f"until the choice is certain, at most {measure.max_samples:,}"
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,28 @@ if TYPE_CHECKING:
 # What a build can be given that repeats another: nothing that would make it another build.
 WITH_REPRODUCE = {
     *("model", "reproduce", "calibration_data", "heal_data", "eval_data", "tasks", "out", "home"),
-    *("processes", "push_to", "public", "accept_license", "trust_remote_code", "rerun", "dry_run", "as_json"),
+    *(
+        "processes",
+        "state",
+        "push_to",
+        "public",
+        "accept_license",
+        "trust_remote_code",
+        "rerun",
+        "dry_run",
+        "as_json",
+    ),
 }
-ONCE = ("reproduce", "home", "rerun", "dry-run", "json", "print-config")  # of a run, not of a build
+ONCE = (
+    "reproduce",
+    "home",
+    "rerun",
+    "dry-run",
+    "json",
+    "print-config",
+    "detach",
+    "upload",
+)  # of a run, not of a build
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,9 @@ def _check(request: Request, context: click.Context) -> None:
     with request.located():
         references.check_model(request.model)
         _check_options(request.options, context)
+        for name in ("timeout", "detach", "upload"):
+            if request.options[name] and not request.options["on"]:
+                raise UsageError(f"--{name} without --on", hint="add --on HARDWARE, as in --on a100-large")
     for data in ("calibration_data", "heal_data", "eval_data"):
         if request.options[data] is not None:
             with request.located(data.replace("_", "-")):
@@ -141,13 +163,12 @@ def _written(param: click.Parameter, value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def print_config(asked: list[Request]) -> None:
-    """Write a build file that asks for the same."""
+def config_text(given: list[dict[str, Any]]) -> str:
+    """A build file that asks for this."""
     import yaml
 
-    builds: list[Mapping[str, Any]] = [request.given for request in asked]
-    value = builds[0] if len(builds) == 1 else {"builds": builds}
-    click.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), nl=False)
+    value = given[0] if len(given) == 1 else {"builds": given}
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 @click.command(context_settings=CONTEXT)

@@ -128,6 +128,29 @@ processes_option = click.option(
 )
 
 
+state_option = click.option(
+    "--state", metavar="BUCKET", help="Keep finished stages in this private bucket on the Hub as well."
+)
+
+
+def on_option(command: Any) -> Any:
+    """Options of a build that runs on rented hardware."""
+    for option in reversed(
+        (
+            click.option("--on", metavar="HARDWARE", help="Build on Hugging Face Jobs, as a100-large."),
+            click.option(
+                "--timeout", metavar="6h", help="With --on: how long at most.  [default: twice the estimate]"
+            ),
+            click.option("--detach", is_flag=True, help="With --on: submit, and do not follow."),
+            click.option(
+                "--upload", is_flag=True, help="With --on: upload local models and texts, privately, first."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from tests.hub import reading, writing  # noqa: F401  registers the routes
+from tests.hub import buckets, jobs, reading, writing  # noqa: F401  registers the routes
 from tests.hub.app import Application, Request
 from tests.hub.faults import Fault
 from tests.hub.storage import Repository, Storage
@@ -66,6 +66,16 @@ class Hub:
         commit = self.repository(repo_id, kind=kind).find(revision)
         assert commit is not None, f"no revision {revision}"
         return {p: self.storage.read(f) for p, f in commit.files.items() if p != ".gitattributes"}
+
+    def bucket(self, bucket: str) -> dict[str, bytes]:
+        """What a bucket holds."""
+        files = self.storage.buckets[bucket].files
+        return {path: self.storage.xet_contents[xet_hash] for path, (xet_hash, _, _) in files.items()}
+
+    def job(self, number: int = -1) -> jobs.Job:
+        """A job that was submitted: by default the last one."""
+        found: jobs.Job = list(self.storage.jobs.values())[number]
+        return found
 
     def environment(self, home: Path, *, token: str | None = ALICE) -> dict[str, str]:
         """Variables that point the client at this Hub and at its own empty home."""

@@ -90,7 +90,13 @@ class Storage:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}  # sha256 → bytes
         self.paying: set[str] = set()  # accounts with a subscription
+        self.without_jobs: set[str] = set()  # accounts whose tokens may not use Jobs
+        self.buckets: dict[str, Any] = {}
+        self.jobs: dict[str, Any] = {}
         self.xet_folder = xet_folder
+        self.xet_clients = 0  # of buckets, so far
+        self.xet_uploads: list[Path] = []  # stores that clients of buckets were given to write to
+        self.xet_contents: dict[str, bytes] = {}  # xet hash → bytes, of all buckets
 
     def create(self, kind: str, repo_id: str, *, private: bool = False, **fields: Any) -> Repository:
         """A new repository with the commit that the Hub itself makes."""

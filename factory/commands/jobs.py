@@ -1,0 +1,316 @@
+"""`factory build --on` and `factory jobs`: builds on rented hardware, submitted, followed, listed, ended."""
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from factory import references
+from factory.commands.entries import Request, config_text
+from factory.commands.options import CONTEXT, print_json
+from factory.errors import DiskSpaceError, HubError, UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import JobInfo
+    from rich.console import Console
+
+    from factory.commands.asked import Asked
+    from factory.jobs import Flavor
+    from factory.preview import Preview
+
+OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
+LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
+FILES = ("model", "calibration-data", "heal-data", "eval-data")
+HOUR = 3600
+
+
+def submit(requests: list[Request], options: dict[str, Any]) -> None:
+    """Submit the builds as one job, and follow it unless that is not wanted.
+
+    Raises:
+        UsageError: Something that a job cannot be given.
+        HubError: No token, no permission, no credit. Nothing was submitted then.
+        JobError: The job did not end well.
+    """
+    from factory import jobs
+    from factory.screen import console
+
+    screen = console(stderr=options["as_json"])
+    hardware, timeout = _check_submission(requests)
+    owner = jobs.user_name()
+    found = jobs.flavor(hardware)
+    given, files = _carried(requests, upload=options["upload"], owner=owner)
+    text = config_text(given)
+    build = hashlib.sha256(text.encode()).hexdigest()[:16]
+    asked, previews = _look(requests, found)
+    earlier = jobs.jobs_of(owner, build=build)
+    if running := next((job for job in earlier if not jobs.is_over(job)), None):
+        raise UsageError(
+            f"job {running.id} makes this build already",
+            hint=f"factory jobs follow {running.id}, or factory jobs cancel {running.id}",
+        )
+    seconds = sum(shown.seconds for shown in previews)
+    if timeout is None:
+        timeout = HOUR * math.ceil(2 * seconds / HOUR)
+    elif not earlier:
+        _check_timeout(timeout, seconds, found)
+    _show(screen, asked, previews, found, seconds=seconds, timeout=timeout, earlier=bool(earlier))
+    if options["dry_run"]:
+        return
+    name = asked[0].out.name if len(asked) == 1 else f"{asked[0].out.name}-and-{len(asked) - 1}-more"
+    order = jobs.Order(owner, name, build, text.encode(), files, options["rerun"])
+    job = jobs.submit(order, hardware, timeout_seconds=timeout)
+    screen.print(f"job {job.id} on {hardware}: {job.url}", soft_wrap=True)
+    if options["detach"]:
+        screen.print(f"  follow it   factory jobs follow {job.id}")
+    else:
+        job = _follow(owner, job.id, screen)
+    if options["as_json"]:
+        print_json(_values(job))
+
+
+def _check_submission(requests: list[Request]) -> tuple[str, int | None]:
+    """Hardware and timeout in seconds, the same for all builds: they run in one job."""
+    from factory.jobs import parse_timeout
+
+    first = requests[0].options
+    for request in requests:
+        for name in ("on", "timeout"):
+            if request.options[name] != first[name]:
+                with request.located(name):
+                    raise UsageError(
+                        f"--{name} {request.options[name]} after {first[name]}",
+                        hint=f"builds of a file run in one job: give `{name}` once, beside `builds`",
+                    )
+    with requests[0].located("timeout"):
+        return first["on"], None if first["timeout"] is None else parse_timeout(first["timeout"])
+
+
+def _carried(
+    requests: list[Request], *, upload: bool, owner: str
+) -> tuple[list[dict[str, Any]], dict[str, Path]]:
+    """What the job's build file says, and the local files that go up for it, by their names there.
+
+    Raises:
+        UsageError: There are some, and they may not go up.
+    """
+    from factory.jobs import MOUNT, STATE
+
+    files: dict[str, Path] = {}
+    given = []
+    for request in requests:
+        values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
+        for key in [key for key in FILES if key in values]:
+            path = references.local_path(str(values[key]))
+            if values[key] in references.aliases() or not path.exists():
+                continue
+            with request.located(key):
+                _check_upload(path, upload=upload, bucket=f"{owner}/{STATE}")
+            place = f"{LOCAL}/{_fingerprint(path)}/{path.resolve().name}"
+            files |= {f"{place}{inside}": file for inside, file in _inside(path)}
+            values[key] = f"{MOUNT}/{place}"
+        given.append(values)
+    return given, files
+
+
+def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
+    """Ask before something of this machine goes up; without a terminal, ask for the flag."""
+    if upload:
+        return
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if asks and click.confirm(
+        f"{path} is on this machine: upload it to your private bucket {bucket}?", err=True
+    ):
+        return
+    raise UsageError(
+        f"{str(path)!r} is on this machine, where no job can read it",
+        hint=f"--upload puts it into your private bucket {bucket} first",
+    )
+
+
+def _fingerprint(path: Path) -> str:
+    """Tells local paths of one name apart."""
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+
+
+def _inside(path: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a path, with what follows the path's own name."""
+    if path.is_file():
+        yield "", path
+        return
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield f"/{inside.as_posix()}", file
+
+
+def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list["Preview"]]:
+    """Everything that can be wrong with the builds, before anything goes up."""
+    from factory import pipeline
+    from factory.commands.build import check_apart, look_at
+    from factory.decoder import check_decoder
+    from factory.identity import check_tasks
+    from factory.jobs import check_fits
+    from factory.preview import preview
+    from factory.run import check_texts, open_texts
+
+    asked = []
+    for request in requests:
+        with request.located():
+            asked.append(look_at(request))
+    check_apart(requests, asked)
+    previews = []
+    for request, one in zip(requests, asked, strict=True):
+        with request.located(), _not_here():
+            check_tasks(one.config.evaluate, search=False)
+            check_texts(open_texts(one.config))
+            if not one.source.remote_code:
+                check_decoder(one.source.config, num_parameters=one.source.num_parameters)
+            shown = preview(
+                one.source,
+                one.config,
+                pending=pipeline.STAGES,
+                home=Path(found.name),
+                machine=found.machine,
+            )
+            check_fits(found, shown.memory_needed)
+            previews.append(shown)
+    return asked, previews
+
+
+@contextmanager
+def _not_here() -> Iterator[None]:
+    """What is true of another machine's disk, without advice for this one's."""
+    try:
+        yield
+    except DiskSpaceError as error:
+        raise DiskSpaceError(error.message, hint="take hardware with more disk") from error
+
+
+def _check_timeout(timeout: int, seconds: float, found: "Flavor") -> None:
+    """Refuse a time in which even a machine at its peak could not finish."""
+    from factory.jobs import OF_PEAK
+    from factory.screen import duration
+
+    if found.peak_flops and timeout < seconds * OF_PEAK:
+        raise UsageError(
+            f"--timeout of {duration(timeout)} cannot suffice: even at its peak, {found.name} needs "
+            f"{duration(seconds * OF_PEAK)}",
+            hint=f"about {duration(seconds)} are likely: --timeout {math.ceil(2 * seconds / HOUR)}h",
+        )
+
+
+def _show(
+    screen: "Console",
+    asked: list["Asked"],
+    previews: list["Preview"],
+    found: "Flavor",
+    *,
+    seconds: float,
+    timeout: int,
+    earlier: bool,
+) -> None:
+    """What will happen, and what it may cost."""
+    from factory.commands.build import preview_lines
+    from factory.screen import duration, show_preview
+
+    for one, shown in zip(asked, previews, strict=True):
+        show_preview(
+            screen, shown, title=f"{one.source.name} → {one.out.name}", lines=preview_lines(one.config)
+        )
+    less = ", less what earlier jobs have finished" if earlier else ""
+    screen.print(
+        f"  {'on':<12}{found.title}, {found.name}\n"
+        f"  {'price':<12}about {found.price(seconds)} for {duration(seconds)}{less}; "
+        f"at most {found.price(timeout)} for {duration(timeout)}\n",
+        soft_wrap=True,
+    )
+
+
+def _follow(owner: str, job_id: str, screen: "Console") -> "JobInfo":
+    """Show a job's lines until it is over.
+
+    Raises:
+        JobError: It did not end well.
+    """
+    from factory import jobs
+    from factory.screen import printable
+
+    try:
+        for line in jobs.log(owner, job_id):
+            screen.print(printable(line), soft_wrap=True)
+    except KeyboardInterrupt:
+        click.echo(
+            f"the job goes on: factory jobs follow {job_id}, or factory jobs cancel {job_id}", err=True
+        )
+        raise
+    job = jobs.inspect(owner, job_id)
+    jobs.check_ended_well(job)
+    return job
+
+
+def _values(job: "JobInfo") -> dict[str, Any]:
+    """A job for programs."""
+    return {
+        "id": job.id,
+        "url": job.url,
+        "name": (job.labels or {}).get("name"),
+        "hardware": job.flavor,
+        "stage": job.status.stage,
+        "message": job.status.message,
+        "created_at": job.created_at.isoformat() if job.created_at else None,
+        "seconds": job.durations.running_secs if job.durations else None,
+    }
+
+
+@click.group("jobs", context_settings=CONTEXT, invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON, for programs.")
+@click.pass_context
+def jobs_group(context: click.Context, as_json: bool) -> None:
+    """List, follow and cancel builds on Hugging Face Jobs, which `factory build --on` submits."""
+    if context.invoked_subcommand:
+        return
+    from factory import jobs
+    from factory.screen import console, show_jobs
+
+    found = jobs.jobs_of(jobs.user_name())
+    if as_json:
+        print_json([_values(job) for job in found])
+    else:
+        show_jobs(console(), [_values(job) for job in found])
+
+
+@jobs_group.command(context_settings=CONTEXT)
+@click.argument("job")
+def follow(job: str) -> None:
+    """Show what a job says, from its beginning until it is over."""
+    from factory import jobs
+    from factory.screen import console
+
+    _check_id(job)
+    _follow(jobs.user_name(), job, console())
+
+
+@jobs_group.command(context_settings=CONTEXT)
+@click.argument("job")
+def cancel(job: str) -> None:
+    """End a job; the same build goes on from what it had finished."""
+    from factory import jobs
+
+    _check_id(job)
+    owner = jobs.user_name()
+    found = jobs.inspect(owner, job)
+    if jobs.is_over(found):
+        raise HubError(f"job {job} is over already: {found.status.stage}", hint="`factory jobs` lists yours")
+    jobs.cancel(owner, job)
+    click.echo(f"job {job} is cancelled")
+
+
+def _check_id(job: str) -> None:
+    if not job.isalnum():
+        raise UsageError(f"{job!r} is no job", hint="`factory jobs` lists yours")
