@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import click
 
@@ -11,6 +12,7 @@ from factory import __version__
 from factory.commands.build import build
 from factory.commands.card import card
 from factory.commands.entries import schema
+from factory.commands.extension import extension
 from factory.commands.finished import push, show, space, verify
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.jobs import jobs_group
@@ -35,7 +37,7 @@ def cli() -> None:
 
 COMMANDS = (
     *(build, plan, sweep, prune, push, show, verify, card, space),
-    *(list_stages, collect_garbage, jobs_group, schema),
+    *(list_stages, collect_garbage, jobs_group, schema, extension),
 )
 for command in COMMANDS:
     cli.add_command(command)
@@ -54,7 +56,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
     try:
         _refuse_launcher()
-        cli.main(standalone_mode=False)
+        cli.main(prog_name=_typed_as(), standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -82,6 +84,11 @@ def _refuse_launcher() -> None:
         f"factory under `accelerate launch` with {size} processes: it starts them itself",
         hint=f"run `factory build … --processes {size}`, without `accelerate launch`",
     )
+
+
+def _typed_as() -> str:
+    """What was typed to get here: `factory`, or the Hub's command line with it as an extension."""
+    return "hf factory" if Path(sys.argv[0]).stem == "hf-factory" else "factory"
 
 
 def _fail(message: str, hint: str, *, code: int) -> None:

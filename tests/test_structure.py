@@ -38,6 +38,7 @@ LAYERS = (
     (
         "commands.build",
         "commands.entries",
+        "commands.extension",
         "commands.jobs",
         "commands.prune",
         "commands.finished",
