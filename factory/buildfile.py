@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from factory.config import Settings
 from factory.errors import FactoryError, UsageError
 from factory.references import Criterion
+from factory.tracking import Where
 
 SUFFIXES = (".yaml", ".yml")
 UNSET: Any = None  # where a file does not say; `null` itself is nothing that a flag can be given
@@ -61,6 +62,7 @@ class BuildOptions(Settings):
     processes: int = Field(default=UNSET, ge=1)
     trust_remote_code: bool = Field(default=UNSET)
     push_to: str = Field(default=UNSET)
+    report_to: Where = Field(default=UNSET)
     on: str = Field(default=UNSET)
     timeout: Listed = Field(default=UNSET)
     state: str = Field(default=UNSET)

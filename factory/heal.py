@@ -29,8 +29,9 @@ from factory.lora import first_adapted, linear_modules, module_names, save_adapt
 from factory.micro_batch import fit_micro_batch
 from factory.models import fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
+from factory.tracking import NOWHERE, Tracking
 from factory.trainer import HealTrainer
-from factory.watch import DivergedError, Progress, Slower
+from factory.watch import DivergedError, Progress, Slower, Told
 
 CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
@@ -62,6 +63,7 @@ def heal(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    tracking: Tracking = NOWHERE,
 ) -> Adapter:
     """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
 
@@ -75,6 +77,7 @@ def heal(
         source_folder: The model that `pruned` was made from.
         dropped: Its layers that `pruned` lacks.
         progress: Gets steps done, steps in all, and loss and speed.
+        tracking: Is told the losses as well.
 
     Raises:
         DataError: Too little text.
@@ -94,6 +97,7 @@ def heal(
         seed=seed,
         folder=folder,
         progress=progress,
+        tracking=tracking,
     )
     base = source_folder if settings.objective == "distill" else pruned.folder
     student, trainer = start(load_model(base, four_bit=settings.four_bit))
@@ -176,6 +180,7 @@ def begin(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    tracking: Tracking,
 ) -> tuple[Student, HealTrainer]:
     """The student and its trainer, before the first step.
 
@@ -195,6 +200,8 @@ def begin(
     fit_micro_batch(trainer)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
+    if processes.is_main():
+        trainer.add_callback(Told(tracking))
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=PATIENCE))
     if (folder / SLOWED).exists():
         trainer.add_callback(Slower())

@@ -1,6 +1,7 @@
 """The same build on Hugging Face Jobs: what there is to rent, what goes up, and what comes of it."""
 
 import hashlib
+import os
 import re
 import sys
 import time
@@ -29,6 +30,7 @@ OF_PEAK = 1 / 3  # that whole models reach
 SILENCE_SECONDS = 900.0  # without any answer from the Hub, after which following ends
 WAIT_SECONDS = 2.0  # before asking again
 UNDER_WAY = ("SCHEDULING", "RUNNING")
+FOR_TRACKERS = ("TRACKIO_SPACE_ID", "WANDB_ENTITY", "WANDB_PROJECT")
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -139,6 +141,7 @@ class Order:
     build_file: bytes
     files: Mapping[str, Path]  # local ones that the build reads: name below the mount → file
     rerun: tuple[str, ...]
+    tracker: str | None = None  # library that the build is told to
 
     @property
     def bucket(self) -> str:
@@ -147,9 +150,10 @@ class Order:
 
     def command(self) -> list[str]:
         """What the job runs: the program that was uploaded for it, on the build file beside it."""
+        tracker = ("--with", self.tracker) if self.tracker not in (None, "none") else ()
         again = [word for stage in self.rerun for word in ("--rerun", stage)]
         return [
-            *("uv", "run", "--no-project", "--python", _python(), "--with", f"{MOUNT}/{WHEEL}"),
+            *("uv", "run", "--no-project", "--python", _python(), "--with", f"{MOUNT}/{WHEEL}", *tracker),
             *("--with-requirements", f"{MOUNT}/{REQUIREMENTS}", "factory", "build", f"{MOUNT}/{BUILD_FILE}"),
             *("--state", self.bucket, *again),
         ]
@@ -175,6 +179,10 @@ def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
         api.batch_bucket_files(order.bucket, add=missing)
     volume = Volume(type="bucket", source=order.bucket, mount_path=MOUNT, path=place, read_only=True)
     env = {"PYTHONUNBUFFERED": "1", "UV_NO_PROGRESS": "1"}
+    env |= {name: os.environ[name] for name in FOR_TRACKERS if name in os.environ}
+    secrets = {"HF_TOKEN": get_token()}
+    if order.tracker == "wandb" and "WANDB_API_KEY" in os.environ:
+        secrets["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"]
     if constants.ENDPOINT != "https://huggingface.co":
         env["HF_ENDPOINT"] = constants.ENDPOINT
     with _jobs_errors(hardware):
@@ -182,7 +190,7 @@ def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
             image=f"ghcr.io/astral-sh/uv:python{_python()}-bookworm",
             command=order.command(),
             env=env,
-            secrets={"HF_TOKEN": get_token()},
+            secrets=secrets,
             flavor=hardware,
             timeout=timeout_seconds,
             name=re.sub(r"[^\w-]", "-", order.name)[:100],

@@ -10,6 +10,7 @@ from factory.artifacts import Artifact, Checkpoint, DataSource
 from factory.config import BuildConfig
 from factory.store import StageSpec, Store, damage
 from factory.texts import Text, check_text, keep_apart, open_text
+from factory.tracking import NOWHERE, Tracking
 
 # Raised when a stage's code gives other results for the same input; part of its key.
 VERSIONS = {
@@ -82,6 +83,7 @@ class Run:
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
     in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
     seconds: dict[str, float] = field(default_factory=dict)
+    tracking: Tracking = NOWHERE
     unfinished: tuple[StageSpec, Path] | None = (
         None  # the stage under way that can be resumed, and its folder
     )
@@ -132,6 +134,9 @@ class Run:
         self.keys[name] = result.key
         self.folders[name] = result.folder
         self.seconds[name] = result.seconds
+        if not self.only_look and not result.reused:
+            with self.tracking.run("stages") as log:
+                log({f"seconds/{name}": result.seconds}, None)
         if not self.only_look:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)
         return value

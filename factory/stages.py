@@ -234,6 +234,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             settings=run.config.heal,
             seed=run.config.seed,
             folder=folder,
+            tracking=run.tracking,
         )
         # Each process takes as many sequences of a step: the batch stays what was asked for.
         batch_size = run.config.heal.batch_size

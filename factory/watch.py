@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 
 from factory.errors import HealingError
 from factory.gpus import peak_flops
+from factory.tracking import Tracking
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
 SLOWER = 0.3  # of the learning rate, after a run-away
@@ -59,6 +61,27 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.report(state.global_step, state.max_steps, self.loss + speed)
         if state.global_step == state.max_steps:  # the last step counts as much as any
             control.should_evaluate = control.should_save = True
+
+
+class Told(TrainerCallback):  # type: ignore[misc]
+    """Hands what the trainer logs to an experiment tracker."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self.tracking, self.open = tracking, ExitStack()
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        self.log = self.open.enter_context(self.tracking.run("heal"))
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        numbers = {
+            name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)
+        }
+        if hasattr(self, "log"):  # the guard's last loss comes after the training
+            self.log(numbers, state.global_step)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        del self.log
+        self.open.close()
 
 
 class Slower(TrainerCallback):  # type: ignore[misc]

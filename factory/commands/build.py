@@ -18,6 +18,7 @@ from factory.commands.options import (
     on_option,
     print_json,
     processes_option,
+    report_option,
     state_option,
     trust_option,
 )
@@ -66,6 +67,7 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--push-to", metavar="REPO", help="Publish on the Hub as owner/name when done.")
 @click.option("--public", is_flag=True, help="With --push-to: a public repository, not a private one.")
 @license_option
+@report_option
 @on_option
 @state_option
 @click.option("--rerun", type=click.Choice(RERUN_STAGES), multiple=True, help="Make a stage again.")
@@ -229,6 +231,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
     from factory.store import Store, default_home
+    from factory.tracking import Tracking, choose
 
     config = asked.config
     store = Store((options["home"] or default_home()).absolute(), _bucket(options["state"]))
@@ -237,6 +240,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     if asked.repeats:
         check_same_texts(asked.repeats, texts)
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
+    where = choose(options["report_to"])
+    run.tracking = Tracking(where, asked.out.name, asked.out.absolute().parent / "runs")
     pending = pipeline.pending(run, asked.source)
     if "prune" in pending and not asked.source.remote_code:
         check_decoder(asked.source.config, num_parameters=asked.source.num_parameters)

@@ -63,7 +63,9 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
     if options["dry_run"]:
         return
     name = asked[0].out.name if len(asked) == 1 else f"{asked[0].out.name}-and-{len(asked) - 1}-more"
-    order = jobs.Order(owner, name, build, text.encode(), files, options["rerun"])
+    order = jobs.Order(
+        owner, name, build, text.encode(), files, options["rerun"], requests[0].options["report_to"]
+    )
     job = jobs.submit(order, hardware, timeout_seconds=timeout)
     screen.print(f"job {job.id} on {hardware}: {job.url}", soft_wrap=True)
     if options["detach"]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from factory.errors import UsageError
+from factory.tracking import WHERE
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
@@ -125,6 +126,13 @@ processes_option = click.option(
     "--processes",
     type=click.IntRange(1),
     help="Processes to measure, heal and evaluate with, one a GPU.  [default: one for each GPU]",
+)
+
+
+report_option = click.option(
+    "--report-to",
+    type=click.Choice(WHERE),
+    help="Where healing and stage times can be followed.  [default: trackio, if installed]",
 )
 
 

@@ -1,0 +1,83 @@
+"""Following a build from elsewhere: what trackers are told, and that no result depends on it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState
+
+from factory.commands.asked import ask
+from factory.errors import UsageError
+from factory.tracking import Tracking, choose
+from factory.watch import Told
+from tests.test_buildfile import asked
+
+# As much of trackio as is used, for a machine without it: what it is told lands in a file.
+TRACKIO = """
+import json
+def init(**settings):
+    print("* a line that must not reach the progress lines")
+    _note(init=settings)
+def log(values, step=None):
+    _note(log=values, step=step)
+def finish():
+    _note(finish=True)
+def _note(**what):
+    with open("told.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+"""
+
+
+def test_a_missing_tracker_is_told_by_name_and_none_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.path", [])
+    for name in ("trackio", "wandb", "tensorboard"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(UsageError, match=f"--report-to {name}: {name} is not installed"):
+            choose(name)  # type: ignore[arg-type]
+    assert choose(None) == "none"
+    assert choose("none") == "none"
+
+
+@pytest.fixture
+def trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The stand-in, installed; the file that it writes."""
+    (tmp_path / "trackio.py").write_text(TRACKIO)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    kept = sys.modules.pop("trackio", None)
+    yield tmp_path / "told.jsonl"
+    del sys.modules["trackio"]
+    if kept:
+        sys.modules["trackio"] = kept
+
+
+def test_trackio_is_taken_where_it_is_installed_and_told_in_one_run_a_part(
+    trackio: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose(None) == "trackio"
+    with Tracking("trackio", "demo-drop30").run("stages") as log:
+        log({"seconds/plan": 1.5}, None)
+    begun, *rest = [json.loads(line) for line in trackio.read_text().splitlines()]
+    assert (begun["init"]["name"], begun["init"]["resume"]) == ("demo-drop30-stages", "allow")
+    assert rest == [{"log": {"seconds/plan": 1.5}, "step": None}, {"finish": True}]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_numbers_of_healing_are_told_with_their_steps(trackio: Path) -> None:
+    callback, state = Told(Tracking("trackio", "demo")), TrainerState(global_step=3)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs={"loss": 1.5, "note": "no number"})
+    callback.on_train_end(None, state, None)
+    callback.on_log(None, state, None, logs={"eval_loss": 1.0})  # evaluated once more when it is over
+    told = [json.loads(line) for line in trackio.read_text().splitlines()]
+    assert told[1:] == [{"log": {"loss": 1.5}, "step": 3}, {"finish": True}]
+
+
+def test_no_setting_of_a_build_says_where_it_is_told() -> None:
+    told, silent = (asked("demo", "--drop", "0.3", "--report-to", where)[0] for where in ("wandb", "none"))
+    assert (told.options["report_to"], silent.options["report_to"]) == ("wandb", "none")
+    assert ask("demo", told.options).config == ask("demo", silent.options).config
