@@ -53,7 +53,8 @@ class Flavor:
         """What so many seconds cost, for people."""
         if self.dollars_per_second is None:
             return "not known"
-        return f"${seconds * self.dollars_per_second:.2f}"
+        dollars = seconds * self.dollars_per_second
+        return f"${dollars:.2f}" if dollars >= 0.01 else "less than $0.01"
 
 
 def user_name() -> str:
