@@ -25,9 +25,9 @@ from factory.config import HealSettings
 from factory.decoder_proof import find_layers
 from factory.distill import DistillTrainer
 from factory.heal_text import data_sets
-from factory.lora import first_adapted, linear_modules, module_names, save_adapter
+from factory.lora import adapter_tensors, first_adapted, linear_modules, module_names, save_adapter
 from factory.micro_batch import fit_micro_batch
-from factory.models import fuse_norms, load_model, load_tokenizer, matrix_weights
+from factory.models import best_device, fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
 from factory.tracking import NOWHERE, Tracking
 from factory.trainer import HealTrainer
@@ -37,7 +37,6 @@ CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
 PATIENCE = 3  # checkpoints without a lower guard loss
 SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
-TRAINER = "trainer"  # the folder of its checkpoints
 GUARD = "guard.json"  # beside the adapter: the sequences that were held back
 
 
@@ -100,30 +99,32 @@ def heal(
         tracking=tracking,
     )
     base = source_folder if settings.objective == "distill" else pruned.folder
-    student, trainer = start(load_model(base, four_bit=settings.four_bit))
+    load = partial(load_model, base, four_bit=settings.four_bit, to_shard=processes.sharded())
+    student, trainer = start(load())
     try:
         train_on(trainer, folder)
     except DivergedError:
         if processes.from_main((folder / SLOWED).exists()):
             raise
         if processes.is_main():
-            last = last_whole_checkpoint(folder / TRAINER)
+            last = last_whole_checkpoint(trainer_folder(folder))
             step = int(last.rpartition("-")[2]) if last else 0
             (folder / SLOWED).write_text(json.dumps({"step": step}), encoding="utf-8")
         trainer = student = None  # type: ignore[assignment]
         gc.collect()
         set_seed(seed)
-        student, trainer = start(load_model(base, four_bit=settings.four_bit))
+        student, trainer = start(load())
         train_on(trainer, folder)
     after = float(trainer.evaluate()["eval_loss"])
     guard_curve = _curve(trainer.state.log_history, "eval_loss")
     slowed = json.loads((folder / SLOWED).read_text())["step"] if (folder / SLOWED).exists() else None
+    tensors = adapter_tensors(trainer.model)
     processes.gather([slowed])  # read by all, before the main one removes it
     if processes.is_main():
-        save_adapter(trainer.model, folder, modules=student.modules, new_names=student.new_names)
+        save_adapter(trainer.model, tensors, folder, modules=student.modules, new_names=student.new_names)
         (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
-        for scratch in (TRAINER, "tokens"):
-            shutil.rmtree(folder / scratch, ignore_errors=True)
+        for scratch in (*folder.glob("trainer*"), folder / "tokens"):
+            shutil.rmtree(scratch, ignore_errors=True)
         (folder / SLOWED).unlink(missing_ok=True)
     return Adapter(
         folder=folder,
@@ -151,20 +152,29 @@ def train_on(trainer: HealTrainer, folder: Path) -> None:
 
     Not before: a model that was prepared to be evaluated alone is not prepared again, for several processes.
     """
-    last = processes.from_main(last_whole_checkpoint(folder / TRAINER) if processes.is_main() else None)
+    last = processes.from_main(last_whole_checkpoint(trainer_folder(folder)) if processes.is_main() else None)
     trainer.args.eval_on_start = last is None
     trainer.train(resume_from_checkpoint=last)
 
 
-def last_whole_checkpoint(output_folder: Path) -> str | None:
-    """The trainer's last checkpoint, None without one; what was cut short while being written is removed.
+def trainer_folder(folder: Path) -> Path:
+    """Where the trainer's checkpoints lie; those of a sharded model are of another kind."""
+    return folder / ("trainer-sharded" if processes.sharded() else "trainer")
 
-    The trainer writes `trainer_state.json` last.
+
+def last_whole_checkpoint(output_folder: Path) -> str | None:
+    """The trainer's last checkpoint to go on from, None without one.
+
+    One that was cut short while being written is removed: the trainer writes `trainer_state.json` last. So
+    is one of the last step, from which the trainer would take one more.
     """
     for checkpoint in output_folder.glob("checkpoint-*"):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            is_of_use = state["global_step"] < state["max_steps"]
+        except (OSError, ValueError, KeyError):
+            is_of_use = False
+        if not is_of_use:
             shutil.rmtree(checkpoint)
     last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
     return last
@@ -209,9 +219,10 @@ def begin(
 
 
 def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
-    if model.device.type == "cuda":
+    if best_device().type == "cuda":
         use_packed_attention(model)
-        fuse_norms(model)
+        if not processes.sharded():  # a fused norm would keep the weight that FSDP divides
+            fuse_norms(model)
     prefix, layers = find_layers(model)
     modules = linear_modules(model, settings.modules)
     gone = frozenset(dropped if settings.objective == "distill" else ())
@@ -239,10 +250,10 @@ def _trainer(
     seed: int,
     folder: Path,
 ) -> HealTrainer:
-    on_gpu = student.model.device.type == "cuda"
+    on_gpu = best_device().type == "cuda"
     every = max(1, settings.num_steps // CURVE_POINTS)
     arguments = SFTConfig(
-        output_dir=str(folder / TRAINER),
+        output_dir=str(trainer_folder(folder)),
         max_steps=settings.num_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from factory.decoder import decoder_layers
 from factory.errors import UnsupportedArchitectureError
@@ -78,21 +79,38 @@ def module_names(layers: Any, modules: Sequence[str], *, prefix: str, indices: S
     ]
 
 
-def save_adapter(model: Any, folder: Path, *, modules: Sequence[str], new_names: Mapping[str, str]) -> None:
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What was trained, by name; of a sharded model put together, for which every process must ask."""
+    return {
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def save_adapter(
+    model: Any,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    modules: Sequence[str],
+    new_names: Mapping[str, str],
+) -> None:
     """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
 
     Args:
+        tensors: As `adapter_tensors` gives them.
         new_names: Beginning of a module's name in the trained model → in the pruned checkpoint.
     """
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=dict(tensors))
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": None, "target_modules": list(modules)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights = folder / "adapter_model.safetensors"
-    tensors = {}
+    renamed = {}
     for name, tensor in load_file(weights).items():
         old = next(old for old in new_names if f"{PEFT_PREFIX}{old}" in name)
-        tensors[name.replace(old, new_names[old], 1)] = tensor
-    save_file(tensors, weights, metadata={"format": "pt"})
+        renamed[name.replace(old, new_names[old], 1)] = tensor
+    save_file(renamed, weights, metadata={"format": "pt"})

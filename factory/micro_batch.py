@@ -22,6 +22,9 @@ def fit_micro_batch(trainer: Any) -> None:
         trainer: Built with one sequence a pass, and without checkpointing of activations.
     """
     arguments = trainer.args
+    if processes.sharded():  # not divided yet, so nothing can be tried: as little as possible
+        _recompute(trainer)
+        return
     if trainer.model.device.type != "cuda":
         return
     sequences = arguments.gradient_accumulation_steps

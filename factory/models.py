@@ -41,7 +41,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_model(folder: Path, *, four_bit: bool = False) -> Any:
+def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) -> Any:
     """Load a causal language model in evaluation mode, as a user would, onto the best device.
 
     Weights that do not fit one GPU are spread over all of them and, what is left, over the host's memory.
@@ -49,8 +49,11 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
     Args:
         folder: A complete checkpoint.
         four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
+        to_shard: Load into the host's memory, in a form that FSDP can divide among GPUs: NF4 weights are
+            stored as if they were floating-point numbers.
     """
     device = best_device()
+    place = torch.device("cpu") if to_shard else device
     dtype = compute_dtype(device)
     quantization = None
     if four_bit:
@@ -59,16 +62,19 @@ def load_model(folder: Path, *, four_bit: bool = False) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": device} if four_bit or fits(folder, device) else "auto",
+        device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
         trust_remote_code=False,
     )
     if four_bit and device.type == "cpu":
         _repair_four_bit_on_cpu(model)
+    if to_shard:
+        _keep_scales_whole(model, device)
     return model.eval()
 
 
@@ -80,12 +86,21 @@ def fits(folder: Path, device: torch.device) -> bool:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SHARE_FOR_WEIGHTS * free_bytes
 
 
-def trains_on_one(num_parameters: int, device: torch.device) -> bool:
-    """Whether the NF4 model, and what training it takes, fit into what is free on a device."""
+def trains_on_one(num_parameters: int, device: torch.device, *, four_bit: bool) -> bool:
+    """Whether a model, and what training an adapter of it takes, fit into what is free on a device."""
     if device.type == "cpu":
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return FOUR_BIT_BYTES * num_parameters < SHARE_FOR_TRAINED * free_bytes
+    bytes_each = FOUR_BIT_BYTES if four_bit else compute_dtype(device).itemsize
+    return bytes_each * num_parameters < SHARE_FOR_TRAINED * free_bytes
+
+
+def _keep_scales_whole(model: Any, device: torch.device) -> None:
+    """Put the scales of NF4 weights on the GPU: they are no parameters, so that FSDP does not see them."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state = module.weight.quant_state  # of the layer: a share of its weight has none
+            module.quant_state.to(device)
 
 
 def _repair_four_bit_on_cpu(model: Any) -> None:
@@ -108,7 +123,7 @@ def _repair_four_bit_on_cpu(model: Any) -> None:
 def _unpacked(module: Linear4bit) -> torch.nn.Linear:
     """The same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
     state = module.weight.quant_state
-    packed = module.weight.data.flatten().long()
+    packed = module.weight.data.view(torch.uint8).flatten().long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
     count = module.in_features * module.out_features
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset  # scales have scales

@@ -1,5 +1,6 @@
 """Several processes on one piece of work: which one this is, its share, the shares put together again."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,6 +26,11 @@ def index() -> int:
 def is_main() -> bool:
     """Whether this is the one process that writes and reports."""
     return index() == 0
+
+
+def sharded() -> bool:
+    """Whether a model in training is divided among the processes (FSDP), as `accelerate launch` was told."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

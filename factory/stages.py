@@ -223,6 +223,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
     def work(folder: Path) -> Artifact:
         from factory.heal import heal
+        from factory.models import best_device, trains_on_one
         from factory.spread import spread
 
         part = partial(
@@ -239,7 +240,9 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         # Each process takes as many sequences of a step: the batch stays what was asked for.
         batch_size = run.config.heal.batch_size
         processes = max(n for n in range(1, run.processes + 1) if batch_size % n == 0)
-        return spread(part, processes=processes, progress=run.ticks("heal"))
+        trained = source if run.config.heal.objective == "distill" else pruned
+        fits = trains_on_one(trained.num_parameters, best_device(), four_bit=run.config.heal.four_bit)
+        return spread(part, processes=processes, case=None if fits else "fsdp", progress=run.ticks("heal"))
 
     return run.stage(
         "heal",

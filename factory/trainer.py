@@ -26,6 +26,11 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _save_checkpoint(self, *args: Any, **more: Any) -> None:
+        """The best checkpoint is the same for all: a process that looks before it is written sees none."""
+        super()._save_checkpoint(*args, **more)
+        self.state.best_model_checkpoint = processes.from_main(self.state.best_model_checkpoint)
+
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The guard's loss in nats a token: all tokens count alike, however they are batched and shared."""

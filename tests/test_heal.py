@@ -118,7 +118,7 @@ def test_a_trainer_checkpoint_cut_short_while_it_was_written_is_passed_over(
 ) -> None:
     for step in (4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "max_steps": 8}')
     if state is not None:
         (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(state)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
@@ -174,3 +174,18 @@ def test_feed_forward_modules_are_found_by_structure() -> None:
     phi = Phi3ForCausalLM(Phi3Config(**size, vocab_size=32, num_key_value_heads=2, pad_token_id=0))
     assert linear_modules(neox, "ffn") == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
     assert linear_modules(phi, "ffn") == ["mlp.down_proj", "mlp.gate_up_proj"]
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_one(
+    model: Path, healed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(_model: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("factory.heal.adapter_tensors", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "trainer" / "checkpoint-12").is_dir()
+    resumed = run(model, tmp_path / "adapter")
+    assert resumed.model_copy(update={"folder": healed.folder}) == healed

@@ -8,9 +8,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.commands.config import load_config_from_file
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from factory import processes
 from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
@@ -18,19 +23,29 @@ from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureS
 from factory.errors import DataError, UsageError, WorkerError
 from factory.evaluate import evaluate
 from factory.heal import heal
+from factory.measure import measure
+from factory.models import trains_on_one
 from factory.resolve import resolve
 from factory.run import Run, open_texts
-from factory.significance import LOSSES, read_answers, read_losses
-from factory.spread import num_processes, spread
-from factory.stages import measure_stage
+from factory.significance import read_answers, read_losses
+from factory.spread import CONFIGS, num_processes, spread
+from factory.stages import in_processes
 from factory.store import Store
 from factory.texts import open_text
+from factory.trainer import HealTrainer
 from tests.test_evaluate import questions, save_task
 from tests.tiny import rhymes, save_llama
 
 ROOT = Path(__file__).parent.parent
 HEALING = HealSettings(
     data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=4, sequence_length=64
+)
+CONFIG = BuildConfig(
+    reference="x",
+    drop=0.5,
+    measure=MeasureSettings(data="stdlib:train"),
+    heal=HealSettings(data="stdlib:train"),
+    evaluate=EvaluateSettings(data="stdlib:held-out"),
 )
 Progress = Callable[[int, int, str], None]
 
@@ -64,29 +79,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measured(folder: Path, home: Path, *, with_processes: int) -> tuple[DistanceProfile, str, Heard]:
-    """The profile, its stage key, and what was reported."""
-    text = str(folder / "text.txt")
-    config = BuildConfig(
-        reference=str(folder / "model"),
-        drop=0.5,
-        measure=MeasureSettings(data=text, num_samples=90, sequence_length=64),
-        evaluate=EvaluateSettings(data="stdlib:held-out", tasks=()),
-    )
-    heard = Heard()
-    texts = open_texts(config, heals=False, evaluates=False)
-    run = Run(config, Store(home), heard, texts, processes=with_processes)
-    source = resolve(str(folder / "model")).model_copy(update={"folder": folder / "model"})
-    return measure_stage(run, source), run.keys["measure"], heard
-
-
-def evaluate_and_heal(folder: Path, into: Path, *, progress: Progress) -> tuple[Evaluation, Adapter]:
-    settings = EvaluateSettings(num_documents=70, sequence_length=64, tasks=(str(folder / "rhyme.yaml"),))
-    text = open_text(str(folder / "text.txt"), split="validation")
-    evaluation = evaluate(folder / "model", text, settings=settings, into=into, progress=ignore)
-    adapter = heal(
+def heal_it(folder: Path, into: Path, *, progress: Progress) -> Adapter:
+    return heal(
         Checkpoint(folder=folder / "model", num_layers=4, num_parameters=1, size_bytes=1, files={}),
-        text,
+        open_text(str(folder / "text.txt"), split="train"),
         source_folder=folder / "model",
         dropped=(),
         settings=HEALING,
@@ -94,17 +90,32 @@ def evaluate_and_heal(folder: Path, into: Path, *, progress: Progress) -> tuple[
         folder=into,
         progress=progress,
     )
-    return evaluation, adapter
 
 
-def test_two_processes_measure_what_one_does_under_the_same_key(folder: Path, tmp_path: Path) -> None:
-    one, key, _ = measured(folder, tmp_path / "one", with_processes=1)
-    two, same_key, heard = measured(folder, tmp_path / "two", with_processes=2)
-    assert key == same_key
-    assert two.model_copy(update={"mean": one.mean, "stderr": one.stderr}) == one
-    assert torch.allclose(torch.tensor(two.mean), torch.tensor(one.mean), atol=1e-6)
-    assert torch.allclose(torch.tensor(two.stderr), torch.tensor(one.stderr), atol=1e-6)
-    assert heard.progress[-1][0] == one.num_samples
+def measure_evaluate_and_heal(
+    folder: Path, into: Path, *, progress: Progress
+) -> tuple[DistanceProfile, Evaluation, Adapter]:
+    text = open_text(str(folder / "text.txt"), split="validation")
+    source = resolve(str(folder / "model")).model_copy(update={"folder": folder / "model"})
+    profile = measure(
+        source,
+        text,
+        settings=MeasureSettings(num_samples=90, sequence_length=64),
+        block_sizes=(),
+        seed=0,
+        folder=into,
+        progress=ignore,
+    )
+    settings = EvaluateSettings(num_documents=70, sequence_length=64, tasks=(str(folder / "rhyme.yaml"),))
+    evaluation = evaluate(folder / "model", text, settings=settings, into=into, progress=ignore)
+    return profile, evaluation, heal_it(folder, into, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[DistanceProfile, Evaluation, Adapter]:
+    """What one process makes."""
+    (folder / "one").mkdir()
+    return measure_evaluate_and_heal(folder, folder / "one", progress=ignore)
 
 
 class Cut(Exception): ...  # noqa: N818
@@ -115,37 +126,94 @@ def cut_at_7(done: int, _total: int, _note: str) -> None:
         raise Cut
 
 
-def test_two_processes_evaluate_as_one_does_and_finish_what_one_began_to_heal(
-    folder: Path, tmp_path: Path
+def test_two_processes_make_what_one_makes_and_finish_what_it_began_to_heal(
+    folder: Path, alone: tuple[DistanceProfile, Evaluation, Adapter], tmp_path: Path
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    evaluation, adapter = evaluate_and_heal(folder, one, progress=ignore)
-    two.mkdir()
     with pytest.raises(Cut):
-        evaluate_and_heal(folder, two, progress=cut_at_7)
-    for kept in (*two.glob("task-*.json"), two / LOSSES):
-        kept.unlink()  # that is measured anew
-    steps: list[int] = []
-    same_evaluation, same_adapter = spread(
-        partial(evaluate_and_heal, folder, two),
-        processes=2,
-        progress=lambda done, _total, _note: steps.append(done),
-    )
-    assert same_evaluation.loss.nats == pytest.approx(evaluation.loss.nats, abs=1e-6)
-    assert same_evaluation.tasks == evaluation.tasks
-    losses, same_losses = read_losses(one), read_losses(two)
+        heal_it(folder, tmp_path, progress=cut_at_7)
+    heard = Heard()
+    run = Run(CONFIG, Store(tmp_path / "home"), heard, open_texts(CONFIG), processes=2)
+    work = partial(measure_evaluate_and_heal, folder, tmp_path)
+    profile, evaluation, adapter = in_processes(run, work, name="all", model=folder / "model")
+
+    assert profile.model_copy(update={"mean": alone[0].mean, "stderr": alone[0].stderr}) == alone[0]
+    assert torch.allclose(torch.tensor(profile.mean), torch.tensor(alone[0].mean), atol=1e-6)
+    assert torch.allclose(torch.tensor(profile.stderr), torch.tensor(alone[0].stderr), atol=1e-6)
+
+    assert evaluation.loss.nats == pytest.approx(alone[1].loss.nats, abs=1e-6)
+    assert evaluation.tasks == alone[1].tasks
+    losses, same_losses = read_losses(folder / "one"), read_losses(tmp_path)
     assert [count for count, _ in same_losses] == [count for count, _ in losses]
     assert [nats for _, nats in same_losses] == pytest.approx([nats for _, nats in losses], abs=1e-3)
-    assert read_answers(two, 0) == read_answers(one, 0)
+    assert read_answers(tmp_path, 0) == read_answers(folder / "one", 0)
 
-    assert steps[0] > 1  # it did not begin anew
-    assert same_adapter.num_tokens == adapter.num_tokens
-    assert same_adapter.guard_loss_before == pytest.approx(adapter.guard_loss_before, abs=1e-6)
-    assert same_adapter.guard_loss_after == pytest.approx(adapter.guard_loss_after, abs=1e-4)
-    curve = [point.loss for point in adapter.curve]
-    assert [point.loss for point in same_adapter.curve] == pytest.approx(curve, abs=1.1e-4)
-    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    assert heard.progress[0][0] > 1  # it did not begin anew
+    assert heard.progress[-1] == (12, 12)
+    check_same_adapter(adapter, alone[2])
+    left = {path.name for path in tmp_path.iterdir()} - {"home"}
+    assert left == {path.name for path in (folder / "one").iterdir()}
+
+
+def check_same_adapter(found: Adapter, expected: Adapter) -> None:
+    assert found.num_tokens == expected.num_tokens
+    assert found.num_trainable_parameters == expected.num_trainable_parameters
+    assert found.guard_loss_before == pytest.approx(expected.guard_loss_before, abs=1e-6)
+    assert found.guard_loss_after == pytest.approx(expected.guard_loss_after, abs=1e-4)
+    curve = [point.loss for point in expected.curve]
+    assert [point.loss for point in found.curve] == pytest.approx(curve, abs=1.1e-4)  # of 4 digits
+    tensors, same = (load_file(each.folder / "adapter_model.safetensors") for each in (expected, found))
+    assert tensors.keys() == same.keys()
+    for name, tensor in tensors.items():
+        assert torch.allclose(same[name], tensor, atol=1e-3), name
+
+
+def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapter, list[int]]:
+    """Heal under FSDP, and count the elements of the model that this process holds."""
+    held: list[int] = []
+
+    class Watching(HealTrainer):
+        def training_step(self, *args: Any, **more: Any) -> Any:
+            loss = super().training_step(*args, **more)
+            mine = [p.to_local().numel() for p in self.model.parameters() if isinstance(p, DTensor)]
+            held[:] = [sum(mine), sum(p.numel() for p in self.model.parameters())]
+            return loss
+
+    prepare = PartialState._prepare_backend
+    with pytest.MonkeyPatch.context() as patch:
+        # Accelerate shards on GPUs only; here it is made to believe that these two CPUs are some.
+        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
+        patch.setattr(PartialState, "_prepare_backend", as_if)
+        patch.setattr("factory.heal.HealTrainer", Watching)
+        return heal_it(folder, into, progress=progress), held
+
+
+def test_a_sharded_model_is_healed_as_a_whole_one_is(
+    folder: Path, alone: tuple[DistanceProfile, Evaluation, Adapter], tmp_path: Path
+) -> None:
+    work = partial(heal_sharded, folder, tmp_path)
+    adapter, held = spread(work, processes=2, case="fsdp", progress=ignore)
+    check_same_adapter(adapter, alone[2])
+    assert held[0] == pytest.approx(held[1] / 2, rel=0.01)
+
+
+def test_a_model_whose_four_bit_weights_do_not_fit_is_to_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    trains_in_nf4 = partial(trains_on_one, four_bit=True)
+    assert trains_in_nf4(10**12, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80 * 10**9, 80 * 10**9))
+    assert trains_in_nf4(70 * 10**9, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (24 * 10**9, 24 * 10**9))
+    assert trains_in_nf4(13 * 10**9, torch.device("cuda"))
+    assert not trains_in_nf4(70 * 10**9, torch.device("cuda"))
+    assert not trains_on_one(13 * 10**9, torch.device("cuda"), four_bit=False)
+
+
+@pytest.mark.parametrize("case", ["cpu", "gpus", "fsdp"])
+def test_each_shipped_configuration_is_one_that_accelerate_reads(case: str) -> None:
+    read = load_config_from_file(str(CONFIGS / f"{case}.yaml"))
+    assert read.distributed_type == {"fsdp": "FSDP"}.get(case, "MULTI_GPU")
+    assert read.use_cpu == (case == "cpu")
+    assert read.main_process_port == 0
 
 
 def fail_in_the_second(progress: Progress) -> int:
