@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.installed
@@ -20,14 +22,24 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+ifdef HASHES  # every file but torch's is compared with hashes.txt
+$(VENV)/.installed $(VENV)/.installed-test &: pyproject.toml constraints.txt hashes.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) --require-hashes --no-deps -r hashes.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+	touch $(VENV)/.installed $(VENV)/.installed-test
+else
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -c constraints.txt -e '.[test]'
 	touch $@
+endif
 
 clean:
 	rm -rf $(VENV) builds dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

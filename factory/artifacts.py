@@ -28,10 +28,15 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
     file_name: ClassVar[str]
+    scratch: ClassVar[tuple[str, ...]] = ()  # patterns: of no use once the value is written
+
+    def text(self) -> str:
+        """What `write` writes; paths and other machine facts are left out."""
+        return self.model_dump_json(indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write the JSON file into `folder`; paths and other machine facts are left out."""
-        (folder / self.file_name).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write the JSON file into `folder`."""
+        (folder / self.file_name).write_text(self.text(), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -225,6 +230,7 @@ class Adapter(Artifact):
     """A LoRA adapter in peft's format, and how its training went. Losses in nats a token."""
 
     file_name = "adapter.json"
+    scratch = ("trainer*", "tokens", "slowed.json")
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
     objective: str  # "sft", "distill"
@@ -383,7 +389,8 @@ class Build(Artifact):
     speed: SpeedComparison | None
     files: dict[str, str]  # published weight file → sha256
     stages: dict[str, str]  # stage → key
-    versions: dict[str, str]  # library → version
+    versions: dict[str, str]  # library → version: those that can change a number
+    libraries: dict[str, str] = {}  # every installed library that the program could use → version
     seconds: dict[str, float]  # stage → wall time when it was made
     device: str
 

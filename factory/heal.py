@@ -37,6 +37,8 @@ CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
 PATIENCE = 3  # checkpoints without a lower guard loss
 SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
+# Of a trainer's checkpoint, beside what is written last; each under one of its names.
+OF_A_CHECKPOINT = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
 GUARD = "guard.json"  # beside the adapter: the sequences that were held back
 
 
@@ -123,9 +125,6 @@ def heal(
     if processes.is_main():
         save_adapter(trainer.model, tensors, folder, modules=student.modules, new_names=student.new_names)
         (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
-        for scratch in (*folder.glob("trainer*"), folder / "tokens"):
-            shutil.rmtree(scratch, ignore_errors=True)
-        (folder / SLOWED).unlink(missing_ok=True)
     return Adapter(
         folder=folder,
         objective=settings.objective,
@@ -166,18 +165,23 @@ def last_whole_checkpoint(output_folder: Path) -> str | None:
     """The trainer's last checkpoint to go on from, None without one.
 
     One that was cut short while being written is removed: the trainer writes `trainer_state.json` last. So
-    is one of the last step, from which the trainer would take one more.
+    is one that was cut short while being removed, and one of the last step, from which the trainer would
+    take one more.
     """
     for checkpoint in output_folder.glob("checkpoint-*"):
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            is_of_use = state["global_step"] < state["max_steps"]
+            is_of_use = state["global_step"] < state["max_steps"] and _is_whole(checkpoint)
         except (OSError, ValueError, KeyError):
             is_of_use = False
         if not is_of_use:
             shutil.rmtree(checkpoint)
     last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
     return last
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return all(any(next(checkpoint.glob(name), None) for name in names) for names in OF_A_CHECKPOINT)
 
 
 def begin(

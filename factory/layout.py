@@ -14,6 +14,7 @@ from factory import __version__
 from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Publication, sha256_of_file
 from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
+from factory.libraries import installed_libraries
 from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
 from factory.sums import SUMS, changed_files, read_sums, write_sums
@@ -35,7 +36,7 @@ LIBRARIES = (
     "trl",
 )
 # Facts of the moment or the machine: two builds that differ only in these are the same build.
-MOMENTARY = {"seconds", "speed", "versions", "factory_version"}
+MOMENTARY = {"seconds", "speed", "versions", "libraries", "factory_version"}
 # Files of a stage folder that are the store's, not the model's.
 NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
 RECIPE = "recipe.yaml"
@@ -78,6 +79,7 @@ def describe_build(
         files=made.shipped.files,
         stages=dict(keys),
         versions={library: version(library) for library in LIBRARIES},
+        libraries=installed_libraries(),
         seconds=dict(seconds),
         device=made.speed.device,
     )

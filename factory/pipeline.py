@@ -40,7 +40,7 @@ STAGES = (*STORED, "card")
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
     """Stages that a build would still have to run; empty if all of them can be reused."""
-    looking = replace(run, only_look=True, keys={}, folders={}, seconds={}, remade=set())
+    looking = replace(run, only_look=True, keys={}, digests={}, folders={}, seconds={}, remade=set())
     try:
         make_models(looking, source)
     except Missing as missing:

@@ -1,5 +1,6 @@
 """One run: what was asked, the key of each stage, reuse of what is there, and who is told."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 from factory.artifacts import Artifact, Checkpoint, DataSource
 from factory.config import BuildConfig
-from factory.store import StageSpec, Store, damage
+from factory.store import StageSpec, Store, damage, sync_files, write_atomically
 from factory.texts import Text, check_text, keep_apart, open_text
 from factory.tracking import NOWHERE, Tracking
 
@@ -80,6 +81,7 @@ class Run:
     verified: set[Path] = field(default_factory=set)  # stage folders whose checksums were compared
     remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
     keys: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # key → digest of what the stage made
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
     in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
     seconds: dict[str, float] = field(default_factory=dict)
@@ -104,7 +106,8 @@ class Run:
         libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
         spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
         rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
-        found = None if rerun else self.store.find(spec)
+        made_from = {key: self.digests[key] for key in inputs.values() if key in self.digests}
+        found = None if rerun else self.store.find(spec, made_from=made_from)
         if self.only_look and not (found and self._is_intact(name, found.folder)):
             raise Missing(stage)
 
@@ -112,15 +115,22 @@ class Run:
 
         def make(folder: Path) -> Mapping[str, str]:
             self.reporter.started(name)
-            self.unfinished = (spec, folder) if resumable else None
-            value = work(folder)
-            self.unfinished = None
-            value.write(folder)
+            if (folder / artifact.file_name).is_file():  # an attempt was cut short after its work
+                value: Artifact = artifact.read(folder)
+            else:
+                self.unfinished = (spec, folder) if resumable else None
+                value = work(folder)
+                self.unfinished = None
+                sync_files(folder)  # what the value speaks of is there if it is there
+                write_atomically(folder / artifact.file_name, value.text())
+            for path in [path for pattern in value.scratch for path in folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             return value.files if isinstance(value, Checkpoint) else {}
 
         result = self.store.make(
             spec,
             make,
+            made_from=made_from,
             resumable=resumable,
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
@@ -128,10 +138,11 @@ class Run:
         )
         self.verified.add(result.folder)
         self.in_use.append(result.in_use)
-        if rerun or result.changed:
+        if rerun:
             self.remade.add(result.key)
         value = artifact.read(result.folder)
         self.keys[name] = result.key
+        self.digests[result.key] = result.digest
         self.folders[name] = result.folder
         self.seconds[name] = result.seconds
         if not self.only_look and not result.reused:

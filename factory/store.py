@@ -23,6 +23,7 @@ from factory.sums import changed_files
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
+FETCHED = ".fetched"  # before it: arriving from elsewhere
 STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
 RECENT_SECONDS = 24 * 3600
@@ -62,8 +63,8 @@ class StageResult:
     folder: Path
     reused: bool
     seconds: float  # wall time when it was made, over all attempts
+    digest: str = ""  # of its files: equal bytes, equal digest
     in_use: IO[bytes] | None = None  # while this is open, `factory gc` leaves the folder
-    changed: bool = False  # it was made, and not with the bytes that it had before
 
 
 class Elsewhere(Protocol):
@@ -86,45 +87,57 @@ class Store:
         """Where a complete stage of this spec lies, whether it is there or not."""
         return self.home / "stages" / spec.stage / spec.key
 
-    def find(self, spec: StageSpec) -> StageResult | None:
-        """The complete stage of this spec, or None; one that is only elsewhere is brought here."""
-        found = self._here(spec)
+    def find(self, spec: StageSpec, *, made_from: Mapping[str, str] | None = None) -> StageResult | None:
+        """The complete stage of this spec, or None; one that is only elsewhere is brought here.
+
+        Args:
+            made_from: Key → digest of the stages that it is to be made from. One that was made from others
+                of these keys is absent too: not every stage comes out with the same bytes again.
+        """
+        found = self._here(spec, made_from)
         if found is None and self.elsewhere:
             folder = self.folder(spec)
             with _writing(folder.parent):
                 folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_name(folder.name + ".lock"), on_wait=None):
-                return self._here(spec) or self._brought(spec, self.elsewhere)
+                return self._here(spec, made_from) or self._brought(spec, made_from)
         return found
 
-    def _here(self, spec: StageSpec) -> StageResult | None:
+    def _here(self, spec: StageSpec, made_from: Mapping[str, str] | None) -> StageResult | None:
         """The complete stage of this spec on this machine; one whose files have other sizes is absent."""
         folder = self.folder(spec)
         manifest = _manifest_of(folder)
         if manifest is None or not _is_whole(folder, manifest):
             return None
-        return StageResult(spec.key, folder, reused=True, seconds=manifest["seconds"])
+        were = manifest.get("made_from", {})
+        if any(were.get(key, digest) != digest for key, digest in (made_from or {}).items()):
+            return None
+        seconds, digest = manifest["seconds"], _digest(manifest.get("sha256", {}))
+        return StageResult(spec.key, folder, reused=True, seconds=seconds, digest=digest)
 
-    def _brought(self, spec: StageSpec, elsewhere: Elsewhere) -> StageResult | None:
+    def _brought(self, spec: StageSpec, made_from: Mapping[str, str] | None) -> StageResult | None:
         """The complete stage of this spec from elsewhere; None if it is not there, or not as it was made."""
+        if self.elsewhere is None:
+            return None
         folder = self.folder(spec)
-        arriving = folder.with_name(f"{folder.name}.fetched{PARTIAL}")
+        arriving = folder.with_name(f"{folder.name}{FETCHED}{PARTIAL}")
         with _writing(folder.parent):
             shutil.rmtree(arriving, ignore_errors=True)
             arriving.mkdir()
-            fetched = elsewhere.fetch(spec.stage, spec.key, arriving)
+            fetched = self.elsewhere.fetch(spec.stage, spec.key, arriving)
             if not fetched or damage(arriving):
                 shutil.rmtree(arriving)
                 return None
             shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been found
             arriving.rename(folder)
-        return self._here(spec)
+        return self._here(spec, made_from)
 
     def make(
         self,
         spec: StageSpec,
         work: Callable[[Path], Mapping[str, str]],
         *,
+        made_from: Mapping[str, str] | None = None,
         resumable: bool = False,
         rerun: bool = False,
         on_wait: Callable[[], None] | None = None,
@@ -135,7 +148,7 @@ class Store:
         `work` gets the partial folder, and returns the sha256 of those of its files that it has taken. The
         folder is emptied first unless the stage is `resumable`. If `work` fails or is killed the partial
         folder never takes the final name. `rerun` makes it again, and so does a finished one that is not
-        what it was when it was made.
+        what it was when it was made. For `made_from` see `find`.
 
         Raises:
             StoreError: The folder cannot be written, or somebody who gives no sign of life is making it.
@@ -145,14 +158,13 @@ class Store:
         with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
-            found = self._here(spec)
-            if found is None and self.elsewhere and not rerun:
-                found = self._brought(spec, self.elsewhere)
+            found = self._here(spec, made_from)
+            if found is None and not rerun:
+                found = self._brought(spec, made_from)
             if found and not rerun and is_intact(folder):
                 with suppress(OSError):
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
                 return replace(found, in_use=hold(found.folder / MANIFEST))
-            before = _manifest_of(folder)
             with _writing(partial):
                 if partial.exists() and (rerun or not resumable):
                     shutil.rmtree(partial)
@@ -160,12 +172,12 @@ class Store:
                     self.elsewhere.fetch_partial(spec.stage, spec.key, partial)
                 partial.mkdir(exist_ok=True)
                 seconds, known = _timed(work, partial)
-                manifest = _complete(partial, folder, spec=spec, seconds=seconds, known=known)
+                sums = _sums_of(partial, known=known)
+                _complete(partial, folder, spec=spec, seconds=seconds, sums=sums, made_from=made_from or {})
             if self.elsewhere:
                 self.elsewhere.keep(spec.stage, spec.key, folder)
-            same = before is not None and before.get("sha256") == manifest["sha256"]
             in_use = hold(folder / MANIFEST)
-        return StageResult(spec.key, folder, reused=False, seconds=seconds, in_use=in_use, changed=not same)
+        return StageResult(spec.key, folder, False, seconds, digest=_digest(sums), in_use=in_use)
 
     def stages(self) -> Iterator[dict[str, Any]]:
         """Manifests of all complete stages, with `folder` and `size_bytes` added."""
@@ -318,25 +330,36 @@ def _writing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _complete(
-    partial: Path, folder: Path, *, spec: StageSpec, seconds: float, known: Mapping[str, str]
-) -> dict[str, Any]:
-    """Write the manifest last, sync, and give the folder its final name; returns the manifest.
+def _sums_of(folder: Path, *, known: Mapping[str, str]) -> dict[str, str]:
+    """File name → sha256 of all files below a folder; `known` holds those that were taken already."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name: known.get(name) or sha256_of_file(folder / name) for name in sorted(names)}
 
-    Args:
-        known: File name → sha256, where it was taken already.
-    """
-    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    names = {path: path.relative_to(partial).as_posix() for path in files}
+
+def _digest(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical_json(dict(sums)).encode()).hexdigest()
+
+
+def _complete(
+    partial: Path,
+    folder: Path,
+    *,
+    spec: StageSpec,
+    seconds: float,
+    sums: Mapping[str, str],
+    made_from: Mapping[str, str],
+) -> None:
+    """Write the manifest last, sync, and give the folder its final name."""
     manifest = {
         "stage": spec.stage,
         "key": spec.key,
         "version": spec.version,
         "parameters": dict(spec.parameters),
         "inputs": dict(spec.inputs),
+        "made_from": dict(made_from),
         "seconds": seconds,
-        "files": {names[path]: path.stat().st_size for path in files},
-        "sha256": {names[path]: known.get(names[path]) or sha256_of_file(path) for path in files},
+        "files": {name: (partial / name).stat().st_size for name in sums},
+        "sha256": dict(sums),
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sync_folder(partial)
@@ -344,7 +367,6 @@ def _complete(
         shutil.rmtree(folder)
     partial.rename(folder)
     sync_folder(folder.parent)
-    return manifest
 
 
 def sync_files(folder: Path) -> None:
@@ -373,7 +395,8 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         return None
     well_formed = all(isinstance(manifest.get(name), kind) for name, kind in needed.items())
-    return manifest if well_formed and isinstance(manifest.get("sha256", {}), dict) else None
+    later = all(isinstance(manifest.get(name, {}), dict) for name in ("sha256", "made_from"))
+    return manifest if well_formed and later else None
 
 
 def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:

@@ -79,7 +79,9 @@ def test_healing_lowers_the_loss_on_text_held_back(healed: Adapter) -> None:
 
 
 def test_only_peft_files_stay_and_they_name_no_path(healed: Adapter, model: Path) -> None:
-    names = sorted(path.name for path in healed.folder.iterdir())
+    # What training needed itself goes once the adapter is written down as made.
+    scratch = {path for pattern in Adapter.scratch for path in healed.folder.glob(pattern)}
+    names = sorted(path.name for path in {*healed.folder.iterdir()} - scratch)
     assert names == ["adapter_config.json", "adapter_model.safetensors", "guard.json"]
     config = json.loads((healed.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
@@ -112,18 +114,34 @@ def test_a_run_cut_short_ends_with_the_adapter_of_an_undisturbed_one(
     assert resumed.model_dump(exclude={"folder"}) == healed.model_dump(exclude={"folder"})
 
 
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # of the trainer's checkpoints
+STATE = '{"global_step": 4, "max_steps": 8}'
+
+
 @pytest.mark.parametrize("state", [None, "{", ""])
 def test_a_trainer_checkpoint_cut_short_while_it_was_written_is_passed_over(
     tmp_path: Path, state: str | None
 ) -> None:
-    for step in (4, 6):
+    for step, written in ((4, STATE), (6, state)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "max_steps": 8}')
-    if state is not None:
-        (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(state)
+        for name in FILES:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+        if written is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(written)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-6").exists()
     assert last_whole_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("gone", FILES)
+def test_a_trainer_checkpoint_cut_short_while_it_was_removed_is_passed_over(
+    tmp_path: Path, gone: str
+) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    for name in {*FILES, "trainer_state.json"} - {gone}:
+        (tmp_path / "checkpoint-4" / name).write_text(STATE)
+    assert last_whole_checkpoint(tmp_path) is None
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def test_four_bit_weights_keep_their_gradient_after_a_pass_in_evaluation_mode(model: Path) -> None:

@@ -40,6 +40,20 @@ def test_the_moments_strike_in_every_way_while_work_is_under_way(outcomes: list[
     assert sum(outcome.first.code != 0 for outcome in outcomes) > MOMENTS / 2
 
 
+def test_a_heal_that_is_killed_once_its_work_is_done_is_not_done_again(found: Bench, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(found.folder / "runs" / "undisturbed", place, symlinks=True)
+    (healed,) = place.glob("home/stages/heal/*/stage.json")
+    partial = healed.parent.rename(f"{healed.parent}.partial")
+    (partial / "stage.json").unlink()
+    (partial / "trainer").mkdir()  # it was being removed
+    again = found.processes[""].run(*COMMAND, "--home", "home", folder=place)
+    assert again.code == 0, again.stderr
+    assert "✓ heal               0.0 s" in again.stdout
+    assert again.stdout.count("reused") == 9
+    assert not (healed.parent / "trainer").exists()
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -218,6 +218,25 @@ def test_a_stage_with_a_damaged_manifest_is_made_again_and_not_listed(tmp_path: 
     assert not store.make(spec(), write_hello).reused
 
 
+def test_a_stage_that_was_made_from_other_bytes_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = store.make(spec(n=1), write_hello)
+    second = store.make(spec(n=2), write_hello, made_from={first.key: first.digest})
+    assert store.find(spec(n=2), made_from={first.key: first.digest})
+    same = store.make(spec(n=1), write_hello, rerun=True)
+    assert same.digest == first.digest
+
+    def write_other(folder: Path) -> dict[str, str]:
+        (folder / "hello.txt").write_text("olleh")
+        return {}
+
+    other = store.make(spec(n=1), write_other, rerun=True)
+    assert store.find(spec(n=2), made_from={other.key: other.digest}) is None
+    again = store.make(spec(n=2), write_hello, made_from={other.key: other.digest})
+    assert (second.reused, again.reused) == (False, False)
+    assert store.find(spec(n=2), made_from={other.key: other.digest})
+
+
 def test_a_stage_with_a_file_cut_short_is_made_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     result = store.make(spec(), write_hello)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
     ("__init__", "errors"),
-    ("references", "disk", "gpus", "tracking", "memory", "locks"),
+    ("references", "disk", "gpus", "tracking", "memory", "locks", "libraries"),
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),

@@ -1,0 +1,120 @@
+"""What a build was said to need, and what it took: disk, host memory, GPU memory.
+
+    python benchmarks/needs.py demo --drop 0.3
+    python benchmarks/needs.py FOLDER --drop 0.3 --calibration-data … --heal-data … --eval-data … [any option]
+
+Runs `factory build` in an empty store and looks every tenth of a second.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SECONDS = 0.1
+
+
+@dataclass
+class Peak:
+    """The most that was seen, in bytes."""
+
+    disk: int = 0
+    host: int = 0
+    gpu: int = 0
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes on the disk below a folder; files with several names count once."""
+    found = {}
+    for path in folder.rglob("*"):
+        try:
+            stat = path.lstat()
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        found[stat.st_ino] = stat.st_blocks * 512
+    return sum(found.values())
+
+
+def host_bytes(process: psutil.Process) -> int:
+    """Memory of a process and its children that is theirs; files that are mapped can be dropped."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            memory = one.memory_info()
+            total += memory.rss - memory.shared
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def gpu_bytes() -> int:
+    """Memory in use on the first GPU, 0 without one."""
+    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return 0
+    return int(found.split()[0]) * 2**20
+
+
+def watch(process: psutil.Process, folder: Path, before: int, peak: Peak, done: threading.Event) -> None:
+    """Note the most of everything until it is done."""
+    while not done.wait(SECONDS):
+        try:
+            peak.host = max(peak.host, host_bytes(process))
+        except psutil.NoSuchProcess:
+            return
+        peak.disk = max(peak.disk, disk_bytes(folder))
+        peak.gpu = max(peak.gpu, gpu_bytes() - before)
+
+
+def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
+    """The estimate of a dry run, and the peak of the run itself.
+
+    Args:
+        arguments: Of `factory build`.
+        folder: Empty; takes the store and the build.
+    """
+    build = [sys.executable, "-m", "factory", "build", *arguments]
+    where = ["--home", str(folder / "home"), "--out", str(folder / "build")]
+    dry = subprocess.run([*build, *where, "--dry-run", "--json"], stdout=subprocess.PIPE, check=True)
+    peak, done, before = Peak(), threading.Event(), gpu_bytes()
+    process = subprocess.Popen([*build, *where])
+    watcher = threading.Thread(
+        target=watch, args=(psutil.Process(process.pid), folder, before, peak, done), daemon=True
+    )
+    watcher.start()
+    code = process.wait()
+    done.set()
+    watcher.join()
+    if code:
+        sys.exit(code)
+    estimate: dict[str, int] = json.loads(dry.stdout)
+    return estimate, peak
+
+
+def rows(estimate: dict[str, int], peak: Peak) -> list[tuple[str, int, int]]:
+    """What, estimate and measurement in bytes."""
+    found = [
+        ("disk", estimate["disk_needed"], peak.disk),
+        ("host memory", estimate["host_needed"], peak.host),
+    ]
+    return [*found, ("GPU memory", estimate["gpu_needed"], peak.gpu)] if estimate["gpu_needed"] else found
+
+
+def main() -> None:
+    """Run, and print a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        estimate, peak = measured(sys.argv[1:], Path(folder))
+    print("| | estimate | measured | ratio |\n|---|--:|--:|--:|")
+    for name, said, took in rows(estimate, peak):
+        print(f"| {name} | {said / 1e6:,.1f} MB | {took / 1e6:,.1f} MB | {said / took:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
