@@ -58,6 +58,7 @@ class BuildOptions(Settings):
     heal_lr: float = Field(default=UNSET, gt=0, allow_inf_nan=False)
     heal_rank: int = Field(default=UNSET, ge=1)
     eval_documents: int = Field(default=UNSET, ge=2)
+    eval_backend: Literal["hf", "vllm"] = Field(default=UNSET)
     out: str = Field(default=UNSET)
     processes: int = Field(default=UNSET, ge=1)
     trust_remote_code: bool = Field(default=UNSET)

@@ -227,6 +227,7 @@ FLAGS = {
     ("evaluate", "num_documents"): "--eval-documents",
     ("evaluate", "tasks"): "--tasks",
     ("evaluate", "limit"): "--limit",
+    ("evaluate", "backend"): "--eval-backend",
 }
 SECTIONS = ("measure", "plan", "heal", "evaluate")
 WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option

@@ -64,6 +64,7 @@ class EvaluateSettings(Settings):
     tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
     limit: int | None = Field(default=None, ge=1)  # samples a task; None: all of them
+    backend: Literal["hf", "vllm"] = "hf"  # that answers the tasks; the loss is always transformers'
 
 
 class BuildConfig(Settings):

@@ -1,5 +1,6 @@
 """Evaluate: token loss and lm-eval tasks of checkpoints, loaded from disk as a user would."""
 
+import gc
 import math
 from collections.abc import Callable
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from factory import processes
 from factory.artifacts import Evaluation, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
-from factory.harness import load_task, score_task
+from factory.harness import load_task, score_task, vllm_model
 from factory.models import compute_dtype, load_model, load_tokenizer, pad_batch, row_losses
 from factory.significance import read_answers, read_losses, write_answers, write_losses
 from factory.texts import Text, windows
@@ -48,6 +49,11 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)
     scores = []
+    if settings.backend == "vllm" and any(read_answers(into, n) is None for n in range(len(settings.tasks))):
+        model = None
+        gc.collect()
+        torch.cuda.empty_cache()  # vLLM takes nearly all of a GPU
+        model = vllm_model(folder, num_gpus=torch.cuda.device_count())
     for number, task in enumerate(settings.tasks):
         answered = read_answers(into, number)
         if answered is None:
@@ -59,7 +65,8 @@ def evaluate(
         loss=loss,
         tasks=tuple(scores),
         dtype=str(compute_dtype(model.device)).removeprefix("torch."),
-        harness=f"lm-eval {version('lm_eval')}",
+        harness=f"lm-eval {version('lm_eval')}"
+        + (f", vLLM {version('vllm')}" if settings.backend == "vllm" else ""),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from factory import processes
 from factory.artifacts import DataSource, PartScore, TaskScore
@@ -62,7 +62,11 @@ def score_task(
 
 def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
     """lm-eval's own model class, but for its progress bars: rows done are reported instead."""
+    from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
+
+    if isinstance(model, LM):
+        return model
 
     class Reporting(HFLM):  # type: ignore[misc]
         done, total = 0, 0
@@ -96,6 +100,24 @@ def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None
         harness_model.accelerator = Accelerator()
         harness_model._rank, harness_model._world_size = processes.index(), processes.count()
     return harness_model
+
+
+def vllm_model(folder: Path, *, num_gpus: int) -> Any:
+    """lm-eval's vLLM model over as many of the GPUs as divide its attention heads. It reports no progress."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(**vllm_arguments(folder, num_gpus=num_gpus))
+
+
+def vllm_arguments(folder: Path, *, num_gpus: int) -> dict[str, Any]:
+    """What lm-eval's vLLM model is made with."""
+    heads = AutoConfig.from_pretrained(folder).get_text_config().num_attention_heads
+    return {
+        "pretrained": str(folder),
+        "dtype": "bfloat16",
+        "batch_size": "auto",
+        "tensor_parallel_size": max(n for n in range(1, max(num_gpus, 1) + 1) if heads % n == 0),
+    }
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
         search: Ask lm-eval about names that are neither embedded nor well known; takes 18 s.
 
     Raises:
-        UsageError: A task file that is missing or names no task, or a name that nobody knows.
+        UsageError: A task file that is missing or names no task, a name that nobody knows, or a backend
+            that is not installed.
     """
+    if settings.backend == "vllm" and find_spec("vllm") is None:
+        raise UsageError(
+            "--eval-backend vllm: vLLM is not installed here",
+            hint="`pip install vllm` on a machine with a GPU, or leave the option out",
+        )
     unknown = []
     for task in settings.tasks:
         if is_task_file(task):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,8 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
 
         folder = model.local_folder if isinstance(model, Source) else model.folder
         part = partial(evaluate, folder, run.texts.evaluation, settings=run.config.evaluate, into=into)
+        if run.config.evaluate.backend == "vllm":  # it spreads the model itself
+            return part(progress=run.ticks("evaluate", name))
         return in_processes(run, part, name=f"evaluate {name}", model=folder)
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
@@ -295,6 +298,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
             **_without_data(run.config.evaluate),
             "limit": run.config.evaluate.limit if run.config.evaluate.tasks else None,
             "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
+            **({"vllm": version("vllm")} if run.config.evaluate.backend == "vllm" else {}),
         },
         inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
         summary=lambda e: ", ".join(

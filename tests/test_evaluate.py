@@ -1,12 +1,15 @@
 """Losses are those of the definition, tasks are lm-eval's, and speeds come from turns."""
 
+import ast
 import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -15,6 +18,8 @@ from factory.artifacts import DataSource, Evaluation
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
 from factory.evaluate import evaluate
+from factory.harness import vllm_arguments
+from factory.identity import check_tasks
 from factory.models import load_model, load_tokenizer
 from factory.significance import LOSSES, read_answers, read_losses
 from factory.speed import _footprint, compare_speed
@@ -264,3 +269,31 @@ def test_a_cache_that_slides_or_holds_a_state_is_counted_as_it_is() -> None:
     prompt = torch.ones((1, 16), dtype=torch.long)
     _, growth = _footprint(sliding, prompt, new_tokens=4)
     assert growth == 0
+
+
+def test_vllm_that_is_not_installed_is_a_clear_error() -> None:
+    settings = SETTINGS.model_copy(update={"backend": "vllm"})
+    if find_spec("vllm"):
+        check_tasks(settings, search=False)
+        return
+    with pytest.raises(UsageError, match="--eval-backend vllm: vLLM is not installed here") as raised:
+        check_tasks(settings, search=False)
+    assert "pip install vllm" in raised.value.hint
+
+
+@pytest.mark.parametrize(("num_gpus", "used"), [(0, 1), (1, 1), (2, 2), (3, 2), (8, 2)])
+def test_vllm_gets_the_files_that_ship_and_gpus_that_divide_its_heads(
+    model: Path, num_gpus: int, used: int
+) -> None:
+    arguments = vllm_arguments(model, num_gpus=num_gpus)  # of a model with two heads
+    assert (arguments["pretrained"], arguments["tensor_parallel_size"]) == (str(model), used)
+    # Without vLLM the module that takes them cannot be imported, but read.
+    read = ast.parse((Path(lm_eval.models.__file__).parent / "vllm_causallms.py").read_text())
+    (taken,) = (
+        each
+        for node in read.body
+        if isinstance(node, ast.ClassDef) and node.name == "VLLM"
+        for each in node.body
+        if isinstance(each, ast.FunctionDef) and each.name == "__init__"
+    )
+    assert arguments.keys() <= {argument.arg for argument in taken.args.args}

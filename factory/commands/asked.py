@@ -148,6 +148,7 @@ def settle_options(
             "evaluate": {
                 "data": options.get("eval_data"),
                 "num_documents": options.get("eval_documents"),
+                "backend": options.get("eval_backend"),
                 "sequence_length": length,
                 "tasks": _named_tasks(options.get("tasks")),
                 "limit": options.get("limit"),

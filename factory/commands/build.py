@@ -12,6 +12,7 @@ from factory.commands.options import (
     CONTEXT,
     Fraction,
     Layers,
+    backend_option,
     heal_option,
     home_option,
     measuring_options,
@@ -60,6 +61,7 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@backend_option
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
 @home_option
 @processes_option

@@ -122,6 +122,13 @@ home_option = click.option(
 )
 
 
+backend_option = click.option(
+    "--eval-backend",
+    type=click.Choice(["hf", "vllm"]),
+    help="What answers the tasks; vllm must be installed.  [default: hf]",
+)
+
+
 processes_option = click.option(
     "--processes",
     type=click.IntRange(1),

@@ -12,6 +12,7 @@ from factory.commands.options import (
     CONTEXT,
     Fraction,
     Fractions,
+    backend_option,
     heal_option,
     home_option,
     measuring_options,
@@ -126,6 +127,7 @@ def _build_command(chosen: "PruningPlan") -> str:
 @measuring_options
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the others.")
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@backend_option
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
 @click.option(
     "--limit",
