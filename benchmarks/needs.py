@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 SECONDS = 0.1
+FILLING = ("measure", "search", "heal")  # stages that take larger batches until the GPU is full
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Peak:
 
     disk: int = 0
     host: int = 0
-    gpu: int = 0
+    gpu: dict[str, int] = field(default_factory=dict)  # stage → bytes
 
 
 def disk_bytes(folder: Path) -> int:
@@ -70,7 +71,9 @@ def watch(process: psutil.Process, folder: Path, before: int, peak: Peak, done: 
         except psutil.NoSuchProcess:
             return
         peak.disk = max(peak.disk, disk_bytes(folder))
-        peak.gpu = max(peak.gpu, gpu_bytes() - before)
+        under_way = [path.parent.name for path in folder.glob("home/stages/*/*.partial")]
+        for stage in under_way:
+            peak.gpu[stage] = max(peak.gpu.get(stage, 0), gpu_bytes() - before)
 
 
 def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
@@ -99,12 +102,13 @@ def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
 
 
 def rows(estimate: dict[str, int], peak: Peak) -> list[tuple[str, int, int]]:
-    """What, estimate and measurement in bytes."""
+    """What, estimate and measurement in bytes. Measuring and healing fill a GPU, so they do not count."""
     found = [
         ("disk", estimate["disk_needed"], peak.disk),
         ("host memory", estimate["host_needed"], peak.host),
     ]
-    return [*found, ("GPU memory", estimate["gpu_needed"], peak.gpu)] if estimate["gpu_needed"] else found
+    least = max((took for stage, took in peak.gpu.items() if stage not in FILLING), default=0)
+    return [*found, ("GPU memory", estimate["memory_needed"], least)] if least else found
 
 
 def main() -> None:
@@ -114,6 +118,9 @@ def main() -> None:
     print("| | estimate | measured | ratio |\n|---|--:|--:|--:|")
     for name, said, took in rows(estimate, peak):
         print(f"| {name} | {said / 1e6:,.1f} MB | {took / 1e6:,.1f} MB | {said / took:.2f} |")
+    for stage, took in peak.gpu.items():
+        if took:
+            print(f"GPU, {stage}: {took / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

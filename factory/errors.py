@@ -80,6 +80,10 @@ class DiskSpaceError(FactoryError):
     """Too little disk for the build."""
 
 
+class MachineError(FactoryError):
+    """The machine lacks what the build needs: memory, or 4-bit arithmetic."""
+
+
 class StoreError(FactoryError):
     """A stage or build folder that cannot be used."""
 

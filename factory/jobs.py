@@ -93,7 +93,8 @@ def _flavor(hardware: JobHardwareInfo) -> Flavor:
     device = hardware.pretty_name if gpu else f"CPU, {hardware.cpu}"
     memory = _bytes(gpu.vram if gpu else hardware.ram)
     rate = (whole or CPU_FLOPS) * OF_PEAK
-    machine = Machine(device, memory, rate, _bytes(hardware.ephemeral_storage) or sys.maxsize)
+    disk = _bytes(hardware.ephemeral_storage) or sys.maxsize
+    machine = Machine(device, memory, rate, disk, _bytes(hardware.ram))
     return Flavor(
         hardware.name, hardware.pretty_name, machine, whole, hardware.unit_cost_usd / unit if unit else None
     )

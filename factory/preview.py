@@ -1,6 +1,5 @@
 """What a build will do and need, worked out before anything heavy."""
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
 from factory.errors import DiskSpaceError
+from factory.needs import Needs, check_four_bit, check_memory, host_bytes, needs
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a model and opening the text
@@ -41,8 +41,10 @@ class Preview:
     download_bytes: int
     disk_needed: int
     disk_free: int
-    memory_needed: int
+    memory_needed: int  # of all GPUs, the least; of the host without one
     memory_total: int
+    host_needed: int
+    host_total: int
     device: str
     seconds: float
 
@@ -55,6 +57,7 @@ class Machine:
     memory_bytes: int  # of all its GPUs, or of the machine without one
     flops_per_second: float  # that a whole model reaches
     disk_bytes: int  # free
+    host_bytes: int = 0  # 0: not known
 
 
 def preview(
@@ -76,15 +79,24 @@ def preview(
     Raises:
         DropError: The fraction means no usable number of layers.
         DiskSpaceError: Too little disk for what is still to be written.
+        MachineError: Too little memory here, or bitsandbytes does not work here.
     """
     n = num_dropped(config.drop, source.num_layers)
     share = n / source.num_layers
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     download = source.size_bytes if source.folder is None and pending else 0
-    writes = sum(stage in pending for stage in ("prune", "merge"))
+    is_here = machine is None
     machine = machine or _this_machine(source, home, processes=processes, works=bool(pending))
     device, free = machine.device, machine.disk_bytes
+    needed = needs(
+        source,
+        config,
+        pending=pending,
+        parameters_after=parameters_after,
+        bytes_after=bytes_after,
+        on_gpu=not _is_cpu(device),
+    )
     result = Preview(
         num_layers=source.num_layers,
         num_dropped=n,
@@ -94,10 +106,12 @@ def preview(
         bytes_after=bytes_after,
         pending=tuple(pending),
         download_bytes=download,
-        disk_needed=download + writes * bytes_after + (_token_bytes(config) if "heal" in pending else 0),
+        disk_needed=needed.disk,
         disk_free=free,
-        memory_needed=_memory_needed(source.num_parameters, parameters_after, on_gpu=not _is_cpu(device)),
+        memory_needed=needed.gpu or needed.host,
         memory_total=machine.memory_bytes,
+        host_needed=needed.host,
+        host_total=machine.host_bytes,
         device=device,
         seconds=_seconds(
             config, source.num_parameters, parameters_after, pending, device, machine.flops_per_second
@@ -108,7 +122,20 @@ def preview(
             f"the build needs {size(result.disk_needed)} of disk and {home} has {size(free)}",
             hint="free some (`factory gc` removes what no build uses) or give another folder with --home",
         )
+    if is_here:
+        _check_here(config, pending, needed, machine)
     return result
+
+
+def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, machine: Machine) -> None:
+    """Refuse a build that this machine has too little memory for, or cannot quantise for."""
+    gpu_total = machine.memory_bytes if needed.gpu else 0
+    check_memory(needed, host_total=machine.host_bytes, gpu_total=gpu_total)
+    heals = "heal" in pending and config.heal_enabled and config.heal.four_bit
+    if heals or ("measure" in pending and config.measure.four_bit):
+        from factory.models import best_device
+
+        check_four_bit(best_device())
 
 
 def size(num_bytes: int) -> str:
@@ -139,21 +166,12 @@ def _seconds(
     return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
 
 
-def _memory_needed(before: int, after: int, *, on_gpu: bool) -> int:
-    """Of the hungriest stage: source and result side by side for the speed comparison."""
-    return (before + after) * (2 if on_gpu else 4)
-
-
-def _token_bytes(config: BuildConfig) -> int:
-    return config.heal.num_steps * config.heal.batch_size * config.heal.sequence_length * 4
-
-
 def _this_machine(source: Source, home: Path, *, processes: int, works: bool) -> Machine:
     device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
     if processes > 1:
         rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
         device = f"{device}, {processes} processes"
-    return Machine(device, memory_total, rate, shutil.disk_usage(existing(home)).free)
+    return Machine(device, memory_total, rate, shutil.disk_usage(existing(home)).free, host_bytes())
 
 
 def _measured(source: Source) -> tuple[str, int, float]:
@@ -177,7 +195,7 @@ def _measured(source: Source) -> tuple[str, int, float]:
     rate = 2 * rows * width * 4 * width / min(times) / 3
     if device.type == "cuda":
         return device_name(device), torch.cuda.get_device_properties(device).total_memory, rate
-    return device_name(device), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rate
+    return device_name(device), host_bytes(), rate
 
 
 def _is_cpu(device: str) -> bool:

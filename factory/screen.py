@@ -124,7 +124,8 @@ def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tu
         rows.append(
             (
                 "memory",
-                f"about {size(shown.memory_needed)} of {size(shown.memory_total)}, {shown.device}",
+                f"about {size(shown.memory_needed)} of {size(shown.memory_total)}, {shown.device}"
+                + _host(shown),
             )
         )
         rows.append(("time", f"about {duration(shown.seconds)}, from {shown.pending[0]} on"))
@@ -134,6 +135,14 @@ def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tu
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
     out.print()
+
+
+def _host(shown: Preview) -> str:
+    """The host's memory, where a GPU has one of its own."""
+    if shown.memory_needed == shown.host_needed:
+        return ""
+    of = f" of {size(shown.host_total)}" if shown.host_total else ""
+    return f"; about {size(shown.host_needed)}{of} beside it"
 
 
 def printable(text: str) -> str:

@@ -1,13 +1,16 @@
 """The preview says the right numbers, and refuses a build that cannot fit the disk."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.needs import measured, rows
 from factory.artifacts import Source
 from factory.config import BuildConfig
-from factory.errors import DiskSpaceError, DropError
+from factory.errors import DiskSpaceError, DropError, MachineError
+from factory.needs import Needs, check_memory, needs
 from factory.pipeline import STAGES
 from factory.preview import preview
 
@@ -42,7 +45,7 @@ def test_work_that_is_left_needs_disk_memory_and_time(tmp_path: Path) -> None:
     everything = preview_of(pending=STAGES, home=tmp_path / "not" / "there")
     nearly_done = preview_of(pending=("speed", "card"), home=tmp_path)
     assert everything.disk_needed > 2 * 1_800
-    assert everything.memory_needed == (1_200 + 900) * 4
+    assert everything.memory_needed == everything.host_needed > (1_200 + 900) * 4
     assert everything.seconds > nearly_done.seconds > 0
     assert everything.device.startswith("CPU")
 
@@ -51,6 +54,61 @@ def test_a_model_that_is_not_here_yet_has_to_be_downloaded(tmp_path: Path) -> No
     elsewhere = SOURCE.model_copy(update={"folder": None})
     assert preview_of(elsewhere, pending=("speed",), home=tmp_path).download_bytes == 2_400
     assert preview_of(elsewhere, pending=(), home=tmp_path).download_bytes == 0
+
+
+def test_a_model_that_no_memory_here_holds_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
+    sizes = {"num_parameters": 10**15, "layer_parameters": (10**14,) * 10, "folder": None}
+    with pytest.raises(MachineError, match=r"needs about 6800000\.\d GB of memory, and this machine has"):
+        preview_of(SOURCE.model_copy(update=sizes), pending=("speed", "card"), home=tmp_path)
+
+
+def test_what_does_not_fit_the_gpu_needs_the_hosts_memory_as_well() -> None:
+    needed = Needs(disk=0, host=4 * 10**9, gpu=30 * 10**9)
+    check_memory(needed, host_total=12 * 10**9, gpu_total=24 * 10**9)
+    with pytest.raises(MachineError, match=r"about 10\.0 GB of memory beside 24\.0 GB on the GPU"):
+        check_memory(needed, host_total=8 * 10**9, gpu_total=24 * 10**9)
+
+
+def test_known_builds_are_estimated_within_a_quarter() -> None:
+    """Mistral's shape on an H100: 28.5 GB in the speed comparison, 3.7 GB of the host; on random weights."""
+    layers, outside = 218_112_000, 262_148_096
+    mistral = SOURCE.model_copy(
+        update={
+            "config": {"hidden_size": 4096, "intermediate_size": 14336},
+            "num_layers": 32,
+            "num_parameters": 32 * layers + outside,
+            "layer_parameters": (layers,) * 32,
+            "size_bytes": 2 * (32 * layers + outside),
+            "vocab_size": 32000,
+        }
+    )
+    after = 22 * layers + outside
+    needed = needs(
+        mistral,
+        BuildConfig(reference="m", drop=0.3),
+        pending=STAGES,
+        parameters_after=after,
+        bytes_after=2 * after,
+        on_gpu=True,
+    )
+    assert needed.gpu == pytest.approx(28.5e9, rel=0.25)
+    assert needed.host == pytest.approx(3.7e9, rel=0.25)
+
+
+def test_a_build_takes_what_was_said_within_a_quarter(tmp_path: Path) -> None:
+    quick = "demo --drop 0.3 --samples 4 --heal-steps 2 --limit 2 --eval-documents 2"
+    estimate, peak = measured([*quick.split()], tmp_path)
+    for name, said, took in rows(estimate, peak):
+        assert said == pytest.approx(took, rel=0.25), name
+
+
+def test_where_bitsandbytes_does_not_work_it_is_said_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # as if it were not installed
+    with pytest.raises(MachineError, match="bitsandbytes cannot quantise to 4 bits on cpu") as caught:
+        preview_of(pending=STAGES, home=tmp_path)
+    assert "--no-heal" in caught.value.hint
 
 
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     ("significance", "findings"),
     ("harness",),
     (*STAGES, "demo.next_line"),
+    ("needs",),
     ("hub", "preview", "layout", "space"),
     ("removal", "verify"),
     ("run",),

@@ -1,0 +1,164 @@
+"""What a build needs of disk and memory, and whether this machine has it: told before the first download.
+
+The constants were fitted to what builds really took (benchmarks/needs.py).
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from factory.artifacts import Source
+from factory.config import BuildConfig
+from factory.errors import MachineError
+
+LIBRARIES_BYTES = 500_000_000  # of the host: Python, torch, transformers, trl and lm-eval, without a model
+ON_GPU_BYTES = 3_500_000_000  # of the host, with CUDA's libraries and a shard on its way
+CONTEXT_BYTES = 600_000_000  # of the GPU: CUDA itself
+GPU_SLACK = 1.1  # cache, activations and what is lost between blocks
+KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
+CHECKPOINTS, STEPS_A_CHECKPOINT = 2, 10  # that the trainer keeps at once; over a run
+TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
+LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
+BATCH = 16  # sequences that are measured at once
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a build takes at its peak."""
+
+    disk: int
+    host: int
+    gpu: int  # the least; measuring and healing fill a GPU as far as it goes. 0 without one
+
+
+def needs(
+    source: Source,
+    config: BuildConfig,
+    *,
+    pending: Sequence[str],
+    parameters_after: int,
+    bytes_after: int,
+    on_gpu: bool,
+) -> Needs:
+    """Estimate what the stages that are left need.
+
+    Args:
+        parameters_after: Of the pruned model.
+        bytes_after: Of its weight files.
+    """
+    if not pending:
+        return Needs(0, 0, 0)
+    download = source.size_bytes if source.folder is None else 0
+    models = source.num_parameters + parameters_after  # side by side for the speed comparison
+    if on_gpu:
+        gpu = int(GPU_SLACK * 2 * models) + CONTEXT_BYTES
+        host = ON_GPU_BYTES
+    else:
+        gpu = 0
+        host = LIBRARIES_BYTES + max(4 * models, *_stages(source, config, pending, parameters_after))
+    return Needs(download + _disk(source, config, pending, bytes_after), host, gpu)
+
+
+def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:
+    """What is written, at the end or while the trainer's checkpoints lie there."""
+    writes = sum(stage in pending for stage in ("prune", "merge")) * bytes_after
+    if "heal" not in pending or not config.heal_enabled:
+        return writes + KEPT_BYTES
+    heal = config.heal
+    adapter = 4 * _adapter_parameters(source, config)
+    tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
+    kept = min(CHECKPOINTS, math.ceil(heal.num_steps / max(5, heal.num_steps // STEPS_A_CHECKPOINT)))
+    healing = writes - bytes_after * ("merge" in pending) + kept * 3 * adapter + tokens
+    return max(healing, writes + adapter) + KEPT_BYTES
+
+
+def _stages(source: Source, config: BuildConfig, pending: Sequence[str], parameters_after: int) -> list[int]:
+    """Memory of the stages on a CPU, in fp32, beyond the libraries."""
+    width, inner = _widths(source)
+    kept = _num_kept(source, config)
+    measure, heal, evaluate = config.measure, config.heal, config.evaluate
+    found = [4 * source.num_parameters + 4 * 3 * 4 * evaluate.sequence_length * source.vocab_size]
+    if "measure" in pending:
+        sequences = min(BATCH, measure.num_samples or BATCH)
+        activations = 4 * sequences * measure.sequence_length * (6 * width + 3 * inner)
+        found.append(4 * source.num_parameters + activations)
+    if "heal" in pending and config.heal_enabled:
+        outside = source.num_parameters - sum(source.layer_parameters)
+        states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
+        weights = (parameters_after - outside) // 2 + 4 * outside  # NF4, and fp32 outside the layers
+        trained = TRAINED_BYTES * _adapter_parameters(source, config)
+        found.append(weights + trained + 4 * heal.sequence_length * states)
+    return found
+
+
+def _num_kept(source: Source, config: BuildConfig) -> int:
+    return source.num_layers - math.floor(config.drop * source.num_layers + 0.5)
+
+
+def _adapter_parameters(source: Source, config: BuildConfig) -> int:
+    """Of LoRA on the three matrices of each feed-forward part, and the four of attention if asked for."""
+    width, inner = _widths(source)
+    attention = 8 * width if config.heal.modules == "all-linear" else 0
+    return _num_kept(source, config) * config.heal.rank * (3 * (width + inner) + attention)
+
+
+def _widths(source: Source) -> tuple[int, int]:
+    """Of the hidden state and of the feed-forward part."""
+    fields: dict[str, Any] = source.config.get("text_config") or source.config
+    width = int(fields.get("hidden_size") or fields.get("n_embd") or 1024)
+    return width, int(fields.get("intermediate_size") or fields.get("n_inner") or 4 * width)
+
+
+def host_bytes() -> int:
+    """Memory that this process may have: the machine's, or what its control group allows."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def check_memory(needed: Needs, *, host_total: int, gpu_total: int) -> None:
+    """Refuse what cannot fit. A model that does not fit the GPU takes the host's memory as well.
+
+    Raises:
+        MachineError: Says how much is needed and how much there is.
+    """
+    spread = max(needed.gpu - gpu_total, 0)
+    if needed.host + spread > host_total:
+        told = f"about {(needed.host + spread) / 1e9:.1f} GB of memory"
+        beside = f" beside {gpu_total / 1e9:.1f} GB on the GPU" if gpu_total else ""
+        raise MachineError(
+            f"the build needs {told}{beside}, and this machine has {host_total / 1e9:.1f} GB",
+            hint="a machine with more memory, or a smaller model",
+        )
+
+
+def check_four_bit(device: Any) -> None:
+    """Refuse, before anything long, a machine on which bitsandbytes cannot quantise.
+
+    Args:
+        device: torch's, on which the model would be healed or measured in NF4.
+
+    Raises:
+        MachineError: Says what bitsandbytes answers.
+    """
+    try:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed, state = quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        whole = bool(dequantize_4bit(packed, state).isfinite().all())
+    except (ImportError, RuntimeError, NotImplementedError, OSError, AttributeError, ValueError) as error:
+        raise _no_four_bit(device, " ".join(str(error).split())[:200]) from error
+    if not whole:
+        raise _no_four_bit(device, "what comes back is not what went in")
+
+
+def _no_four_bit(device: Any, reason: str) -> MachineError:
+    return MachineError(
+        f"bitsandbytes cannot quantise to 4 bits on {device}: {reason}",
+        hint="install a bitsandbytes for this machine, or build without healing: --no-heal",
+    )
