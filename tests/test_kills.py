@@ -95,3 +95,44 @@ def test_what_was_made_from_a_stage_stays_if_that_comes_out_the_same_again(found
     assert again.code == 0, again.stderr
     assert "model.safetensors has changed since it was made; making it again" in again.stdout
     assert again.stdout.count("reused") == 9
+
+
+# The file system answers as one that is read-only below a folder, or knows no hard links.
+REFUSING = """
+import errno, os, sys
+def refuse(event, arguments):
+    writes = event in ("os.mkdir", "os.rename", "os.remove", "os.utime") or (
+        event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    if writes and {part!r} in os.fsdecode(arguments[0] if isinstance(arguments[0], (str, bytes)) else ""):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
+    if event == "os.link" and {part!r} == "links":
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.mark.parametrize("part", ["home/stages/plan", "home/stages/speed", "home/builds"])
+def test_a_store_with_a_read_only_part_is_told(found: Bench, place: Path, part: str) -> None:
+    for folder in [*place.glob("home/stages/plan/*/"), *place.glob("home/stages/speed/*/")]:
+        shutil.rmtree(folder)
+    told = found.processes[""].run(
+        *COMMAND, "--home", "home", folder=place, before=REFUSING.format(part=part)
+    )
+    assert told.code == 1, told.stdout + told.stderr
+    error, hint = told.stderr.splitlines()
+    assert error.startswith("error: cannot write to ")
+    assert f"{part}" in error
+    assert "Read-only file system" in error
+    assert hint == "hint: give another folder with --home or FACTORY_HOME"
+
+
+def test_where_there_are_no_hard_links_files_are_copied(found: Bench, place: Path) -> None:
+    shutil.rmtree(place / BUILD)
+    done = found.processes[""].run(
+        *COMMAND, "--home", "home", folder=place, before=REFUSING.format(part="links")
+    )
+    assert done.code == 0, done.stderr
+    weights = place / BUILD / "model" / "model.safetensors"
+    assert weights.stat().st_nlink == 1
+    original = found.folder / "runs" / "undisturbed" / BUILD / "model" / "model.safetensors"
+    assert weights.read_bytes() == original.read_bytes()
