@@ -19,7 +19,8 @@ ON_GPU_BYTES = 3_500_000_000  # of the host, with CUDA's libraries and a shard o
 CONTEXT_BYTES = 600_000_000  # of the GPU: CUDA itself
 GPU_SLACK = 1.1  # cache, activations and what is lost between blocks
 KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
-CHECKPOINTS, STEPS_A_CHECKPOINT = 2, 10  # that the trainer keeps at once; over a run
+CHECKPOINTS = 3  # of the trainer at once: two are kept while the third is written
+SAVES = 10  # of the trainer over a run
 TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
 LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
 BATCH = 16  # sequences that are measured at once
@@ -71,7 +72,7 @@ def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_aft
     heal = config.heal
     adapter = 4 * _adapter_parameters(source, config)
     tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
-    kept = min(CHECKPOINTS, math.ceil(heal.num_steps / max(5, heal.num_steps // STEPS_A_CHECKPOINT)))
+    kept = min(CHECKPOINTS, math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES)))
     healing = writes - bytes_after * ("merge" in pending) + kept * 3 * adapter + tokens
     return max(healing, writes + adapter) + KEPT_BYTES
 
