@@ -39,6 +39,8 @@ PASSING = (429, 500, 502, 503, 504)
 AGAIN = "run the same command again"
 CUT_SHORT = "Consistency check failed"  # the client, of a file that came shorter than announced
 NOT_SENT = (UnicodeEncodeError, httpx2.LocalProtocolError)  # the request could not be written down
+BROKEN = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
+UNANSWERED = (httpx2.RemoteProtocolError, httpx2.NetworkError, httpx2.TimeoutException)
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
@@ -88,15 +90,19 @@ def patiently(read: Callable[[], T]) -> T:
         try:
             return read()
         except CLIENT_ERRORS as error:
-            seconds = _wait_for(error, wait)
+            seconds = wait_after(error, wait)
             if seconds is None or seconds > LONGEST_WAIT_SECONDS:
                 raise
         time.sleep(seconds)
     return read()
 
 
-def _wait_for(error: BaseException, seconds: float) -> float | None:
-    """How long to wait after this error, `seconds` unless the Hub says; None if it will not pass."""
+def wait_after(error: BaseException, seconds: float, *, unanswered: bool = False) -> float | None:
+    """How long to wait after this error, `seconds` unless the Hub says; None if it will not pass.
+
+    Args:
+        unanswered: Wait also where nobody answers: the network may be back later.
+    """
     if isinstance(error, LocalEntryNotFoundError):
         return None  # the one read that the client repeats by itself
     for cause in _causes(error):
@@ -104,7 +110,7 @@ def _wait_for(error: BaseException, seconds: float) -> float | None:
             asked = cause.response.headers.get("Retry-After", "")
             passing = cause.response.status_code in PASSING
             return (float(asked) if asked.isdigit() else seconds) if passing else None
-        if isinstance(cause, httpx2.RemoteProtocolError | httpx2.ReadError | httpx2.WriteError):
+        if isinstance(cause, UNANSWERED if unanswered else BROKEN):
             return seconds
     return seconds if str(error).startswith(CUT_SHORT) else None
 

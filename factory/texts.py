@@ -4,12 +4,13 @@ import gzip
 import json
 import lzma
 import random
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from factory.artifacts import DataSource, sha256_of_file
 from factory.errors import DataError, HubError
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation"]
 
 SHUFFLE_BUFFER = 10_000  # documents held in memory
+# Before reading on where a connection broke; with what the Hub's client waits by itself, ten minutes in
+# all without a single row.
+STREAM_WAITS_SECONDS = (5.0, 15.0, 60.0, 120.0, 240.0)
+DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+DAMAGED_HINT = "a file of it is damaged: take another revision (owner/name@revision) or another data set"
 PASSAGE_CHARACTERS = 3000  # source files are cut at blank lines into passages of about this
 
 
@@ -236,27 +242,61 @@ def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
 
 def _stream(data: DataSource, *, config: str | None) -> Iterator[str]:
     """Texts in the order of the data set; rows without one are passed over."""
-    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
     from factory.hub_errors import hub_errors
 
+    hint = "name a configuration (owner/name:config) that has this split"
     try:
         with hub_errors(str(data.hub_id), revision=data.version):
-            rows = load_dataset(data.hub_id, config, split=data.split, revision=data.version, streaming=True)
-            for row in rows:
+            for row in _rows(data, config=config):
                 if "text" not in row:
                     raise DataError(
                         f'data set {data.name!r} has no column "text"', hint=f"it has {', '.join(row)}"
                     )
+                hint = DAMAGED_HINT
                 if isinstance(row["text"], str) and row["text"].strip():
                     yield row["text"]
-    except (ValueError, OSError, DatasetsError, ArrowException) as error:
+    except (ValueError, OSError, DatasetsError, ArrowException, *DAMAGED) as error:
         raise DataError(
             f"cannot read data set {data.name!r}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="name a configuration (owner/name:config) that has this split",
+            hint=DAMAGED_HINT if isinstance(error, DAMAGED) else hint,
         ) from error
+
+
+def _rows(data: DataSource, *, config: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of a Hub data set, each once and in order, through whatever may pass on the way.
+
+    After a fault the shard is read anew up to the row that came last. `datasets` would rather repeat the
+    read that failed, and of a compressed file loses what that read had unpacked before: documents that
+    are missing without a word, or lines cut in two.
+    """
+    from datasets import config as settings
+    from datasets import load_dataset
+
+    from factory.hub_errors import CLIENT_ERRORS, patiently, wait_after
+
+    settings.STREAMING_READ_MAX_RETRIES = settings.STREAMING_OPEN_MAX_RETRIES = 1
+    revision = data.version
+    rows = patiently(
+        lambda: load_dataset(data.hub_id, config, split=data.split, revision=revision, streaming=True)
+    )
+    reached: dict[str, Any] | None = None
+    waits: Iterator[float] = iter(())
+    while True:
+        try:
+            yield from rows
+            return
+        except CLIENT_ERRORS as error:
+            if rows.state_dict() != reached:
+                reached, waits = rows.state_dict(), iter(STREAM_WAITS_SECONDS)
+            wait = next(waits, None)
+            seconds = None if wait is None else wait_after(error, wait, unanswered=True)
+            if seconds is None or seconds > STREAM_WAITS_SECONDS[-1]:
+                raise
+        time.sleep(seconds)
+        rows.load_state_dict(reached)
 
 
 # Python's standard library ----------------------------------------------------------------------
