@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint, DataSource
@@ -24,6 +24,16 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
 )
 GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+
+MIXTRAL = MixtralConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+)
 
 TEXT_FIELDS = set(LLAMA.to_dict()) & {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -195,6 +205,24 @@ def test_more_than_plain_lora_is_refused_by_name(tmp_path: Path, field: str, val
     adapter = save_adapter(tmp_path / "adapter", pruned)
     edit_config(adapter, **{field: value})
     with pytest.raises(CheckpointError, match=field):
+        merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (LLAMA, {"use_dora": True}),
+        (MIXTRAL, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    ],
+    ids=["weight-decomposed", "expert parameters"],
+)
+def test_variants_as_peft_itself_saves_them_are_refused_by_name(
+    tmp_path: Path, config: Any, settings: dict[str, Any]
+) -> None:
+    pruned = save_model(tmp_path / "pruned", config)
+    adapter = save_adapter(tmp_path / "adapter", pruned, **settings)
+    assert any(tensor.any() for tensor in load_file(adapter.folder / "adapter_model.safetensors").values())
+    with pytest.raises(CheckpointError, match=list(settings)[-1]):
         merge(pruned, adapter, folder=tmp_path / "merged")
 
 

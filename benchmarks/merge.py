@@ -1,0 +1,158 @@
+"""Claim: merging a 7B adapter takes at most twice the time of `cp`, and memory for a few tensors.
+
+    python benchmarks/merge.py [--layers 22] [--rank 64] [--rounds 3] [--folder DIR]
+
+Writes Mistral 7B's shape with random bf16 weights and a LoRA adapter on its feed-forward modules. Then, in
+turns: `cp` of the weights, which are as large as the result, and the merge in a process of its own, both
+until everything is on the disk. The merge is timed alone, without Python's start, and with the checksums that
+it takes of its result; where its time goes is printed too. Needs twice the size on disk (22 layers: 10.1 GB).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from prune import NUM_SHARDS, seconds_of
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from factory import checkpoint, merge
+from factory.artifacts import Adapter, Checkpoint
+from factory.store import sync_files
+
+FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+def write_source(folder: Path, *, num_layers: int) -> dict[str, torch.Size]:
+    """Weights tensor by tensor, so that writing takes little memory too; returns name → shape."""
+    folder.mkdir()
+    config = MistralConfig(
+        num_hidden_layers=num_layers, dtype="bfloat16", architectures=["MistralForCausalLM"]
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    names, weight_map = list(shapes), {}
+    per_shard = -(-len(names) // NUM_SHARDS)
+    for shard in range(NUM_SHARDS):
+        file_name = f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        chosen = names[shard * per_shard : (shard + 1) * per_shard]
+        header, end = {}, 0
+        for name in chosen:
+            start, end = end, end + 2 * shapes[name].numel()
+            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file_name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in chosen:
+                values = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
+                file.write(values.view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys(chosen, file_name)
+    (folder / checkpoint.WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return shapes
+
+
+def write_adapter(folder: Path, shapes: dict[str, torch.Size], *, rank: int) -> None:
+    """A LoRA adapter in peft's format with random values in both halves."""
+    folder.mkdir()
+    tensors = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(FFN):
+            tensors[f"{merge.PREFIX}{module}.lora_A.weight"] = torch.randn(rank, shape[1]) * 0.01
+            tensors[f"{merge.PREFIX}{module}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
+    save_file(tensors, folder / merge.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": FFN}
+    (folder / merge.ADAPTER_CONFIG).write_text(json.dumps(config))
+
+
+def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
+    """Merge in this process: seconds by part, and the peak resident memory since it started."""
+    spent = {"update": 0.0, "sha256": 0.0}
+
+    def timed(part: str, work: object) -> object:
+        def call(*arguments: object) -> object:
+            start = time.perf_counter()
+            try:
+                return work(*arguments)  # type: ignore[operator]
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        return call
+
+    merge.apply_update = timed("update", merge.apply_update)  # type: ignore[assignment]
+    checkpoint.sha256_of_files = timed("sha256", checkpoint.sha256_of_files)  # type: ignore[assignment]
+    pruned = Checkpoint(folder=source, num_layers=1, num_parameters=1, size_bytes=1, files={})
+    start = time.perf_counter()
+    merge.merge(pruned, Adapter.model_construct(folder=adapter), folder=target)
+    returned = time.perf_counter() - start
+    sync_files(target)
+    synced = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return spent | {"returned": returned, "synced": synced, "peak_gb": int(status.split()[0]) * 1024 / 1e9}
+
+
+def merge_apart(source: Path, adapter: Path, folder: Path) -> dict[str, float]:
+    """The merge in a fresh process, into a new folder."""
+    target = folder / "target"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    os.sync()
+    command = [sys.executable, __file__, "--merge", source, adapter, target]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    values: dict[str, float] = json.loads(done.stdout)
+    return values
+
+
+def main() -> None:
+    """Write the model, take times in turns, print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
+    parser.add_argument("--merge", type=Path, nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.merge:
+        print(json.dumps(merge_here(*arguments.merge)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="factory-benchmark-") as name:
+        folder = Path(name)
+        source, adapter = folder / "source", folder / "adapter"
+        shapes = write_source(source, num_layers=arguments.layers)
+        write_adapter(adapter, shapes, rank=arguments.rank)
+        files = sorted(source.glob("*.safetensors"))
+        copies, merges = [], []
+        for _ in range(arguments.rounds):
+            cp = ["cp", *files]
+            copies.append(seconds_of(lambda target, cp=cp: subprocess.run([*cp, target], check=True), folder))
+            merges.append(merge_apart(source, adapter, folder))
+            print(f"cp {copies[-1][1]:.1f} s, merge {merges[-1]}", flush=True)
+        report(copies, merges, size_bytes=sum(file.stat().st_size for file in files))
+
+
+def report(copies: list[tuple[float, float]], merges: list[dict[str, float]], *, size_bytes: int) -> None:
+    """Medians, ranges and the two claims."""
+    print(f"{size_bytes / 1e9:.1f} GB, medians of {len(copies)} rounds, {torch.get_num_threads()} threads")
+    rows = {"cp, synced": [synced for _, synced in copies]}
+    for part in ("synced", "returned", "update", "sha256"):
+        rows[f"merge, {part}"] = [values[part] for values in merges]
+    for what, seconds in rows.items():
+        low, high = min(seconds), max(seconds)
+        print(f"{what:16} {statistics.median(seconds):6.1f} s  ({low:.1f}–{high:.1f})")
+    ratio = statistics.median(rows["merge, synced"]) / statistics.median(rows["cp, synced"])
+    print(f"merge / cp, both synced: {ratio:.2f} (limit 2)")
+    print(f"peak resident memory: {max(values['peak_gb'] for values in merges):.2f} GB (limit 2)")
+
+
+if __name__ == "__main__":
+    main()
