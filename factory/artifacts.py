@@ -214,6 +214,7 @@ class Checkpoint(Artifact):
     size_bytes: int  # of the weight files
     files: dict[str, str]  # weight file name → sha256
     merge_base: str | None = None  # "source weights"; None where nothing was merged
+    merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-back text
     verified: tuple[str, ...] = ()  # what was compared with the source: "names and shapes", "logits"
 
 
@@ -379,6 +380,8 @@ class Build(Artifact):
     profile_samples: int
     calibration: DataSource
     adapter: Adapter | None  # None for a build without healing
+    merge_base: str | None = None  # weights that the adapter was added to: "source weights"
+    merge_losses: dict[str, float] | None = None  # of the bases tried, on the healing's held-back text
     shipped: str  # "healed" or "pruned"
     source_parameters: int
     result_parameters: int

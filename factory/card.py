@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from factory.artifacts import Build, Evaluation, is_block
-from factory.config import BuildConfig, load_recipe, settle
+from factory.config import DEFAULT_OBJECTIVE, BuildConfig, load_recipe, settle
 from factory.findings import (
     comparison,
     data_rows,
@@ -223,6 +223,10 @@ FLAGS = {
     ("heal", "num_steps"): "--heal-steps",
     ("heal", "learning_rate"): "--heal-lr",
     ("heal", "rank"): "--heal-rank",
+    ("heal", "modules"): "--heal-modules",
+    ("heal", "layers"): "--heal-layers",
+    ("heal", "bits"): "--heal-bits",
+    ("heal", "seam_weight"): "--seam-weight",
     ("evaluate", "data"): "--eval-data",
     ("evaluate", "num_documents"): "--eval-documents",
     ("evaluate", "tasks"): "--tasks",
@@ -246,6 +250,8 @@ def reproduction_command(build: Build) -> Markup:
         parts.append(f"--seed {config.seed}")
     if not config.heal_enabled:
         parts.append("--no-heal")
+    if config.heal_enabled and config.merge_base != "auto":
+        parts.append(f"--merge-base {config.merge_base}")
     differing = differing_settings(build)
     lengths = {getattr(config, section).sequence_length for section in WITH_LENGTH}
     if len(lengths) == 1 and any(key == "sequence_length" for _, key in differing):
@@ -270,8 +276,9 @@ def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
         num_parameters=build.source.num_parameters,
         max_length=int(text_config.get("max_position_embeddings") or 2048),
         is_folder=build.source.repo_id is None,
-        overrides={},
+        overrides={"heal": {"objective": asked.heal.objective}},
     ).model_dump(mode="json")
+    usual["heal"]["objective"] = DEFAULT_OBJECTIVE
     return {
         (section, key): value
         for section in SECTIONS

@@ -45,7 +45,7 @@ class HealSettings(Settings):
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # those that get an adapter; seam: from the one before the cut on
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
-    four_bit: bool = True  # NF4 (QLoRA); else the weights in 16 bits on a GPU
+    bits: Literal[4, 16] = 4  # of the weights under the adapter: NF4, or as they are
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
@@ -74,6 +74,7 @@ class BuildConfig(Settings):
     drop: float = Field(gt=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
     heal_enabled: bool = True
+    merge_base: Literal["auto", "bf16", "nf4"] = "auto"  # weights that the adapter is added to
     measure: MeasureSettings = MeasureSettings()
     plan: PlanSettings = PlanSettings()
     heal: HealSettings = HealSettings()
@@ -90,6 +91,7 @@ class Recipe(Settings):
     provenance: str  # where each figure below comes from
     measure: MeasureSettings = MeasureSettings()
     heal: HealSettings = HealSettings()
+    distill: dict[str, Any] = {}  # over what distilling has by default, where that is tried for this model
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
@@ -133,6 +135,25 @@ def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
     )
 
 
+DEFAULT_OBJECTIVE: Literal["distill"] = "distill"
+SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here NF4 saves little memory, and costs small models more
+
+
+def distill_settings_for(num_parameters: int) -> dict[str, Any]:
+    """What distilling has otherwise than `sft`: measured with `benchmarks/heal.py` on a 26 M-parameter Llama.
+
+    The learning rate falls from there, 5e-3, with the root of the size to the paper's 3e-4 at 7 B.
+    """
+    return {
+        "objective": "distill",
+        "modules": "all-linear",
+        "rank": 128,
+        "dropout": 0.0,
+        "learning_rate": float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.5, 5e-3):.1e}"),
+        "bits": 16 if num_parameters <= SIXTEEN_BIT_PARAMETERS else 4,
+    }
+
+
 def settle(
     reference: str,
     *,
@@ -165,6 +186,8 @@ def settle(
             "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
             "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
         }
+    if (overrides.get("heal", {}).get("objective") or DEFAULT_OBJECTIVE) == "distill":
+        base["heal"] |= distill_settings_for(num_parameters) | (recipe.distill if recipe else {})
     for part in base.values():
         part["sequence_length"] = min(part["sequence_length"], max_length)
     fields: dict[str, Any] = {"reference": reference, "drop": drop, **base}

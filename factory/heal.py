@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use ot
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
@@ -25,21 +25,19 @@ from factory.config import HealSettings
 from factory.decoder_proof import find_layers
 from factory.distill import DistillTrainer
 from factory.heal_text import data_sets
-from factory.lora import adapter_tensors, first_adapted, linear_modules, module_names, save_adapter
+from factory.lora import GUARD, adapter_tensors, first_adapted, linear_modules, module_names, save_adapter
 from factory.micro_batch import fit_micro_batch
 from factory.models import best_device, fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
 from factory.tracking import NOWHERE, Tracking
 from factory.trainer import HealTrainer
-from factory.watch import DivergedError, Progress, Slower, Told
+from factory.watch import DivergedError, EarlyStop, Progress, Slower, Told
 
 CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
-PATIENCE = 3  # checkpoints without a lower guard loss
 SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
 # Of a trainer's checkpoint, beside what is written last; each under one of its names.
 OF_A_CHECKPOINT = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
-GUARD = "guard.json"  # beside the adapter: the sequences that were held back
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def heal(
 
     With `settings.objective` "distill", the source is loaded and its layers left out in memory: with them
     and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
-    found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early once
-    the guard's loss has stopped falling, and the adapter is the one with the lowest. A loss that runs
+    found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early where
+    the guard's loss goes on rising, and the adapter is the one with the lowest. A loss that runs
     away brings back the last checkpoint before, at a lower rate, once.
 
     Args:
@@ -101,7 +99,7 @@ def heal(
         tracking=tracking,
     )
     base = source_folder if settings.objective == "distill" else pruned.folder
-    load = partial(load_model, base, four_bit=settings.four_bit, to_shard=processes.sharded())
+    load = partial(load_model, base, four_bit=settings.bits == 4, to_shard=processes.sharded())
     student, trainer = start(load())
     try:
         train_on(trainer, folder)
@@ -128,7 +126,7 @@ def heal(
     return Adapter(
         folder=folder,
         objective=settings.objective,
-        quantization="nf4" if settings.four_bit else "none",
+        quantization="nf4" if settings.bits == 4 else "none",
         rank=settings.rank,
         learning_rate=settings.learning_rate,
         target_modules=tuple(student.modules),
@@ -216,7 +214,7 @@ def begin(
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
     if processes.is_main():
         trainer.add_callback(Told(tracking))
-    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=PATIENCE))
+    trainer.add_callback(EarlyStop())
     if (folder / SLOWED).exists():
         trainer.add_callback(Slower())
     return student, trainer

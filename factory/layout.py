@@ -68,6 +68,8 @@ def describe_build(
         profile_samples=made.profile.num_samples,
         calibration=made.profile.data,
         adapter=made.adapter,
+        merge_base=made.shipped.merge_base,
+        merge_losses=made.shipped.merge_losses,
         shipped=made.shipped_name,
         source_parameters=made.source.num_parameters,
         result_parameters=made.shipped.num_parameters,

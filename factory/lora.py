@@ -13,6 +13,7 @@ from factory.decoder import decoder_layers
 from factory.errors import UnsupportedArchitectureError
 
 PEFT_PREFIX = "base_model.model."
+GUARD = "guard.json"  # beside the adapter: the sequences that it was not trained on
 
 Modules = Literal["ffn", "all-linear"]
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -15,11 +15,17 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import CheckpointError, VerificationError
-from factory.reload import parameter_names, transposed_modules
+from factory.lora import GUARD
+from factory.models import load_model, pad_batch, round_to_nf4, row_losses
+from factory.reload import parameter_names, quantized_modules, transposed_modules
+
+Base = Literal["auto", "bf16", "nf4"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the name of the module in the model
+CANDIDATES: tuple[Base, ...] = ("bf16", "nf4")
+BASE_NAMES = {"bf16": "source weights", "nf4": "NF4 weights, unpacked"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Fields that the merge reads, or that change training only. Any other field that is set is refused by
 # name: a variant of LoRA that peft adds tomorrow must not be merged as if it were plain.
@@ -44,11 +50,22 @@ class Update:
 
 
 def merge(
-    pruned: Checkpoint, adapter: Adapter, *, folder: Path, progress: Progress | None = None
+    pruned: Checkpoint,
+    adapter: Adapter,
+    *,
+    folder: Path,
+    base: Base = "auto",
+    progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `pruned` with the adapter added into `folder`; sums in fp32, results in the dtype on disk.
+    """Write `pruned` with the adapter added into `folder`, from the weights that give the lower loss.
+
+    An adapter trained over NF4 weights has learnt their rounding too: whether it is better added to them
+    or to the weights that they were made of is not known beforehand (github.com/huggingface/peft, issue
+    2105). "auto" writes both, reads the guard's sequences with each, and keeps the better.
 
     Args:
+        base: "bf16": the weights on disk, in whatever dtype; "nf4": these rounded as in training.
+
         pruned: The checkpoint that the adapter was trained for.
         adapter: LoRA in peft's format, with whatever quantisation it was trained over.
         folder: Exists, and is empty or holds an earlier attempt.
@@ -58,16 +75,50 @@ def merge(
         CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
         VerificationError: The adapter does not fit the weights, or the result is not finite.
     """
+    if adapter.quantization != "nf4":
+        base = "bf16"  # it was trained on these
+    if base != "auto":
+        return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    made: dict[Base, Checkpoint] = {}
+    losses: dict[str, float] = {}
+    for candidate in CANDIDATES:
+        (folder / candidate).mkdir(exist_ok=True)
+        made[candidate] = _merge(
+            pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
+        )
+        losses[BASE_NAMES[candidate]] = _guard_loss(folder / candidate, guard)
+    best = min(CANDIDATES, key=lambda name: losses[BASE_NAMES[name]])
+    for file in sorted((folder / best).iterdir()):
+        file.rename(folder / file.name)
+    for candidate in CANDIDATES:
+        shutil.rmtree(folder / candidate)
+    return made[best].model_copy(update={"folder": folder, "merge_losses": losses})
+
+
+def _merge(
+    pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
+) -> Checkpoint:
+    """Tensor by tensor: sums in fp32, results in the dtype on disk."""
     tensors = checkpoint.read_checkpoint(pruned.folder)
     names = parameter_names(pruned.folder, tensors)
+    transposed = transposed_modules(pruned.folder)
     updates = read_updates(
         adapter.folder,
         {name: tensors[stored] for name, stored in names.items()},
-        transposed=transposed_modules(pruned.folder),
+        transposed=transposed,
     )
+    rounded = {}
+    if base == "nf4":
+        modules = quantized_modules(pruned.folder)
+        rounded = {names[f"{m}.weight"]: m in transposed for m in modules if f"{m}.weight" in names}
 
     def transform(name: str, tensor: TensorInfo) -> memoryview | None:
-        return apply_update(tensor, updates[name]) if name in updates else None
+        if name not in updates and name not in rounded:
+            return None
+        return merged_values(
+            tensor, updates.get(name), nf4=name in rounded, transposed=rounded.get(name, False)
+        )
 
     written = checkpoint.write_checkpoint(
         tensors.items(), folder=folder, transform=transform, progress=progress
@@ -81,8 +132,20 @@ def merge(
         num_parameters=pruned.num_parameters,
         size_bytes=sum((folder / name).stat().st_size for name in files),
         files=files,
-        merge_base="source weights",
+        merge_base=BASE_NAMES[base],
     )
+
+
+@torch.inference_mode()
+def _guard_loss(folder: Path, sequences: list[list[int]]) -> float:
+    """Nats a token of the checkpoint in a folder, loaded as a user would."""
+    model = load_model(folder)
+    counts, nats = 0.0, 0.0
+    for sequence in sequences:
+        ids, mask = pad_batch([sequence], pad_token_id=0)
+        tokens, loss = row_losses(model, ids.to(model.device), mask.to(model.device))
+        counts, nats = counts + float(tokens.sum()), nats + float(loss.sum())
+    return nats / counts
 
 
 def read_updates(
@@ -120,18 +183,29 @@ def read_updates(
     return updates
 
 
-def apply_update(tensor: TensorInfo, update: Update) -> memoryview:
+def merged_values(
+    tensor: TensorInfo, update: Update | None, *, nf4: bool = False, transposed: bool = False
+) -> memoryview:
     """Values of W + scale · B·A in W's dtype, rounded once from fp32 (fp64 for fp64 weights).
+
+    Args:
+        nf4: Take for W what NF4 makes of it.
+        transposed: W is stored [in, out]; 4-bit layers hold it the other way round.
 
     Raises:
         VerificationError: A value that is not finite.
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
-    weight, a, b = (_load(info).to(compute) for info in (tensor, update.a, update.b))
-    if update.transposed:
-        a, b = b.T, a.T  # (B·A)ᵀ = Aᵀ·Bᵀ
-    merged = torch.addmm(weight, b, a, alpha=update.scale).to(dtype)
+    weight = _load(tensor).to(compute)
+    if nf4:
+        weight = round_to_nf4(weight.T).T if transposed else round_to_nf4(weight)
+    if update:
+        a, b = (_load(info).to(compute) for info in (update.a, update.b))
+        if update.transposed:
+            a, b = b.T, a.T  # (B·A)ᵀ = Aᵀ·Bᵀ
+        weight = torch.addmm(weight.to(compute), b, a, alpha=update.scale)
+    merged = weight.to(dtype).contiguous()
     if not bool(torch.isfinite(merged).all()):
         raise VerificationError(
             f"merging makes {tensor.name!r} infinite or not a number",

@@ -8,8 +8,8 @@ from typing import Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises on kernels not needed here
 
 import torch
-from bitsandbytes.functional import dequantize_blockwise
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -133,6 +133,24 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
     if module.bias is not None:
         linear.bias.data = module.bias.data.float()
     return linear.requires_grad_(False)
+
+
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What a linear layer's weight, [out, in], is after it was packed as `load_model` packs it; in fp32."""
+    device = best_device()
+    module = Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, device="meta"
+    )
+    values = weight.to(compute_dtype(device)).contiguous()
+    packed = Params4bit(
+        values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
+    )
+    module.weight = packed.to(device)
+    if module.in_features % module.weight.quant_state.blocksize:
+        unpacked: torch.Tensor = _unpacked(module).weight.detach()
+    else:
+        unpacked = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    return unpacked.cpu()
 
 
 def matrix_weights(module: Any) -> int:

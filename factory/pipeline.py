@@ -19,6 +19,7 @@ from factory.artifacts import (
     SpeedComparison,
 )
 from factory.config import num_dropped
+from factory.errors import HealingError
 from factory.references import Criterion
 from factory.run import Missing, Run
 from factory.stages import (
@@ -48,12 +49,15 @@ def pending(run: Run, source: Source) -> tuple[str, ...]:
     return ()
 
 
-def build(run: Run, source: Source, *, out: Path) -> Build:
+def build(run: Run, source: Source, *, out: Path, require_healing: bool = False) -> Build:
     """Turn a pulled source into a folder that can be published.
 
     source → profile → plan → pruned → adapter → healed → evaluations → card
+
+    Raises:
+        HealingError: Healing is required, and did not lower the loss on text held back.
     """
-    made = make_models(run, source)
+    made = make_models(run, source, require_healing=require_healing)
     return finish(run, made, out=out)
 
 
@@ -72,12 +76,18 @@ class Made:
     speed: SpeedComparison
 
 
-def make_models(run: Run, source: Source) -> Made:
+def make_models(run: Run, source: Source, *, require_healing: bool = False) -> Made:
     """Every stage up to the measurements on the models; each is reused if it is there."""
     profile = measure_stage(run, source)
     plan = plan_stage(run, source, profile)
     pruned = prune_stage(run, source, plan)
     adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
+    if adapter and require_healing and not adapter.helped:
+        raise HealingError(
+            f"healing took the held-back loss from {adapter.guard_loss_before:.4f} to "
+            f"{adapter.guard_loss_after:.4f}, and --require-healing is on",
+            hint=f"more --heal-steps or another --heal-lr may help; the adapter is in {run.folders['heal']}",
+        )
     healed = merge_stage(run, pruned, adapter) if adapter else None
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed:

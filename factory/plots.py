@@ -67,7 +67,9 @@ def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: P
 
 
 def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
-    """Draw the training loss against the step, and the loss on held-back text before and after.
+    """Draw the loss against the step, and the loss on held-back text before and after.
+
+    The line is the training loss, or for a distilled adapter, whose objective is none, the held-back loss.
 
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
@@ -75,8 +77,9 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 3.2), dpi=DPI, facecolor="white", layout="constrained")
         axes = figure.add_subplot()
-        steps = [point.step for point in adapter.curve]
-        losses = [point.loss for point in adapter.curve]
+        trained = adapter.objective == "sft"
+        points = adapter.curve if trained else adapter.guard_curve
+        steps, losses = [point.step for point in points], [point.loss for point in points]
         axes.plot(steps, losses, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None)
         rose = adapter.guard_loss_after > adapter.guard_loss_before
         _mark_loss(axes, adapter.guard_loss_before, "before healing", color=ACCENT, above=not rose)
@@ -87,7 +90,11 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per token)")
-        axes.set_title("Training loss while healing (line), loss on held-back text (dashed)")
+        axes.set_title(
+            "Training loss while healing (line), loss on held-back text (dashed)"
+            if trained
+            else "Loss on held-back text while healing"
+        )
         return _save(figure, path_stem)
 
 

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from factory import checkpoint, decoder
@@ -125,6 +127,18 @@ def transposed_modules(folder: Path) -> set[str]:
     """Names of the modules that store their weight as [in, out] (GPT-2's Conv1D)."""
     model = _skeleton(_config(folder))
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def quantized_modules(folder: Path) -> set[str]:
+    """Names of the modules whose weights are NF4 where the model is loaded in 4 bits."""
+    model = _skeleton(_config(folder))
+    kept = get_keys_to_not_convert(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is torch.nn.Linear)
+        and should_convert_module(name, kept)
+    }
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ VERSIONS = {
     "search": 2,
     "compare": 2,
     "prune": 1,
-    "heal": 4,
-    "merge": 1,
+    "heal": 5,
+    "merge": 2,
     "evaluate": 3,
     "speed": 2,
 }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from factory.gpus import peak_flops
 from factory.tracking import Tracking
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
+RISES = 3  # checkpoints in a row
 SLOWER = 0.3  # of the learning rate, after a run-away
 
 
@@ -82,6 +84,23 @@ class Told(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         del self.log
         self.open.close()
+
+
+class EarlyStop(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose guard loss has risen at three checkpoints in a row in the second half of its steps.
+
+    Not before, and not for want of a new minimum: while the learning rate is high the loss may stand above
+    where it began, and falls when the rate does.
+    """
+
+    def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        losses = [
+            entry["eval_loss"]
+            for entry in state.log_history
+            if "eval_loss" in entry and entry["step"] >= state.max_steps / 2
+        ][-RISES - 1 :]
+        if len(losses) > RISES and all(after > before for before, after in pairwise(losses)):
+            control.should_training_stop = True
 
 
 class Slower(TrainerCallback):  # type: ignore[misc]

@@ -35,7 +35,7 @@ from factory.artifacts import (
     TokenLoss,
 )
 from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
-from factory.config import BuildConfig, load_recipe
+from factory.config import BuildConfig, load_recipe, settle
 from factory.findings import recovery
 from factory.markdown import SMALLEST_P, markdown
 from tests.hub import Hub
@@ -182,10 +182,8 @@ def demo_healed() -> Build:
     """The embedded demo: no Hub repository, a text that is no Hub data set, healed."""
     train = DataSource(name="stdlib:train", version="5b" * 32)
     held_out = DataSource(name="stdlib:held-out", version="c4" * 32)
-    recipe = load_recipe("demo")
-    config = BuildConfig(
-        reference="demo", drop=0.3, measure=recipe.measure, heal=recipe.heal, evaluate=recipe.evaluate
-    )
+    recipe, size = load_recipe("demo"), {"num_parameters": 3_412_224, "max_length": 32_768}
+    config = settle("demo", drop=0.3, recipe=recipe, is_folder=True, overrides={}, **size)
     losses = {"source": 2.2214, "pruned": 4.9071, "healed": 2.6127}
     lines = {"source": 0.781, "pruned": 0.344, "healed": 0.662}
     return a_build(
@@ -215,16 +213,17 @@ def demo_healed() -> Build:
         calibration=train,
         adapter=Adapter(
             folder=Path(),
-            objective="sft",
-            quantization="nf4",
-            rank=recipe.heal.rank,
-            learning_rate=recipe.heal.learning_rate,
-            target_modules=("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"),
+            objective="distill",
+            quantization="none",
+            rank=config.heal.rank,
+            learning_rate=config.heal.learning_rate,
+            target_modules=("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj"),
             num_steps=recipe.heal.num_steps,
             num_tokens=117_343,
             sequence_length=256,
             num_trainable_parameters=602_112,
-            curve=(LossPoint(step=10, loss=3.4), LossPoint(step=60, loss=2.7)),
+            curve=(LossPoint(step=10, loss=1.4), LossPoint(step=60, loss=0.7)),
+            guard_curve=(LossPoint(step=40, loss=3.1), LossPoint(step=80, loss=2.7031)),
             guard_loss_before=4.8125,
             guard_loss_after=2.7031,
             data=train,
@@ -330,6 +329,8 @@ def chat_with_other_licence() -> Build:
             guard_loss_after=2.9612,
             data=DataSource(name="allenai/c4:en", version=C4, hub_id="allenai/c4", split="train"),
         ),
+        merge_base="source weights",
+        merge_losses={"source weights": 2.9581, "NF4 weights, unpacked": 2.9633},
         shipped="healed",
         source_parameters=8_030_261_248,
         result_parameters=6_285_365_248,
@@ -515,6 +516,9 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
         partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
     )
     others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
+    chat = chat_with_other_licence()
+    seam = chat.adapter.model_copy(update={"layers": "seam", "slowed_at_step": 900})
+    others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     for expression in re.finditer(r"\{[{%].*?[%}]\}", template):
         without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])

@@ -32,8 +32,12 @@ def config_of(recipe: Recipe | None = None, **changes: Any) -> BuildConfig:
     return settle("some/model", recipe=recipe, **(fields | changes))
 
 
-def test_the_defaults_of_a_7b_model_are_the_papers() -> None:
-    heal = config_of().heal
+SFT = {"heal": {"objective": "sft"}}
+
+
+def test_the_defaults_of_a_7b_model_are_the_papers_where_its_objective_is_asked_for() -> None:
+    heal = config_of(overrides=SFT).heal
+    assert (heal.modules, heal.layers, heal.bits) == ("ffn", "all", 4)
     assert (heal.learning_rate, heal.batch_size, heal.sequence_length) == (3e-4, 16, 2048)
     assert (heal.warmup_steps, heal.dropout) == (100, 0.05)
     assert heal.num_steps == pytest.approx(5000, rel=0.05)
@@ -41,9 +45,16 @@ def test_the_defaults_of_a_7b_model_are_the_papers() -> None:
 
 def test_the_recipe_wins_over_the_defaults_and_what_was_typed_over_the_recipe() -> None:
     recipe = load_recipe("mistral-7b")
-    assert config_of(recipe).heal.learning_rate == 3e-6
-    typed = config_of(recipe, overrides={"heal": {"learning_rate": 1e-5, "rank": None}, "seed": 7})
+    assert config_of(recipe, overrides=SFT).heal.learning_rate == 3e-6
+    asked = {"objective": "sft", "learning_rate": 1e-5, "rank": None}
+    typed = config_of(recipe, overrides={"heal": asked, "seed": 7})
     assert (typed.heal.learning_rate, typed.heal.rank, typed.seed) == (1e-5, recipe.heal.rank, 7)
+
+
+def test_a_model_is_distilled_unless_something_else_is_asked_for() -> None:
+    heal = config_of(load_recipe("mistral-7b")).heal
+    assert (heal.objective, heal.modules, heal.rank, heal.bits) == ("distill", "all-linear", 128, 4)
+    assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (pytest.approx(3e-4, rel=0.05), 5000, 16)
 
 
 def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from factory import hub
 from factory.artifacts import Adapter, Checkpoint, PruningPlan
 from factory.config import HealSettings
-from factory.distill import CHUNK_VALUES, SummedDivergence
+from factory.distill import CHUNK_VALUES, DistillTrainer, SummedDivergence
 from factory.heal import heal
 from factory.merge import merge
 from factory.models import load_model
@@ -49,14 +49,20 @@ def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint
     return prune(hub.resolve(str(source)), plan, folder=folder, progress=lambda *_: None)
 
 
-def run(source: Path, pruned: Checkpoint, folder: Path, progress: Any = lambda *_: None) -> Adapter:
+def run(
+    source: Path,
+    pruned: Checkpoint,
+    folder: Path,
+    progress: Any = lambda *_: None,
+    settings: HealSettings = SETTINGS,
+) -> Adapter:
     folder.mkdir(exist_ok=True)
     return heal(
         pruned,
         text_of(rhymes(60)),
         source_folder=source,
         dropped=DROPPED,
-        settings=SETTINGS,
+        settings=settings,
         seed=0,
         folder=folder,
         progress=progress,
@@ -118,6 +124,35 @@ def test_the_student_in_memory_is_the_pruned_checkpoint(source: Path, pruned: Ch
         student = whole(ids, use_cache=False).logits
     with torch.no_grad():
         assert torch.equal(student, cut(ids, use_cache=False).logits)
+
+
+def test_starting_from_the_teachers_states_below_the_seam_changes_nothing(
+    source: Path, pruned: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.model_copy(update={"layers": "seam", "bits": 16, "num_steps": 3})
+    shared = run(source, pruned, tmp_path / "shared", settings=settings)
+    own_init = DistillTrainer.__init__
+
+    def from_the_bottom(self: Any, *args: Any, start: int, **others: Any) -> None:
+        own_init(self, *args, start=0, **others)
+        assert start == 0 or self.start != start
+
+    monkeypatch.setattr(DistillTrainer, "__init__", from_the_bottom)
+    alone = run(source, pruned, tmp_path / "alone", settings=settings)
+    left, right = (load_file(a.folder / "adapter_model.safetensors") for a in (shared, alone))
+    assert all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
+def test_the_error_behind_the_cut_can_be_trained_on_too(
+    source: Path, pruned: Checkpoint, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"seam_weight": 1.0, "bits": 16, "num_steps": 6})
+    plain = SETTINGS.model_copy(update={"bits": 16, "num_steps": 6})
+    with_seam = run(source, pruned, tmp_path / "seam", settings=settings)
+    without = run(source, pruned, tmp_path / "plain", settings=plain)
+    assert with_seam.curve[0].loss > without.curve[0].loss  # the divergence and the error
+    assert with_seam.curve[-1].loss < with_seam.curve[0].loss
+    assert with_seam.helped
 
 
 @given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 99))

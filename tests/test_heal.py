@@ -1,6 +1,7 @@
 """Healing lowers the loss, resumes where it was cut short, and leaves an adapter without a path in it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    TrainerControl,
+    TrainerState,
+)
 
+from factory import watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.config import HealSettings
-from factory.errors import DataError, HealingError
+from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import take_guard
 from factory.lora import linear_modules
@@ -118,6 +129,71 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # of the 
 STATE = '{"global_step": 4, "max_steps": 8}'
 
 
+def test_a_run_killed_at_ten_random_steps_ends_with_the_adapter_of_an_undisturbed_one(
+    model: Path, healed: Adapter, tmp_path: Path
+) -> None:
+    draw = random.Random(7)
+    for _ in range(10):
+        steps_more = draw.randrange(1, 9)
+        seen: list[int] = []
+
+        def cut(done: int, _total: int, _note: str, seen: list[int] = seen, more: int = steps_more) -> None:
+            seen.append(done)
+            if len(seen) == more:
+                raise KeyboardInterrupt
+
+        try:
+            run(model, tmp_path / "adapter", progress=cut)
+        except KeyboardInterrupt:
+            continue
+        break
+    resumed = run(model, tmp_path / "adapter")
+    name = "adapter_model.safetensors"
+    assert (resumed.folder / name).read_bytes() == (healed.folder / name).read_bytes()
+    assert resumed.model_dump(exclude={"folder"}) == healed.model_dump(exclude={"folder"})
+
+
+def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SPIKE", 1.02)  # a rate of 0.3 goes beyond that, a third of it does not
+    wild = SETTINGS.model_copy(update={"learning_rate": 0.3, "bits": 16})
+    slowed = run(model, tmp_path / "adapter", settings=wild)
+    assert slowed.slowed_at_step == 0
+    assert slowed.helped
+    straight = run(model, tmp_path / "other", settings=wild.model_copy(update={"learning_rate": 0.09}))
+    assert slowed.guard_curve == straight.guard_curve
+
+
+def test_with_the_seam_only_layers_from_the_one_before_the_cut_on_are_adapted(
+    model: Path, tmp_path: Path
+) -> None:
+    seam = SETTINGS.model_copy(update={"layers": "seam", "modules": "all-linear", "bits": 16})
+    adapter = run(model, tmp_path / "adapter", settings=seam, dropped=(2, 3))  # of six; four are left
+    names = load_file(adapter.folder / "adapter_model.safetensors")
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {1, 2, 3}
+    assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"} < set(adapter.target_modules)
+    assert (adapter.quantization, adapter.layers, adapter.helped) == ("none", "seam", True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([5, 4, 3, 2, 2.1, 2.2, 2.3], True),
+        ([5, 4, 3, 2, 2.1, 2.2, 2.2], False),
+        ([2, 4, 5, 6, 5, 4, 3], False),  # rose while the rate was high
+    ],
+)
+def test_training_ends_where_the_guard_goes_on_rising_in_the_second_half(
+    losses: list[float], stops: bool
+) -> None:
+    history = [{"step": 10 * place, "eval_loss": loss} for place, loss in enumerate(losses)]
+    state = TrainerState(max_steps=60, log_history=history)
+    control = TrainerControl()
+    watch.EarlyStop().on_evaluate(None, state, control)
+    assert control.should_training_stop is stops
+
+
 @pytest.mark.parametrize("state", [None, "{", ""])
 def test_a_trainer_checkpoint_cut_short_while_it_was_written_is_passed_over(
     tmp_path: Path, state: str | None
@@ -184,6 +260,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(model: Path, tmp_path: Path) ->
     with pytest.raises(HealingError, match=r"the loss is .* at step") as caught:
         run(model, tmp_path / "adapter", settings=wild)
     assert "--heal-lr" in caught.value.hint
+
+
+def test_experts_in_one_parameter_are_refused_by_name_and_attention_is_offered() -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    moe = MixtralForCausalLM(MixtralConfig(**size, num_key_value_heads=2, vocab_size=32, num_local_experts=2))
+    with pytest.raises(UnsupportedArchitectureError, match=r"its experts are one parameter") as caught:
+        linear_modules(moe, "ffn")
+    assert "--heal-modules all-linear" in caught.value.hint
+    assert "self_attn.q_proj" in linear_modules(moe, "all-linear")
 
 
 def test_feed_forward_modules_are_found_by_structure() -> None:

@@ -14,6 +14,7 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.errors import CheckpointError, VerificationError
 from factory.merge import merge
+from factory.models import load_model
 
 LLAMA = LlamaConfig(
     vocab_size=96,
@@ -76,7 +77,7 @@ def describe(folder: Path) -> Adapter:
     return Adapter(
         folder=folder,
         objective="sft",
-        quantization="nf4",
+        quantization="none",
         rank=4,
         learning_rate=1e-4,
         target_modules=(),
@@ -306,3 +307,37 @@ def test_quantised_weights_are_refused_by_dtype(tmp_path: Path) -> None:
     save_file(weights, pruned.folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="F8_E4M3"):
         merge(pruned, adapter, folder=tmp_path / "merged")
+
+
+def test_the_base_with_the_lower_loss_on_the_held_back_text_is_taken(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned).model_copy(update={"quantization": "nf4"})
+    (adapter.folder / "guard.json").write_text(json.dumps([[1, 2, 3, 4, 5], [6, 7, 8]]))
+    losses = {}
+    for base in ("bf16", "nf4"):
+        (tmp_path / base).mkdir()
+        made = merge(pruned, adapter, folder=tmp_path / base, base=base)  # type: ignore[arg-type]
+        losses[made.merge_base] = made
+    (tmp_path / "auto").mkdir()
+    auto = merge(pruned, adapter, folder=tmp_path / "auto")
+    assert auto.merge_losses is not None
+    assert set(auto.merge_losses) == set(losses) == {"source weights", "NF4 weights, unpacked"}
+    assert auto.merge_base == min(auto.merge_losses, key=auto.merge_losses.__getitem__)
+    assert losses["source weights"].files != losses["NF4 weights, unpacked"].files
+    assert auto.files == losses[auto.merge_base].files
+    assert sorted(path.name for path in auto.folder.iterdir()) == sorted(
+        path.name for path in (tmp_path / "bf16").iterdir()
+    )
+
+
+def test_the_nf4_base_is_what_the_model_was_in_training(tmp_path: Path) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned).model_copy(update={"quantization": "nf4"})
+    (tmp_path / "merged").mkdir()
+    merge(pruned, adapter, folder=tmp_path / "merged", base="nf4")
+    trained = PeftModel.from_pretrained(load_model(pruned.folder, four_bit=True), adapter.folder)
+    merged = load_model(tmp_path / "merged")
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        expected, found = trained(ids).logits, merged(ids).logits
+    assert torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()))

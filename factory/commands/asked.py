@@ -123,6 +123,7 @@ def settle_options(
         overrides={
             "seed": options.get("seed"),
             "heal_enabled": options.get("heal_enabled"),
+            "merge_base": options.get("merge_base"),
             "measure": {
                 "data": options.get("calibration_data"),
                 "num_samples": options.get("samples"),
@@ -143,6 +144,10 @@ def settle_options(
                 "num_steps": options.get("heal_steps"),
                 "learning_rate": options.get("heal_lr"),
                 "rank": options.get("heal_rank"),
+                "modules": options.get("heal_modules"),
+                "layers": options.get("heal_layers"),
+                "bits": options.get("heal_bits"),
+                "seam_weight": options.get("seam_weight"),
                 "sequence_length": length,
             },
             "evaluate": {

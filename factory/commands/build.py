@@ -60,6 +60,20 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
 @click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
+@click.option("--heal-modules", type=click.Choice(["ffn", "all-linear"]), help="What gets an adapter.")
+@click.option(
+    "--heal-layers", type=click.Choice(["all", "seam"]), help="seam: only from the one before the cut on."
+)
+@click.option("--heal-bits", type=click.Choice((4, 16)), help="Of the weights under the adapter; 4 is NF4.")
+@click.option(
+    "--seam-weight", type=click.FloatRange(0), help="Of the states behind the cut, beside the distribution."
+)
+@click.option(
+    "--merge-base",
+    type=click.Choice(["auto", "bf16", "nf4"]),
+    help="What the adapter is added to: the source's weights, NF4's, or what is better.  [default: auto]",
+)
+@click.option("--require-healing", is_flag=True, help="Fail where healing did not lower the held-back loss.")
 @click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
 @backend_option
 @click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
@@ -169,9 +183,10 @@ def _make(ready: Ready, reporter: "StageLines") -> tuple["Build", dict[str, Any]
     """Make one build, publish it where asked, and show what came of it: also as JSON values."""
     from factory import pipeline
 
+    required = ready.request.options["require_healing"]
     try:
         source = pull_source(ready.asked.source, reporter) if ready.pending else ready.asked.source
-        made = pipeline.build(ready.run, source, out=ready.asked.out)
+        made = pipeline.build(ready.run, source, out=ready.asked.out, require_healing=required)
     finally:
         reporter.stop()
     return made, _finish(reporter.out, made, ready.asked, ready.request.options)
@@ -298,7 +313,8 @@ def preview_lines(config: "BuildConfig") -> list[tuple[str, str]]:
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
-        f"({tokens / 1e6:.2f} M) of {heal.data}, NF4 + LoRA rank {heal.rank}, rate {heal.learning_rate:g}"
+        f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
+        f"LoRA rank {heal.rank} over {heal.bits} bits, rate {heal.learning_rate:g}"
         if config.heal_enabled
         else "no"
     )

@@ -108,9 +108,10 @@ heal_option = click.option(
     "--heal",
     "heal_objective",
     is_flag=False,
-    flag_value="sft",
+    flag_value="distill",
     type=click.Choice(["sft", "distill"]),
-    help="sft: on the text; distill: on what the source makes of the text.",
+    help="distill: on what the source makes of the text; sft: on the text, as in the paper.  "
+    "[default: distill]",
 )
 
 
