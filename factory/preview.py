@@ -131,7 +131,7 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
     """Refuse a build that this machine has too little memory for, or cannot quantise for."""
     gpu_total = machine.memory_bytes if needed.gpu else 0
     check_memory(needed, host_total=machine.host_bytes, gpu_total=gpu_total)
-    heals = "heal" in pending and config.heal_enabled and config.heal.four_bit
+    heals = "heal" in pending and config.heal_enabled and config.heal.bits == 4
     if heals or ("measure" in pending and config.measure.four_bit):
         from factory.models import best_device
 
