@@ -14,6 +14,7 @@ from factory.artifacts import DataSource, layer_ranges
 
 HUB = "https://huggingface.co"
 SMALLEST_P = 0.001  # that is written out
+NO_BREAK = "\u00a0"
 
 
 def filters() -> dict[str, Any]:
@@ -67,8 +68,14 @@ def code(text: str) -> Markup:
 
 
 def row(cells: Sequence[str]) -> Markup:
-    """One row of a table."""
-    return Markup(f"| {' | '.join(markdown(cell) for cell in cells)} |")
+    """One row of a table; no line breaks at a sign that belongs to the number beside it, or in brackets."""
+    return Markup(f"| {' | '.join(_unbroken(markdown(cell)) for cell in cells)} |")
+
+
+def _unbroken(cell: str) -> str:
+    """With no-break spaces around ±, before × and %, and between the ends of an interval."""
+    cell = re.sub(r" (?=[±×%])|(?<=±) ", NO_BREAK, cell)
+    return re.sub(r"\([+−]?[\d.]+ to [+−]?[\d.]+\)", lambda found: found[0].replace(" ", NO_BREAK), cell)
 
 
 def number(value: float, *, digits: int = 3) -> str:

@@ -546,7 +546,12 @@ def _fails(card: Callable[[], str]) -> bool:
 # Numbers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [demo_healed(), chat_with_other_licence(), unhealed(), healing_discarded()])
+THE_DEMO = Build.read(TEMPLATES / "demo-drop30")
+
+
+@pytest.mark.parametrize(
+    "build", [demo_healed(), chat_with_other_licence(), unhealed(), healing_discarded(), THE_DEMO]
+)
 def test_every_number_on_the_card_is_in_the_build_or_follows_from_it(build: Build) -> None:
     card = render(build, has_healing_figure=True)
     body = card.split("\n---\n", 1)[1].split("## Citation")[0]
@@ -556,6 +561,16 @@ def test_every_number_on_the_card_is_in_the_build_or_follows_from_it(build: Buil
         grouped = re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", number)
         plain = number.replace(",", "") if grouped else number.rstrip(",")
         assert plain in known, f"{number} comes from nowhere"
+
+
+@pytest.mark.parametrize("build", [demo_healed(), chat_with_other_licence(), unhealed(), THE_DEMO])
+def test_every_result_in_the_front_matter_is_the_builds_to_the_last_digit(build: Build) -> None:
+    evaluation = json.loads(build.model_dump_json())["evaluations"][build.shipped]
+    loss = evaluation["loss"]
+    known = [loss["nats"], loss["normalized"], math.exp(loss["nats"])]
+    known += [task["value"] for task in evaluation["tasks"]]
+    (model,) = front_matter(build, repo_id=None)["model-index"]
+    assert [metric["value"] for result in model["results"] for metric in result["metrics"]] == known
 
 
 def _written(value: Any) -> set[str]:
@@ -778,21 +793,18 @@ def _tiny_model(folder: Path, *, chat: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("has_chat_template", [False, True])
-def test_the_code_on_the_card_runs(
-    has_chat_template: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("name", CARDS)
+def test_the_code_on_every_golden_card_runs_as_it_stands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = demo_healed()
-    source = build.source.model_copy(update={"has_chat_template": has_chat_template})
-    card = render(build.model_copy(update={"source": source}), has_healing_figure=False)
-    found = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert found
-    _tiny_model(tmp_path / "model", chat=has_chat_template)
+    card = (GOLDEN / f"card_{name}.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert code
+    place = re.search(r'model="(.*?)"', code[1])
+    assert place
+    _tiny_model(tmp_path / place[1], chat='"role"' in code[1])
     monkeypatch.chdir(tmp_path)
-    exec(compile(found[1], "card", "exec"), {})
+    exec(compile(code[1], "card", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
