@@ -74,7 +74,8 @@ def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_aft
     tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
     kept = min(CHECKPOINTS, math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES)))
     healing = writes - bytes_after * ("merge" in pending) + kept * 3 * adapter + tokens
-    return max(healing, writes + adapter) + KEPT_BYTES
+    both = bytes_after * ("merge" in pending and heal.bits == 4 and config.merge_base == "auto")
+    return max(healing, writes + both + adapter) + KEPT_BYTES
 
 
 def _stages(source: Source, config: BuildConfig, pending: Sequence[str], parameters_after: int) -> list[int]:
@@ -90,7 +91,9 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
         states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
-        weights = (parameters_after - outside) // 2 + 4 * outside  # NF4, and fp32 outside the layers
+        held = source.num_parameters if heal.objective == "distill" else parameters_after
+        inside = (held - outside) // 2 if heal.bits == 4 else 4 * (held - outside)  # NF4, or fp32
+        weights = inside + 4 * outside
         trained = TRAINED_BYTES * _adapter_parameters(source, config)
         found.append(weights + trained + 4 * heal.sequence_length * states)
     return found

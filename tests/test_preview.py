@@ -114,7 +114,7 @@ def test_where_bitsandbytes_does_not_work_it_is_said_before_anything_is_done(
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:
     huge = SOURCE.model_copy(update={"size_bytes": 10**18, "folder": None})
     with pytest.raises(
-        DiskSpaceError, match=r"needs 3000000\.0 TB of disk and .* has [\d.]+ [GT]B"
+        DiskSpaceError, match=r"needs 4000000\.0 TB of disk and .* has [\d.]+ [GT]B"
     ) as caught:
         preview_of(huge, pending=STAGES, home=tmp_path)
     assert "factory gc" in caught.value.hint
