@@ -35,6 +35,7 @@ KNOWN_FIELDS = {
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+ROWS = 128  # of a weight that are added to at once: they stay in the processor's cache
 # Other initialisations change the base weights too, so that B·A does not belong to those on disk.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -197,16 +198,18 @@ def merged_values(
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
-    weight = _load(tensor).to(compute)
+    weight = _load(tensor)
     if nf4:
-        weight = round_to_nf4(weight.T).T if transposed else round_to_nf4(weight)
+        weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
     if update:
         a, b = (_load(info).to(compute) for info in (update.a, update.b))
         if update.transposed:
             a, b = b.T, a.T  # (B·A)ᵀ = Aᵀ·Bᵀ
-        weight = torch.addmm(weight.to(compute), b, a, alpha=update.scale)
-    merged = weight.to(dtype).contiguous()
-    if not bool(torch.isfinite(merged).all()):
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS]
+            rows.copy_(torch.addmm(rows.to(compute), b[start : start + ROWS], a, alpha=update.scale))
+    merged = weight.to(dtype)
+    if not all(math.isfinite(value) for value in torch.aminmax(merged)):
         raise VerificationError(
             f"merging makes {tensor.name!r} infinite or not a number",
             hint="the training diverged; heal with a lower learning rate",
