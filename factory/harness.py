@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import AutoConfig, set_seed
 
 from factory import processes
@@ -26,6 +27,7 @@ HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with 
 HARNESS_FOLDERS = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq", "gsm8k": "gsm8k"}  # in lm-eval
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
+WRONG_IN_A_TASK = (KeyError, ValueError, TypeError, TemplateError)  # a split, column or template it lacks
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
 
 
@@ -137,6 +139,13 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
         raise told or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",
+        ) from error
+    except WRONG_IN_A_TASK as error:
+        if not is_task_file(task):  # lm-eval's own fault, which nobody can mend here
+            raise
+        raise UsageError(
+            f"lm-eval cannot use the task file {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
+            hint="compare its splits, columns and templates with the data that it names",
         ) from error
     for part in loaded["tasks"].values():
         if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any

@@ -125,7 +125,7 @@ def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: P
     (written,) = tmp_path.rglob("theirs*.json")
     theirs = json.loads(written.read_text())["results"]["next_line"]
     assert score.value == theirs["acc_norm,none"]
-    assert score.stderr == pytest.approx(theirs["acc_norm_stderr,none"])
+    assert score.stderr == theirs["acc_norm_stderr,none"]
     assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)
 
 
@@ -233,6 +233,18 @@ def test_a_yaml_file_that_is_no_task_is_a_clear_error(
     if content:
         task.write_text(content)
     with pytest.raises(UsageError, match=problem):
+        evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),))
+
+
+@pytest.mark.parametrize("wrong", ["test_split: validation\n", "doc_to_text: '{{ q '\n"])
+def test_a_task_file_that_does_not_fit_its_data_is_a_clear_error(
+    model: Path, tmp_path: Path, wrong: str
+) -> None:
+    task = save_task(tmp_path, "mine", questions(2), more=CHOICES)
+    key = wrong.partition(":")[0]
+    kept = [line for line in task.read_text().splitlines(keepends=True) if not line.startswith(key)]
+    task.write_text("".join(kept) + wrong)
+    with pytest.raises(UsageError, match=r"lm-eval cannot use the task file '.*mine\.yaml'"):
         evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),))
 
 
