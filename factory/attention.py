@@ -9,6 +9,7 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 VARLEN = "varlen"  # the name under which torch's own kernel is known to transformers
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # kernels lack it
 PROBE_LENGTHS = (5, 1, 17, 9)  # tokens of documents that are packed to try an implementation
 CLOSE = 0.05  # of the logits' norm: 16-bit sums in another order stay below, another mask does not
 
@@ -77,6 +78,8 @@ def use_packed_attention(model: Any) -> str:
         "flash_attention_2": is_flash_attn_2_available,
         VARLEN: _has_varlen,
     }
+    if any(getattr(model.config.get_text_config(), name, 0) for name in ATTENTION_DROPOUTS):
+        return own
     expected = _packed_logits(model)
     for name, available in installed.items():
         if not available() or getattr(model.config.get_text_config(), "attention_chunk_size", None):

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from factory.decoder import decoder_layers
 from factory.trainer import HealTrainer
@@ -64,10 +63,12 @@ class DistillTrainer(HealTrainer):
         inputs = {**inputs, "use_cache": False}
         targets = inputs.pop("labels")[:, 1:] != -100
         teacher, calls = self._teach(model, inputs)
-        prefix = frozenset(range(self.start))
+        # Below the first adapted layer both are the same, unless the cut lies there: student and teacher
+        # then differ from the first layer on.
+        prefix = frozenset(range(self.start if self.start < min(self.dropped) else 0))
         self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
-        with head_of(self.causal, self.accelerator.autocast) as logits_of:
+        with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
             rows = (student[:, :-1][targets], teacher[:, :-1][targets])  # [n, d]
             loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
         for index, call in seams.items():
@@ -104,9 +105,12 @@ class DistillTrainer(HealTrainer):
 
             return hook
 
+        def keep_output(_module: Any, _args: Any, output: Any) -> None:
+            self.output_class = type(output)
+            states.append(output.last_hidden_state)
+
         with ExitStack() as hooks:
-            backbone = self.causal.base_model
-            after = backbone.register_forward_hook(lambda _m, _a, output: states.append(output[0]))
+            after = self.causal.get_decoder().register_forward_hook(keep_output)
             hooks.callback(after.remove)
             for index in watched:
                 handle = self.layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
@@ -131,12 +135,14 @@ def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def head_of(causal: Any, autocast: Callable[[], Any]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def head_of(
+    causal: Any, output_class: Any, autocast: Callable[[], Any]
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """A function from last states [n, d] to logits [n, v], by the model's own way: some cap them."""
-    backbone = causal.base_model
+    backbone = causal.get_decoder()
     own = backbone.__dict__.get("forward")
     given: list[torch.Tensor] = []
-    backbone.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=given.pop())
+    backbone.forward = lambda *_args, **_kwargs: output_class(last_hidden_state=given.pop())
 
     def logits_of(states: torch.Tensor) -> torch.Tensor:
         given.append(states[None])

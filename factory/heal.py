@@ -216,7 +216,7 @@ def begin(
         trainer.add_callback(Told(tracking))
     trainer.add_callback(EarlyStop())
     if (folder / SLOWED).exists():
-        trainer.add_callback(Slower())
+        trainer.add_callback(Slower(json.loads((folder / SLOWED).read_text(encoding="utf-8"))["step"]))
     return student, trainer
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from factory.decoder import decoder_layers
 from factory.errors import UnsupportedArchitectureError
@@ -32,8 +33,8 @@ def linear_modules(model: Any, which: Modules) -> list[str]:
             _refuse_fused_experts(model, layer)
         for name, module in layer.named_modules():
             wanted = which == "all-linear" or not _mixes_tokens(name)
-            routes = name.split(".")[-1] in ("gate", "router")
-            if isinstance(module, torch.nn.Linear) and wanted and not routes:
+            routes = name.split(".")[-1] == "gate" or "router" in name.split(".")
+            if isinstance(module, torch.nn.Linear | Conv1D) and wanted and not routes:
                 names.add(name)
     if not names:
         raise UnsupportedArchitectureError(

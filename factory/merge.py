@@ -89,7 +89,7 @@ def merge(
             pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
         )
         losses[BASE_NAMES[candidate]] = _guard_loss(folder / candidate, guard)
-    best = min(CANDIDATES, key=lambda name: losses[BASE_NAMES[name]])
+    best = min(CANDIDATES, key=lambda name: (math.isnan(loss := losses[BASE_NAMES[name]]), loss))
     for file in sorted((folder / best).iterdir()):
         file.rename(folder / file.name)
     for candidate in CANDIDATES:

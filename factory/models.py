@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory.errors import ModelError
@@ -156,9 +157,9 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
 def matrix_weights(module: Any) -> int:
     """Weights of the linear layers: a token costs two operations for each of them in a pass."""
     return sum(
-        linear.in_features * linear.out_features
+        linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
         for linear in module.modules()
-        if isinstance(linear, torch.nn.Linear)
+        if isinstance(linear, torch.nn.Linear | Conv1D)  # of 4-bit ones the weight is packed
     )
 
 

@@ -14,6 +14,7 @@ from factory.gpus import peak_flops
 from factory.tracking import Tracking
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
+SPIKE_NATS = 1.0  # at least so far above the first
 RISES = 3  # checkpoints in a row
 SLOWER = 0.3  # of the learning rate, after a run-away
 
@@ -46,7 +47,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         loss = float(logs["loss"])
         self.first = loss if self.first is None else self.first
         self.loss = f"loss {loss:.3f}"
-        if not loss <= SPIKE * self.first:
+        if not loss <= self.first + max((SPIKE - 1) * self.first, SPIKE_NATS):
             raise DivergedError(
                 f"the loss is {loss:.4g} at step {state.global_step}, after {self.first:.4g} at the start",
                 hint="a lower --heal-lr usually helps",
@@ -104,17 +105,26 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
 
 
 class Slower(TrainerCallback):  # type: ignore[misc]
-    """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored."""
+    """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored.
+
+    Args:
+        step: Where the run went on from; checkpoints behind it hold the lower rate already.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_train_begin(
         self,
         _args: Any,
-        _state: Any,
+        state: Any,
         _control: Any,
         optimizer: Any = None,
         lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
+        if state.global_step > self.step:
+            return
         for group in optimizer.param_groups:
             group["lr"] *= SLOWER
             group["initial_lr"] *= SLOWER

@@ -1,5 +1,6 @@
 """A distilled adapter fits the pruned checkpoint, brings it nearer to its source, and survives a kill."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
 from factory import hub
 from factory.artifacts import Adapter, Checkpoint, PruningPlan
 from factory.config import HealSettings
-from factory.distill import CHUNK_VALUES, DistillTrainer, SummedDivergence
+from factory.distill import CHUNK_VALUES, DistillTrainer, SummedDivergence, head_of
 from factory.heal import heal
 from factory.merge import merge
 from factory.models import load_model
@@ -37,6 +38,20 @@ SETTINGS = HealSettings(
 )
 
 
+SIZE = {
+    "vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+TINY = {
+    "llama": LlamaConfig(**SIZE),
+    "mixtral": MixtralConfig(**SIZE, num_local_experts=2),
+    "gemma2": Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=2.0),
+    "gpt2": GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1),
+    "opt": OPTConfig(vocab_size=48, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                     word_embed_proj_dim=16, max_position_embeddings=64),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("source"), num_layers=6)
@@ -55,13 +70,14 @@ def run(
     folder: Path,
     progress: Any = lambda *_: None,
     settings: HealSettings = SETTINGS,
+    dropped: tuple[int, ...] = DROPPED,
 ) -> Adapter:
     folder.mkdir(exist_ok=True)
     return heal(
         pruned,
         text_of(rhymes(60)),
         source_folder=source,
-        dropped=DROPPED,
+        dropped=dropped,
         settings=settings,
         seed=0,
         folder=folder,
@@ -141,6 +157,32 @@ def test_starting_from_the_teachers_states_below_the_seam_changes_nothing(
     alone = run(source, pruned, tmp_path / "alone", settings=settings)
     left, right = (load_file(a.folder / "adapter_model.safetensors") for a in (shared, alone))
     assert all(torch.allclose(left[name], right[name], atol=1e-6) for name in left)
+
+
+@pytest.mark.parametrize("layers", ["all", "seam"])
+def test_a_student_without_the_first_layers_does_not_start_from_the_teachers_states(
+    source: Path, tmp_path: Path, layers: str
+) -> None:
+    plan = PruningPlan(criterion="chosen", num_layers=6, dropped=(0, 1))
+    (tmp_path / "pruned").mkdir()
+    cut = prune(hub.resolve(str(source)), plan, folder=tmp_path / "pruned", progress=lambda *_: None)
+    settings = SETTINGS.model_copy(update={"layers": layers, "bits": 16, "num_steps": 2})
+    adapter = run(source, cut, tmp_path / "adapter", settings=settings, dropped=(0, 1))
+    assert adapter.curve[0].loss > 0.001  # the divergence of a model without its first layers
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "gemma2", "llama"])
+def test_the_head_alone_gives_the_logits_of_the_whole_model(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(TINY[name]).eval()
+    kept: list[Any] = []
+    handle = model.get_decoder().register_forward_hook(lambda _m, _a, output: kept.append(output))
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[0]
+        handle.remove()
+        with head_of(model, type(kept[0]), nullcontext) as logits_of:
+            found = logits_of(kept[0].last_hidden_state[0])
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_error_behind_the_cut_can_be_trained_on_too(

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MixtralConfig,
@@ -156,6 +158,7 @@ def test_a_run_killed_at_ten_random_steps_ends_with_the_adapter_of_an_undisturbe
 def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(watch, "SPIKE_NATS", 0.1)
     monkeypatch.setattr(watch, "SPIKE", 1.02)  # a rate of 0.3 goes beyond that, a third of it does not
     wild = SETTINGS.model_copy(update={"learning_rate": 0.3, "bits": 16})
     slowed = run(model, tmp_path / "adapter", settings=wild)
@@ -275,6 +278,8 @@ def test_feed_forward_modules_are_found_by_structure() -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, vocab_size=32))
     phi = Phi3ForCausalLM(Phi3Config(**size, vocab_size=32, num_key_value_heads=2, pad_token_id=0))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+    assert linear_modules(gpt2, "ffn") == ["mlp.c_fc", "mlp.c_proj"]
     assert linear_modules(neox, "ffn") == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
     assert linear_modules(phi, "ffn") == ["mlp.down_proj", "mlp.gate_up_proj"]
 
