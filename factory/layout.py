@@ -129,6 +129,7 @@ def check_out(out: Path) -> None:
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    restore(out)
     partial = out.with_name(f".{out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     target = partial / "model"
@@ -248,6 +249,13 @@ def swap(partial: Path, out: Path) -> None:
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
     os.replace(partial, out)  # noqa: PTH105
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(out: Path) -> None:
+    """Put back the folder that a `swap` which was killed had moved away."""
+    old = out.with_name(f".{out.name}.old")
+    if old.is_dir() and not old.is_symlink() and not os.path.lexists(out):
+        old.rename(out)
 
 
 def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> dict[str, Any]:

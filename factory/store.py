@@ -206,7 +206,8 @@ class Store:
 
     def builds(self) -> list[Path]:
         """Build folders that were registered and are still there."""
-        return [Path(root["build"]) for root in self._roots()]
+        folders = [Path(root["build"]) for root in self._roots()]
+        return [folder for folder in folders if (folder / "build.json").is_file()]
 
     def collect_garbage(self, *, recent: bool = False, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
         """Remove what no build uses and nobody is working on; yields each folder with its bytes.
@@ -238,16 +239,18 @@ class Store:
             if ours and folder.is_dir() and key not in used:
                 found.append((folder, folder.with_name(f"{key}.lock")))
         for path in sorted((self.home / "builds").glob("*.json")):
-            beside = leftovers(Path(_read_root(path)["build"]))
-            found += [(folder, path.with_suffix(".lock")) for folder in beside]
+            build = Path(_read_root(path)["build"])
+            if build.exists():  # else what lies beside it may be all that is left of the build
+                found += [(folder, path.with_suffix(".lock")) for folder in leftovers(build)]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
-        """What finished builds use."""
+        """What builds use that are finished, or were killed while they were laid out."""
         roots = []
         for path in sorted((self.home / "builds").glob("*.json")):
             root = _read_root(path)
-            if (Path(root["build"]) / "build.json").is_file():
+            build = Path(root["build"])
+            if (build / "build.json").is_file() or leftovers(build):
                 roots.append(root)
         return roots
 

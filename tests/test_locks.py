@@ -138,7 +138,7 @@ def test_gc_finds_what_a_killed_layout_left_beside_a_build(tmp_path: Path) -> No
     store = Store(tmp_path / "home")
     build = tmp_path / "builds" / "mine"
     left = [build.with_name(".mine.partial"), build.with_name(".mine.old")]
-    for folder in left:
+    for folder in (build, *left):
         folder.mkdir(parents=True)
     store.register(build, {})
     with store.laying_out(build):

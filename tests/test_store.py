@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from factory.artifacts import Publication, Source
 from factory.errors import DiskSpaceError, StoreError
+from factory.layout import restore
 from factory.store import StageSpec, Store, link_or_copy
 
 
@@ -198,6 +199,21 @@ def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     assert store.builds() == [build]
     (build / "build.json").unlink()  # the user deleted the build
     assert used.folder in garbage(store, recent=True)
+
+
+def test_garbage_is_nothing_of_a_build_that_was_killed_between_its_two_names(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    used = replace(store.make(spec(n=1), write_hello), in_use=None)
+    build = tmp_path / "build"
+    store.register(build, {"prune": used.key})
+    for name in (".build.old", ".build.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "build.json").write_text("{}")
+    assert garbage(store, recent=True) == []
+    assert store.builds() == []
+    restore(build)
+    assert (build / "build.json").is_file()
+    assert garbage(store, recent=True) == [tmp_path / ".build.partial"]
 
 
 def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
