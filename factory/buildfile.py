@@ -30,6 +30,7 @@ def _joined(value: Any) -> Any:
 
 
 Listed = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | int | list[str | int])]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class BuildOptions(Settings):
@@ -37,10 +38,10 @@ class BuildOptions(Settings):
 
     model_config = ConfigDict(strict=True, alias_generator=lambda name: name.replace("_", "-"))
 
-    model: str = Field(default=UNSET, description="An alias, a Hub repository, or a folder.")
+    model: Name = Field(default=UNSET, description="An alias, a Hub repository, or a folder.")
     drop: float = Field(default=UNSET, gt=0, lt=1)
     layers: Listed = Field(default=UNSET)
-    calibration_data: str = Field(default=UNSET)
+    calibration_data: Name = Field(default=UNSET)
     samples: int = Field(default=UNSET, ge=2)
     sequence_length: int = Field(default=UNSET, ge=8)
     tokens: Literal["last", "all"] = Field(default=UNSET)
@@ -48,8 +49,8 @@ class BuildOptions(Settings):
     plan_documents: int = Field(default=UNSET, ge=2)
     seed: int = Field(default=UNSET, ge=0, lt=2**32)
     criterion: Criterion = Field(default=UNSET)
-    heal_data: str = Field(default=UNSET)
-    eval_data: str = Field(default=UNSET)
+    heal_data: Name = Field(default=UNSET)
+    eval_data: Name = Field(default=UNSET)
     tasks: Listed = Field(default=UNSET)
     limit: int = Field(default=UNSET, ge=1)
     no_heal: bool = Field(default=UNSET)
@@ -65,14 +66,14 @@ class BuildOptions(Settings):
     require_healing: bool = Field(default=UNSET)
     eval_documents: int = Field(default=UNSET, ge=2)
     eval_backend: Literal["hf", "vllm"] = Field(default=UNSET)
-    out: str = Field(default=UNSET)
+    out: Name = Field(default=UNSET)
     processes: int = Field(default=UNSET, ge=1)
     trust_remote_code: bool = Field(default=UNSET)
-    push_to: str = Field(default=UNSET)
+    push_to: Name = Field(default=UNSET)
     report_to: Where = Field(default=UNSET)
-    on: str = Field(default=UNSET)
+    on: Name = Field(default=UNSET)
     timeout: Listed = Field(default=UNSET)
-    state: str = Field(default=UNSET)
+    state: Name = Field(default=UNSET)
     public: bool = Field(default=UNSET)
     accept_license: bool = Field(default=UNSET)
 
@@ -267,7 +268,7 @@ def _explained(error: ValidationError, name: str, lines: Mapping[Path_, int]) ->
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     if problem["type"] == "model_type":
         return UsageError(f"{where}: {key} is {shown}, no list of flags", hint=YAML_HINT)
-    wanted = problem["msg"].removeprefix("Input ").removeprefix("List ")
+    wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
     return UsageError(f"{where}: {key}: {shown} {wanted}", hint="`factory build --help` explains each flag")
 
 

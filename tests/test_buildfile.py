@@ -66,6 +66,10 @@ WRONG = (  # the file, the line that is named, what else the message must say
     ("model: demo\ndrop: !!python/name:os.system ''\n", 2, "tags are not read"),
     ("a: &a 0.3\ndrop: *a\nmodel: demo\n", 2, "aliases"),
     ("model: demo\ndrop: 0.3\nout: \x00\n", 3, "no text"),
+    ("model: demo\ndrop: 0.3\non: ''\n", 3, "on: '' should have at least 1 character"),
+    ("model: demo\ndrop: 0.3\non: ' '\n", 3, "--on is empty"),
+    ("model: demo\ndrop: 0.3\nout: ''\n", 3, "out: ''"),
+    ("model: demo\non: cpu-basic\ndrop: 0.3\nstate: me/x\n", 4, "--state with --on"),
     ("model: demo\nbuilds: []\ndrop: 0.3\n", 2, "builds: []"),
     ("model: demo\nbuilds: demo\n", 2, "builds: 'demo'"),
     ("model: demo\nbuilds:\n- drop: 0.3\n- 0.4\n", 4, "0.4"),
@@ -188,6 +192,20 @@ def test_a_file_asks_for_the_same_as_its_flags(
     path = as_file(typed, tmp_path / "build.yaml")
     (read,) = asked(str(path), *(words if over_a_file else []))
     assert (read.model, read.options) == ("demo", typed[0].options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--on", ""], "--on is empty"),
+        (["--state", ""], "--state is empty"),
+        (["--on", "cpu-basic", "--state", "me/x"], "--state with --on"),
+        (["--on", "cpu-basic", "--home", "x"], "--home with --on"),
+    ],
+)
+def test_no_flag_is_passed_over_in_silence(words: list[str], said: str) -> None:
+    with pytest.raises(buildfile.UsageError, match=said):
+        asked("demo", "--drop", "0.3", *words)
 
 
 def test_what_is_typed_goes_before_the_file_and_an_entry_before_what_all_share(tmp_path: Path) -> None:

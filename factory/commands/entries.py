@@ -45,6 +45,9 @@ ONCE = (
 )  # of a run, not of a build
 
 
+WITHOUT = "leave one of them out"
+
+
 @dataclass(frozen=True)
 class Request:
     """One build that is asked for."""
@@ -103,6 +106,7 @@ def _check(request: Request, context: click.Context) -> None:
     with request.located():
         references.check_model(request.model)
         _check_options(request.options, context)
+        _check_place(request.options, context)
         for name in ("timeout", "detach", "upload"):
             if request.options[name] and not request.options["on"]:
                 raise UsageError(f"--{name} without --on", hint="add --on HARDWARE, as in --on a100-large")
@@ -140,6 +144,20 @@ def _check_options(options: dict[str, Any], context: click.Context) -> None:
         raise UsageError(f"--push-to {repository!r} is no repository name", hint="--push-to owner/name")
     if tasks is not None and not all(name.strip() for name in tasks.split(",")):
         raise UsageError(f"--tasks {tasks!r} has an empty name", hint="--tasks mmlu,boolq, or --tasks none")
+
+
+def _check_place(options: dict[str, Any], context: click.Context) -> None:
+    """Refuse a name that is empty, and what a job has for itself: neither may be passed over in silence."""
+    for name, value in options.items():
+        if isinstance(value, str) and not value.strip():
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is empty", hint=f"give --{flag} a value, or leave it out")
+    if options["on"] is None:
+        return
+    if options["state"] is not None:
+        raise UsageError("--state with --on: a job keeps its stages in a bucket of its own", hint=WITHOUT)
+    if context.get_parameter_source("home") == ParameterSource.COMMANDLINE:
+        raise UsageError("--home with --on: a job does not see folders of this machine", hint=WITHOUT)
 
 
 def flag_of(param: click.Parameter) -> str:
