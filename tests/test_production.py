@@ -143,12 +143,14 @@ def test_only_what_is_needed_is_pulled(way: Way) -> None:
     assert {path.split("/")[4] for path in asked} == {way.commits[MODEL]}
 
 
-def test_the_bare_command_means_the_papers_recipe(xet: Way) -> None:
+def test_the_bare_command_distils_and_sft_means_the_papers_recipe(xet: Way) -> None:
     before = len(xet.hub.requests)
-    done = xet.run(*factory(*COMMAND, "--dry-run"))
+    bare = xet.run(*factory(*COMMAND, "--dry-run"))
+    assert "distill, LoRA rank 128" in bare.stdout
+    done = xet.run(*factory(*COMMAND, "--heal", "sft", "--dry-run"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5,000 steps of 16 × 2048 tokens (163.84 M) of allenai/c4:en" in done.stdout
-    assert "LoRA rank 4, rate 3e-06" in done.stdout
+    assert "sft, LoRA rank 4 over 4 bits, rate 3e-06" in done.stdout
     assert "mmlu, boolq, gsm8k" in done.stdout
     assert all(r.method in ("GET", "HEAD") for r in xet.hub.requests[before:])
 
