@@ -112,7 +112,7 @@ def parse_timeout(text: str) -> int:
     Raises:
         UsageError: It is none of these, or nothing.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text.strip())
     seconds = int(float(match[1]) * SECONDS[match[2] or "s"]) if match else 0
     if seconds < 1:
         raise UsageError(f"--timeout {text} is no duration", hint="--timeout 90m, 6h or 1d")

@@ -1,6 +1,7 @@
 """Stages kept on the Hub as well, in a private bucket, so that another machine can go on from them."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,12 +75,16 @@ class StageBucket:
             files = self._files(place)
             if WHOLE not in files:
                 return
-            folder.mkdir(parents=True)
-            self._download({WHOLE: files[WHOLE]}, folder)
-            copy = json.loads((folder / WHOLE).read_text())["copy"]
-            (folder / WHOLE).unlink()
+            # Beside it until it is whole: half a copy would count as something to resume from.
+            coming = folder.with_name(f"{folder.stem}-coming{PARTIAL}")
+            shutil.rmtree(coming, ignore_errors=True)
+            coming.mkdir(parents=True)
+            self._download({WHOLE: files[WHOLE]}, coming)
+            copy = json.loads((coming / WHOLE).read_text())["copy"]
+            (coming / WHOLE).unlink()
             inside = {n.removeprefix(f"{copy}/"): f for n, f in files.items() if n.startswith(f"{copy}/")}
-            self._download(inside, folder)
+            self._download(inside, coming)
+            coming.rename(folder)
         self.kept[folder] = _listing(folder)
 
     def keep_partial(self, stage: str, key: str, folder: Path) -> None:
@@ -90,7 +95,6 @@ class StageBucket:
         listing = _listing(folder)
         if not listing or self.kept.get(folder) == listing:
             return
-        self.kept[folder] = listing
         place, copy = f"partial/{stage}/{key}", f"{time.time_ns():x}"
         with self._remarking(f"{stage} {key}"):
             api = hub_api()
@@ -104,6 +108,7 @@ class StageBucket:
                 whole = json.dumps({"copy": copy}).encode()
                 api.batch_bucket_files(self.bucket_id, add=[(whole, f"{place}/{WHOLE}")])
                 stale = [name for name in before if name != WHOLE]
+                self.kept[folder] = listing
             self._delete(api, [f"{place}/{name}" for name in stale])
 
     def _files(self, place: str) -> dict[str, BucketFile]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from factory.errors import ModelError
+from factory.errors import HubError, ModelError
+from factory.gpus import peak_flops
 from factory.jobs import Flavor, check_fits
 from factory.preview import Machine
+from factory.state import WHOLE, StageBucket
 from tests.hub import Hub
 
 BUCKET = "alice/stages"
@@ -136,3 +138,28 @@ def test_hardware_that_is_too_small_is_refused() -> None:
     check_fits(small, 15 * 10**9)
     with pytest.raises(ModelError, match=r"needs about 28\.5 GB of memory, and t4-small has 16\.0 GB"):
         check_fits(small, 28_500_000_000)
+
+
+def test_a_failed_download_leaves_nothing_to_resume_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(_bucket: StageBucket, files: dict[str, Any], folder: Path) -> None:
+        if list(files) != [WHOLE]:
+            (folder / "checkpoint").write_text("half")
+            raise ConnectionResetError
+        (folder / WHOLE).write_text('{"copy": "1"}')
+
+    monkeypatch.setattr(StageBucket, "_files", lambda *_: {WHOLE: None, "1/checkpoint": None})
+    monkeypatch.setattr(StageBucket, "_download", download)
+    folder = tmp_path / "key.partial"
+    for _ in range(2):  # what the first attempt left is not in the way of the second
+        with pytest.raises((ConnectionResetError, HubError)):
+            StageBucket(BUCKET, print).fetch_partial("heal", "key", folder)
+        assert not folder.exists()
+
+
+def test_a_gpu_is_known_by_its_whole_name() -> None:
+    assert peak_flops("NVIDIA L40") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == peak_flops("A100")
+    assert peak_flops("NVIDIA GeForce RTX 4090") == peak_flops("4090")
+    assert peak_flops("1x Nvidia L4") == 121e12
