@@ -219,14 +219,17 @@ class Store:
             dry_run: Remove nothing.
         """
         for folder, lock in self._unused():
-            if not recent and abs(time.time() - folder.stat().st_mtime) < RECENT_SECONDS:
-                continue
-            with unless_locked(lock) as free, _writing(folder):
-                if not free or is_held(folder / MANIFEST):
+            try:
+                if not recent and abs(time.time() - folder.stat().st_mtime) < RECENT_SECONDS:
                     continue
-                size_bytes = folder_bytes(folder)
-                if not dry_run:
-                    shutil.rmtree(folder)
+                with unless_locked(lock) as free, _writing(folder):
+                    if not free or is_held(folder / MANIFEST) or (folder, lock) not in self._unused():
+                        continue  # in use, also by a build that was registered meanwhile
+                    size_bytes = folder_bytes(folder)
+                    if not dry_run:
+                        shutil.rmtree(folder)
+            except FileNotFoundError:  # renamed or removed meanwhile
+                continue
             yield folder, size_bytes
 
     def _unused(self) -> list[tuple[Path, Path]]:
@@ -236,7 +239,7 @@ class Store:
         for folder in sorted((self.home / "stages").glob("*/*")):
             key = folder.name.partition(".")[0]
             ours = folder.parent.name in STAGES and KEY.fullmatch(key)
-            if ours and folder.is_dir() and key not in used:
+            if ours and folder.is_dir() and not folder.is_symlink() and key not in used:
                 found.append((folder, folder.with_name(f"{key}.lock")))
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
@@ -279,15 +282,15 @@ def folder_bytes(folder: Path) -> int:
 
 
 def damage(folder: Path) -> list[str]:
-    """Files of a complete stage that have changed since it was made; of one made without sums, none."""
+    """Files of a complete stage that have changed since it was made: the manifest, if it has no sums."""
     manifest = _manifest_of(folder) or {}
-    return changed_files(folder, manifest.get("sha256", {}))
+    return changed_files(folder, manifest["sha256"]) if "sha256" in manifest else [MANIFEST]
 
 
 def leftovers(build: Path) -> list[Path]:
     """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
     beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
-    return [folder for folder in beside if folder.is_dir()]
+    return [folder for folder in beside if folder.is_dir() and not folder.is_symlink()]
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:

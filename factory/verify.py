@@ -7,7 +7,7 @@ from pathlib import Path
 from factory.artifacts import Build
 from factory.errors import VerificationError
 from factory.layout import changed_since_laid_out
-from factory.store import Store, damage
+from factory.store import KEY, STAGES, Store, damage
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
     """Compare every checksum of a build folder and of its stages; the build comes first.
 
     Raises:
-        VerificationError: The build was laid out without checksums.
+        VerificationError: The build was laid out without checksums, or names a stage that cannot be.
     """
     found = [Verified("build", folder, tuple(changed_since_laid_out(build, folder)))]
     for name, key in build.stages.items():
-        stage = store.home / "stages" / name.split()[0] / key
+        if name.partition(" ")[0] not in STAGES or not KEY.fullmatch(key):
+            told = f"{folder / Build.file_name} names {f'{name} {key}'[:80]!r}, which is no stage"
+            raise VerificationError(told, hint="run the build again: it lays it out anew")
+        stage = store.home / "stages" / name.partition(" ")[0] / key
         there = stage.is_dir()
         found.append(Verified(name, stage, tuple(damage(stage)) if there else (), there))
     return found

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factory.artifacts import Publication, Source
-from factory.errors import DiskSpaceError, StoreError
+from factory.artifacts import Build, Publication, Source
+from factory.errors import DiskSpaceError, StoreError, VerificationError
 from factory.layout import restore
-from factory.store import StageSpec, Store, link_or_copy
+from factory.store import StageSpec, Store, damage, link_or_copy
+from factory.verify import changed_in
 
 
 def spec(**parameters: object) -> StageSpec:
@@ -214,6 +215,39 @@ def test_garbage_is_nothing_of_a_build_that_was_killed_between_its_two_names(tmp
     restore(build)
     assert (build / "build.json").is_file()
     assert garbage(store, recent=True) == [tmp_path / ".build.partial"]
+
+
+def test_garbage_passes_over_what_went_away_and_what_is_used_meanwhile(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    made = [replace(store.make(spec(n=n), write_hello), in_use=None) for n in range(3)]
+    first, gone, used = sorted(made, key=lambda stage: stage.folder)
+    first.folder.with_name("0" * 16).symlink_to(tmp_path)
+    build = tmp_path / "build"
+    build.mkdir()
+    (build / "build.json").write_text("{}")
+    found = store.collect_garbage(recent=True)
+    assert next(found)[0] == first.folder
+    gone.folder.rename(tmp_path / "gone")
+    store.register(build, {"prune": used.key})
+    assert list(found) == []
+    assert used.folder.is_dir()
+
+
+def test_a_manifest_without_sums_is_damage(tmp_path: Path) -> None:
+    folder = Store(tmp_path).make(spec(), write_hello).folder
+    assert damage(folder) == []
+    (folder / "stage.json").write_text("{}")
+    assert damage(folder) == ["stage.json"]
+
+
+@pytest.mark.parametrize(("name", "key"), [("", "0" * 16), ("thesis", "0" * 16), ("prune", "../../x")])
+def test_a_stage_that_cannot_be_is_not_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str
+) -> None:
+    monkeypatch.setattr("factory.verify.changed_since_laid_out", lambda *_: [])
+    build = Build.model_construct(stages={name: key})
+    with pytest.raises(VerificationError, match="no stage"):
+        changed_in(build, tmp_path, store=Store(tmp_path))
 
 
 def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
