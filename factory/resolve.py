@@ -55,6 +55,7 @@ DTYPES = {
 # 70,000 tensors, takes a third of its limit; the largest tokenizer.json a seventh.
 MOST_BYTES = {CONFIG: 2**24, TOKENIZER_CONFIG: 2**24, README: 2**24, WEIGHTS_INDEX: 2**26}
 MOST_OTHER_BYTES = 2**28
+MOST_LAYERS = 10_000
 
 Progress = Callable[[int, int], None]
 
@@ -156,6 +157,9 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
 
 def _check_names(names: Collection[str], *, where: str) -> None:
     """Refuse, by name, a repository or folder that transformers could not load as safetensors."""
+    for name in names:
+        if not name.isprintable():  # its checksum could not be written down as a line
+            raise CheckpointError(f"{where} has a file named {ascii(name)[:80]}", hint="rename or remove it")
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
@@ -331,10 +335,7 @@ def _source(
 ) -> Source:
     stack = locate(config, list(tensors))
     _check_weights(config, tensors, prefix=stack.tensor_prefix, num_layers=stack.num_layers)
-    layers = [
-        [t for key, t in tensors.items() if key.startswith(f"{stack.tensor_prefix}{index}.")]
-        for index in range(stack.num_layers)
-    ]
+    layers = _by_layer(tensors, prefix=stack.tensor_prefix, num_layers=stack.num_layers)
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_elements
@@ -360,6 +361,21 @@ def _source(
         has_chat_template=has_chat_template,
         remote_code=remote_code,
     )
+
+
+def _by_layer(tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int) -> list[list[TensorInfo]]:
+    """The tensors of each decoder layer."""
+    if num_layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"{CONFIG} says {num_layers:,} layers; no model has more than {MOST_LAYERS:,}",
+            hint="do not use this model unless you trust where it comes from",
+        )
+    layers: dict[str, list[TensorInfo]] = {str(index): [] for index in range(num_layers)}
+    for name, tensor in tensors.items():
+        index, dot, _ = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and dot and index in layers:
+            layers[index].append(tensor)
+    return list(layers.values())
 
 
 def _check_weights(

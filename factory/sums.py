@@ -39,12 +39,12 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         StoreError: It is no such list.
     """
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise _damaged(folder) from error
-    matches = [LINE.fullmatch(line) for line in lines]
+    matches = [LINE.fullmatch(line) for line in lines if line]
     if not all(matches):
         raise _damaged(folder)
     return {match[2]: match[1] for match in matches if match}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from factory.errors import CheckpointError
-from factory.resolve import resolve
+from factory.header import TensorInfo
+from factory.resolve import _by_layer, resolve
 from tests.tiny import save_llama
 
 
@@ -54,6 +55,22 @@ def test_card_metadata_becomes_text(tmp_path: Path) -> None:
     (save_llama(tmp_path) / "README.md").write_text(card)
     source = resolve(str(tmp_path))
     assert (source.languages, source.license_name) == (("no", "en"), "3")
+
+
+@pytest.mark.parametrize("name", ["a\u2028b.jinja", "a\nb", "a\udcff.txt"])
+def test_a_file_name_that_is_no_line_is_refused(tmp_path: Path, name: str) -> None:
+    (save_llama(tmp_path) / name).touch()
+    with pytest.raises(CheckpointError, match="has a file named 'a"):
+        resolve(str(tmp_path))
+
+
+def test_each_layer_has_its_tensors_and_too_many_are_refused() -> None:
+    names = [f"layers.{index}.{part}" for index in (0, 1, 10) for part in "ab"] + ["x.layers.0.a"]
+    tensors = {name: TensorInfo(name, "F32", (1,), Path("x"), 0, 4) for name in names}
+    layers = _by_layer(tensors, prefix="layers.", num_layers=2)
+    assert [[tensor.name for tensor in layer] for layer in layers] == [names[:2], names[2:4]]
+    with pytest.raises(CheckpointError, match="10,001 layers"):
+        _by_layer(tensors, prefix="layers.", num_layers=10_001)
 
 
 def test_a_name_has_no_control_characters(tmp_path: Path) -> None:
