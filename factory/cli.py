@@ -65,7 +65,7 @@ def main() -> None:
         _fail(error.message, error.hint, code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command goes on from here", code=130)
-    except (OSError, RuntimeError, MemoryError, ImportError) as error:
+    except Exception as error:  # libraries wrap a full disk or memory in errors of their own
         if full := no_memory(error):
             _fail(full, "the same command goes on from here where more is free", code=1)
         if (reason := no_room(error)) is None:

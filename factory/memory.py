@@ -19,7 +19,7 @@ def no_memory(error: BaseException | None) -> str | None:
     while error is not None:
         text = str(error)
         full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        if full or (isinstance(error, RuntimeError | ImportError) and TEXTS.search(text)):
+        if full or (isinstance(error, Exception) and TEXTS.search(text)):
             where = "GPU" if "CUDA" in text else "host"
             wanted = ALLOCATION.search(text)
             return f"the {where}'s memory is full" + (f": {wanted[1]} more were asked for" if wanted else "")

@@ -19,7 +19,7 @@ from factory.artifacts import canonical_json, sha256_of_file
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
 from factory.locks import READ_ONLY, hold, is_held, locked, unless_locked, unwritable
-from factory.sums import changed_files
+from factory.sums import SUMS, changed_files
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
@@ -243,17 +243,17 @@ class Store:
                 found.append((folder, folder.with_name(f"{key}.lock")))
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
-            if build.exists():  # else what lies beside it may be all that is left of the build
+            if build.exists() or not whole_beside(build):
                 found += [(folder, path.with_suffix(".lock")) for folder in leftovers(build)]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
-        """What builds use that are finished, or were killed while they were laid out."""
+        """What builds use that are finished, or of which a killed swap left the only copy beside them."""
         roots = []
         for path in sorted((self.home / "builds").glob("*.json")):
             root = _read_root(path)
             build = Path(root["build"])
-            if (build / "build.json").is_file() or leftovers(build):
+            if (build / "build.json").is_file() or whole_beside(build):
                 roots.append(root)
         return roots
 
@@ -291,6 +291,11 @@ def leftovers(build: Path) -> list[Path]:
     """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
     beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
     return [folder for folder in beside if folder.is_dir() and not folder.is_symlink()]
+
+
+def whole_beside(build: Path) -> bool:
+    """Whether something beside a build is a whole one: what is written last is there."""
+    return any((folder / SUMS).is_file() for folder in leftovers(build))
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:
