@@ -294,8 +294,8 @@ def leftovers(build: Path) -> list[Path]:
 
 
 def whole_beside(build: Path) -> bool:
-    """Whether something beside a build is a whole one: what is written last is there."""
-    return any((folder / SUMS).is_file() for folder in leftovers(build))
+    """Whether a whole one lies beside a build: the old one, or a new one with what is written last."""
+    return any(folder.suffix == ".old" or (folder / SUMS).is_file() for folder in leftovers(build))
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:
