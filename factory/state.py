@@ -76,7 +76,7 @@ class StageBucket:
             if WHOLE not in files:
                 return
             # Beside it until it is whole: half a copy would count as something to resume from.
-            coming = folder.with_name(f"{folder.stem}-coming{PARTIAL}")
+            coming = folder.with_name(f"{folder.stem}.coming{PARTIAL}")
             shutil.rmtree(coming, ignore_errors=True)
             coming.mkdir(parents=True)
             self._download({WHOLE: files[WHOLE]}, coming)

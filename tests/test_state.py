@@ -14,6 +14,7 @@ from factory.gpus import peak_flops
 from factory.jobs import Flavor, check_fits
 from factory.preview import Machine
 from factory.state import WHOLE, StageBucket
+from factory.store import Store
 from tests.hub import Hub
 
 BUCKET = "alice/stages"
@@ -151,11 +152,13 @@ def test_a_failed_download_leaves_nothing_to_resume_from(
 
     monkeypatch.setattr(StageBucket, "_files", lambda *_: {WHOLE: None, "1/checkpoint": None})
     monkeypatch.setattr(StageBucket, "_download", download)
-    folder = tmp_path / "key.partial"
+    folder = tmp_path / "home" / "stages" / "heal" / f"{'0' * 16}.partial"
     for _ in range(2):  # what the first attempt left is not in the way of the second
         with pytest.raises((ConnectionResetError, HubError)):
             StageBucket(BUCKET, print).fetch_partial("heal", "key", folder)
         assert not folder.exists()
+    (left,) = folder.parent.iterdir()
+    assert [found for found, _ in Store(tmp_path / "home").collect_garbage(recent=True)] == [left]
 
 
 def test_a_gpu_is_known_by_its_whole_name() -> None:
