@@ -29,13 +29,13 @@ from trl import SFTConfig, SFTTrainer
 
 from factory.config import HealSettings
 from factory.decoder import decoder_layers
+from factory.gpus import peak_flops
 from factory.heal import begin
 from factory.heal_text import data_sets
 from factory.lora import linear_modules
 from factory.models import device_name, load_tokenizer, matrix_weights
 from factory.references import DEMO_MODEL
 from factory.texts import open_text
-from factory.watch import PEAK_FLOPS
 
 WARM_STEPS = 2  # of every run, not timed
 LAST = 5  # steps whose mean loss is shown
@@ -109,7 +109,7 @@ def run(make: Callable[[], Any], *, weights: int) -> dict[str, Any]:
     ]
     rate = median(spans)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    peak = next((v for k, v in PEAK_FLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), 0)
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     return {
         "tokens/s": rate,
         "spread": (min(spans), max(spans)),
