@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
-
 from factory import hub
 from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
 from factory.commands.options import Layers
 from factory.config import HealSettings
 from factory.heal import heal
 from factory.merge import merge
-from factory.models import load_model, load_tokenizer, pad_batch, row_losses
+from factory.models import load_model, load_tokenizer, token_loss
 from factory.prune import prune
 from factory.texts import Text, open_text, windows
 
@@ -37,19 +35,12 @@ RECIPES = (
 )
 
 
-@torch.inference_mode()
 def loss_of(folder: Path, text: Text, *, length: int) -> float:
     """Token loss of the checkpoint in a folder over a whole text in pieces of at most `length`, in nats."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    pieces = [
-        p for document in text.documents() for p in windows(tokenizer(document).input_ids, length=length)
-    ]
-    tokens, nats = 0.0, 0.0
-    for start in range(0, len(pieces), BATCH):
-        ids, mask = pad_batch(pieces[start : start + BATCH], pad_token_id=0)
-        counts, sums = row_losses(model, ids.to(model.device), mask.to(model.device))
-        tokens, nats = tokens + float(counts.sum()), nats + float(sums.sum())
-    return nats / tokens
+    documents = (tokenizer(document).input_ids for document in text.documents())
+    pieces = [piece for tokens in documents for piece in windows(tokens, length=length)]
+    return token_loss(model, pieces, batch_size=BATCH)
 
 
 def healed_loss(

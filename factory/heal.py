@@ -104,7 +104,7 @@ def heal(
     try:
         train_on(trainer, folder)
     except DivergedError:
-        if processes.from_main((folder / SLOWED).exists()):
+        if processes.from_main(slowed_at(folder) is not None):
             raise
         if processes.is_main():
             last = last_whole_checkpoint(trainer_folder(folder))
@@ -117,9 +117,7 @@ def heal(
         train_on(trainer, folder)
     after = float(trainer.evaluate()["eval_loss"])
     guard_curve = _curve(trainer.state.log_history, "eval_loss")
-    slowed = json.loads((folder / SLOWED).read_text())["step"] if (folder / SLOWED).exists() else None
     tensors = adapter_tensors(trainer.model)
-    processes.gather([slowed])  # read by all, before the main one removes it
     if processes.is_main():
         save_adapter(trainer.model, tensors, folder, modules=student.modules, new_names=student.new_names)
         (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
@@ -139,9 +137,15 @@ def heal(
         guard_curve=guard_curve,
         guard_loss_before=next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
         guard_loss_after=after,
-        slowed_at_step=slowed,
+        slowed_at_step=slowed_at(folder),
         data=text.data,
     )
+
+
+def slowed_at(folder: Path) -> int | None:
+    """The step from which on the rate is lower, None where it never was lowered."""
+    path = folder / SLOWED
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
 
 
 def train_on(trainer: HealTrainer, folder: Path) -> None:
@@ -192,7 +196,7 @@ def begin(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
-    tracking: Tracking,
+    tracking: Tracking = NOWHERE,
 ) -> tuple[Student, HealTrainer]:
     """The student and its trainer, before the first step.
 
@@ -215,8 +219,8 @@ def begin(
     if processes.is_main():
         trainer.add_callback(Told(tracking))
     trainer.add_callback(EarlyStop())
-    if (folder / SLOWED).exists():
-        trainer.add_callback(Slower(json.loads((folder / SLOWED).read_text(encoding="utf-8"))["step"]))
+    if (step := slowed_at(folder)) is not None:
+        trainer.add_callback(Slower(step))
     return student, trainer
 
 

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from factory.decoder import decoder_layers
 from factory.errors import UnsupportedArchitectureError
 
-PEFT_PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
 GUARD = "guard.json"  # beside the adapter: the sequences that it was not trained on
 
 Modules = Literal["ffn", "all-linear"]
@@ -106,11 +107,11 @@ def save_adapter(
     """
     model.save_pretrained(folder, state_dict=dict(tensors))
     (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": None, "target_modules": list(modules)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS
     renamed = {}
     for name, tensor in load_file(weights).items():
         old = next(old for old in new_names if f"{PEFT_PREFIX}{old}" in name)

@@ -15,15 +15,12 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import CheckpointError, VerificationError
-from factory.lora import GUARD
-from factory.models import load_model, pad_batch, round_to_nf4, row_losses
+from factory.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
+from factory.models import load_model, round_to_nf4, token_loss
 from factory.reload import parameter_names, quantized_modules, transposed_modules
 
 Base = Literal["auto", "bf16", "nf4"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's, before the name of the module in the model
 CANDIDATES: tuple[Base, ...] = ("bf16", "nf4")
 BASE_NAMES = {"bf16": "source weights", "nf4": "NF4 weights, unpacked"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -65,11 +62,10 @@ def merge(
     2105). "auto" writes both, reads the guard's sequences with each, and keeps the better.
 
     Args:
-        base: "bf16": the weights on disk, in whatever dtype; "nf4": these rounded as in training.
-
         pruned: The checkpoint that the adapter was trained for.
         adapter: LoRA in peft's format, with whatever quantisation it was trained over.
         folder: Exists, and is empty or holds an earlier attempt.
+        base: "bf16": the weights on disk, in whatever dtype; "nf4": these rounded as in training.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -88,7 +84,7 @@ def merge(
         made[candidate] = _merge(
             pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
         )
-        losses[BASE_NAMES[candidate]] = _guard_loss(folder / candidate, guard)
+        losses[BASE_NAMES[candidate]] = token_loss(load_model(folder / candidate), guard)
     best = min(CANDIDATES, key=lambda name: (math.isnan(loss := losses[BASE_NAMES[name]]), loss))
     for file in sorted((folder / best).iterdir()):
         file.rename(folder / file.name)
@@ -137,18 +133,6 @@ def _merge(
     )
 
 
-@torch.inference_mode()
-def _guard_loss(folder: Path, sequences: list[list[int]]) -> float:
-    """Nats a token of the checkpoint in a folder, loaded as a user would."""
-    model = load_model(folder)
-    counts, nats = 0.0, 0.0
-    for sequence in sequences:
-        ids, mask = pad_batch([sequence], pad_token_id=0)
-        tokens, loss = row_losses(model, ids.to(model.device), mask.to(model.device))
-        counts, nats = counts + float(tokens.sum()), nats + float(loss.sum())
-    return nats / counts
-
-
 def read_updates(
     adapter_folder: Path, parameters: Mapping[str, TensorInfo], *, transposed: Collection[str] = ()
 ) -> dict[str, Update]:
@@ -174,7 +158,7 @@ def read_updates(
                 f"the adapter changes {name!r}, which the checkpoint does not store as such",
                 hint="it was trained for another model, or on weights that are tied, or fused on loading",
             )
-        a, b = (stored[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
+        a, b = (stored[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] for side in "AB")
         rank, scale = _rank_and_scale(config, module)
         update = Update(a, b, scale, module in transposed)
         _check_fits(parameters[name], update, rank=rank)
@@ -251,8 +235,8 @@ def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
     for name in stored:
         module, side, _ = name.rpartition(".lora_A.weight")
         pair = {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
-        if side and module.startswith(PREFIX) and pair <= stored.keys():
-            modules.append(module.removeprefix(PREFIX))
+        if side and module.startswith(PEFT_PREFIX) and pair <= stored.keys():
+            modules.append(module.removeprefix(PEFT_PREFIX))
         elif not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in stored:
             raise CheckpointError(
                 f"the adapter holds {name!r}, which is not half of a LoRA pair",

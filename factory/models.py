@@ -1,6 +1,7 @@
 """A checkpoint in memory: device, dtype, tokenizer, padded batches."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,14 @@ def row_losses(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch
         for row, target in zip(logits[:, :-1], targets.to(logits.device), strict=True)
     ]
     return (targets != -100).sum(dim=1).double(), torch.stack(nats).double()
+
+
+@torch.inference_mode()
+def token_loss(model: Any, sequences: Sequence[list[int]], *, batch_size: int = 1) -> float:
+    """Mean next-token loss in nats over token lists; every predicted token counts alike."""
+    counts, nats = 0.0, 0.0
+    for start in range(0, len(sequences), batch_size):
+        ids, mask = pad_batch(list(sequences[start : start + batch_size]), pad_token_id=0)
+        tokens, sums = row_losses(model, ids.to(model.device), mask.to(model.device))
+        counts, nats = counts + float(tokens.sum()), nats + float(sums.sum())
+    return nats / counts

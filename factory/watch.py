@@ -33,7 +33,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, report: Callable[[int, int, str], None], *, flops_per_token: float) -> None:
         self.report, self.flops_per_token = report, flops_per_token
-        self.note = self.loss = ""
+        self.loss = ""
         self.began: tuple[float, float] | None = None  # seconds and tokens, after the first step
         self.first: float | None = None
 

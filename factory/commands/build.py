@@ -130,11 +130,7 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
 
     as_json = options["as_json"]
     reporter = StageLines(console(stderr=as_json))
-    asked = []
-    for request in requests:
-        with request.located():
-            asked.append(look_at(request))
-    check_apart(requests, asked)
+    asked = look_at_all(requests)
     ready = []
     for request, each in zip(requests, asked, strict=True):
         with request.located():
@@ -153,6 +149,16 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
             print_json(result)
     else:
         _make_all(ready, reporter, as_json=as_json)
+
+
+def look_at_all(requests: list[Request]) -> list[Asked]:
+    """What each build is to make, and that none takes another's place."""
+    asked = []
+    for request in requests:
+        with request.located():
+            asked.append(look_at(request))
+    check_apart(requests, asked)
+    return asked
 
 
 def look_at(request: Request) -> Asked:

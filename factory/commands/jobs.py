@@ -154,18 +154,14 @@ def _inside(path: Path) -> Iterator[tuple[str, Path]]:
 def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list["Preview"]]:
     """Everything that can be wrong with the builds, before anything goes up."""
     from factory import pipeline
-    from factory.commands.build import check_apart, look_at
+    from factory.commands.build import look_at_all
     from factory.decoder import check_decoder
     from factory.identity import check_tasks
     from factory.jobs import check_fits
     from factory.preview import preview
     from factory.run import check_texts, open_texts
 
-    asked = []
-    for request in requests:
-        with request.located():
-            asked.append(look_at(request))
-    check_apart(requests, asked)
+    asked = look_at_all(requests)
     previews = []
     for request, one in zip(requests, asked, strict=True):
         with request.located(), _not_here():
