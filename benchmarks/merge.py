@@ -20,45 +20,16 @@ import time
 from pathlib import Path
 
 import torch
-from prune import NUM_SHARDS, seconds_of
+from prune import seconds_of
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MistralConfig
+from shapes import write_random
+from transformers import MistralConfig
 
 from factory import checkpoint, merge
 from factory.artifacts import Adapter, Checkpoint
 from factory.store import sync_files
 
 FFN = ("gate_proj", "up_proj", "down_proj")
-
-
-def write_source(folder: Path, *, num_layers: int) -> dict[str, torch.Size]:
-    """Weights tensor by tensor, so that writing takes little memory too; returns name → shape."""
-    folder.mkdir()
-    config = MistralConfig(
-        num_hidden_layers=num_layers, dtype="bfloat16", architectures=["MistralForCausalLM"]
-    )
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    names, weight_map = list(shapes), {}
-    per_shard = -(-len(names) // NUM_SHARDS)
-    for shard in range(NUM_SHARDS):
-        file_name = f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        chosen = names[shard * per_shard : (shard + 1) * per_shard]
-        header, end = {}, 0
-        for name in chosen:
-            start, end = end, end + 2 * shapes[name].numel()
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file_name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in chosen:
-                values = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02)
-                file.write(values.view(torch.uint8).numpy().data)
-        weight_map |= dict.fromkeys(chosen, file_name)
-    (folder / checkpoint.WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return shapes
 
 
 def write_adapter(folder: Path, shapes: dict[str, torch.Size], *, rank: int) -> None:
@@ -128,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="factory-benchmark-") as name:
         folder = Path(name)
         source, adapter = folder / "source", folder / "adapter"
-        shapes = write_source(source, num_layers=arguments.layers)
+        shapes = write_random(source, MistralConfig(num_hidden_layers=arguments.layers))
         write_adapter(adapter, shapes, rank=arguments.rank)
         files = sorted(source.glob("*.safetensors"))
         copies, merges = [], []

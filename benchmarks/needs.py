@@ -3,14 +3,18 @@
     python benchmarks/needs.py demo --drop 0.3
     python benchmarks/needs.py FOLDER --drop 0.3 --calibration-data … --heal-data … --eval-data … [any option]
 
-Runs `factory build` in an empty store and looks every tenth of a second.
+Runs `factory build` and looks every tenth of a second: in an empty store, or with `--in FOLDER` in one that
+stays, so that a second build with other options reuses what it can. `benchmarks/shapes.py` writes models of
+known shapes.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +30,7 @@ class Peak:
 
     disk: int = 0
     host: int = 0
+    host_at: dict[str, int] = field(default_factory=dict)  # stage → bytes
     gpu: dict[str, int] = field(default_factory=dict)  # stage → bytes
 
 
@@ -67,12 +72,13 @@ def watch(process: psutil.Process, folder: Path, before: int, peak: Peak, done: 
     """Note the most of everything until it is done."""
     while not done.wait(SECONDS):
         try:
-            peak.host = max(peak.host, host_bytes(process))
+            host = host_bytes(process)
         except psutil.NoSuchProcess:
             return
-        peak.disk = max(peak.disk, disk_bytes(folder))
+        peak.host, peak.disk = max(peak.host, host), max(peak.disk, disk_bytes(folder))
         under_way = [path.parent.name for path in folder.glob("home/stages/*/*.partial")]
         for stage in under_way:
+            peak.host_at[stage] = max(peak.host_at.get(stage, 0), host)
             peak.gpu[stage] = max(peak.gpu.get(stage, 0), gpu_bytes() - before)
 
 
@@ -81,12 +87,12 @@ def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
 
     Args:
         arguments: Of `factory build`.
-        folder: Empty; takes the store and the build.
+        folder: Takes the store and the build; what lies there already is not counted.
     """
     build = [sys.executable, "-m", "factory", "build", *arguments]
     where = ["--home", str(folder / "home"), "--out", str(folder / "build")]
     dry = subprocess.run([*build, *where, "--dry-run", "--json"], stdout=subprocess.PIPE, check=True)
-    peak, done, before = Peak(), threading.Event(), gpu_bytes()
+    peak, done, before, lay_there = Peak(), threading.Event(), gpu_bytes(), disk_bytes(folder)
     process = subprocess.Popen([*build, *where])
     watcher = threading.Thread(
         target=watch, args=(psutil.Process(process.pid), folder, before, peak, done), daemon=True
@@ -97,6 +103,7 @@ def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
     watcher.join()
     if code:
         sys.exit(code)
+    peak.disk -= lay_there
     estimate: dict[str, int] = json.loads(dry.stdout)
     return estimate, peak
 
@@ -113,14 +120,18 @@ def rows(estimate: dict[str, int], peak: Peak) -> list[tuple[str, int, int]]:
 
 def main() -> None:
     """Run, and print a table."""
-    with tempfile.TemporaryDirectory() as folder:
-        estimate, peak = measured(sys.argv[1:], Path(folder))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--in", dest="folder", type=Path, help="store and build; default: a temporary one")
+    asked, build = parser.parse_known_args()
+    if asked.folder:
+        asked.folder.mkdir(parents=True, exist_ok=True)
+    with nullcontext(asked.folder) if asked.folder else tempfile.TemporaryDirectory() as folder:
+        estimate, peak = measured(build, Path(folder))
     print("| | estimate | measured | ratio |\n|---|--:|--:|--:|")
     for name, said, took in rows(estimate, peak):
         print(f"| {name} | {said / 1e6:,.1f} MB | {took / 1e6:,.1f} MB | {said / took:.2f} |")
-    for stage, took in peak.gpu.items():
-        if took:
-            print(f"GPU, {stage}: {took / 1e9:.1f} GB")
+    for stage, took in peak.host_at.items():
+        print(f"{stage}: host {took / 1e9:.2f} GB, GPU {peak.gpu[stage] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
-"""Models of known shapes with random weights, for speed and memory: made on the device, no file needed."""
+"""Models of known shapes with random weights, for speed and memory: made on the device, or as a folder.
 
+python benchmarks/shapes.py mistral-7b FOLDER    (for `factory build`, with the demo's tokenizer)
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,8 +14,11 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
+from factory.checkpoint import WEIGHTS_INDEX
 from factory.models import best_device, compute_dtype
+from factory.references import DEMO_MODEL
 
+NUM_SHARDS = 4
 SHAPES: dict[str, PreTrainedConfig] = {
     "mistral-7b": MistralConfig(max_position_embeddings=32768),
     "llama-70b": LlamaConfig(
@@ -56,3 +66,45 @@ def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: tor
     weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
     made.weight = weight.to(device)
     return made
+
+
+def write_random(folder: Path, config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """A folder of random bf16 weights, written tensor by tensor; returns name → shape."""
+    folder.mkdir()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
+    config.save_pretrained(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    names, weight_map = list(shapes), {}
+    per_shard = -(-len(names) // NUM_SHARDS)
+    for shard in range(NUM_SHARDS):
+        file_name = f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        chosen = names[shard * per_shard : (shard + 1) * per_shard]
+        header, end = {}, 0
+        for name in chosen:
+            start, end = end, end + 2 * shapes[name].numel()
+            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file_name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in chosen:
+                values = torch.empty(shapes[name], dtype=torch.bfloat16, device=best_device())
+                values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+                file.write(values.cpu().view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys(chosen, file_name)
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return shapes
+
+
+def main() -> None:
+    """Write the model that was asked for."""
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    write_random(folder, SHAPES[name])
+    for path in DEMO_MODEL.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+
+
+if __name__ == "__main__":
+    main()
