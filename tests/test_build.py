@@ -316,14 +316,18 @@ def test_a_folder_that_is_no_build_is_not_overwritten(built: Path) -> None:
     assert (built / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_any_folder_can_be_built_from_local_files(tmp_path: Path) -> None:
+def test_any_folder_can_be_built_from_local_files_though_its_tracker_fails(tmp_path: Path) -> None:
     save_llama(tmp_path / "tiny", num_layers=6)
     for name in ("calibration", "healing", "evaluation"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     texts = "--calibration-data calibration.jsonl --heal-data healing.jsonl --eval-data evaluation.jsonl"
-    done = factory("build", "tiny", "--drop", "0.4", *texts.split(), *TINY, home=tmp_path)
+    (tmp_path / "tensorboard.py").write_text("raise OSError('no room')")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = ("build", "tiny", "--drop", "0.4", *texts.split(), *TINY, "--report-to", "tensorboard")
+    done = factory(*command, home=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "note: tensorboard cannot follow this build, which goes on without: no room\n"
     build = Build.read(tmp_path / "builds" / "tiny-drop40")
     assert len(build.dropped) == 2
     assert build.reference == "tiny"

@@ -1,5 +1,7 @@
 """`factory build`: a smaller model from a reference, published where asked."""
 
+import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from factory.commands.options import (
     on_option,
     print_json,
     processes_option,
+    remark,
     report_option,
     state_option,
     trust_option,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from factory.run import Reporter, Run
     from factory.screen import StageLines
     from factory.state import StageBucket
+    from factory.tracking import Tracking
 
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
@@ -254,7 +258,6 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
     from factory.store import Store, default_home
-    from factory.tracking import Tracking, choose
 
     config = asked.config
     store = Store((options["home"] or default_home()).absolute(), _bucket(options["state"]))
@@ -263,8 +266,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     if asked.repeats:
         check_same_texts(asked.repeats, texts)
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
-    where = choose(options["report_to"])
-    run.tracking = Tracking(where, asked.out.name, asked.out.absolute().parent / "runs")
+    run.tracking = _tracking(asked, options)
     pending = pipeline.pending(run, asked.source)
     if "prune" in pending and not asked.source.remote_code:
         check_decoder(asked.source.config, num_parameters=asked.source.num_parameters)
@@ -278,16 +280,24 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     return run, pending
 
 
+def _tracking(asked: Asked, options: dict[str, Any]) -> "Tracking":
+    """Where the build is told, under a name that is no other build's, though folders may be called alike."""
+    from factory.artifacts import canonical_json
+    from factory.tracking import Tracking, choose
+
+    out = asked.out.absolute()
+    decides = [str(out), asked.source.commit, asked.config.model_dump(mode="json")]
+    told_apart = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]", "-", f"{out.name}-{told_apart}")
+    return Tracking(choose(options["report_to"]), name, out.parent / "runs", remark)
+
+
 def _bucket(name: str | None) -> "StageBucket | None":
     """Where stages are kept besides this machine; told on standard error is what could not be."""
     if name is None:
         return None
     from factory.hub import full_name
-    from factory.screen import printable
     from factory.state import open_bucket
-
-    def remark(told: str) -> None:
-        click.echo(f"note: {printable(told)}", err=True)
 
     return open_bucket(full_name(name), remark=remark)
 

@@ -198,6 +198,13 @@ def build_folder(folder: Path) -> Path:
     return folder
 
 
+def remark(told: str) -> None:
+    """Say on standard error what the user should know and nothing fails for."""
+    from factory.screen import printable
+
+    click.echo(f"note: {printable(told)}", err=True)
+
+
 def print_json(value: Any) -> None:
     """Print a result for programs."""
     import json
