@@ -77,7 +77,8 @@ def healed_loss(
 def settings_of(recipe: str, *, tokens: int, length: int, batch_size: int) -> HealSettings:
     """Settings for a number of tokens: `name=value,…` over the other arguments."""
     fields: dict[str, object] = {"batch_size": batch_size, "sequence_length": length}
-    fields |= dict(pair.split("=") for pair in recipe.split(","))
+    for name, value in (pair.split("=") for pair in recipe.split(",")):
+        fields[name] = int(value) if value.isdigit() else value
     steps = max(tokens // (int(str(fields["batch_size"])) * length), 1)
     return HealSettings.model_validate(
         {"num_steps": steps, "warmup_steps": int(WARMUP_SHARE * steps), **fields}
@@ -97,7 +98,8 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="folder for the adapters of seed 0")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the adapters of the first seed")
     options = parser.parse_args()
     source = hub.pull(hub.resolve(options.model))
     dropped = Layers().convert(options.layers, None, None)
@@ -116,8 +118,8 @@ def main() -> None:
                 recipe, tokens=options.tokens, length=length, batch_size=options.batch_size
             )
             shares, losses, times = [], [], []
-            for seed in range(options.seeds):
-                keep = options.keep / str(number) if options.keep and seed == 0 else None
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
+                keep = options.keep / str(number) if options.keep and seed == options.first_seed else None
                 (loss, *dev), seconds = healed_loss(
                     source, pruned, dropped, texts, settings=settings, seed=seed, keep=keep
                 )
