@@ -3,8 +3,8 @@
     python benchmarks/processes.py MODEL --layers 11-20 --heal-data TEXT [--setting bits=4] [--processes 2]
 
 Heals the same pruned checkpoint on the same text in one process, in several (DDP), and in several that each
-hold a share of every layer (FSDP); the losses are of the text held back, in training's own arithmetic. Seconds
-are those of a step, the median of all but the first three; loading and starting are not in them.
+hold a share of every layer (FSDP); the losses are of the text held back, in training's own arithmetic. The
+seconds are a step's, the median of all but the first three: loading and starting are not in them.
 """
 
 import argparse
