@@ -234,8 +234,12 @@ def jobs_of(owner: str, *, build: str | None = None) -> list[JobInfo]:
         found = patiently(
             lambda: list(hub_api().list_jobs(namespace=owner, labels={LABEL: build} if build else None))
         )
-    ours = [job for job in found if LABEL in (job.labels or {})]
-    return sorted(ours, key=lambda job: str(job.created_at), reverse=True)
+    return sorted(filter(is_ours, found), key=lambda job: str(job.created_at), reverse=True)
+
+
+def is_ours(job: JobInfo) -> bool:
+    """Whether the factory submitted a job."""
+    return LABEL in (job.labels or {})
 
 
 def is_over(job: JobInfo) -> bool:

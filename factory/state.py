@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import BucketFile, HfApi
+from huggingface_hub.errors import BucketNotFoundError
 
 from factory.errors import HubError
 from factory.hub_errors import hub_api, hub_errors, patiently
@@ -153,12 +154,25 @@ def open_bucket(bucket_id: str, *, remark: Callable[[str], None]) -> StageBucket
     with hub_errors(bucket_id, writing=True):
         api = hub_api()
         api.create_bucket(bucket_id, private=True, exist_ok=True)
-        info: Any = patiently(lambda: api.bucket_info(bucket_id))
+    look_at_bucket(bucket_id)
+    return StageBucket(bucket_id, remark)
+
+
+def look_at_bucket(bucket_id: str) -> None:
+    """Refuse a bucket that cannot hold stages, and make none: one that is not there yet can.
+
+    Raises:
+        HubError: No login, no access, or a bucket that everybody can read.
+    """
+    with hub_errors(bucket_id):
+        try:
+            info: Any = patiently(lambda: hub_api().bucket_info(bucket_id))
+        except BucketNotFoundError:
+            return
     if not info.private:
         raise HubError(
             f"the bucket {bucket_id} is public", hint="make it private, or give another one: stages hold text"
         )
-    return StageBucket(bucket_id, remark)
 
 
 def _listing(folder: Path) -> Listing:

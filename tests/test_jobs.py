@@ -21,6 +21,7 @@ import pytest
 from factory.jobs import MOUNT
 from tests.forks import Ended, Forks
 from tests.hub import Hub
+from tests.hub.buckets import Bucket
 from tests.hub.jobs import Job
 from tests.hub.server import ALICE, BOB
 from tests.tiny import rhymes, save_llama
@@ -31,6 +32,14 @@ TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data 
 BUILD = ["build", "acme/tiny", *TINY.split(), *TEXTS.split()]
 ON = ["--on", "cpu-basic", "--upload", "--detach"]
 BUCKET = "alice/hf-factory"
+SOMETHING_ELSE = {
+    "dockerImage": "python:3.12",
+    "command": ["python", "train.py"],
+    "arguments": [],
+    "environment": {},
+    "flavor": "cpu-basic",
+    "labels": {"project": "mine"},
+}
 UV = """#!{python}
 import os, sys, tempfile, zipfile
 assert sys.argv[1:5] == ["run", "--no-project", "--python", "{version}"], sys.argv
@@ -207,6 +216,17 @@ def test_a_dry_run_submits_and_uploads_nothing(rich: Hub, commands: Forks, folde
     assert not rich.storage.buckets
 
 
+def test_a_dry_run_makes_no_bucket(rich: Hub, commands: Forks, folder: Path) -> None:
+    dry = (*BUILD, "--state", "alice/stages", "--dry-run")
+    done = commands.run(*dry, folder=folder)
+    assert (done.code, done.stdout.count("from measure on")) == (0, 1), done.stderr
+    assert done.stderr == "note: what alice/stages holds already is not counted in a dry run\n"
+    assert not rich.storage.buckets
+    rich.storage.buckets["alice/stages"] = Bucket(private=False)
+    assert "the bucket alice/stages is public" in commands.run(*dry, folder=folder).stderr
+    assert not (folder / "home").exists()
+
+
 def test_a_build_is_followed_line_by_line_across_lost_connections(
     rich: Hub, commands: Forks, folder: Path
 ) -> None:
@@ -256,6 +276,18 @@ def test_jobs_are_listed_and_cancelled(rich: Hub, commands: Forks, folder: Path)
     assert (followed.code, "was cancelled" in followed.stderr) == (1, True)
     unknown = commands.run("jobs", "follow", "6870", folder=folder)
     assert (unknown.code, "there is no job 6870" in unknown.stderr) == (1, True)
+
+
+def test_a_job_of_something_else_is_not_cancelled(rich: Hub, commands: Forks, folder: Path) -> None:
+    rich.storage.jobs["6870f"] = other = Job("6870f", "alice", SOMETHING_ELSE)
+    assert "no jobs" in commands.run("jobs", folder=folder).stdout
+    done = commands.run("jobs", "cancel", "6870f", folder=folder)
+    assert done.code == 2
+    assert done.stderr.splitlines() == [
+        "error: job 6870f was not submitted by `factory build --on`",
+        "hint: `factory jobs` lists those that were; `hf jobs cancel 6870f` ends any other",
+    ]
+    assert other.stage == "RUNNING"
 
 
 def test_one_build_is_made_by_one_job_at_a_time(rich: Hub, commands: Forks, folder: Path) -> None:

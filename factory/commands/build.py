@@ -260,7 +260,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.store import Store, default_home
 
     config = asked.config
-    store = Store((options["home"] or default_home()).absolute(), _bucket(options["state"]))
+    store = Store((options["home"] or default_home()).absolute(), _bucket(options))
     check_tasks(config.evaluate, search=False)
     texts = open_texts(config)
     if asked.repeats:
@@ -292,14 +292,22 @@ def _tracking(asked: Asked, options: dict[str, Any]) -> "Tracking":
     return Tracking(choose(options["report_to"]), name, out.parent / "runs", remark)
 
 
-def _bucket(name: str | None) -> "StageBucket | None":
-    """Where stages are kept besides this machine; told on standard error is what could not be."""
-    if name is None:
+def _bucket(options: dict[str, Any]) -> "StageBucket | None":
+    """Where stages are kept besides this machine; told on standard error is what could not be.
+
+    A dry run neither makes the bucket nor brings stages here.
+    """
+    if options["state"] is None:
         return None
     from factory.hub import full_name
-    from factory.state import open_bucket
+    from factory.state import look_at_bucket, open_bucket
 
-    return open_bucket(full_name(name), remark=remark)
+    name = full_name(options["state"])
+    if not options["dry_run"]:
+        return open_bucket(name, remark=remark)
+    look_at_bucket(name)
+    remark(f"what {name} holds already is not counted in a dry run")
+    return None
 
 
 def _finish(screen: "Console", made: "Build", asked: Asked, options: dict[str, Any]) -> dict[str, Any]:

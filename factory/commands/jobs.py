@@ -303,6 +303,11 @@ def cancel(job: str) -> None:
     _check_id(job)
     owner = jobs.user_name()
     found = jobs.inspect(owner, job)
+    if not jobs.is_ours(found):
+        raise UsageError(
+            f"job {job} was not submitted by `factory build --on`",
+            hint=f"`factory jobs` lists those that were; `hf jobs cancel {job}` ends any other",
+        )
     if jobs.is_over(found):
         raise HubError(f"job {job} is over already: {found.status.stage}", hint="`factory jobs` lists yours")
     jobs.cancel(owner, job)
