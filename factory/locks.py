@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from factory.errors import StoreError
 
@@ -21,18 +21,33 @@ except ImportError:  # Windows: there age alone keeps `factory gc` from stages i
 LIFE_SECONDS = 10.0  # between two signs of life of a holder
 PATIENCE_SECONDS = 600.0  # without a sign of life; a stopped process or a dead machine gives none
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+HOME = "--home or FACTORY_HOME"
 
 
-def unwritable(folder: Path, error: OSError) -> StoreError:
-    """The error for a place of the store that cannot be written."""
+def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreError:
+    """The error for a place that cannot be written, or whose file system lacks what is needed.
+
+    Args:
+        option: That would give another place.
+    """
+    if error.errno in NO_LOCKS:
+        return StoreError(
+            f"the file system of {folder} has no locks", hint=f"give a folder on another disk with {option}"
+        )
     return StoreError(
-        f"cannot write to {folder}: {error.strerror}", hint="give another folder with --home or FACTORY_HOME"
+        f"cannot write to {folder}: {error.strerror}", hint=f"give another folder with {option}"
     )
 
 
 @contextmanager
 def locked(
-    path: Path, *, on_wait: Callable[[], None] | None = None, patience_seconds: float = PATIENCE_SECONDS
+    path: Path,
+    *,
+    on_wait: Callable[[], None] | None = None,
+    patience_seconds: float = PATIENCE_SECONDS,
+    passing: bool = False,
+    option: str = HOME,
 ) -> Iterator[None]:
     """Hold the lock of one file; the operating system frees it when its holder dies.
 
@@ -42,45 +57,63 @@ def locked(
     Args:
         on_wait: Called once if somebody else holds it.
         patience_seconds: Without a sign of life of the holder.
+        passing: Remove the file in the end; whoever waits for it makes it anew.
+        option: That would give another place.
 
     Raises:
         StoreError: It cannot be written, its file system has no locks, or its holder gives no sign of life.
     """
-    lock = FileLock(path)
+    lock = _lock(path)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        if not _taken(lock):
             if on_wait:
                 on_wait()
             _wait(lock, path, patience_seconds=patience_seconds)
     except OSError as error:
-        raise unwritable(path.parent, error) from error
+        raise unwritable(path.parent, error, option=option) from error
     try:
-        if isinstance(lock, SoftFileLock):  # what it falls back to outlives a holder that is killed
-            raise StoreError(
-                f"the file system of {path.parent} has no locks",
-                hint="give a folder on another disk with --home or FACTORY_HOME",
-            )
         with _signs_of_life(path):
             yield
     finally:
-        lock.release()
+        _let_go(lock, passing=passing)
 
 
 @contextmanager
-def unless_locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of one file if nobody else does, and say whether; never waits."""
-    lock = FileLock(path)
+def unless_locked(path: Path, *, passing: bool = False) -> Iterator[bool]:
+    """Hold the lock of one file if nobody else does, and say whether; never waits.
+
+    Raises:
+        StoreError: It cannot be written, or its file system has no locks.
+    """
+    lock = _lock(path)
+    try:
+        free = _taken(lock)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    try:
+        yield free
+    finally:
+        _let_go(lock, passing=passing)
+
+
+def _lock(path: Path) -> FileLock:
+    """Never a soft lock, what filelock falls back to: it outlives a holder that is killed."""
+    return FileLock(path, fallback_to_soft=False)
+
+
+def _taken(lock: FileLock) -> bool:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+        return False
+    return True
+
+
+def _let_go(lock: FileLock, *, passing: bool) -> None:
+    if passing and lock.is_locked:  # still held: who opened the file already sees that it is gone
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def hold(path: Path) -> IO[bytes] | None:

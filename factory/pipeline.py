@@ -34,6 +34,7 @@ from factory.stages import (
     speed_stage,
 )
 from factory.store import STAGES as STORED
+from factory.store import laying_out
 from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff
 
 STAGES = (*STORED, "card")
@@ -172,7 +173,7 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     build = describe_build(
         run.config, run.texts, made, comparisons=comparisons, keys=run.keys, seconds=run.seconds
     )
-    with run.store.laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
+    with laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
         same = None if run.remade else read_if_same(build, out)
         run.store.register(out, run.keys)  # before: what a kill leaves beside it is found by `factory gc`
         if not same:

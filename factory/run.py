@@ -152,6 +152,13 @@ class Run:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)
         return value
 
+    def release(self) -> None:
+        """Let others remove or replace the stages that this run used."""
+        for file in self.in_use:
+            if file:
+                file.close()
+        self.in_use.clear()
+
     def _is_intact(self, name: str, folder: Path) -> bool:
         """Whether a complete stage is what it was; each is read through once a run."""
         changed = damage(folder) if folder not in self.verified else []

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from factory.artifacts import canonical_json, sha256_of_file
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
-from factory.locks import READ_ONLY, hold, is_held, locked, unless_locked, unwritable
+from factory.locks import HOME, READ_ONLY, hold, is_held, locked, unless_locked, unwritable
 from factory.sums import SUMS, changed_files
 
 MANIFEST = "stage.json"
@@ -151,13 +151,19 @@ class Store:
         what it was when it was made. For `made_from` see `find`.
 
         Raises:
-            StoreError: The folder cannot be written, or somebody who gives no sign of life is making it.
+            StoreError: The folder cannot be written, somebody who gives no sign of life is making it, or what
+                is to be made again is in use.
         """
         folder = self.folder(spec)
         partial = folder.with_name(folder.name + PARTIAL)
         with _writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
+            if rerun and is_held(folder / MANIFEST):  # nobody comes to hold it while the lock is held
+                raise StoreError(
+                    f"another build is using {spec.stage} {spec.key}, which --rerun would make again",
+                    hint="run the same command once that build is done",
+                )
             found = self._here(spec, made_from)
             if found is None and not rerun:
                 found = self._brought(spec, made_from)
@@ -189,20 +195,13 @@ class Store:
 
     def register(self, build: Path, keys: Mapping[str, str]) -> None:
         """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
-        root = {"build": str(build.resolve()), "keys": sorted(keys.values())}
-        write_atomically(self._root(build).with_suffix(".json"), json.dumps(root))
-
-    @contextmanager
-    def laying_out(self, build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock of one build folder: two builds into it take turns."""
-        with locked(self._root(build).with_suffix(".lock"), on_wait=on_wait):
-            yield
-
-    def _root(self, build: Path) -> Path:
+        place = str(build.resolve())
+        root = {"build": place, "keys": sorted(keys.values())}
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
         roots = self.home / "builds"
         with _writing(roots):
             roots.mkdir(parents=True, exist_ok=True)
-        return roots / hashlib.sha256(str(build.resolve()).encode()).hexdigest()[:16]
+            write_atomically(roots / f"{name}.json", json.dumps(root))
 
     def builds(self) -> list[Path]:
         """Build folders that were registered and are still there."""
@@ -218,12 +217,15 @@ class Store:
             recent: Also what was made or used within a day: somebody may come back to it.
             dry_run: Remove nothing.
         """
-        for folder, lock in self._unused():
+        registered, unused = self._registered(), self._unused()
+        for folder, lock in unused:
             try:
                 if not recent and abs(time.time() - folder.stat().st_mtime) < RECENT_SECONDS:
                     continue
-                with unless_locked(lock) as free, _writing(folder):
-                    if not free or is_held(folder / MANIFEST) or (folder, lock) not in self._unused():
+                with unless_locked(lock, passing=True) as free, _writing(folder):
+                    if registered != (registered := self._registered()):
+                        unused = self._unused()
+                    if not free or is_held(folder / MANIFEST) or (folder, lock) not in unused:
                         continue  # in use, also by a build that was registered meanwhile
                     size_bytes = folder_bytes(folder)
                     if not dry_run:
@@ -231,6 +233,11 @@ class Store:
             except FileNotFoundError:  # renamed or removed meanwhile
                 continue
             yield folder, size_bytes
+
+    def _registered(self) -> int:
+        """Another number whenever a build was registered."""
+        roots = self.home / "builds"
+        return roots.stat().st_mtime_ns if roots.is_dir() else 0
 
     def _unused(self) -> list[tuple[Path, Path]]:
         """Folders that no finished build uses, each with the lock of whoever would be working on it."""
@@ -244,7 +251,7 @@ class Store:
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
             if build.exists() or not whole_beside(build):
-                found += [(folder, path.with_suffix(".lock")) for folder in leftovers(build)]
+                found += [(folder, _beside(build)) for folder in leftovers(build)]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
@@ -285,6 +292,24 @@ def damage(folder: Path) -> list[str]:
     """Files of a complete stage that have changed since it was made: the manifest, if it has no sums."""
     manifest = _manifest_of(folder) or {}
     return changed_files(folder, manifest["sha256"]) if "sha256" in manifest else [MANIFEST]
+
+
+@contextmanager
+def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock of one build folder: two builds into it take turns, whatever their stores.
+
+    Raises:
+        StoreError: The place cannot be written, or its file system has no locks.
+    """
+    with _writing(build.parent, option="--out"):
+        build.parent.mkdir(parents=True, exist_ok=True)
+    with locked(_beside(build.resolve()), on_wait=on_wait, passing=True, option="--out"):
+        yield
+
+
+def _beside(build: Path) -> Path:
+    """The lock of a build folder."""
+    return build.with_name(f".{build.name}.lock")
 
 
 def leftovers(build: Path) -> list[Path]:
@@ -331,13 +356,13 @@ def _seconds_of(clock: Path) -> float:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path, *, option: str = HOME) -> Iterator[None]:
     """Tell a place that cannot be written from other trouble."""
     try:
         yield
     except OSError as error:
         if error.errno in READ_ONLY or isinstance(error, NotADirectoryError | FileExistsError):
-            raise unwritable(folder, error) from error
+            raise unwritable(folder, error, option=option) from error
         raise
 
 

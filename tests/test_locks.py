@@ -15,7 +15,7 @@ import pytest
 
 from factory.errors import StoreError
 from factory.locks import is_held, locked, unless_locked
-from factory.store import MANIFEST, StageSpec, Store
+from factory.store import MANIFEST, StageSpec, Store, laying_out
 
 HOLDER = """
 import sys
@@ -39,11 +39,41 @@ def refuse(event, arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 sys.addaudithook(refuse)
 from factory.errors import StoreError
-from factory.store import StageSpec, Store
-try:
-    Store(Path(sys.argv[1])).make(StageSpec("prune", 1, {}, {}), lambda folder: {})
-except StoreError as error:
-    print(error.message, "|", error.hint)
+from factory.store import StageSpec, Store, laying_out
+home = Path(sys.argv[1])
+for work in (
+    lambda: Store(home).make(StageSpec("prune", 1, {}, {}), lambda folder: {}),
+    lambda: list(Store(home).collect_garbage(recent=True)),
+    lambda: laying_out(home / "builds" / "mine").__enter__(),
+):
+    try:
+        work()
+    except StoreError as error:
+        print(error.message, "|", error.hint)
+"""
+# No file that this process opens for writing can be made, as on a disk that was mounted read-only.
+READ_ONLY = """
+import errno, os, sys
+from pathlib import Path
+from factory.errors import StoreError
+from factory.store import StageSpec, Store, laying_out
+home = Path(sys.argv[1])
+Store(home).register(home / "mine", {})
+def refuse(event, arguments):
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes and str(arguments[0]).startswith(str(home)):
+        raise OSError(errno.EROFS, "Read-only file system")
+sys.addaudithook(refuse)
+for work in (
+    lambda: Store(home).make(StageSpec("prune", 1, {}, {}), lambda folder: {}),
+    lambda: list(Store(home).collect_garbage(recent=True)),
+    lambda: Store(home).register(home / "mine", {}),
+    lambda: laying_out(home / "mine").__enter__(),
+):
+    try:
+        work()
+    except StoreError as error:
+        print(error.message, "|", error.hint)
 """
 
 
@@ -108,13 +138,38 @@ def test_a_holder_that_lives_is_waited_for_however_long_it_takes(tmp_path: Path)
         thread.join()
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_LOCKS, str(tmp_path)]
+def told(program: str, home: Path) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", program, str(home)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == (
-        f"the file system of {tmp_path / 'stages' / 'prune'} has no locks | "
-        "give a folder on another disk with --home or FACTORY_HOME"
+    return done.stdout.splitlines()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
+    left = tmp_path / "stages" / "prune" / "feedfeedfeedfeed.partial"
+    left.mkdir(parents=True)
+    (tmp_path / "builds").mkdir()
+    hint = "give a folder on another disk with"
+    stages = (
+        f"the file system of {tmp_path / 'stages' / 'prune'} has no locks | {hint} --home or FACTORY_HOME"
     )
+    assert told(WITHOUT_LOCKS, tmp_path) == [
+        stages,
+        stages,
+        f"the file system of {tmp_path / 'builds'} has no locks | {hint} --out",
+    ]
+    assert left.is_dir()
+
+
+def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
+    left = tmp_path / "stages" / "prune" / "feedfeedfeedfeed.partial"
+    left.mkdir(parents=True)
+    what, hint = "Read-only file system | give another folder with", "--home or FACTORY_HOME"
+    assert told(READ_ONLY, tmp_path) == [
+        f"cannot write to {left.parent}: {what} {hint}",
+        f"cannot write to {left.parent}: {what} {hint}",
+        f"cannot write to {tmp_path / 'builds'}: {what} {hint}",
+        f"cannot write to {tmp_path}: {what} --out",
+    ]
 
 
 def write_nothing(_folder: Path) -> dict[str, str]:
@@ -134,6 +189,38 @@ def test_gc_leaves_what_a_run_under_way_uses_however_old_it_is(tmp_path: Path) -
     assert not folder.exists()
 
 
+def test_a_stage_that_another_build_uses_is_not_made_again_before_that_is_done(tmp_path: Path) -> None:
+    store, spec = Store(tmp_path), StageSpec("prune", 1, {}, {})
+    folder = replace(store.make(spec, write_nothing), in_use=None).folder
+    inode = (folder / MANIFEST).stat().st_ino
+    with holder("use", folder / MANIFEST) as process:
+        with pytest.raises(StoreError, match=f"another build is using prune {spec.key}"):
+            store.make(spec, write_nothing, rerun=True)
+        assert store.make(spec, write_nothing).reused
+        assert (folder / MANIFEST).stat().st_ino == inode
+        process.kill()
+        process.wait()
+        assert not store.make(spec, write_nothing, rerun=True).reused
+    assert (folder / MANIFEST).stat().st_ino != inode
+
+
+def test_gc_reads_what_builds_use_once_however_much_it_removes(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from factory.store import Store
+home, reads = Path(sys.argv[1]), []
+for number in range(20):
+    (home / "stages" / "prune" / f"{number:016x}").mkdir(parents=True)
+    Store(home).register(home / f"build-{number}", {})
+sys.addaudithook(lambda event, arguments: reads.append(1) if event == "open" and
+                 str(arguments[0]).startswith(str(home / "builds")) else None)
+print(len(list(Store(home).collect_garbage(recent=True))), len(reads))
+"""
+    assert told(program, tmp_path) == ["20 40"]  # once for what is used, once for what killed layouts left
+    assert list((tmp_path / "stages" / "prune").iterdir()) == []  # no lock is left for a stage that is gone
+
+
 def test_gc_finds_what_a_killed_layout_left_beside_a_build(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     build = tmp_path / "builds" / "mine"
@@ -141,7 +228,7 @@ def test_gc_finds_what_a_killed_layout_left_beside_a_build(tmp_path: Path) -> No
     for folder in (build, *left):
         folder.mkdir(parents=True)
     store.register(build, {})
-    with store.laying_out(build):
+    with laying_out(build):
         assert list(store.collect_garbage(recent=True)) == []
     assert [folder for folder, _ in store.collect_garbage(recent=True)] == left
     assert not any(folder.exists() for folder in left)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from factory.artifacts import Build, Publication, Source
 from factory.errors import DiskSpaceError, StoreError, VerificationError
 from factory.layout import restore
-from factory.store import StageSpec, Store, damage, link_or_copy
+from factory.store import StageSpec, Store, damage, laying_out, link_or_copy
 from factory.verify import changed_in
 
 
@@ -167,23 +167,26 @@ def test_four_at_once_make_a_stage_once(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "x"
 
 
-def lay_out_slowly(home: Path, log: Path) -> None:
-    with Store(home).laying_out(home / "build"), log.open("a") as file:
+def lay_out_slowly(build: Path, log: Path) -> None:
+    with laying_out(build), log.open("a") as file:
         file.write("(")
         file.flush()
         time.sleep(0.2)
         file.write(")")
 
 
-def test_builds_into_one_folder_take_turns(tmp_path: Path) -> None:
+def test_builds_into_one_folder_take_turns_whatever_their_stores(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     log = tmp_path / "log"
-    processes = [context.Process(target=lay_out_slowly, args=(tmp_path, log)) for _ in range(3)]
+    processes = [
+        context.Process(target=lay_out_slowly, args=(tmp_path / "builds" / "mine", log)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert log.read_text() == "()()()"
+    assert list((tmp_path / "builds").iterdir()) == []  # the lock went with the last of them
 
 
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
@@ -270,10 +273,10 @@ def test_a_stage_with_a_damaged_manifest_is_made_again_and_not_listed(tmp_path: 
 
 def test_a_stage_that_was_made_from_other_bytes_is_made_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    first = store.make(spec(n=1), write_hello)
+    first = replace(store.make(spec(n=1), write_hello), in_use=None)
     second = store.make(spec(n=2), write_hello, made_from={first.key: first.digest})
     assert store.find(spec(n=2), made_from={first.key: first.digest})
-    same = store.make(spec(n=1), write_hello, rerun=True)
+    same = replace(store.make(spec(n=1), write_hello, rerun=True), in_use=None)
     assert same.digest == first.digest
 
     def write_other(folder: Path) -> dict[str, str]:
@@ -297,7 +300,7 @@ def test_a_stage_with_a_file_cut_short_is_made_again(tmp_path: Path) -> None:
 
 def test_a_rerun_that_fails_leaves_the_finished_stage(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    result = store.make(spec(), write_hello)
+    result = replace(store.make(spec(), write_hello), in_use=None)
 
     def work(_folder: Path) -> dict[str, str]:
         raise ValueError("cut short")

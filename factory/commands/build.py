@@ -198,6 +198,7 @@ def _make(ready: Ready, reporter: "StageLines") -> tuple["Build", dict[str, Any]
         source = pull_source(ready.asked.source, reporter) if ready.pending else ready.asked.source
         made = pipeline.build(ready.run, source, out=ready.asked.out, require_healing=required)
     finally:
+        ready.run.release()
         reporter.stop()
     return made, _finish(reporter.out, made, ready.asked, ready.request.options)
 

@@ -49,7 +49,7 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     from factory.prune import compares_logits
     from factory.removal import find
     from factory.screen import StageLines, console
-    from factory.store import Store, default_home
+    from factory.store import Store, default_home, laying_out
 
     references.check_model(model)
     recipe = load_recipe(model) if model in references.aliases() else None
@@ -67,7 +67,7 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
             print_json(expected)
         return
     store = Store((options["home"] or default_home()).absolute())
-    with store.laying_out(out, on_wait=lambda: StageLines(screen).waiting("prune")):
+    with laying_out(out, on_wait=lambda: StageLines(screen).waiting("prune")):
         # Another run may have made it meanwhile.
         found = find(source, plan, out=out, logits=logits, force=options["force"])
         store.register(out, {})  # what a kill leaves beside it is found by `factory gc`
