@@ -12,7 +12,7 @@ from factory.artifacts import DataSource, sha256_of_file
 from factory.config import EvaluateSettings
 from factory.demo import corpus
 from factory.errors import UsageError
-from factory.references import DATA_SUFFIXES
+from factory.references import DATA_SUFFIXES, local_path
 
 EMBEDDED_TASKS = Path(__file__).parent / "demo" / "tasks"
 KNOWN_TASKS = {"mmlu", "boolq", "gsm8k"}  # need no look into lm-eval's list, which takes 18 s
@@ -53,14 +53,8 @@ def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
         search: Ask lm-eval about names that are neither embedded nor well known; takes 18 s.
 
     Raises:
-        UsageError: A task file that is missing or names no task, a name that nobody knows, or a backend
-            that is not installed.
+        UsageError: A task file that is missing or names no task, or a name that nobody knows.
     """
-    if settings.backend == "vllm" and find_spec("vllm") is None:
-        raise UsageError(
-            "--eval-backend vllm: vLLM is not installed here",
-            hint="`pip install vllm` on a machine with a GPU, or leave the option out",
-        )
     unknown = []
     for task in settings.tasks:
         if is_task_file(task):
@@ -74,6 +68,19 @@ def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
         for task in unknown:
             if task not in known:
                 raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+
+
+def check_backend(settings: EvaluateSettings) -> None:
+    """Refuse what is to answer the tasks and is not installed here.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if settings.backend == "vllm" and find_spec("vllm") is None:
+        raise UsageError(
+            "--eval-backend vllm: vLLM is not installed here",
+            hint="`pip install vllm` on a machine with a GPU, or leave the option out",
+        )
 
 
 class _Lenient(yaml.SafeLoader):
@@ -106,6 +113,30 @@ def task_name(path: Path) -> str:
         if isinstance(name, str) and name:
             return name
     raise UsageError(f"task file {str(path)!r} names no task", hint="an lm-eval YAML has a line `task: NAME`")
+
+
+def local_data(part: Path) -> set[str]:
+    """Paths of this machine that a file of lm-eval takes questions from, as they are written there."""
+    if part.suffix not in TASK_SUFFIXES:
+        return set()
+    try:
+        value: Any = yaml.load(part.read_text(encoding="utf-8"), Loader=_Lenient)
+    except (yaml.YAMLError, UnicodeDecodeError):  # nothing that lm-eval could read
+        return set()
+    value = value if isinstance(value, dict) else {}
+    options = value.get("dataset_kwargs")
+    named = [options.get(key) for key in ("data_files", "data_dir")] if isinstance(options, dict) else []
+    if "/" in str(value.get("dataset_path", "")):  # without one it is a format: json
+        named.append(value["dataset_path"])
+    return {text for text in _texts(named) if local_path(text).exists()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _folder_hash(task: Path) -> str:

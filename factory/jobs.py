@@ -48,6 +48,7 @@ class Flavor:
     machine: Machine
     peak_flops: float | None  # a second, of all GPUs; None where it is not known
     dollars_per_second: float | None  # None where the Hub gives no price that can be read
+    has_gpu: bool = True
 
     def price(self, seconds: float) -> str:
         """What so many seconds cost, for people."""
@@ -95,9 +96,8 @@ def _flavor(hardware: JobHardwareInfo) -> Flavor:
     rate = (whole or CPU_FLOPS) * OF_PEAK
     disk = _bytes(hardware.ephemeral_storage) or sys.maxsize
     machine = Machine(device, memory, rate, disk, _bytes(hardware.ram))
-    return Flavor(
-        hardware.name, hardware.pretty_name, machine, whole, hardware.unit_cost_usd / unit if unit else None
-    )
+    price = hardware.unit_cost_usd / unit if unit else None
+    return Flavor(hardware.name, hardware.pretty_name, machine, whole, price, has_gpu=gpu is not None)
 
 
 def _bytes(text: str) -> int:
@@ -141,9 +141,10 @@ class Order:
     name: str  # of the build, for people
     build: str  # hash that the jobs of one build share
     build_file: bytes
-    files: Mapping[str, Path]  # local ones that the build reads: name below the mount → file
+    files: Mapping[str, Path | bytes]  # local ones that the build reads: name below the mount → file
     rerun: tuple[str, ...]
     tracker: str | None = None  # library that the build is told to
+    uses_vllm: bool = False
 
     @property
     def bucket(self) -> str:
@@ -167,7 +168,11 @@ def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
     Raises:
         HubError: No permission, no credit, no connection; nothing was started then.
     """
-    contents: dict[str, bytes | Path] = {**program(), BUILD_FILE: order.build_file, **order.files}
+    contents: dict[str, bytes | Path] = {
+        **program(with_vllm=order.uses_vllm),
+        BUILD_FILE: order.build_file,
+        **order.files,
+    }
     place = f"jobs/{_digest(contents)}"
     with _nothing_submitted(), hub_errors(order.bucket, writing=True):
         open_bucket(order.bucket, remark=lambda _: None)

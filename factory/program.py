@@ -5,6 +5,7 @@ import hashlib
 import io
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 from factory import __version__
@@ -15,14 +16,16 @@ BESIDE = ("model_cards", "spaces")  # in `_resources` of a wheel, beside the pac
 DISTRIBUTION = "hf-factory"
 WHEEL = f"hf_factory-{__version__}-py3-none-any.whl"
 REQUIREMENTS = "requirements.txt"
+VLLM = "vllm>=0.33"  # older ones that name no torch would be taken for want of a fitting one
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip can say: equal installations give equal bytes
 
 
-def program() -> dict[str, bytes]:
+def program(*, with_vllm: bool = False) -> dict[str, bytes]:
     """File name → content: the program as it runs here, for uv's `--with WHEEL --with-requirements FILE`.
 
     Whatever may be needed is pinned to the version that is installed here, without local parts such as
-    `+cpu`: another machine needs another build of the same version.
+    `+cpu`: another machine needs another build of the same version. vLLM that is not installed here comes
+    with the versions that it needs, since each of its own asks for one of torch.
 
     Raises:
         StoreError: The program was never installed.
@@ -33,10 +36,13 @@ def program() -> dict[str, bytes]:
         raise StoreError(f"{DISTRIBUTION} is not installed", hint="pip install hf-factory") from error
     pins = {f"{d.metadata['Name']}=={d.version.partition('+')[0]}" for d in distributions()}
     pins = {pin for pin in pins if not pin.lower().replace("_", "-").startswith(f"{DISTRIBUTION}==")}
+    requirements = b"-c constraints.txt\n"  # uv takes constraints from a file of requirements only
+    if with_vllm:
+        requirements = requirements + b"vllm\n" if find_spec("vllm") else f"{VLLM}\n".encode()
     return {
         WHEEL: _wheel(metadata),
         "constraints.txt": "\n".join([*sorted(pins, key=str.lower), ""]).encode(),
-        REQUIREMENTS: b"-c constraints.txt\n",  # uv takes constraints from a file of requirements only
+        REQUIREMENTS: requirements,
     }
 
 

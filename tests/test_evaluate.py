@@ -19,7 +19,7 @@ from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
 from factory.evaluate import evaluate
 from factory.harness import vllm_arguments
-from factory.identity import check_tasks
+from factory.identity import check_backend
 from factory.models import load_model, load_tokenizer
 from factory.significance import LOSSES, read_answers, read_losses
 from factory.speed import _footprint, compare_speed
@@ -286,10 +286,10 @@ def test_a_cache_that_slides_or_holds_a_state_is_counted_as_it_is() -> None:
 def test_vllm_that_is_not_installed_is_a_clear_error() -> None:
     settings = SETTINGS.model_copy(update={"backend": "vllm"})
     if find_spec("vllm"):
-        check_tasks(settings, search=False)
+        check_backend(settings)
         return
     with pytest.raises(UsageError, match="--eval-backend vllm: vLLM is not installed here") as raised:
-        check_tasks(settings, search=False)
+        check_backend(settings)
     assert "pip install vllm" in raised.value.hint
 
 

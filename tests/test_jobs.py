@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
 
 from factory.jobs import MOUNT
 from tests.forks import Ended, Forks
@@ -295,8 +297,71 @@ def test_one_build_is_made_by_one_job_at_a_time(rich: Hub, commands: Forks, fold
     done = commands.run(*BUILD, *ON, folder=folder)
     assert done.code == 2
     assert f"job {rich.job().id} makes this build already" in done.stderr
+    again = [word.replace("measured.jsonl", "./measured.jsonl") for word in TEXTS.split()]
+    given = [*again, "--seed", "0", *TINY.replace("0.4", "0.40").split(), "--heal", "distill"]
+    assert "makes this build already" in commands.run(*BUILD[:2], *given, *ON, folder=folder).stderr
     assert len(rich.storage.jobs) == 1
     submitted(commands, folder, "--seed", "1")
+
+
+def test_a_build_is_the_same_by_its_alias_and_by_its_full_name(
+    rich: Hub, commands: Forks, folder: Path
+) -> None:
+    rich.put_model("HuggingFaceTB/SmolLM2-135M", folder / "tiny")
+    more = (*TEXTS.split(), *TINY.split(), "--no-heal", *ON)
+    assert commands.run("build", "smollm2-135m", *more, folder=folder).code == 0
+    full = ("build", "HuggingFaceTB/SmolLM2-135M")
+    assert "makes this build already" in commands.run(*full, *more, folder=folder).stderr
+    assert commands.run(*full, *more, "--push-to", "mine", folder=folder).code == 0  # elsewhere: another
+    same = commands.run(*full, *more, "--push-to", "alice/mine", folder=folder)
+    assert f"job {rich.job().id} makes this build already" in same.stderr
+
+
+def test_a_task_file_goes_up_with_its_questions_and_what_it_includes(
+    rich: Hub, commands: Forks, folder: Path
+) -> None:
+    mine = folder / "mine"
+    (mine / "data").mkdir(parents=True)
+    questions = b'{"q": "one and", "choices": ["one", "two"], "answer": 0}\n'
+    (mine / "data" / "q.jsonl").write_bytes(questions)
+    (mine / "common.yaml").write_text("dataset_path: json\ndataset_kwargs: {data_files: mine/data/q.jsonl}\n")
+    (mine / "words.py").write_text("def shown(row):\n    return row['q']\n")
+    (mine / "mine.yaml").write_text("task: mine\ninclude: common.yaml\ndoc_to_text: !function words.shown\n")
+    (mine / "secret.json").write_text("{}")
+    tasks = ["--tasks", "next_line, mine/mine.yaml", "--on", "cpu-basic"]
+    told = refused(commands, rich, folder, *BUILD, *tasks)
+    assert "'measured.jsonl' is on this machine" in told
+    submitted(commands, folder, *tasks)
+    (volume,) = rich.job().spec["volumes"]
+    up = {
+        path.removeprefix(volume["path"] + "/"): content
+        for path, content in rich.bucket(BUCKET).items()
+        if path.startswith(volume["path"])
+    }
+    next_line, task = yaml.safe_load(up["build.yaml"])["tasks"].split(",")
+    assert next_line == "next_line"
+    place = PurePosixPath(task.removeprefix(f"{MOUNT}/")).parent
+    there = {PurePosixPath(path).name for path in up if PurePosixPath(path).parent == place}
+    assert there == {"mine.yaml", "common.yaml", "words.py"}
+    assert up[f"{place}/mine.yaml"] == (mine / "mine.yaml").read_bytes()
+    data = yaml.safe_load(up[f"{place}/common.yaml"])["dataset_kwargs"]["data_files"]
+    assert data.startswith(f"{MOUNT}/local/")
+    assert up[data.removeprefix(f"{MOUNT}/")] == questions
+    told = commands.run(*BUILD, "--tasks", "none.yaml", *ON, folder=folder).stderr
+    assert "task file 'none.yaml' does not exist" in told
+
+
+def test_a_job_that_answers_with_vllm_installs_it(rich: Hub, commands: Forks, folder: Path) -> None:
+    vllm = ("--eval-backend", "vllm")
+    assert "vllm on cpu-basic, which has no GPU" in refused(commands, rich, folder, *BUILD, *ON, *vllm)
+    done = submitted(commands, folder, *vllm, "--on", "t4-small")
+    (volume,) = rich.job().spec["volumes"]
+    requirements = rich.bucket(BUCKET)[f"{volume['path']}/requirements.txt"].decode()
+    if find_spec("vllm"):
+        assert requirements == "-c constraints.txt\nvllm\n"
+    else:
+        assert requirements.startswith("vllm>=")
+        assert "vLLM is not installed here: the job takes the library versions" in done.stderr
 
 
 def test_what_cannot_work_is_refused_before_anything_is_submitted(

@@ -38,6 +38,7 @@ LAYERS = (
     ("commands.asked", "commands.options", "commands.publishing"),
     (
         "commands.build",
+        "commands.carried",
         "commands.entries",
         "commands.extension",
         "commands.jobs",

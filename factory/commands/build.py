@@ -255,13 +255,14 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     """The run and the stages that it still has to make, once everything that they need was looked at."""
     from factory import pipeline
     from factory.decoder import check_decoder
-    from factory.identity import check_tasks
+    from factory.identity import check_backend, check_tasks
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
     from factory.store import Store, default_home
 
     config = asked.config
     store = Store((options["home"] or default_home()).absolute(), _bucket(options))
+    check_backend(config.evaluate)
     check_tasks(config.evaluate, search=False)
     texts = open_texts(config)
     if asked.repeats:

@@ -2,17 +2,17 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory import references
+from factory.commands.carried import carried
 from factory.commands.entries import Request, config_text
-from factory.commands.options import CONTEXT, print_json
+from factory.commands.options import CONTEXT, print_json, remark
 from factory.errors import DiskSpaceError, HubError, UsageError
 
 if TYPE_CHECKING:
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from factory.commands.asked import Asked
     from factory.jobs import Flavor
     from factory.preview import Preview
+    from factory.run import Texts
 
-OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
-LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
-FILES = ("model", "calibration-data", "heal-data", "eval-data")
 HOUR = 3600
+NEEDS_GPU = "take hardware with one, or leave the option out"
 
 
 def submit(requests: list[Request], options: dict[str, Any]) -> None:
@@ -44,10 +43,8 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
     hardware, timeout = _check_submission(requests)
     owner = jobs.user_name()
     found = jobs.flavor(hardware)
-    given, files = _carried(requests, upload=options["upload"], owner=owner)
-    text = config_text(given)
-    build = hashlib.sha256(text.encode()).hexdigest()[:16]
-    asked, previews = _look(requests, found)
+    given, files = carried(requests, upload=options["upload"], bucket=f"{owner}/{jobs.STATE}")
+    asked, previews, build = _look(requests, found)
     earlier = jobs.jobs_of(owner, build=build)
     if running := next((job for job in earlier if not jobs.is_over(job)), None):
         raise UsageError(
@@ -60,11 +57,21 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
     elif not earlier:
         _check_timeout(timeout, seconds, found)
     _show(screen, asked, previews, found, seconds=seconds, timeout=timeout, earlier=bool(earlier))
+    uses_vllm = any(one.config.evaluate.backend == "vllm" for one in asked)
+    if uses_vllm and not find_spec("vllm"):
+        remark("vLLM is not installed here: the job takes the library versions that it needs, not those here")
     if options["dry_run"]:
         return
     name = asked[0].out.name if len(asked) == 1 else f"{asked[0].out.name}-and-{len(asked) - 1}-more"
     order = jobs.Order(
-        owner, name, build, text.encode(), files, options["rerun"], requests[0].options["report_to"]
+        owner,
+        name,
+        build,
+        config_text(given).encode(),
+        files,
+        options["rerun"],
+        tracker=requests[0].options["report_to"],
+        uses_vllm=uses_vllm,
     )
     job = jobs.submit(order, hardware, timeout_seconds=timeout)
     screen.print(f"job {job.id} on {hardware}: {job.url}", soft_wrap=True)
@@ -93,67 +100,10 @@ def _check_submission(requests: list[Request]) -> tuple[str, int | None]:
         return first["on"], None if first["timeout"] is None else parse_timeout(first["timeout"])
 
 
-def _carried(
-    requests: list[Request], *, upload: bool, owner: str
-) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-    """What the job's build file says, and the local files that go up for it, by their names there.
-
-    Raises:
-        UsageError: There are some, and they may not go up.
-    """
-    from factory.jobs import MOUNT, STATE
-
-    files: dict[str, Path] = {}
-    given = []
-    for request in requests:
-        values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
-        for key in [key for key in FILES if key in values]:
-            path = references.local_path(str(values[key]))
-            if values[key] in references.aliases() or not path.exists():
-                continue
-            with request.located(key):
-                _check_upload(path, upload=upload, bucket=f"{owner}/{STATE}")
-            place = f"{LOCAL}/{_fingerprint(path)}/{path.resolve().name}"
-            files |= {f"{place}{inside}": file for inside, file in _inside(path)}
-            values[key] = f"{MOUNT}/{place}"
-        given.append(values)
-    return given, files
-
-
-def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
-    """Ask before something of this machine goes up; without a terminal, ask for the flag."""
-    if upload:
-        return
-    asks = sys.stdin.isatty() and sys.stderr.isatty()
-    if asks and click.confirm(
-        f"{path} is on this machine: upload it to your private bucket {bucket}?", err=True
-    ):
-        return
-    raise UsageError(
-        f"{str(path)!r} is on this machine, where no job can read it",
-        hint=f"--upload puts it into your private bucket {bucket} first",
-    )
-
-
-def _fingerprint(path: Path) -> str:
-    """Tells local paths of one name apart."""
-    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-
-
-def _inside(path: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a path, with what follows the path's own name."""
-    if path.is_file():
-        yield "", path
-        return
-    for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-            yield f"/{inside.as_posix()}", file
-
-
-def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list["Preview"]]:
-    """Everything that can be wrong with the builds, before anything goes up."""
+def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list["Preview"], str]:
+    """Everything that can be wrong with the builds, before anything goes up; also their hash."""
     from factory import pipeline
+    from factory.artifacts import canonical_json
     from factory.commands.build import look_at_all
     from factory.decoder import check_decoder
     from factory.identity import check_tasks
@@ -162,11 +112,15 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
     from factory.run import check_texts, open_texts
 
     asked = look_at_all(requests)
-    previews = []
+    previews, identities = [], []
     for request, one in zip(requests, asked, strict=True):
         with request.located(), _not_here():
             check_tasks(one.config.evaluate, search=False)
-            check_texts(open_texts(one.config))
+            if one.config.evaluate.backend == "vllm" and not found.has_gpu:
+                raise UsageError(f"--eval-backend vllm on {found.name}, which has no GPU", hint=NEEDS_GPU)
+            texts = open_texts(one.config)
+            check_texts(texts)
+            identities.append(_identity(one, texts, push_to=request.options["push_to"]))
             if not one.source.remote_code:
                 check_decoder(one.source.config, num_parameters=one.source.num_parameters)
             shown = preview(
@@ -178,7 +132,26 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
             )
             check_fits(found, shown.memory_needed)
             previews.append(shown)
-    return asked, previews
+    build = hashlib.sha256(canonical_json(sorted(identities)).encode()).hexdigest()[:16]
+    return asked, previews, build
+
+
+def _identity(asked: "Asked", texts: "Texts", *, push_to: str | None) -> str:
+    """What a build makes and where it goes: equal however it was asked for."""
+    from factory.artifacts import canonical_json
+    from factory.hub import full_name
+    from factory.identity import task_identity, text_identity
+
+    config = asked.config
+    used = [texts.calibration, texts.evaluation, *([texts.healing] if config.heal_enabled else [])]
+    made_by = config.model_dump(
+        mode="json", exclude={"reference", *(() if config.heal_enabled else ("heal", "merge_base"))}
+    )
+    for part in ("measure", "heal", "evaluate"):
+        made_by.get(part, {}).pop("data", None)
+    made_by["evaluate"]["tasks"] = [task_identity(task) for task in config.evaluate.tasks]
+    names = [text_identity(text.data) for text in used]
+    return canonical_json([asked.source.commit, made_by, names, full_name(push_to) if push_to else None])
 
 
 @contextmanager

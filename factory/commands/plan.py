@@ -197,7 +197,7 @@ def _start(
     """What both commands begin with: the source, a run for it, and who is told."""
     from factory.config import load_recipe
     from factory.decoder import check_decoder
-    from factory.identity import check_tasks
+    from factory.identity import check_backend, check_tasks
     from factory.run import Run, check_texts, open_texts
     from factory.screen import StageLines, console
     from factory.store import Store, default_home
@@ -213,6 +213,7 @@ def _start(
         check_decoder(source.config, num_parameters=source.num_parameters)
     sweeps = "tasks" in options
     if sweeps:
+        check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True)
     texts = open_texts(config, measures=measures, heals=sweeps and config.heal_enabled, evaluates=sweeps)
     check_texts(texts)

@@ -1,0 +1,125 @@
+"""What a job is given: the build file that it reads, and the files of this machine that this names."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from factory import references
+from factory.commands.entries import Request
+from factory.errors import UsageError
+
+OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
+LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
+FILES = ("model", "calibration-data", "heal-data", "eval-data")
+PARTS_OF_A_TASK = (".yaml", ".yml", ".py")  # which a task file can include, beside it
+
+Files = dict[str, Path | bytes]  # name below the mount → what goes up
+
+
+def carried(requests: list[Request], *, upload: bool, bucket: str) -> tuple[list[dict[str, Any]], Files]:
+    """What the job's build file says, and the local files that go up for it, by their names there.
+
+    Args:
+        upload: They may go up.
+
+    Raises:
+        UsageError: There are some, and they may not.
+    """
+    files: Files = {}
+    given = []
+    for request in requests:
+        values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
+        for key in [key for key in FILES if key in values]:
+            path = references.local_path(str(values[key]))
+            if values[key] in references.aliases() or not path.exists():
+                continue
+            with request.located(key):
+                _check_upload(path, upload=upload, bucket=bucket)
+            values[key] = _take(path, files)
+        if "tasks" in values:
+            with request.located("tasks"):
+                values["tasks"] = _tasks(str(values["tasks"]), files, upload=upload, bucket=bucket)
+        given.append(values)
+    return given, files
+
+
+def _take(path: Path, files: Files) -> str:
+    """Add a local path to what goes up; where the job finds it."""
+    place = f"{_place(path)}/{path.resolve().name}"
+    files |= {f"{place}{inside}": file for inside, file in _inside(path)}
+    return _mounted(place)
+
+
+def _tasks(tasks: str, files: Files, *, upload: bool, bucket: str) -> str:
+    """--tasks for the job: a task file goes up with the questions that it names and what it may include."""
+    from factory.identity import is_task_file, task_name
+
+    names = [name.strip() for name in tasks.split(",")]
+    for index, name in enumerate(names):
+        if not is_task_file(name):
+            continue
+        task = Path(name)
+        task_name(task)  # that it is there, and a task
+        _check_upload(task, upload=upload, bucket=bucket)
+        place = _place(task.parent)
+        for part in sorted(task.parent.iterdir()):
+            if part.suffix in PARTS_OF_A_TASK and part.is_file():
+                files[f"{place}/{part.name}"] = _part(part, files, upload=upload, bucket=bucket)
+        names[index] = _mounted(f"{place}/{task.name}")
+    return ",".join(names)
+
+
+def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
+    """A file of a task; one that names local data, with the names that these have in the job."""
+    from factory.identity import local_data
+
+    named = local_data(part)
+    if not named:
+        return part
+    text = part.read_text(encoding="utf-8")
+    for data in named:
+        _check_upload(Path(data), upload=upload, bucket=bucket)
+        text = re.sub(rf"(?<![\w./-]){re.escape(data)}(?![\w./-])", _take(Path(data), files), text)
+    return text.encode()
+
+
+def _mounted(place: str) -> str:
+    from factory.jobs import MOUNT
+
+    return f"{MOUNT}/{place}"
+
+
+def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
+    """Ask before something of this machine goes up; without a terminal, ask for the flag."""
+    if upload:
+        return
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if asks and click.confirm(
+        f"{path} is on this machine: upload it to your private bucket {bucket}?", err=True
+    ):
+        return
+    raise UsageError(
+        f"{str(path)!r} is on this machine, where no job can read it",
+        hint=f"--upload puts it into your private bucket {bucket} first",
+    )
+
+
+def _place(path: Path) -> str:
+    """Tells local paths of one name apart."""
+    return f"{LOCAL}/{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+
+
+def _inside(path: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a path, with what follows the path's own name."""
+    if path.is_file():
+        yield "", path
+        return
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield f"/{inside.as_posix()}", file
