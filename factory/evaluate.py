@@ -14,7 +14,7 @@ from factory import processes
 from factory.artifacts import Evaluation, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
-from factory.harness import load_task, score_task, vllm_model
+from factory.harness import load_tasks, score_task, vllm_model
 from factory.models import compute_dtype, load_model, load_tokenizer, pad_batch, row_losses
 from factory.significance import read_answers, read_losses, write_answers, write_losses
 from factory.texts import Text, windows
@@ -43,8 +43,7 @@ def evaluate(
         UsageError: An unknown task.
     """
     with processes.main_first():
-        for task in settings.tasks:  # what can fail for want of a connection comes before the work
-            load_task(task, shots=settings.num_fewshot.get(task))
+        load_tasks(settings)  # what can fail for want of a connection comes before the work
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)

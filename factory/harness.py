@@ -122,6 +122,18 @@ def vllm_arguments(folder: Path, *, num_gpus: int) -> dict[str, Any]:
     }
 
 
+def load_tasks(settings: EvaluateSettings) -> None:
+    """Load all tasks with their data, so that what cannot be had shows before the work.
+
+    Raises:
+        DataError: A task's questions that cannot be read.
+        HubError: The questions could not be had from the Hub.
+        UsageError: An unknown task, or a task file that does not fit its data.
+    """
+    for task in settings.tasks:
+        load_task(task, shots=settings.num_fewshot.get(task))
+
+
 @lru_cache
 def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
     """The task's name, and lm-eval's task or tasks with their data; once for all models of a build.

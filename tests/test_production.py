@@ -365,12 +365,16 @@ def test_a_refusal_that_repeats_the_token_is_printed_without_it(lfs: Way, path: 
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_questions_that_cannot_be_had_are_told_in_one_line(xet: Way) -> None:
+def test_questions_that_cannot_be_had_are_told_in_one_line_before_the_model_is_pulled(xet: Way) -> None:
     refusal(xet.hub, "GET", f"/api/datasets/{BOOLQ}/tree/")
     command = factory(*COMMAND[:4], *SHORTER, "--tasks", "boolq", "--limit", "3", "--out", "elsewhere")
-    done = xet.run(*command, HF_DEBUG="0", HF_HUB_VERBOSITY="error", HF_HOME=str(xet.home / "third cache"))
+    own = {"HF_HOME": str(xet.home / "third cache"), "FACTORY_HOME": str(xet.home / "third home")}
+    done = xet.run(*command, HF_DEBUG="0", HF_HUB_VERBOSITY="error", **own)
     xet.hub.app.faults.clear()
     assert done.returncode == 1
+    assert "time" in done.stdout  # what will happen was shown, and nothing of it has
+    assert not {"✓", "="} & set(done.stdout)
+    assert not (xet.home / "third home" / "stages").exists()
     assert done.stderr.splitlines() == [
         f"error: the Hub denies access to datasets/{BOOLQ}: no: … is not allowed",
         "hint: use a token that may read it",

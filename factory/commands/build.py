@@ -147,12 +147,30 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
         if as_json:
             shown = [vars(one.preview) for one in ready]
             print_json(shown[0] if len(shown) == 1 else shown)
-    elif len(ready) == 1:
+        return
+    for one in ready:
+        with one.request.located("tasks"):
+            _open_tasks(one, reporter)
+    if len(ready) == 1:
         _, result = _make(ready[0], reporter)
         if as_json:
             print_json(result)
     else:
         _make_all(ready, reporter, as_json=as_json)
+
+
+def _open_tasks(ready: Ready, reporter: "StageLines") -> None:
+    """Load the questions that the models will answer: hours later is too late to hear that they are gone."""
+    settings = ready.asked.config.evaluate
+    if "evaluate" not in ready.pending or not settings.tasks:
+        return
+    from factory.harness import load_tasks
+
+    reporter.started("questions")
+    try:
+        load_tasks(settings)
+    finally:
+        reporter.stop()
 
 
 def look_at_all(requests: list[Request]) -> list[Asked]:
