@@ -44,7 +44,7 @@ AUXILIARY = (
 # Of tokenizer_config.json: transformers writes them and does without them.
 LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 
-Transform = Callable[[str, TensorInfo], bytes | memoryview | None]
+Transform = Callable[[str, TensorInfo], Iterable[bytes | memoryview] | None]
 Progress = Callable[[int, int], None]
 
 
@@ -159,7 +159,7 @@ def write_checkpoint(
     transform: Transform | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-) -> list[str]:
+) -> dict[str, str]:
     """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
 
     Nothing larger than a block is held in memory, save what `transform` returns. Tensors keep the order of
@@ -170,12 +170,12 @@ def write_checkpoint(
         tensors: Pairs (new name, where its values lie).
         folder: Exists; weight files that an earlier attempt left in it are removed first.
         max_shard_bytes: A larger checkpoint is split; a single tensor never is.
-        transform: Gives the new values of a tensor, as many bytes as before, or None to copy it.
+        transform: Gives the new values of a tensor in parts, as many bytes as before, or None to copy it.
         metadata: Of each file's header; {"format": "pt"} where None.
         progress: Called with (bytes done, bytes in all).
 
     Returns:
-        Names of the weight files. The index, where there is one, lies beside them and is not listed.
+        Weight file name → sha256. The index, where there is one, lies beside them and is not listed.
 
     Raises:
         CheckpointError: Two tensors with one name, a source that changed, a transform of another size.
@@ -186,19 +186,25 @@ def write_checkpoint(
     total_bytes = sum(tensor.size_bytes for shard in shards for _, tensor in shard)
     done_bytes = 0
     weight_map: dict[str, str] = {}
+    sums: dict[str, str] = {}
+
+    def tell(count: int) -> None:
+        nonlocal done_bytes
+        done_bytes += count
+        if progress:
+            progress(done_bytes, total_bytes)
+
     with _disk_errors(folder, total_bytes):
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             header = _header(shard, metadata={"format": "pt"} if metadata is None else metadata)
-            for count in assemble(folder / name, _parts(shard, transform=transform), header=header):
-                done_bytes += count
-                if progress:
-                    progress(done_bytes, total_bytes)
+            parts = _parts(shard, transform=transform)
+            sums[name] = assemble(folder / name, parts, header=header, progress=tell)
             weight_map.update((tensor, name) for tensor, _ in shard)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return sorted(set(weight_map.values()))
+    return sums
 
 
 def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -269,11 +275,14 @@ def _parts(
         values = transform(name, tensor) if transform else None
         if values is None:
             yield tensor
-        elif len(values) == tensor.size_bytes:
-            yield memoryview(values)
-        else:
+            continue
+        size_bytes = 0
+        for part in values:
+            size_bytes += len(part)
+            yield memoryview(part)
+        if size_bytes != tensor.size_bytes:
             raise CheckpointError(
-                f"{name!r} was given {len(values)} bytes for {tensor.size_bytes}",
+                f"{name!r} was given {size_bytes} bytes for {tensor.size_bytes}",
                 hint="please report this bug",
             )
 

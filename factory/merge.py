@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from factory.errors import CheckpointError, VerificationError
 from factory.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
 from factory.models import load_model, round_to_nf4, token_loss
 from factory.reload import parameter_names, quantized_modules, transposed_modules
+from factory.transfer import read_blocks
 
 Base = Literal["auto", "bf16", "nf4"]
 
@@ -32,7 +34,7 @@ KNOWN_FIELDS = {
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-ROWS = 128  # of a weight that are added to at once: they stay in the processor's cache
+ROWS = 128  # of a weight that are read, added to and written at once: they stay in the processor's cache
 # Other initialisations change the base weights too, so that B·A does not belong to those on disk.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -110,17 +112,17 @@ def _merge(
         modules = quantized_modules(pruned.folder)
         rounded = {names[f"{m}.weight"]: m in transposed for m in modules if f"{m}.weight" in names}
 
-    def transform(name: str, tensor: TensorInfo) -> memoryview | None:
+    def transform(name: str, tensor: TensorInfo) -> Iterator[memoryview] | None:
         if name not in updates and name not in rounded:
             return None
         return merged_values(
             tensor, updates.get(name), nf4=name in rounded, transposed=rounded.get(name, False)
         )
 
-    written = checkpoint.write_checkpoint(
-        tensors.items(), folder=folder, transform=transform, progress=progress
-    )
-    files = checkpoint.sha256_of_files(folder, written)
+    with _one_thread():
+        files = checkpoint.write_checkpoint(
+            tensors.items(), folder=folder, transform=transform, progress=progress
+        )
     checkpoint.copy_auxiliary_files(pruned.folder, folder)
     shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
     return Checkpoint(
@@ -131,6 +133,17 @@ def _merge(
         files=files,
         merge_base=BASE_NAMES[base],
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For products of a few rows: threads would wait for each other at the end of each, spinning."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_updates(
@@ -170,8 +183,8 @@ def read_updates(
 
 def merged_values(
     tensor: TensorInfo, update: Update | None, *, nf4: bool = False, transposed: bool = False
-) -> memoryview:
-    """Values of W + scale · B·A in W's dtype, rounded once from fp32 (fp64 for fp64 weights).
+) -> Iterator[memoryview]:
+    """Values of W + scale · B·A in W's dtype, some rows at a time, rounded once from fp32 (fp64 for fp64).
 
     Args:
         nf4: Take for W what NF4 makes of it.
@@ -182,24 +195,29 @@ def merged_values(
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
-    weight = _load(tensor)
     if nf4:
+        weight = _load(tensor)
         weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
+        blocks = (weight[start : start + ROWS] for start in range(0, len(weight), ROWS))
+    else:
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        blocks = (
+            torch.frombuffer(block, dtype=dtype).view(-1, *tensor.shape[1:])
+            for block in read_blocks(tensor, block_bytes=ROWS * row_bytes)
+        )
     if update:
         a, b = (_load(info).to(compute) for info in (update.a, update.b))
-        if update.transposed:
-            a, b = b.T, a.T  # (B·A)ᵀ = Aᵀ·Bᵀ
-        for start in range(0, len(weight), ROWS):
-            rows = weight[start : start + ROWS]
-            rows.copy_(torch.addmm(rows.to(compute), b[start : start + ROWS], a, alpha=update.scale))
-    merged = weight.to(dtype)
-    if not all(math.isfinite(value) for value in torch.aminmax(merged)):
-        raise VerificationError(
-            f"merging makes {tensor.name!r} infinite or not a number",
-            hint="the training diverged; heal with a lower learning rate",
-        )
-    values: memoryview = merged.reshape(-1).view(torch.uint8).numpy().data
-    return values
+        a, b = (b.T, a.T) if update.transposed else (a, b)  # (B·A)ᵀ = Aᵀ·Bᵀ
+    for number, block in enumerate(blocks):
+        rows = slice(number * ROWS, (number + 1) * ROWS)
+        merged = torch.addmm(block.to(compute), b[rows], a, alpha=update.scale) if update else block
+        merged = merged.to(dtype)
+        if not all(math.isfinite(value) for value in torch.aminmax(merged)):
+            raise VerificationError(
+                f"merging makes {tensor.name!r} infinite or not a number",
+                hint="the training diverged; heal with a lower learning rate",
+            )
+        yield merged.view(-1).view(torch.uint8).numpy().data
 
 
 def _load(tensor: TensorInfo) -> torch.Tensor:

@@ -69,9 +69,7 @@ def prune(
     if not source.remote_code:
         config.pop("auto_map", None)  # names code that is neither needed nor copied
     config.pop("_name_or_path", None)  # where somebody had it on disk
-    files = checkpoint.sha256_of_files(
-        folder, checkpoint.write_checkpoint(kept, folder=folder, progress=progress)
-    )
+    files = checkpoint.write_checkpoint(kept, folder=folder, progress=progress)
     checkpoint.copy_auxiliary_files(source_folder, folder)
     (folder / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -1,10 +1,13 @@
-"""One file put together from ranges of others, copied by the kernel where it can."""
+"""One file put together from ranges of others, copied by the kernel where it can, and its checksum."""
 
 import errno
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 
 from factory.header import TensorInfo, damaged
 
@@ -12,40 +15,67 @@ BLOCK_BYTES = 2**20  # of one step: in the processor's cache where bytes pass th
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
-def assemble(path: Path, parts: Iterable[TensorInfo | memoryview], *, header: bytes) -> Iterator[int]:
-    """Write a new file from tensors of other files and values in memory.
+def assemble(
+    path: Path,
+    parts: Iterable[TensorInfo | memoryview],
+    *,
+    header: bytes,
+    progress: Callable[[int], None] = lambda _: None,
+) -> str:
+    """Write a new file from tensors of other files and values in memory; returns its sha256.
 
-    Nothing is synced to the disk, and no more than a block is held in memory.
+    Nothing is synced to the disk, and no more than a block is held in memory. A thread reads the file behind
+    the writing, while its blocks are in the system's cache: the checksum takes hardly any time of its own.
 
     Args:
         path: Must not be there yet.
         parts: In the order of the file, after the header.
-
-    Yields:
-        The bytes of each step after the header.
+        progress: Gets the bytes of each step after the header.
 
     Raises:
         CheckpointError: A source ends inside a tensor.
     """
-    with path.open("xb", buffering=0) as file:
-        for _ in _write_all(file, memoryview(header)):
-            pass
-        for part in parts:
-            yield from _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part)
+    steps: SimpleQueue[int] = SimpleQueue()
+    with ThreadPoolExecutor(max_workers=1) as behind, path.open("xb", buffering=0) as file:
+        digest = behind.submit(_sha256_behind, path, steps)
+        try:
+            for count in _write_all(file, memoryview(header)):
+                steps.put(count)
+            for part in parts:
+                for count in _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part):
+                    steps.put(count)
+                    progress(count)
+        finally:
+            steps.put(0)
+        return digest.result()
 
 
-def read_blocks(tensor: TensorInfo) -> Iterator[bytes]:
+def _sha256_behind(path: Path, steps: SimpleQueue[int]) -> str:
+    """Of a file that is being written: what each step has added, until one adds nothing."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while added := steps.get():
+            while added:
+                count = file.readinto(block[:added])
+                if not count:
+                    raise damaged(path, "somebody has cut it while it was written")
+                digest.update(block[:count])
+                added -= count
+    return digest.hexdigest()
+
+
+def read_blocks(tensor: TensorInfo, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytearray]:
     """The values of a tensor, a block at a time.
 
     Raises:
         CheckpointError: The file ends inside the tensor.
     """
-    with tensor.file.open("rb") as file:
+    with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.start)
-        for start in range(0, tensor.size_bytes, BLOCK_BYTES):
-            wanted = min(BLOCK_BYTES, tensor.size_bytes - start)
-            block = file.read(wanted)
-            if len(block) < wanted:
+        for start in range(0, tensor.size_bytes, block_bytes):
+            block = bytearray(min(block_bytes, tensor.size_bytes - start))
+            if file.readinto(block) < len(block):
                 raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
             yield block
 
