@@ -13,12 +13,13 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from factory.config import Settings
 from factory.errors import FactoryError, UsageError
-from factory.references import Criterion
+from factory.references import MOST, Criterion
 from factory.tracking import Where
 
 SUFFIXES = (".yaml", ".yml")
 UNSET: Any = None  # where a file does not say; `null` itself is nothing that a flag can be given
 LARGEST_BYTES = 1_000_000
+LONGEST = 4096  # characters of one value: a path's limit, and within what Python takes for a number
 REPLACES = {"layers": ("drop", "criterion"), "drop": ("layers",), "criterion": ("layers",)}
 Path_ = tuple[str | int, ...]
 
@@ -42,32 +43,32 @@ class BuildOptions(Settings):
     drop: float = Field(default=UNSET, gt=0, lt=1)
     layers: Listed = Field(default=UNSET)
     calibration_data: Name = Field(default=UNSET)
-    samples: int = Field(default=UNSET, ge=2)
-    sequence_length: int = Field(default=UNSET, ge=8)
+    samples: int = Field(default=UNSET, ge=2, le=MOST)
+    sequence_length: int = Field(default=UNSET, ge=8, le=MOST)
     tokens: Literal["last", "all"] = Field(default=UNSET)
     load_in_4bit: bool = Field(default=UNSET)
-    plan_documents: int = Field(default=UNSET, ge=2)
-    seed: int = Field(default=UNSET, ge=0, lt=2**32)
+    plan_documents: int = Field(default=UNSET, ge=2, le=MOST)
+    seed: int = Field(default=UNSET, ge=0, le=2**32 - 1)
     criterion: Criterion = Field(default=UNSET)
     heal_data: Name = Field(default=UNSET)
     eval_data: Name = Field(default=UNSET)
     tasks: Listed = Field(default=UNSET)
-    limit: int = Field(default=UNSET, ge=1)
+    limit: int = Field(default=UNSET, ge=1, le=MOST)
     no_heal: bool = Field(default=UNSET)
     heal: Literal["sft", "distill"] = Field(default=UNSET)
-    heal_steps: int = Field(default=UNSET, ge=1)
+    heal_steps: int = Field(default=UNSET, ge=1, le=MOST)
     heal_lr: float = Field(default=UNSET, gt=0, allow_inf_nan=False)
-    heal_rank: int = Field(default=UNSET, ge=1)
+    heal_rank: int = Field(default=UNSET, ge=1, le=MOST)
     heal_modules: Literal["ffn", "all-linear"] = Field(default=UNSET)
     heal_layers: Literal["all", "seam"] = Field(default=UNSET)
     heal_bits: Literal[4, 16] = Field(default=UNSET)
     seam_weight: float = Field(default=UNSET, ge=0, allow_inf_nan=False)
     merge_base: Literal["auto", "bf16", "nf4"] = Field(default=UNSET)
     require_healing: bool = Field(default=UNSET)
-    eval_documents: int = Field(default=UNSET, ge=2)
+    eval_documents: int = Field(default=UNSET, ge=2, le=MOST)
     eval_backend: Literal["hf", "vllm"] = Field(default=UNSET)
     out: Name = Field(default=UNSET)
-    processes: int = Field(default=UNSET, ge=1)
+    processes: int = Field(default=UNSET, ge=1, le=MOST)
     trust_remote_code: bool = Field(default=UNSET)
     push_to: Name = Field(default=UNSET)
     report_to: Where = Field(default=UNSET)
@@ -226,7 +227,7 @@ def _value(node: yaml.Node, place: Path_, lines: dict[Path_, int], name: str) ->
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UsageError(f"{name}, line {line}: a key that is no word", hint=YAML_HINT)
-            key = key_node.value
+            key = _text(key_node, name)
             if key in found:
                 before = lines[*place, key]
                 raise UsageError(
@@ -236,11 +237,23 @@ def _value(node: yaml.Node, place: Path_, lines: dict[Path_, int], name: str) ->
             lines[*place, key] = line
             found[key] = _value(value_node, (*place, key), lines, name)
         return found
-    return _scalar(node)
+    return _scalar(node, name)
 
 
-def _scalar(node: yaml.Node) -> str | float | bool | None:
+def _text(node: yaml.Node, name: str) -> str:
+    """What a scalar holds; quotation marks let it hold what no path, name or number can."""
     text: str = node.value
+    line = node.start_mark.line + 1
+    if not text.isprintable():
+        raise UsageError(f"{name}, line {line}: {ascii(text)[:60]} is no plain text", hint=YAML_HINT)
+    if len(text) > LONGEST:
+        told = f"{name}, line {line}: {text[:40]}… has {len(text):,} characters"
+        raise UsageError(told, hint="no flag takes more than a path")
+    return text
+
+
+def _scalar(node: yaml.Node, name: str) -> str | float | bool | None:
+    text = _text(node, name)
     match node.tag.rsplit(":", 1)[-1]:
         case "null":
             return None

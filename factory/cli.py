@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,8 @@ from factory.commands.prune import prune
 from factory.disk import no_room
 from factory.errors import FactoryError, UsageError
 from factory.memory import no_memory
+
+LONG = re.compile(r"\S{400,}")  # no word of ours
 
 
 @click.group(context_settings=CONTEXT)
@@ -99,5 +102,6 @@ def _fail(message: str, hint: str, *, code: int) -> None:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, so that no name or message can paint the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    """Without control characters, so that no text paints the terminal; a long word is cut."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return LONG.sub(lambda word: f"{word[0][:60]}… ({len(word[0]):,} characters)", plain)

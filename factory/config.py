@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from factory.errors import DropError
-from factory.references import RECIPES, Criterion, aliases, unknown_model
+from factory.references import MOST, RECIPES, Criterion, aliases, unknown_model
 
 
 class Settings(BaseModel):
@@ -20,9 +20,11 @@ class MeasureSettings(Settings):
     """How the angular distances are measured."""
 
     data: str = "allenai/c4:en"
-    num_samples: int | None = Field(default=None, ge=2)  # None: until the choice of the block is certain
-    max_samples: int = Field(default=2048, ge=2)  # then at most this many
-    sequence_length: int = Field(default=2048, ge=2)  # tokens
+    num_samples: int | None = Field(
+        default=None, ge=2, le=MOST
+    )  # None: until the choice of the block is certain
+    max_samples: int = Field(default=2048, ge=2, le=MOST)  # then at most this many
+    sequence_length: int = Field(default=2048, ge=2, le=MOST)  # tokens
     exact_length: bool = False  # it was asked for: at least one sample must have it
     tokens: Literal["last", "all"] = "last"  # whose states are compared
     four_bit: bool = False  # NF4
@@ -33,8 +35,8 @@ class PlanSettings(Settings):
 
     criterion: Criterion = "angular"
     layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
-    num_documents: int = Field(default=32, ge=2)  # of the calibration text
-    sequence_length: int = Field(default=512, ge=8)  # tokens
+    num_documents: int = Field(default=32, ge=2, le=MOST)  # of the calibration text
+    sequence_length: int = Field(default=512, ge=8, le=MOST)  # tokens
 
 
 class HealSettings(Settings):
@@ -47,23 +49,23 @@ class HealSettings(Settings):
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
     bits: Literal[4, 16] = 4  # of the weights under the adapter: NF4, or as they are
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    rank: int = Field(default=64, ge=1)  # LoRA alpha equals it
+    rank: int = Field(default=64, ge=1, le=MOST)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    num_steps: int = Field(default=5000, ge=1)
-    warmup_steps: int = Field(default=100, ge=0)
-    batch_size: int = Field(default=16, ge=1)  # sequences an optimiser step
-    sequence_length: int = Field(default=2048, ge=8)  # tokens
+    num_steps: int = Field(default=5000, ge=1, le=MOST)
+    warmup_steps: int = Field(default=100, ge=0, le=MOST)
+    batch_size: int = Field(default=16, ge=1, le=MOST)  # sequences an optimiser step
+    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
 
 
 class EvaluateSettings(Settings):
     """What the three models are compared on."""
 
     data: str = "allenai/c4:en"
-    num_documents: int = Field(default=1000, ge=2)
-    sequence_length: int = Field(default=2048, ge=8)  # tokens
+    num_documents: int = Field(default=1000, ge=2, le=MOST)
+    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
     tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
-    limit: int | None = Field(default=None, ge=1)  # samples a task; None: all of them
+    limit: int | None = Field(default=None, ge=1, le=MOST)  # samples a task; None: all of them
     backend: Literal["hf", "vllm"] = "hf"  # that answers the tasks; the loss is always transformers'
 
 

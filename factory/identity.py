@@ -36,7 +36,7 @@ def task_identity(task: str) -> str:
     """A task's name; for a YAML file with its content and that of the files beside it."""
     if is_task_file(task):
         return f"{Path(task).name}:{_folder_hash(Path(task))}"
-    if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
+    if _is_embedded(task):
         return f"{task}:{corpus.fingerprint('held-out')}"  # its questions are made from that text
     return task
 
@@ -44,6 +44,10 @@ def task_identity(task: str) -> str:
 def is_task_file(task: str) -> bool:
     """Whether a task is given as a file, not by name."""
     return Path(task).suffix in TASK_SUFFIXES
+
+
+def _is_embedded(task: str) -> bool:
+    return task in {path.stem for path in EMBEDDED_TASKS.glob("*.yaml")}
 
 
 def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
@@ -59,7 +63,7 @@ def check_tasks(settings: EvaluateSettings, *, search: bool) -> None:
     for task in settings.tasks:
         if is_task_file(task):
             task_name(Path(task))
-        elif not (EMBEDDED_TASKS / f"{task}.yaml").is_file() and task not in KNOWN_TASKS:
+        elif not _is_embedded(task) and task not in KNOWN_TASKS:
             unknown.append(task)
     if unknown and search:
         from lm_eval.tasks import TaskManager
@@ -100,11 +104,13 @@ def task_name(path: Path) -> str:
     Raises:
         UsageError: No such file, no YAML, or one that names no task.
     """
-    if not path.is_file():
-        raise UsageError(f"task file {str(path)!r} does not exist", hint="give a task name or a YAML file")
+    if not local_path(str(path)).is_file():
+        raise UsageError(
+            f"task file {str(path)[:200]!r} does not exist", hint="give a task name or a YAML file"
+        )
     try:
         value: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UsageError(
             f"task file {str(path)!r} is no YAML: {str(error).splitlines()[0]}", hint="mend it"
         ) from error

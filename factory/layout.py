@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,14 @@ def check_out(out: Path) -> None:
         StoreError: A file, a folder that is no build, or a place that cannot be written.
     """
     out = out.absolute()
-    above = next((path for path in out.parents if path.exists()), out)
+    try:  # it is laid out beside itself
+        with suppress(FileNotFoundError, NotADirectoryError):
+            out.with_name(f".{out.name}{PARTIAL}").lstat()
+        above = next((path for path in out.parents if path.exists()), out)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write a build to {out}: {error.strerror}", hint="give another folder with --out"
+        ) from error
     if out == Path(out.anchor) or not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
     parts = (Build.file_name, DistanceProfile.file_name, "model")

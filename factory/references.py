@@ -16,6 +16,7 @@ NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
 Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]  # how layers are chosen
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
+MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
 
 
 def aliases() -> list[str]:

@@ -14,6 +14,7 @@ from factory import buildfile, cli
 from factory.buildfile import BuildOptions
 from factory.commands.build import build
 from factory.commands.entries import ONCE, Request, flag_of, requests
+from factory.identity import task_identity
 
 SCHEMA = Path(__file__).parent / "golden" / "build.schema.json"
 
@@ -208,6 +209,43 @@ def test_no_flag_is_passed_over_in_silence(words: list[str], said: str) -> None:
         asked("demo", "--drop", "0.3", *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", ""], "--out is empty"),
+        (["--home", " "], "--home is empty"),
+        (["--out", "x" * 400], "File name too long"),
+        (["--out", "x" * 250], "File name too long"),  # for what it is laid out in
+        (["--home", "x" * 5000], "File name too long"),
+        (["--samples", "9" * 400], "is not in the range"),
+        (["--heal-rank", "9" * 400], "is not in the range"),
+        (["--seed", "9" * 5000], " characters)"),
+        (["--drop", "9" * 5000], " characters)"),
+        (["--seam-weight", "nan"], "--seam-weight nan"),
+        (["--tasks", "x" * 400 + ".yaml"], "does not exist"),
+    ],
+)
+def test_a_value_without_measure_is_one_short_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FACTORY_HOME", str(tmp_path / "home"))
+    assert run("build", "demo", "--drop", "0.3", *words, monkeypatch=monkeypatch) in (1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert said in lines[0]
+    assert max(map(len, lines)) < 800
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_whose_name_is_too_long_for_a_file_is_a_name() -> None:
+    assert task_identity("x" * 400) == "x" * 400
+
+
 def test_what_is_typed_goes_before_the_file_and_an_entry_before_what_all_share(tmp_path: Path) -> None:
     path = tmp_path / "build.yaml"
     path.write_text(
@@ -248,7 +286,7 @@ def test_a_file_holds_every_flag_of_a_build_within_the_same_limits() -> None:
     for flag, option in options.items():
         if isinstance(option.type, click.IntRange) and flag in fields:
             low = next((m.ge for m in fields[flag].metadata if hasattr(m, "ge")), None)
-            high = next((m.lt - 1 for m in fields[flag].metadata if hasattr(m, "lt")), None)
+            high = next((m.le for m in fields[flag].metadata if hasattr(m, "le")), None)
             assert (low, high) == (option.type.min, option.type.max), flag
         if isinstance(option.type, click.Choice) and flag in fields:
             assert fields[flag].annotation.__args__ == tuple(option.type.choices)  # type: ignore[union-attr]

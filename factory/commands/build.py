@@ -12,8 +12,10 @@ from factory.commands.asked import Asked, ask, pull_source
 from factory.commands.entries import Request, config_text, requests
 from factory.commands.options import (
     CONTEXT,
+    Count,
     Fraction,
     Layers,
+    Place,
     backend_option,
     heal_option,
     home_option,
@@ -58,12 +60,12 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the other two.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
-@click.option("--limit", type=click.IntRange(1), help="Samples a task, for a quick look.")
+@click.option("--limit", type=Count(1), help="Samples a task, for a quick look.")
 @click.option("--no-heal", "heal_enabled", flag_value=False, default=True, help="Leave the cut as it is.")
 @heal_option
-@click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
+@click.option("--heal-steps", type=Count(1), help="Optimiser steps.")
 @click.option("--heal-lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--heal-rank", type=click.IntRange(1), help="LoRA rank; alpha equals it.")
+@click.option("--heal-rank", type=Count(1), help="LoRA rank; alpha equals it.")
 @click.option("--heal-modules", type=click.Choice(["ffn", "all-linear"]), help="What gets an adapter.")
 @click.option(
     "--heal-layers", type=click.Choice(["all", "seam"]), help="seam: only from the one before the cut on."
@@ -78,9 +80,9 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
     help="What the adapter is added to: the source's weights, NF4's, or what is better.  [default: auto]",
 )
 @click.option("--require-healing", is_flag=True, help="Fail where healing did not lower the held-back loss.")
-@click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@click.option("--eval-documents", type=Count(2), help="Documents for the loss.")
 @backend_option
-@click.option("--out", type=click.Path(path_type=Path), help="Build folder.  [default: builds/NAME]")
+@click.option("--out", type=Place(), help="Build folder.  [default: builds/NAME]")
 @home_option
 @processes_option
 @trust_option

@@ -138,6 +138,8 @@ def _check_options(options: dict[str, Any], context: click.Context) -> None:
         )
     if rate is not None and not math.isfinite(rate):
         raise UsageError(f"--heal-lr {rate} is no learning rate", hint="--heal-lr 3e-4")
+    if options["seam_weight"] is not None and not math.isfinite(options["seam_weight"]):
+        raise UsageError(f"--seam-weight {options['seam_weight']} is no weight", hint="--seam-weight 0.1")
     if options["public"] and not repository:
         raise UsageError("--public without --push-to", hint="add --push-to owner/name")
     if repository is not None and not re.fullmatch(r"([\w.-]+/|~/)?[\w.-]+", repository):

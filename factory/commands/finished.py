@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from factory.commands.options import CONTEXT, build_folder, home_option
+from factory.commands.options import CONTEXT, Place, build_folder, home_option
 from factory.commands.publishing import check_publishable, license_option, publish
 from factory.errors import UsageError
 
@@ -13,7 +13,7 @@ USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.argument("folder", type=Place(), metavar="BUILD")
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
 @click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
@@ -35,7 +35,7 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.argument("folder", type=Place(), metavar="BUILD")
 def show(folder: Path) -> None:
     """Show the result of a finished BUILD again."""
     from factory.artifacts import Build, DistanceProfile
@@ -50,7 +50,7 @@ def show(folder: Path) -> None:
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.argument("folder", type=Place(), metavar="BUILD")
 @home_option
 @click.option("--accept", is_flag=True, help="Take the files as they are now: you changed them yourself.")
 def verify(folder: Path, home: Path | None, accept: bool) -> None:
@@ -73,11 +73,9 @@ def verify(folder: Path, home: Path | None, accept: bool) -> None:
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path), metavar="BUILD")
+@click.argument("folder", type=Place(), metavar="BUILD")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of the page.  [default: one that is free]")
-@click.option(
-    "--source", type=click.Path(path_type=Path), help="Folder of the model that BUILD was made from."
-)
+@click.option("--source", type=Place(), help="Folder of the model that BUILD was made from.")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @click.option(
     "--deploy",

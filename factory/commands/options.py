@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from factory.errors import UsageError
+from factory.references import MOST
 from factory.tracking import WHERE
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -69,6 +70,34 @@ class Layers(click.ParamType[tuple[int, ...]]):
         return tuple(sorted(layers))
 
 
+class Count(click.IntRange):
+    """How many of something, at least so many."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(least, MOST)
+
+
+class Place(click.Path):
+    """A file or folder, whether it is there or not."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what can be no path: an empty one would be the folder that one is in."""
+        option = param.opts[-1] if isinstance(param, click.Option) else "the path"
+        if not os.fspath(value).strip():
+            raise UsageError(f"{option} is empty", hint="give a path, or leave it out")
+        try:
+            Path(value).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"{option} {str(value)[:100]!r}: {reason}", hint="give another path") from error
+        return super().convert(value, param, ctx)
+
+
 def measuring_options(command: Any) -> Any:
     """Options of every command that measures."""
     for option in reversed(
@@ -76,21 +105,17 @@ def measuring_options(command: Any) -> Any:
             click.option("--calibration-data", metavar="DATA", help="Text to measure on."),
             click.option(
                 "--samples",
-                type=click.IntRange(2),
+                type=Count(2),
                 help="Documents to measure on.  [default: until the choice is certain]",
             ),
-            click.option(
-                "--sequence-length", type=click.IntRange(8), help="Tokens a sequence, in all stages."
-            ),
+            click.option("--sequence-length", type=Count(8), help="Tokens a sequence, in all stages."),
             click.option(
                 "--tokens",
                 type=click.Choice(["last", "all"]),
                 help="Whose states are compared; all: without the first.  [default: last]",
             ),
             click.option("--load-in-4bit", "four_bit", is_flag=True, help="Measure the model in NF4."),
-            click.option(
-                "--plan-documents", type=click.IntRange(2), help="Documents for a choice by the loss."
-            ),
+            click.option("--plan-documents", type=Count(2), help="Documents for a choice by the loss."),
             click.option(
                 "--seed",
                 type=click.IntRange(0, 2**32 - 1),
@@ -117,7 +142,7 @@ heal_option = click.option(
 
 home_option = click.option(
     "--home",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=Place(file_okay=False),
     envvar="FACTORY_HOME",
     help="Where finished stages are kept, for reuse by all builds.  [default: user cache]",
 )
@@ -132,7 +157,7 @@ backend_option = click.option(
 
 processes_option = click.option(
     "--processes",
-    type=click.IntRange(1),
+    type=Count(1),
     help="Processes to measure, heal and evaluate with, one a GPU.  [default: one for each GPU]",
 )
 

@@ -10,8 +10,10 @@ from factory import references
 from factory.commands.asked import pull_source, resolve_model, settle_options
 from factory.commands.options import (
     CONTEXT,
+    Count,
     Fraction,
     Fractions,
+    Place,
     backend_option,
     heal_option,
     home_option,
@@ -40,14 +42,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--profile",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="Distances measured elsewhere: a profile.json, or a CSV of PruneMe.",
 )
 @measuring_options
 @home_option
 @processes_option
 @trust_option
-@click.option("--save", type=click.Path(path_type=Path, file_okay=False), help="Folder for plans and figure.")
+@click.option("--save", type=Place(file_okay=False), help="Folder for plans and figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def plan(model: str, drop: float, **options: Any) -> None:
     """Show which layers of MODEL could go, before anything is cut.
@@ -126,23 +128,23 @@ def _build_command(chosen: "PruningPlan") -> str:
 @click.option("--criterion", type=click.Choice(references.CRITERIA), help="[default: angular]")
 @measuring_options
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the others.")
-@click.option("--eval-documents", type=click.IntRange(2), help="Documents for the loss.")
+@click.option("--eval-documents", type=Count(2), help="Documents for the loss.")
 @backend_option
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=Count(1),
     default=100,
     show_default=True,
     help="Samples a task, for a quick look.",
 )
 @heal_option
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
-@click.option("--heal-steps", type=click.IntRange(1), help="Optimiser steps.")
+@click.option("--heal-steps", type=Count(1), help="Optimiser steps.")
 @home_option
 @processes_option
 @trust_option
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: sweeps/NAME]")
+@click.option("--out", type=Place(file_okay=False), help="[default: sweeps/NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     """Show the plateau and the cliff of MODEL: quality against the fraction of layers dropped.

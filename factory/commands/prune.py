@@ -8,7 +8,7 @@ import click
 
 from factory import references
 from factory.commands.asked import pull_source, resolve_model
-from factory.commands.options import CONTEXT, Layers, home_option, print_json, trust_option
+from factory.commands.options import CONTEXT, Layers, Place, home_option, print_json, trust_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--layers", type=Layers(), required=True, metavar="3,7,21-24", help="Layers that go, counted from 0."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the smaller model.")
+@click.option("--out", type=Place(), required=True, help="Folder of the smaller model.")
 @click.option(
     "--verify",
     "thoroughness",
