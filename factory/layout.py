@@ -117,7 +117,7 @@ def check_out(out: Path) -> None:
     out = out.absolute()
     try:  # it is laid out beside itself
         with suppress(FileNotFoundError, NotADirectoryError):
-            out.with_name(f".{out.name}{PARTIAL}").lstat()
+            (out.parent / f".{out.name}{PARTIAL}").lstat()
         above = next((path for path in out.parents if path.exists()), out)
     except OSError as error:
         raise StoreError(
