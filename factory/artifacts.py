@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from factory import __version__
 from factory.errors import StoreError
+
+AGAIN = "delete that folder and run the same command again"
 
 
 def canonical_json(value: object) -> str:
@@ -21,6 +24,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a value, by its place: "heal.rank: Input should be …"."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
 
 
 class Artifact(BaseModel):
@@ -51,11 +60,12 @@ class Artifact(BaseModel):
             if "folder" in cls.model_fields and isinstance(value, dict):
                 value["folder"] = folder
             return cls.model_validate(value)
+        except ValidationError as error:
+            by = value.get("factory_version") if isinstance(value, dict) else None
+            hint = f"install hf-factory {by}, which wrote it" if by not in (None, __version__) else AGAIN
+            raise StoreError(f"cannot read {path}: {first_problem(error)}", hint=hint) from error
         except (OSError, ValueError, RecursionError) as error:
-            raise StoreError(
-                f"cannot read {path}: {str(error).splitlines()[0]}",
-                hint="delete that folder and run the same command again",
-            ) from error
+            raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=AGAIN) from error
 
 
 class Source(Artifact):

@@ -97,7 +97,10 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     check_out(out)
     if not (out / Build.file_name).is_file():
         return None
-    found = Build.read(out)
+    try:
+        found = Build.read(out)
+    except StoreError:
+        return None  # of another version, or damaged: a build all the same, which a new one replaces
     same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
     if not (same and (out / CARD).is_file()):
         return None

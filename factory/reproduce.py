@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from factory import __version__
-from factory.artifacts import Build, DataSource, Source, layer_ranges
+from factory.artifacts import Build, DataSource, Source, first_problem, layer_ranges
 from factory.config import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.identity import is_task_file
@@ -52,10 +52,9 @@ def read_build(reference: str) -> Build:
         BuildConfig.model_validate(build.config)
     except ValidationError as error:
         by = value.get("factory_version") if isinstance(value, dict) else None
-        problem = error.errors()[0]
         raise StoreError(
             f"{Build.file_name} of {reference} is of factory {by or 'unknown'}, which {__version__} does not "
-            f"read: {'.'.join(map(str, problem['loc']))}: {problem['msg']}",
+            f"read: {first_problem(error)}",
             hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
         ) from error
     if not {"source", build.shipped} <= build.evaluations.keys():

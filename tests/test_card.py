@@ -36,7 +36,9 @@ from factory.artifacts import (
 )
 from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
 from factory.config import BuildConfig, load_recipe, settle
+from factory.errors import StoreError
 from factory.findings import recovery
+from factory.layout import read_if_same
 from factory.markdown import SMALLEST_P, markdown
 from tests.hub import Hub
 
@@ -872,6 +874,40 @@ def test_a_setting_without_an_option_is_still_on_the_card() -> None:
     config = build.config | {"heal": build.config["heal"] | {"dropout": 0.25}}
     card = render(build.model_copy(update={"config": config}), has_healing_figure=False)
     assert "| settings without an option | heal.dropout = 0.25 |" in card
+
+
+def test_a_build_with_settings_that_are_gone_by_now_still_has_its_card_which_names_them() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"schedule": "linear"}, "device_map": None}
+    card = render(build.model_copy(update={"config": config}), has_healing_figure=False)
+    told = '| settings without an option | heal.schedule = "linear", device\\_map = null |\n'
+    assert told in card
+    assert card.replace(told, "") == render(build, has_healing_figure=False)
+
+
+def test_a_setting_with_a_value_that_is_gone_by_now_is_named_in_one_line() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"objective": "rl"}}
+    old = build.model_copy(update={"config": config, "factory_version": "0.0.9"})
+    with pytest.raises(
+        StoreError, match=r"demo-drop30 is of factory 0\.0\.9, .*: heal\.objective: "
+    ) as raised:
+        render(old, has_healing_figure=False)
+    assert raised.value.hint == "install hf-factory 0.0.9"
+
+
+def test_a_field_that_this_version_does_not_have_is_named_and_the_folder_can_be_built_into_again(
+    tmp_path: Path,
+) -> None:
+    build = demo_healed()
+    for name in (Build.file_name, "profile.json"):
+        value = build.model_dump(mode="json") | {"factory_version": "0.0.9", "mood": "good"}
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(StoreError, match=r"cannot read .*build\.json: mood: Extra inputs") as raised:
+        Build.read(tmp_path)
+    assert raised.value.hint == "install hf-factory 0.0.9, which wrote it"
+    assert read_if_same(build, tmp_path) is None
 
 
 def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp_path: Path) -> None:
