@@ -79,7 +79,7 @@ def preview(
     Raises:
         DropError: The fraction means no usable number of layers.
         DiskSpaceError: Too little disk for what is still to be written.
-        MachineError: Too little memory here, or bitsandbytes does not work here.
+        MachineError: Too little memory here, or bitsandbytes or torch cannot do here what it takes.
     """
     n = num_dropped(config.drop, source.num_layers)
     share = n / source.num_layers
@@ -124,6 +124,9 @@ def preview(
         )
     if is_here:
         _check_here(config, pending, needed, machine)
+        if processes > 1 and "heal" in pending and config.heal_enabled:
+            distils = config.heal.objective == "distill"
+            _check_shards(config, source.num_parameters if distils else parameters_after)
     return result
 
 
@@ -136,6 +139,15 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
         from factory.models import best_device
 
         check_four_bit(best_device())
+
+
+def _check_shards(config: BuildConfig, num_parameters: int) -> None:
+    """Refuse a model that is to be divided among GPUs where that is known to fail."""
+    from factory.models import best_device, trains_on_one
+    from factory.spread import check_sharding
+
+    if not trains_on_one(num_parameters, best_device(), four_bit=config.heal.bits == 4):
+        check_sharding()
 
 
 def size(num_bytes: int) -> str:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 import torch
+from packaging.version import Version
 
 from factory import processes, remote_code
-from factory.errors import UsageError, WorkerError
+from factory.errors import MachineError, UsageError, WorkerError
 
 CONFIGS = Path(__file__).parent / "accelerate"
 JOB, RESULT, LOG = "job.pickle", "result.pickle", "log"
 STOPPING_SECONDS = 10.0
+SHARDING_TORCH = Version("2.13")  # before, a group with a module that is never called is sharded once only
 PATIENCE = timedelta(days=7)  # a process that is gone is noticed otherwise; one may download for hours
 
 Progress = Callable[[int, int, str], None]
@@ -46,6 +48,23 @@ def num_processes(asked: int | None) -> int:
     return asked
 
 
+def check_sharding(torch_version: str = torch.__version__) -> None:
+    """Refuse to divide a model in training with a torch that cannot.
+
+    Accelerate shards the last norm together with the head, and TRL multiplies by the head's weights without
+    calling it. Older versions of torch then wait for that call, and the second pass finds weights in shares.
+
+    Raises:
+        MachineError: The version is too old.
+    """
+    if Version(torch_version) < SHARDING_TORCH:
+        raise MachineError(
+            f"the model does not fit one GPU, and dividing it takes torch {SHARDING_TORCH}; "
+            f"this is {torch_version}",
+            hint=f"install torch {SHARDING_TORCH} or newer, or use a GPU with more memory",
+        )
+
+
 def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, progress: Progress) -> T:
     """Call `work(progress=…)` in so many processes at once, and return what the main one returns.
 
@@ -57,11 +76,14 @@ def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, 
         case: The file; None: "gpus" where there are any, else "cpu".
 
     Raises:
+        MachineError: For the case "fsdp": torch is too old.
         WorkerError: A process ended without saying why.
         Exception: What `work` raised in the process that failed first.
     """
     if processes == 1:
         return work(progress=progress)
+    if case == "fsdp":
+        check_sharding()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the first GPU is about to be another process's too
     with tempfile.TemporaryDirectory(prefix="factory-") as name:

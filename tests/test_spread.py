@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from factory import processes
 from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
 from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.errors import DataError, UsageError, WorkerError
+from factory.errors import DataError, MachineError, UsageError, WorkerError
 from factory.evaluate import evaluate
 from factory.heal import heal
 from factory.measure import measure
@@ -28,7 +28,7 @@ from factory.models import trains_on_one
 from factory.resolve import resolve
 from factory.run import Run, open_texts
 from factory.significance import read_answers, read_losses
-from factory.spread import CONFIGS, num_processes, spread
+from factory.spread import CONFIGS, check_sharding, num_processes, spread
 from factory.stages import in_processes
 from factory.store import Store
 from factory.texts import open_text
@@ -206,6 +206,12 @@ def test_a_model_whose_four_bit_weights_do_not_fit_is_to_be_sharded(monkeypatch:
     assert trains_in_nf4(13 * 10**9, torch.device("cuda"))
     assert not trains_in_nf4(70 * 10**9, torch.device("cuda"))
     assert not trains_on_one(13 * 10**9, torch.device("cuda"), four_bit=False)
+
+
+def test_a_torch_that_cannot_divide_a_model_in_training_is_refused() -> None:
+    check_sharding("2.13.0+cpu")
+    with pytest.raises(MachineError, match=r"takes torch 2\.13; this is 2\.11\.0\+cu130"):
+        check_sharding("2.11.0+cu130")
 
 
 @pytest.mark.parametrize("case", ["cpu", "gpus", "fsdp"])
