@@ -11,7 +11,8 @@ demo: $(VENV)/.installed
 	$(BIN)/factory build demo --drop 0.3
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile --cov=factory --cov-report=term
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+		-n 2 --dist loadfile --no-loadscope-reorder --cov=factory --cov-report=term
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
