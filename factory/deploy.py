@@ -33,6 +33,7 @@ class Deployment:
     changed: bool  # the Space or the card
     keeps_card: bool  # somebody has edited the card, so that it may not link to the Space
     secret_for: tuple[str, ...]  # models that the Space can only read with a token of its own
+    is_hidden: bool  # the Space is private, though the model is public
 
 
 def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deployment:
@@ -40,7 +41,8 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
 
     First the Space, then the card, then the Space's variables, since these name the card's commit; the
     files come last and in one commit, so that the Space starts once, with everything it needs. What is
-    there already is not sent again.
+    there already is not sent again. The Space of a private model is made private, also later; one that is
+    private beside a public model stays so, since its owner may want it.
 
     Args:
         folder: A build folder.
@@ -83,6 +85,7 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
         changed=changed or publication.commit != published.commit,
         keeps_card=keeps_card,
         secret_for=() if has_token else tuple(closed),
+        is_hidden=bool(space.private) and not model.private,
     )
 
 
@@ -152,10 +155,13 @@ def _open_space(api: HfApi, repo_id: str, *, private: bool, hardware: str | None
             api.create_repo(repo_id, repo_type="space", private=private, **options)
             return patiently(lambda: api.space_info(repo_id)), True
         _check_ours(info)
+        is_open = private and not info.private
+        if is_open:
+            api.update_repo_settings(repo_id, repo_type="space", private=True)
         if hardware is None:
-            return info, False
+            return info, is_open
         if patiently(lambda: api.get_space_runtime(repo_id)).requested_hardware == hardware:
-            return info, False
+            return info, is_open
         api.request_space_hardware(repo_id, cast(SpaceHardware, hardware))  # the Hub may know more of them
         return info, True
 

@@ -220,6 +220,24 @@ def test_a_model_that_was_made_public_on_the_hub_has_a_public_space(
     assert not space(hub).private
 
 
+def test_a_model_that_was_made_private_takes_its_space_along_and_one_made_public_says_that_it_does_not(
+    hub: Hub, commands: Forks, pushed: Path
+) -> None:
+    deployed(commands, pushed)
+    assert not space(hub).private
+    hub.repository(MODEL).private = True
+    told = deployed(commands, pushed).stderr
+    assert space(hub).private
+    assert "up to date" not in told
+    hub.repository(MODEL).private = False
+    told = deployed(commands, pushed).stderr
+    assert space(hub).private
+    settings = f"{hub.url}/spaces/{SPACE}/settings"
+    assert told == (
+        f"note: it was up to date\nnote: the Space is private, the model public: {settings} makes it public\n"
+    )
+
+
 def test_an_edited_card_is_kept_and_told(hub: Hub, commands: Forks, pushed: Path) -> None:
     card = pushed / "model" / "README.md"
     card.write_bytes(card.read_bytes() + b"\nMine.\n")

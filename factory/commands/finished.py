@@ -124,6 +124,9 @@ def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> Non
         click.echo("note: it was up to date", err=True)
     if deployed.keeps_card:
         click.echo("note: the edited card was kept; link the Space from it yourself", err=True)
+    if deployed.is_hidden:
+        told = f"the Space is private, the model public: {deployed.url}/settings makes it public"
+        click.echo(f"note: {told}", err=True)
     if deployed.secret_for:
         models = printable(" and ".join(deployed.secret_for))
         told = f"not everybody may read {models}: give the Space a secret HF_TOKEN that may"

@@ -30,6 +30,12 @@ def create(app: Application, request: Request) -> Response:
     return JSONResponse({"url": url, "name": repo_id, "id": repo_id})
 
 
+@route("PUT", KIND + "/settings")
+def settings(app: Application, request: Request, kind: str, repo: str) -> Response:
+    app.writable(request, kind, repo).private = json.loads(request.body)["visibility"] == "private"
+    return JSONResponse({})
+
+
 @route("POST", KIND + "/branch/(?P<branch>.+)")
 def create_branch(app: Application, request: Request, kind: str, repo: str, branch: str) -> Response:
     repository = app.writable(request, kind, repo)
