@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from shapes import write_random
 from transformers import MistralConfig
 
-from factory import checkpoint, merge
+from factory import merge
 from factory.artifacts import Adapter, Checkpoint
 from factory.store import sync_files
 
