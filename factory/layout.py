@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from factory import __version__
-from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Publication, sha256_of_file
+from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Publication
 from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
 from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
-from factory.sums import SUMS, changed_files, read_sums, write_sums
+from factory.sums import SUMS, changed_files, read_sums, sha256_once, visible_files, write_sums
 
 if TYPE_CHECKING:
     from factory.pipeline import Made
@@ -170,7 +170,7 @@ def check_weights(build: Build, folder: Path) -> None:
         VerificationError: One is missing or has changed since.
     """
     for name, sha256 in build.files.items():
-        if not (folder / name).is_file() or sha256_of_file(folder / name) != sha256:
+        if not (folder / name).is_file() or sha256_once(folder / name) != sha256:
             stage = "merge" if build.shipped == "healed" else "prune"
             raise VerificationError(
                 f"{name} is missing or has changed since it was made",
@@ -204,7 +204,28 @@ def changed_since_laid_out(build: Build, out: Path) -> list[str]:
         raise VerificationError(f"{out / SUMS} is missing", hint=AGAIN)
     weights = {f"model/{name}": sha256 for name, sha256 in build.files.items()}
     needed = {f"model/{name}" for name in ("config.json", Build.file_name, RECIPE)} - sums.keys()
-    return [*changed_files(out, sums | weights), *sorted(needed)]
+    return [*changed_files(out, sums | weights, sha256_of=sha256_once), *sorted(needed)]
+
+
+def added_since_laid_out(out: Path) -> list[str]:
+    """Files that would be published with a build and that it did not lay out: notes, keys, whatever it is."""
+    known = {CARD, *(read_sums(out) or ())}
+    names = [path.relative_to(out).as_posix() for path in visible_files(out / "model")]
+    return [name for name in names if name not in known]
+
+
+def check_nothing_added(out: Path) -> None:
+    """Refuse to publish what nobody made with the build.
+
+    Raises:
+        VerificationError: Names the files.
+    """
+    if added := added_since_laid_out(out):
+        named = ", ".join(added[:5]) + (f" and {len(added) - 5} more" if len(added) > 5 else "")
+        raise VerificationError(
+            f"{out} holds what its build did not make: {named}",
+            hint=f"remove it, or `factory verify {out} --accept` has it published too",
+        )
 
 
 def take_sums(build: Build, out: Path) -> None:

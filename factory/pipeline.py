@@ -201,9 +201,10 @@ def publish(
     """
     from factory import hub
     from factory.card import renew_card
-    from factory.layout import check_whole
+    from factory.layout import check_nothing_added, check_whole
 
     build = Build.read(folder)
+    check_nothing_added(folder)
     check_whole(build, folder)
     if repository is None:
         repository = hub.default_repo_name(build.source, build.config["drop"])

@@ -17,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from factory.artifacts import Build, Publication, Source, sha256_of_file
+from factory.artifacts import Build, Publication, Source
 from factory.checkpoint import WEIGHTS
 from factory.config import build_name
 from factory.errors import HubError, UsageError
@@ -32,6 +32,7 @@ from factory.hub_errors import (
     not_logged_in,
     patiently,
 )
+from factory.sums import sha256_once, visible_files
 
 README = "README.md"
 THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
@@ -159,12 +160,8 @@ def _reasons(body: str) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, str]:
-    """Every file below the folder → sha256; hidden ones are no part of a model: keys, caches, `.git`."""
-    return {
-        path.relative_to(folder).as_posix(): sha256_of_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+    """Every file below the folder but hidden ones → sha256."""
+    return {path.relative_to(folder).as_posix(): sha256_once(path) for path in visible_files(folder)}
 
 
 def _open_repository(

@@ -390,7 +390,9 @@ def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence
 def show_verified(out: Console, found: Sequence[Verified]) -> None:
     """A line a folder: whole, changed or not there any more."""
     for one in found:
-        mark, told = ("✓", "unchanged") if not one.changed else ("✗", f"changed: {', '.join(one.changed)}")
+        wrong = (("changed", one.changed), ("added", one.added))
+        told = "; ".join(f"{how}: {', '.join(names)}" for how, names in wrong if names)
+        mark, told = ("✗", told) if told else ("✓", "unchanged")
         if not one.there:
             mark, told = "–", "no longer in the store"
         place = one.folder.name if one.name != "build" else str(one.folder)

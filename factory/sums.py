@@ -1,7 +1,7 @@
 """Checksums that tell what has changed since it was made, whoever changed it: a disk, a copy, a person."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +12,38 @@ SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def changed_files(folder: Path, sums: Mapping[str, str]) -> list[str]:
+_taken: dict[tuple[int, ...], str] = {}  # device, inode, size, time → sha256
+
+
+def sha256_once(path: Path) -> str:
+    """Hex sha256 of a file that a run reads once, as long as its inode, size and time stay what they are.
+
+    For what is laid out and published at once. What hours lie between is read again.
+    """
+    state = path.stat()
+    known = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if known not in _taken:
+        _taken[known] = sha256_of_file(path)
+    return _taken[known]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted; hidden ones are no part of a model: keys, caches, `.git`."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def changed_files(
+    folder: Path, sums: Mapping[str, str], *, sha256_of: Callable[[Path], str] = sha256_of_file
+) -> list[str]:
     """Names of files that are missing, cannot be read, or have another sha256 than they had."""
 
     def is_same(name: str) -> bool:
         try:
-            return sha256_of_file(folder / name) == sums[name]
+            return sha256_of(folder / name) == sums[name]
         except OSError:  # also what a failing disk answers
             return False
 
@@ -28,7 +54,7 @@ def changed_files(folder: Path, sums: Mapping[str, str]) -> list[str]:
 
 def write_sums(folder: Path, names: Iterable[str], *, known: Mapping[str, str]) -> None:
     """Write the sums of these files into `folder`; `known` holds those that were taken already."""
-    sums = {name: known.get(name) or sha256_of_file(folder / name) for name in names}
+    sums = {name: known.get(name) or sha256_once(folder / name) for name in names}
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
 
 

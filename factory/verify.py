@@ -6,7 +6,7 @@ from pathlib import Path
 
 from factory.artifacts import Build
 from factory.errors import VerificationError
-from factory.layout import changed_since_laid_out
+from factory.layout import added_since_laid_out, changed_since_laid_out, check_nothing_added
 from factory.store import KEY, STAGES, Store, damage
 
 
@@ -18,6 +18,7 @@ class Verified:
     folder: Path
     changed: tuple[str, ...]
     there: bool = True  # a stage may have been removed
+    added: tuple[str, ...] = ()  # that would be published and that no build made
 
 
 def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
@@ -26,7 +27,8 @@ def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
     Raises:
         VerificationError: The build was laid out without checksums, or names a stage that cannot be.
     """
-    found = [Verified("build", folder, tuple(changed_since_laid_out(build, folder)))]
+    changed, added = tuple(changed_since_laid_out(build, folder)), tuple(added_since_laid_out(folder))
+    found = [Verified("build", folder, changed, added=added)]
     for name, key in build.stages.items():
         if name.partition(" ")[0] not in STAGES or not KEY.fullmatch(key):
             told = f"{folder / Build.file_name} names {f'{name} {key}'[:80]!r}, which is no stage"
@@ -38,13 +40,14 @@ def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
 
 
 def check_all(found: Sequence[Verified]) -> None:
-    """Refuse what has changed.
+    """Refuse what has changed or was added.
 
     Raises:
         VerificationError: Names the first file of it.
     """
     changed = [one.folder / name for one in found for name in one.changed]
     if not changed:
+        check_nothing_added(found[0].folder)
         return
     others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     hint = "the same `factory build` again makes anew what has changed"

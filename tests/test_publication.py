@@ -236,6 +236,47 @@ def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(
     assert commands.run("verify", str(build), "--accept", folder=build.parent).code == 1  # never the weights
 
 
+def test_files_that_the_build_did_not_make_are_published_only_once_somebody_says_so(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    (build / "model" / "notes").mkdir()
+    (build / "model" / "notes" / "diary.txt").write_text("Dear diary")
+    (build / "model" / "token.txt").write_text("hf_secret")
+    refused = told(commands.run("push", str(build), "alice/more", folder=build.parent))
+    assert "holds what its build did not make: model/notes/diary.txt, model/token.txt\n" in refused
+    assert f"`factory verify {build} --accept`" in refused
+    assert not hub.requests
+    verified = commands.run("verify", str(build), folder=build.parent)
+    assert verified.code == 1
+    assert f"✗ build            {build}  added: model/notes/diary.txt, model/token.txt" in verified.stdout
+    (build / "model" / "token.txt").unlink()
+    assert commands.run("verify", str(build), "--accept", folder=build.parent).code == 0
+    assert commands.run("push", str(build), "alice/more", folder=build.parent).code == 0
+    assert hub.files("alice/more")["notes/diary.txt"] == b"Dear diary"
+
+
+READS = """
+import sys
+def note(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("model.safetensors"):
+        frame = sys._getframe(1)
+        while frame and "/factory/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame and frame.f_code.co_name == "sha256_of_file":
+            open({log!r}, "a").write("x")
+sys.addaudithook(note)
+"""
+
+
+def test_weights_are_read_once_for_their_checksum_in_a_publication(
+    commands: Forks, build: Path, tmp_path: Path
+) -> None:
+    before = READS.format(log=str(tmp_path / "log"))
+    done = commands.run("push", str(build), "alice/once", folder=build.parent, before=before)
+    assert done.code == 0, done.stderr
+    assert (tmp_path / "log").read_text() == "x"
+
+
 def test_hidden_files_are_not_published(hub: Hub, commands: Forks, build: Path) -> None:
     before = content_of(build / "model").keys()
     (build / "model" / ".env").write_text("SECRET=1")
