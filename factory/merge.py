@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,7 @@ KNOWN_FIELDS = {
     "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 ROWS = 128  # of a weight that are read, added to and written at once: they stay in the processor's cache
+WORKERS = min(4, os.cpu_count() or 1)  # add to rows while others are read and written
 # Other initialisations change the base weights too, so that B·A does not belong to those on disk.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -137,7 +141,7 @@ def _merge(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For products of a few rows: threads would wait for each other at the end of each, spinning."""
+    """For products of a few rows: torch's threads would wait for each other at the end of each, spinning."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -195,29 +199,45 @@ def merged_values(
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
-    if nf4:
-        weight = _load(tensor)
-        weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
-        blocks = (weight[start : start + ROWS] for start in range(0, len(weight), ROWS))
-    else:
-        row_bytes = tensor.size_bytes // tensor.shape[0]
-        blocks = (
-            torch.frombuffer(block, dtype=dtype).view(-1, *tensor.shape[1:])
-            for block in read_blocks(tensor, block_bytes=ROWS * row_bytes)
-        )
     if update:
         a, b = (_load(info).to(compute) for info in (update.a, update.b))
         a, b = (b.T, a.T) if update.transposed else (a, b)  # (B·A)ᵀ = Aᵀ·Bᵀ
-    for number, block in enumerate(blocks):
-        rows = slice(number * ROWS, (number + 1) * ROWS)
-        merged = torch.addmm(block.to(compute), b[rows], a, alpha=update.scale) if update else block
-        merged = merged.to(dtype)
+
+    def add(block: torch.Tensor, start: int) -> memoryview:
+        if update:
+            rows = b[start : start + len(block)]
+            block = torch.addmm(block.to(compute), rows, a, alpha=update.scale)
+        merged = block.to(dtype)
         if not all(math.isfinite(value) for value in torch.aminmax(merged)):
             raise VerificationError(
                 f"merging makes {tensor.name!r} infinite or not a number",
                 hint="the training diverged; heal with a lower learning rate",
             )
-        yield merged.view(-1).view(torch.uint8).numpy().data
+        values: memoryview = merged.view(-1).view(torch.uint8).numpy().data
+        return values
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running: deque[Future[memoryview]] = deque()
+        start = 0
+        for block in _blocks(tensor, nf4=nf4, transposed=transposed):
+            running.append(pool.submit(add, block, start))
+            start += len(block)
+            if len(running) > WORKERS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torch.Tensor]:
+    """Some rows of a stored weight at a time."""
+    if nf4:  # whole: packing knows no rows
+        weight = _load(tensor)
+        weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
+        for start in range(0, len(weight), ROWS):
+            yield weight[start : start + ROWS]
+    else:
+        for block in read_blocks(tensor, block_bytes=ROWS * tensor.size_bytes // tensor.shape[0]):
+            yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
 
 
 def _load(tensor: TensorInfo) -> torch.Tensor:
