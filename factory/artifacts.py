@@ -88,6 +88,7 @@ class Source(Artifact):
     num_parameters: int = Field(ge=1)
     layer_parameters: tuple[int, ...]
     size_bytes: int = Field(ge=1)  # of the weight files
+    cached_bytes: int = Field(default=0, exclude=True)  # of these in the Hub's cache, where `folder` is None
     layer_bytes: tuple[int, ...]
     vocab_size: int = Field(ge=1)
     dtype: str  # "bfloat16": of most of the stored weights
@@ -97,6 +98,11 @@ class Source(Artifact):
     languages: tuple[str, ...] = ()
     has_chat_template: bool = False
     remote_code: bool = False  # transformers lacks this model type: code of the source, at `commit`, is run
+
+    @property
+    def download_bytes(self) -> int:
+        """Of the weight files that a pull has to bring."""
+        return self.size_bytes - self.cached_bytes if self.folder is None else 0
 
     @property
     def local_folder(self) -> Path:

@@ -53,7 +53,6 @@ def needs(
     """
     if not pending:
         return Needs(0, 0, 0)
-    download = source.size_bytes if source.folder is None else 0
     models = source.num_parameters + parameters_after  # side by side for the speed comparison
     if on_gpu:
         gpu = int(GPU_SLACK * 2 * models) + CONTEXT_BYTES
@@ -61,7 +60,7 @@ def needs(
     else:
         gpu = 0
         host = LIBRARIES_BYTES + max(4 * models, *_stages(source, config, pending, parameters_after))
-    return Needs(download + _disk(source, config, pending, bytes_after), host, gpu)
+    return Needs(source.download_bytes + _disk(source, config, pending, bytes_after), host, gpu)
 
 
 def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:

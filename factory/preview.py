@@ -85,7 +85,6 @@ def preview(
     share = n / source.num_layers
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
-    download = source.size_bytes if source.folder is None and pending else 0
     is_here = machine is None
     machine = machine or _this_machine(source, home, processes=processes, works=bool(pending))
     device, free = machine.device, machine.disk_bytes
@@ -105,7 +104,7 @@ def preview(
         bytes_before=source.size_bytes,
         bytes_after=bytes_after,
         pending=tuple(pending),
-        download_bytes=download,
+        download_bytes=source.download_bytes if pending else 0,
         disk_needed=needed.disk,
         disk_free=free,
         memory_needed=needed.gpu or needed.host,

@@ -10,7 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_cached_repo_tree,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     LocalEntryNotFoundError,
@@ -131,7 +137,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         # The same facts from the cache; `pull` then finds the files complete.
         cached = _resolve_folder(folder, trust_remote_code=trust_remote_code and revision == commit)
         update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
-        return cached.model_copy(update=update)
+        return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_names(sizes, where=repo_id)
     _check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
@@ -142,7 +148,8 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
     tokenizer_config = Path(TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in sizes:
         tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
-    return _source(
+    there = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
+    source = _source(
         name=repo_id.split("/")[1],
         repo_id=repo_id,
         commit=commit,
@@ -153,6 +160,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         has_chat_template=_has_chat_template(sizes, tokenizer_config),
         remote_code=remote_code,
     )
+    return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in there)})
 
 
 def _check_names(names: Collection[str], *, where: str) -> None:

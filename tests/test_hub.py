@@ -1,8 +1,11 @@
 """The Hub, both ways: the real client in its own process, against a Hub on loopback."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -288,6 +291,24 @@ def test_a_second_pull_downloads_nothing(hub: Hub, xet: Client, model: Path) -> 
     assert second.value["folder"] == first.value["folder"]
     assert hub.count("GET", "/resolve/") == headers
     assert headers - downloads == 3  # the headers of the three shards
+
+
+def test_what_an_interrupted_pull_left_whole_is_not_counted_again(
+    hub: Hub, model: Path, tmp_path: Path
+) -> None:
+    hub.put_model("org/part", model)
+    program = """
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+from factory.hub import resolve
+before = resolve("org/part")
+shard = Path(hf_hub_download("org/part", "model-00002-of-00003.safetensors")).stat().st_size
+after = resolve("org/part")
+print(before.download_bytes == before.size_bytes > shard, after.download_bytes == before.size_bytes - shard)
+"""
+    environment = os.environ | hub.environment(tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr
 
 
 def test_without_a_connection_what_is_cached_serves_and_the_rest_is_told(

@@ -56,6 +56,14 @@ def test_a_model_that_is_not_here_yet_has_to_be_downloaded(tmp_path: Path) -> No
     assert preview_of(elsewhere, pending=(), home=tmp_path).download_bytes == 0
 
 
+def test_what_an_earlier_download_left_whole_needs_no_disk_again(tmp_path: Path) -> None:
+    elsewhere = SOURCE.model_copy(update={"folder": None})
+    begun = elsewhere.model_copy(update={"cached_bytes": 1_000})
+    first, second = (preview_of(source, pending=("speed",), home=tmp_path) for source in (elsewhere, begun))
+    assert second.download_bytes == 1_400
+    assert first.disk_needed - second.disk_needed == 1_000
+
+
 def test_a_model_that_no_memory_here_holds_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
     sizes = {"num_parameters": 10**15, "layer_parameters": (10**14,) * 10, "folder": None}
     with pytest.raises(MachineError, match=r"needs about 6800000\.\d GB of memory, and this machine has"):

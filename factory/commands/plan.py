@@ -183,7 +183,7 @@ def _preview_sweep(source: "Source", sizes: list[int], run: "Run", reporter: "St
 
     layer = sum(source.layer_bytes) / source.num_layers
     cuts = sum(source.size_bytes - int(n * layer) for n in sizes) * (2 if run.config.heal_enabled else 1)
-    needed = cuts + (source.size_bytes if source.folder is None else 0)
+    needed = cuts + source.download_bytes
     free = shutil.disk_usage(existing(run.store.home)).free
     listed = ", ".join(map(str, sizes))
     reporter.out.print(f"  cuts         {listed} of {source.num_layers} layers", soft_wrap=True)
