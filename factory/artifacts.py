@@ -314,7 +314,7 @@ class TaskScore(BaseModel):
     stderr: float | None
     num_fewshot: int
     num_samples: int
-    chance: float | None  # None where there is none to speak of
+    chance: float | None  # the score without a look at the question; None where there is none to speak of
     version: str  # the task's, as the harness gives it
     data: tuple[DataSource, ...] = ()  # Hub data sets that the questions come from
     answers: str | None = None  # how they were found in what the model wrote: "strict-match"

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -264,8 +265,16 @@ def _answers(rows: dict[str, list[dict[str, Any]]], *, metric: str, value: float
 
 
 def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """The score of a random guess: the mean of 1 / number of choices."""
+    """The score without a look at the question: of a random guess, or of always the commonest answer.
+
+    The latter where all questions offer the same answers: 62 % of BoolQ's are "yes".
+    """
     choices = [len(sample["filtered_resps"]) for sample in samples]
     if not choices or min(choices) < 2:
         return None
-    return sum(1 / count for count in choices) / len(choices)
+    guessing = sum(1 / count for count in choices) / len(choices)
+    offered = {tuple(arguments[1] for arguments in sample["arguments"]) for sample in samples}
+    if len(offered) > 1:
+        return guessing
+    commonest = max(Counter(str(sample["target"]) for sample in samples).values())
+    return max(guessing, commonest / len(samples))

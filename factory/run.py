@@ -22,7 +22,7 @@ VERSIONS = {
     "prune": 1,
     "heal": 5,
     "merge": 2,
-    "evaluate": 3,
+    "evaluate": 4,
     "speed": 2,
 }
 

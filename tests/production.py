@@ -208,13 +208,13 @@ def mmlu_files() -> dict[str, bytes]:
     """Two questions and five examples a subject."""
     sizes = {"test": 2, "validation": 1, "dev": 5}
     tables = {
-        subject: {split: list(_questions(subject, split, count)) for split, count in sizes.items()}
+        subject: {split: list(mmlu_questions(subject, split, count)) for split, count in sizes.items()}
         for subject in mmlu_subjects()
     }
     return _parquet_files(tables)
 
 
-def _questions(subject: str, split: str, count: int) -> Iterator[dict[str, Any]]:
+def mmlu_questions(subject: str, split: str, count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         draw = random.Random(f"{subject} {split} {number}")
         yield {
@@ -233,7 +233,7 @@ def boolq_files() -> dict[str, bytes]:
                 "question": f"does the passage name {WHAT[number % len(WHAT)]}",
                 "passage": sentences(4, seed=number),
                 "idx": number,
-                "label": -1 if split == "test" else number % 2,
+                "label": -1 if split == "test" else int(number % 4 > 0),
             }
             for number in range(count)
         ]

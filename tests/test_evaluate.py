@@ -176,6 +176,22 @@ def test_a_group_tells_the_score_of_each_of_its_tasks(model: Path, tmp_path: Pat
     assert {task: len(answers) for task, answers in kept[1].items()} == {"first": 3, "second": 5}
 
 
+@pytest.mark.parametrize(
+    ("choices", "chance"),
+    [
+        (lambda _: ["no", "yes"], 0.75),  # whoever always says yes
+        (lambda index: ["no", f"yes {index}"], 0.5),  # which is no answer that all questions have
+    ],
+)
+def test_chance_is_no_less_than_the_share_of_the_commonest_answer_of_these_questions(
+    model: Path, tmp_path: Path, choices: Any, chance: float
+) -> None:
+    rows = [{"q": f"{i} is", "choices": choices(i), "answer": int(i not in (2, 7))} for i in range(9)]
+    task = save_task(tmp_path, "mostly", rows)
+    (score,) = evaluation_of(model, tmp_path / "into", rhymes(2), tasks=(str(task),), limit=8).tasks
+    assert (score.metric, score.chance, score.num_samples) == ("acc", chance, 8)
+
+
 def test_a_question_whose_answer_is_looked_for_in_two_ways_counts_once(model: Path, tmp_path: Path) -> None:
     rows = [{"q": "one plus one is", "answer": "2"}, {"q": "two plus two is", "answer": "4"}]
     task = save_task(tmp_path, "written", rows, WRITTEN)
