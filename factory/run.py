@@ -191,10 +191,11 @@ def open_texts(
 
     Args:
         measures: Whether it reads the calibration text.
-        heals: Whether it reads the healing text.
+        heals: Whether it reads the healing text; one that does not heal opens none.
         evaluates: Whether it reads the evaluation text. One that is also measured on is opened all the
             same: the documents are divided as a build divides them.
     """
+    heals = heals and config.heal_enabled
     evaluates = evaluates or (measures and config.evaluate.data == config.measure.data)
     evaluation, (calibration, healing) = keep_apart(
         open_text(config.evaluate.data, split="validation") if evaluates else NOTHING,

@@ -300,9 +300,10 @@ def test_an_interrupted_build_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_a_build_without_healing_ships_the_pruned_model(built: Path) -> None:
-    done = factory(*DEMO, "--no-heal", "--out", "unhealed", home=built)
+    done = factory(*DEMO, "--no-heal", "--heal-data", "not-there.jsonl", "--out", "unhealed", home=built)
     assert done.returncode == 0, done.stderr
     build = Build.read(built / "unhealed")
+    assert build.config["heal"]["data"] == "nothing"
     assert (build.shipped, build.adapter, sorted(build.evaluations)) == ("pruned", None, ["pruned", "source"])
     assert "this build was not healed" in done.stdout
 

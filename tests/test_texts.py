@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from factory.artifacts import DataSource
+from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UnknownModelError
 from factory.references import check_model
+from factory.run import open_texts
 from factory.texts import Text, check_text, keep_apart, open_text, windows
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
@@ -170,3 +172,19 @@ def test_no_document_is_evaluated_on_and_used_otherwise(documents: list[str]) ->
     assert healing is other
     assert (evaluation.data.part, calibration.data.part) == ("2 of 2", "1 of 2")
     assert keep_apart(same, (other, other)) == (same, (other, other))
+
+
+def test_a_build_that_does_not_heal_opens_no_text_for_it_and_keeps_none_apart(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "both.jsonl"))
+    config = BuildConfig(
+        reference="m",
+        drop=0.3,
+        heal_enabled=False,
+        measure=MeasureSettings(data="stdlib:train"),
+        heal=HealSettings(data=path),
+        evaluate=EvaluateSettings(data=path),
+    )
+    unhealed = open_texts(config)
+    assert (unhealed.healing.data.name, unhealed.evaluation.data.part) == ("nothing", None)
+    healed = open_texts(config.model_copy(update={"heal_enabled": True}))
+    assert (healed.healing.data.part, healed.evaluation.data.part) == ("1 of 2", "2 of 2")

@@ -34,6 +34,8 @@ def carried(requests: list[Request], *, upload: bool, bucket: str) -> tuple[list
     given = []
     for request in requests:
         values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
+        if not request.options["heal_enabled"]:
+            values.pop("heal-data", None)
         for key in [key for key in FILES if key in values]:
             path = references.local_path(str(values[key]))
             if values[key] in references.aliases() or not path.exists():

@@ -110,7 +110,8 @@ def _check(request: Request, context: click.Context) -> None:
         for name in ("timeout", "detach", "upload"):
             if request.options[name] and not request.options["on"]:
                 raise UsageError(f"--{name} without --on", hint="add --on HARDWARE, as in --on a100-large")
-    for data in ("calibration_data", "heal_data", "eval_data"):
+    read = ("calibration_data", *(("heal_data",) if request.options["heal_enabled"] else ()), "eval_data")
+    for data in read:
         if request.options[data] is not None:
             with request.located(data.replace("_", "-")):
                 references.check_data(request.options[data])

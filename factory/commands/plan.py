@@ -205,7 +205,8 @@ def _start(
     from factory.store import Store, default_home
 
     references.check_model(model)
-    for data in ("calibration_data", "heal_data", "eval_data"):
+    heals = options.get("heal_enabled")
+    for data in ("calibration_data", *(("heal_data",) if heals else ()), "eval_data"):
         if options.get(data) is not None:
             references.check_data(options[data])
     recipe = load_recipe(model) if model in references.aliases() else None
@@ -217,7 +218,7 @@ def _start(
     if sweeps:
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True)
-    texts = open_texts(config, measures=measures, heals=sweeps and config.heal_enabled, evaluates=sweeps)
+    texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))
