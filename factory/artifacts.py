@@ -259,6 +259,7 @@ class Adapter(Artifact):
     num_steps: int
     num_tokens: int  # real tokens seen in training, without padding
     sequence_length: int
+    packed: bool = True  # False: a document a row, as the model reads across documents in one row
     num_trainable_parameters: int
     curve: tuple[LossPoint, ...]  # of the objective: distilled, the divergence from the source
     guard_curve: tuple[LossPoint, ...] = ()

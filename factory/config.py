@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.errors import DropError
+from factory.errors import DropError, UsageError
 from factory.references import MOST, RECIPES, Criterion, aliases, unknown_model
 
 
@@ -173,6 +173,9 @@ def settle(
         max_length: Tokens the model was made for; longer default sequences are cut to it.
         is_folder: A folder gets no tasks unless they are asked for, since their data is on the Hub.
         overrides: {"measure": {…}, "heal": {…}, "evaluate": {…}, "seed": …}; None values are unset.
+
+    Raises:
+        UsageError: Settings that exclude each other.
     """
     if recipe:
         base = {
@@ -201,7 +204,13 @@ def settle(
     steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
     if steps < 2 * warmup:  # fewer steps than the recipe's: the peak rate must still be reached
         fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
-    return BuildConfig.model_validate(fields)
+    config = BuildConfig.model_validate(fields)
+    if config.merge_base == "nf4" and config.heal_enabled and config.heal.bits == 16:
+        raise UsageError(
+            "--merge-base nf4, but this model is healed over 16-bit weights: there are none in NF4",
+            hint="--heal-bits 4 heals over NF4; or leave --merge-base away",
+        )
+    return config
 
 
 def num_dropped(drop: float, num_layers: int) -> int:

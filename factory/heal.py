@@ -35,6 +35,7 @@ from factory.watch import DivergedError, EarlyStop, Progress, Slower, Told
 
 CURVE_POINTS = 50
 POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
+TRAINER_STATE = "trainer_state.json"
 SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
 # Of a trainer's checkpoint, beside what is written last; each under one of its names.
 OF_A_CHECKPOINT = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
@@ -50,6 +51,7 @@ class Student:
     start: int  # first layer with an adapter
     new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
     num_weights: int  # in the matrices of its layers
+    packs: bool  # whether it keeps documents apart that lie in one row
 
 
 def heal(
@@ -132,6 +134,7 @@ def heal(
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
         sequence_length=settings.sequence_length,
+        packed=student.packs,
         num_trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         curve=_curve(trainer.state.log_history, "loss"),
         guard_curve=guard_curve,
@@ -166,23 +169,32 @@ def trainer_folder(folder: Path) -> Path:
 def last_whole_checkpoint(output_folder: Path) -> str | None:
     """The trainer's last checkpoint to go on from, None without one.
 
-    One that was cut short while being written is removed: the trainer writes `trainer_state.json` last. So
-    is one that was cut short while being removed, and one of the last step, from which the trainer would
-    take one more.
+    One that was cut short while being written is removed: the trainer writes its state last. So
+    is one that was cut short while being removed.
     """
     for checkpoint in output_folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            is_of_use = state["global_step"] < state["max_steps"] and _is_whole(checkpoint)
-        except (OSError, ValueError, KeyError):
-            is_of_use = False
-        if not is_of_use:
+        if not _is_whole(checkpoint):
             shutil.rmtree(checkpoint)
     last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
+    if last:
+        _find_best_beside(Path(last) / TRAINER_STATE)
     return last
 
 
+def _find_best_beside(path: Path) -> None:
+    """Name the best checkpoint by where it lies now: the folder may have come from another machine."""
+    state = json.loads(path.read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    here = best and str(path.parent.parent / Path(best).name)
+    if best != here:
+        path.write_text(json.dumps({**state, "best_model_checkpoint": here}), encoding="utf-8")
+
+
 def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
     return all(any(next(checkpoint.glob(name), None) for name in names) for names in OF_A_CHECKPOINT)
 
 
@@ -225,9 +237,10 @@ def begin(
 
 
 def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
-    if best_device().type == "cuda":
-        use_packed_attention(model)
-        if not processes.sharded():  # a fused norm would keep the weight that FSDP divides
+    packs = True
+    if not processes.sharded():  # nothing of it can run before FSDP has divided it
+        packs = all(processes.gather([use_packed_attention(model) is not None]))
+        if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP divides
             fuse_norms(model)
     prefix, layers = find_layers(model)
     modules = linear_modules(model, settings.modules)
@@ -242,6 +255,7 @@ def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> S
         start=kept[first],
         new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
         num_weights=sum(matrix_weights(layers[index]) for index in kept),
+        packs=packs,
     )
 
 
@@ -268,7 +282,7 @@ def _trainer(
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
-        packing=True,
+        packing=student.packs,
         packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
         max_length=settings.sequence_length,
         bf16=on_gpu,

@@ -78,7 +78,7 @@ def merge(
         CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
         VerificationError: The adapter does not fit the weights, or the result is not finite.
     """
-    if adapter.quantization != "nf4":
+    if adapter.quantization != "nf4" and base == "auto":
         base = "bf16"  # it was trained on these
     if base != "auto":
         return _merge(pruned, adapter, folder=folder, base=base, progress=progress)

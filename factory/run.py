@@ -20,7 +20,7 @@ VERSIONS = {
     "search": 2,
     "compare": 2,
     "prune": 1,
-    "heal": 5,
+    "heal": 6,
     "merge": 2,
     "evaluate": 4,
     "speed": 2,

@@ -7,6 +7,7 @@ import torch
 from trl import SFTTrainer
 
 from factory import processes
+from factory.watch import rises
 
 PASSES = 2**20  # more than a step can have
 
@@ -25,6 +26,13 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         self.passes += 1
         torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _run_epoch(self, **what: Any) -> None:
+        """Take no step where the checkpoint gone on from was the last: the trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps or rises(self.state):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**what)
 
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
         """The best checkpoint is the same for all: a process that looks before it is written sees none."""

@@ -95,13 +95,18 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
     """
 
     def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        losses = [
-            entry["eval_loss"]
-            for entry in state.log_history
-            if "eval_loss" in entry and entry["step"] >= state.max_steps / 2
-        ][-RISES - 1 :]
-        if len(losses) > RISES and all(after > before for before, after in pairwise(losses)):
+        if rises(state):
             control.should_training_stop = True
+
+
+def rises(state: Any) -> bool:
+    """Whether the guard's loss has risen so often, as far as a trainer's state goes."""
+    losses = [
+        entry["eval_loss"]
+        for entry in state.log_history
+        if "eval_loss" in entry and entry["step"] >= state.max_steps / 2
+    ][-RISES - 1 :]
+    return len(losses) > RISES and all(after > before for before, after in pairwise(losses))
 
 
 class Slower(TrainerCallback):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from factory.config import (
     load_recipe,
     settle,
 )
-from factory.errors import UnknownModelError
+from factory.errors import UnknownModelError, UsageError
 
 
 def config_of(recipe: Recipe | None = None, **changes: Any) -> BuildConfig:
@@ -99,6 +99,14 @@ def test_unknown_names_and_values_out_of_range_are_refused() -> None:
     for seed in (-1, 2**32):
         with pytest.raises(ValidationError):
             BuildConfig(reference="x", drop=0.3, seed=seed)
+
+
+def test_adding_to_nf4_weights_is_refused_where_healing_sees_none() -> None:
+    asked: dict[str, Any] = {"merge_base": "nf4", "heal": {"bits": 16}}
+    with pytest.raises(UsageError, match=r"--merge-base nf4, but .* 16-bit weights") as caught:
+        config_of(None, overrides=asked)
+    assert "--heal-bits 4" in caught.value.hint
+    assert config_of(None, overrides={**asked, "heal": {"bits": 4}}).merge_base == "nf4"
 
 
 def test_an_unknown_alias_offers_the_nearest() -> None:

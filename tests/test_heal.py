@@ -284,16 +284,35 @@ def test_feed_forward_modules_are_found_by_structure() -> None:
     assert linear_modules(phi, "ffn") == ["mlp.down_proj", "mlp.gate_up_proj"]
 
 
+@pytest.mark.parametrize("ends", ["after all its steps", "early"])
 def test_a_run_killed_after_its_last_step_takes_no_further_one(
-    model: Path, healed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
+    settings, documents = SETTINGS, rhymes(60)
+    if ends == "early":  # learns its few documents by heart
+        more = {"rank": 32, "num_steps": 56, "bits": 16, "modules": "all-linear", "dropout": 0.0}
+        settings, letters = SETTINGS.model_copy(update=more), random.Random(0)
+        documents = ["".join(letters.choice("abcdefghijklmnop") for _ in range(60)) for _ in range(8)]
+    undisturbed = run(model, tmp_path / "undisturbed", settings=settings, documents=documents)
+    assert (undisturbed.num_steps < settings.num_steps) is (ends == "early")
+
     def kill(_model: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("factory.heal.adapter_tensors", kill)
         with pytest.raises(KeyboardInterrupt):
-            run(model, tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "trainer" / "checkpoint-12").is_dir()
-    resumed = run(model, tmp_path / "adapter")
-    assert resumed.model_copy(update={"folder": healed.folder}) == healed
+            run(model, tmp_path / "killed", settings=settings, documents=documents)
+    (tmp_path / "killed").rename(tmp_path / "elsewhere")
+    steps: list[int] = []
+    resumed = run(
+        model,
+        tmp_path / "elsewhere",
+        settings=settings,
+        documents=documents,
+        progress=lambda done, _total, _note: steps.append(done),
+    )
+    assert steps == []
+    name = "adapter_model.safetensors"
+    assert (resumed.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+    assert resumed.model_copy(update={"folder": undisturbed.folder}) == undisturbed
