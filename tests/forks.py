@@ -23,6 +23,7 @@ def run(call):
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["factory", *call["arguments"]]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `factory … &` ignores it
     exec(call["before"], {})
     try:
         main()
