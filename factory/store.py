@@ -268,11 +268,15 @@ class Store:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one, whatever happens."""
     draft = path.with_name(path.name + PARTIAL)
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)  # half a file is nothing that a build has made
+        raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ def supervise(call):  # the code of a run that a signal ends is told as well
     os.rename(f"{call['into']}/draft", f"{call['into']}/code")
     os._exit(0)
 
-for module in sys.argv[1:]:
+for module in ("factory.screen", *sys.argv[1:]):  # what nearly every command imports, and rich with it
     importlib.import_module(module)
 from factory.cli import main
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
