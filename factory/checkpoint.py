@@ -12,7 +12,7 @@ from pathlib import Path
 from factory.artifacts import sha256_of_file
 from factory.disk import no_room
 from factory.errors import CheckpointError, DiskSpaceError
-from factory.header import DTYPE_BITS, TensorInfo, damaged, read_header, unique_keys
+from factory.header import DTYPE_BITS, TensorInfo, check_count, damaged, read_header, unique_keys
 from factory.transfer import assemble, read_blocks
 
 __all__ = [
@@ -73,6 +73,7 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
                     hint="the checkpoint mixes two saves; download it again",
                 )
             tensors[name] = tensor
+        check_count(len(tensors), where=folder.name)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(

@@ -11,7 +11,12 @@ from typing import Any
 
 from factory.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_HEADER_BYTES = 2**24  # one of 90,000 tensors, as many as any model known has, takes 13 MB
+MOST_TENSORS = 300_000  # of all files of a model
+# A tensor's entry takes at least so many bytes for each object, and for each name, in it. What has more of
+# them is no list of tensors, and as Python's objects takes up to 40 times its length.
+BYTES_AN_OBJECT, BYTES_A_NAME = 16, 12
+SPARE_BYTES = 2**20  # for JSON within the metadata
 MAX_DIMENSIONS = 64  # torch's limit
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write halves of characters
 DTYPE_BITS = {
@@ -60,27 +65,62 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise damaged(path, "it is no regular file")
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8:
-                raise damaged(path, f"only {size_bytes} bytes long")
-            if length > MAX_HEADER_BYTES:
-                raise damaged(path, f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
-            if 8 + length > size_bytes:
-                raise damaged(path, f"a header of {length} bytes in a file of {size_bytes}")
+            length = header_length(path, file.read(8), size_bytes=size_bytes)
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror}", hint="is the download complete?"
         ) from error
-    tensors = [
-        _tensor(path, name, entry, data_start=8 + length)
-        for name, entry in _parse_header(path, raw).items()
-        if name != "__metadata__"
-    ]
+    return parse_header(path, raw, data_start=8 + length, size_bytes=size_bytes)
+
+
+def parse_header(path: Path, raw: bytes, *, data_start: int, size_bytes: int) -> dict[str, TensorInfo]:
+    """Tensors that a header describes, in the order of their bytes.
+
+    Args:
+        raw: The header's JSON.
+        data_start: Where the values begin, in the file.
+        size_bytes: Of the file.
+
+    Raises:
+        CheckpointError: As for `read_header`.
+    """
+    entries = _parse_json(path, raw)
+    entries.pop("__metadata__", None)
+    check_count(len(entries), where=path.name)
+    tensors = [_tensor(path, name, entry, data_start=data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-    _check_contiguous(path, tensors, data_start=8 + length, size_bytes=size_bytes)
+    _check_contiguous(path, tensors, data_start=data_start, size_bytes=size_bytes)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def header_length(path: Path, prefix: bytes, *, size_bytes: int) -> int:
+    """Bytes of the header, by the first eight of the file.
+
+    Raises:
+        CheckpointError: The file is shorter than that, or the header longer than any model's.
+    """
+    if len(prefix) < 8:
+        raise damaged(path, f"only {size_bytes} bytes long")
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise damaged(path, f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+    if 8 + length > size_bytes:
+        raise damaged(path, f"a header of {length} bytes in a file of {size_bytes}")
+    return length
+
+
+def check_count(count: int, *, where: str) -> None:
+    """Refuse more tensors than any model has.
+
+    Raises:
+        CheckpointError: Says how many.
+    """
+    if count > MOST_TENSORS:
+        raise CheckpointError(
+            f"{where} has {count:,} tensors or more; no model known has more than {MOST_TENSORS:,}",
+            hint="do not use this model unless you trust where it comes from",
+        )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,7 +142,10 @@ def damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path.name} is damaged: {problem}", hint="download it again")
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    objects, names = raw.count(b"{") + raw.count(b"["), raw.count(b":")
+    if max(BYTES_AN_OBJECT * objects, BYTES_A_NAME * names) > len(raw) + SPARE_BYTES:
+        raise damaged(path, f"its header of {len(raw)} bytes is no list of tensors")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

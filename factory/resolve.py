@@ -4,24 +4,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
-    HfApi,
     get_cached_repo_tree,
     hf_hub_download,
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    LocalEntryNotFoundError,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
 from factory.artifacts import Source, canonical_json
 from factory.checkpoint import (
@@ -39,6 +33,7 @@ from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureE
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
+from factory.remote_header import read_remote_headers
 from factory.source_card import README, languages_of, one_license, read_card, short_text
 
 CONFIG = "config.json"
@@ -154,7 +149,9 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         repo_id=repo_id,
         commit=commit,
         config=config,
-        tensors=_remote_tensors(api, repo_id, commit=commit, weights=weights),
+        tensors=read_remote_headers(
+            api, repo_id, commit=commit, sizes={name: sizes[name] for name in weights}
+        ),
         size_bytes=sum(sizes[name] for name in weights),
         card=dict(info.card_data.to_dict()) if info.card_data else {},  # type: ignore[no-untyped-call]
         has_chat_template=_has_chat_template(sizes, tokenizer_config),
@@ -308,25 +305,6 @@ def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[s
             hint="its upload is incomplete: choose another revision",
         )
     return weights
-
-
-def _remote_tensors(api: HfApi, repo_id: str, *, commit: str, weights: list[str]) -> dict[str, TensorInfo]:
-    """Headers of all weight files, by range requests. Offsets count from the end of each header."""
-
-    def read(name: str) -> dict[str, TensorInfo]:
-        try:
-            header = api.parse_safetensors_file_metadata(repo_id, name, revision=commit).tensors
-        except (SafetensorsParsingError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{name} of {repo_id} is no safetensors file", hint="choose another revision"
-            ) from error
-        return {
-            tensor: TensorInfo(tensor, info.dtype, tuple(info.shape), Path(name), *info.data_offsets)
-            for tensor, info in header.items()
-        }
-
-    with ThreadPoolExecutor(8) as pool:
-        return {tensor: info for part in pool.map(read, weights) for tensor, info in part.items()}
 
 
 def _source(

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,11 @@ def test_packed_and_wide_dtypes_have_their_size(tmp_path: Path, dtype: str, size
 
 HOSTILE = {
     "length past the file": ({}, {"length": 10_000}, "10000 bytes in a file of"),
-    "absurd length": ({}, {"length": 2**63}, "limit is 100000000"),
+    "absurd length": ({}, {"length": 2**63}, "limit is 16777216"),
     "not UTF-8": (b"\xff\xfe{}", {}, "not JSON"),
     "not JSON": (b"{nonsense", {}, "not JSON"),
-    "nested beyond reason": (b"[" * 200_000, {}, "not JSON"),
+    "nested beyond reason": (b"[" * 200_000, {}, "no list of tensors"),
+    "nested deeply": (b"[" * 50_000, {}, "not JSON"),
     "an endless number": (b'{"a":' + b"9" * 5000 + b"}", {}, "not JSON"),
     "a list": ([], {}, "not a JSON object"),
     "space before the object": (b" {}", {}, "not a JSON object"),
@@ -109,6 +112,42 @@ HOSTILE = {
     ),
     "one tensor over another": ({"a": entry(), "b": entry()}, {"data": bytes(8)}, "begins at byte"),
 }  # fmt: skip
+
+
+# Reads a header with 256 MB beyond what Python has mapped.
+BOUNDED = """
+import resource, sys
+from pathlib import Path
+from factory.errors import CheckpointError
+from factory.header import read_header
+with open("/proc/self/statm") as file:
+    mapped = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28,) * 2)
+try:
+    read_header(Path(sys.argv[1]))
+except CheckpointError as error:
+    print(error.message)
+"""
+MANY = ",".join(f'"{number:06x}":1' for number in range(1_400_000))
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (b'{"a":[' + b"{}," * 10_000_000 + b"1]}", "a header of 30000009 bytes, the limit is 16777216"),
+        (b'{"a":[' + b"{}," * 5_000_000 + b"1]}", "is no list of tensors"),
+        (b'{"a":' + b"[" * 10**6 + b"]" * 10**6 + b"}", "is no list of tensors"),
+        (f"{{{MANY}}}".encode(), "is no list of tensors"),
+        (f'{{"__metadata__":{{{MANY}}}}}'.encode(), "is no list of tensors"),
+        (b'{"a":[' + b"1.5," * 4_000_000 + b"1]}", "tensor 'a' must have dtype, shape and data_offsets"),
+    ],
+    ids=["30 MB", "objects", "nested", "names", "metadata", "numbers"],
+)
+def test_a_header_takes_no_more_memory_than_a_models(tmp_path: Path, header: bytes, told: str) -> None:
+    path = raw_file(tmp_path / FILE, header)
+    command = [sys.executable, "-c", BOUNDED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert told in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -115,6 +115,13 @@ def many_experts(folder: Path) -> None:
     changed("config.json", num_local_experts=10**9)(folder)
 
 
+def long_header(folder: Path) -> None:
+    """Well-formed, of tensors without a value: what the library itself would read."""
+    entries = (f'"{number}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for number in range(580_000))
+    text = f"{{{','.join(entries)}}}".encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def linked(file: str) -> Callable[[Path], object]:
     """A file of the model as a link to one of the user's own."""
 
@@ -150,6 +157,7 @@ CASES = (
     Case("an index that paints", index_of(f"{ESCAPE}.safetensors"), ("no safetensors file beside it",)),
     Case("a tokenizer that is a link to a file elsewhere", linked("tokenizer.json"), ("is a link to",)),
     Case("a licence that is a link to a file elsewhere", linked("LICENSE"), ("LICENSE is a link to",)),
+    Case("a header of 30 MB", long_header, ("a header of 3", "the limit is 16777216")),
     Case("a configuration nested 200,000 deep", wrote("config.json", DEEP), ("config.json is damaged",)),
     Case("an index nested 200,000 deep",
          every(index_of("x.safetensors"), wrote("model.safetensors.index.json", DEEP)), ("is damaged",)),
@@ -277,6 +285,18 @@ def test_a_file_that_the_hub_says_is_huge_is_not_downloaded(
     check_harmless(ended, tmp_path)
     assert "config.json has 16,777,217 bytes" in ended.stderr
     assert not [request for request in served_hub.requests if "/resolve/" in request.path]
+
+
+def test_a_header_of_30_mb_on_the_hub_is_not_downloaded(
+    served_hub: Hub, commands: Forks, tmp_path: Path
+) -> None:
+    served_hub.reset()
+    long_header(save_llama(tmp_path / "model", num_layers=4))
+    served_hub.put_model("acme/long", tmp_path / "model")
+    ended = run(commands, tmp_path, "build", "acme/long", "--drop", "0.3", "--home", "home")
+    record("a header of 30 MB on the Hub", ended)
+    check_harmless(ended, tmp_path)
+    assert "the limit is 16777216" in ended.stderr
 
 
 @pytest.fixture(scope="module")
