@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from factory.artifacts import sha256_of_file
-from factory.disk import no_room
+from factory.disk import no_room, size
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, check_count, damaged, read_header, unique_keys
 from factory.transfer import assemble, read_blocks
@@ -251,7 +251,7 @@ def _disk_errors(folder: Path, total_bytes: int) -> Iterator[None]:
             raise
         free_bytes = shutil.disk_usage(folder).free
         raise DiskSpaceError(
-            f"{reason}: {total_bytes / 1e9:.1f} GB to write to {folder}, {free_bytes / 1e9:.1f} GB free",
+            f"{reason}: {size(total_bytes)} to write to {folder}, {size(free_bytes)} free",
             hint="free some space, or give a folder on another disk, and run the same command again",
         ) from error
 

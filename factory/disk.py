@@ -1,4 +1,4 @@
-"""No room on the disk, recognised whoever noticed it: Python, safetensors, torch or the Hub's client."""
+"""Sizes for people, and no room on the disk, whoever says so: Python, safetensors, torch, the Hub client."""
 
 import errno
 import re
@@ -12,6 +12,14 @@ RUST = re.compile(
     r"(?:\(os error |\bOs { code: )(\d+)"
 )  # safetensors and hf_xet tell the number in their text alone
 TORCH = "PytorchStreamWriter failed writing file"  # without a number
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
 
 
 def no_room(error: BaseException | None) -> str | None:

@@ -14,10 +14,11 @@ from huggingface_hub import JobHardwareInfo, JobInfo, Volume, constants, get_tok
 from huggingface_hub.errors import HfHubHTTPError
 
 from factory.artifacts import sha256_of_file
+from factory.disk import size
 from factory.errors import HubError, ModelError, UsageError
 from factory.gpus import peak_flops
 from factory.hub_errors import CLIENT_ERRORS, endpoint, hub_api, hub_errors, not_logged_in, patiently
-from factory.preview import Machine, size
+from factory.preview import Machine
 from factory.program import REQUIREMENTS, WHEEL, program
 from factory.state import open_bucket
 

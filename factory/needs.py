@@ -12,6 +12,7 @@ from typing import Any
 
 from factory.artifacts import Source
 from factory.config import BuildConfig
+from factory.disk import size
 from factory.errors import MachineError
 
 LIBRARIES_BYTES = 500_000_000  # of the host: Python, torch, transformers, trl and lm-eval, without a model
@@ -131,10 +132,10 @@ def check_memory(needed: Needs, *, host_total: int, gpu_total: int) -> None:
     """
     spread = max(needed.gpu - gpu_total, 0)
     if needed.host + spread > host_total:
-        told = f"about {(needed.host + spread) / 1e9:.1f} GB of memory"
-        beside = f" beside {gpu_total / 1e9:.1f} GB on the GPU" if gpu_total else ""
+        told = f"about {size(needed.host + spread)} of memory"
+        beside = f" beside {size(gpu_total)} on the GPU" if gpu_total else ""
         raise MachineError(
-            f"the build needs {told}{beside}, and this machine has {host_total / 1e9:.1f} GB",
+            f"the build needs {told}{beside}, and this machine has {size(host_total)}",
             hint="a machine with more memory, or a smaller model",
         )
 

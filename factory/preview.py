@@ -8,6 +8,7 @@ from pathlib import Path
 
 from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
+from factory.disk import size
 from factory.errors import DiskSpaceError
 from factory.needs import Needs, check_four_bit, check_memory, host_bytes, needs
 
@@ -147,14 +148,6 @@ def _check_shards(config: BuildConfig, num_parameters: int) -> None:
 
     if not trains_on_one(num_parameters, best_device(), four_bit=config.heal.bits == 4):
         check_sharding()
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} bytes"
 
 
 def _seconds(

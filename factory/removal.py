@@ -7,6 +7,7 @@ from pathlib import Path
 from factory import __version__
 from factory.artifacts import Checkpoint, Pruning, PruningPlan, Source
 from factory.checkpoint import Progress
+from factory.disk import size
 from factory.errors import DiskSpaceError, StoreError
 from factory.layout import clear, swap
 from factory.prune import Thoroughness, prune
@@ -79,7 +80,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
     free = shutil.disk_usage(above).free
     if needed > free:
         raise DiskSpaceError(
-            f"{needed / 1e9:.1f} GB are needed at {above}, {free / 1e9:.1f} GB are free",
+            f"{size(needed)} are needed at {above}, {size(free)} are free",
             hint="free some space, or give a folder on another disk with --out",
         )
 

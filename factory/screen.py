@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from factory.artifacts import Build, Comparison, Evaluation, Plans, TaskScore, layer_ranges
+from factory.disk import size
 from factory.errors import FactoryError
 from factory.findings import comparison
 from factory.markdown import p_value
-from factory.preview import Preview, size
+from factory.preview import Preview
 from factory.sweep import Sweep, share_kept
 from factory.verify import Verified
 

@@ -66,7 +66,7 @@ def test_what_an_earlier_download_left_whole_needs_no_disk_again(tmp_path: Path)
 
 def test_a_model_that_no_memory_here_holds_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
     sizes = {"num_parameters": 10**15, "layer_parameters": (10**14,) * 10, "folder": None}
-    with pytest.raises(MachineError, match=r"needs about 6800000\.\d GB of memory, and this machine has"):
+    with pytest.raises(MachineError, match=r"needs about 6800\.\d TB of memory, and this machine has"):
         preview_of(SOURCE.model_copy(update=sizes), pending=("speed", "card"), home=tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from factory.preview import size
+from factory.disk import size
 from factory.screen import console, count, duration, printable, result_table, verdict
 from tests.test_card import a_comparison, chat_with_other_licence
 

@@ -24,7 +24,7 @@ def list_stages(home: Path | None) -> None:
 @click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")
 def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
     """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
-    from factory.preview import size
+    from factory.disk import size
     from factory.screen import printable
     from factory.store import Store, default_home
 

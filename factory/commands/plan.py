@@ -179,7 +179,8 @@ def _preview_sweep(source: "Source", sizes: list[int], run: "Run", reporter: "St
     """Say what will be cut, and how much disk that can take."""
     import shutil
 
-    from factory.preview import existing, size
+    from factory.disk import size
+    from factory.preview import existing
 
     layer = sum(source.layer_bytes) / source.num_layers
     cuts = sum(source.size_bytes - int(n * layer) for n in sizes) * (2 if run.config.heal_enabled else 1)

@@ -139,7 +139,7 @@ def _expected(source: "Source", plan: "PruningPlan", *, logits: bool) -> dict[st
 
 def _lines(expected: dict[str, Any], plan: "PruningPlan") -> list[tuple[str, str]]:
     from factory.artifacts import layer_ranges
-    from factory.preview import size
+    from factory.disk import size
     from factory.screen import count
 
     before, after = expected["parameters_before"], expected["parameters_after"]
