@@ -231,7 +231,14 @@ class Checkpoint(Artifact):
     files: dict[str, str]  # weight file name → sha256
     merge_base: str | None = None  # "source weights"; None where nothing was merged
     merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-back text
+    guard_losses: dict[str, float] | None = None  # "unhealed" and "healed", of files, on that text
     verified: tuple[str, ...] = ()  # what was compared with the source: "names and shapes", "logits"
+
+    @property
+    def helped(self) -> bool:
+        """Whether what was merged into it lowered the loss on text that the healing did not train on."""
+        losses = self.guard_losses
+        return losses is not None and losses["healed"] < losses["unhealed"]
 
 
 class LossPoint(BaseModel):
@@ -267,11 +274,6 @@ class Adapter(Artifact):
     guard_loss_after: float
     slowed_at_step: int | None = None  # from there on at a lower rate, after the loss had run away
     data: DataSource
-
-    @property
-    def helped(self) -> bool:
-        """Whether healing lowered the loss on text that it did not train on."""
-        return self.guard_loss_after < self.guard_loss_before
 
 
 class TokenLoss(BaseModel):
@@ -399,6 +401,7 @@ class Build(Artifact):
     adapter: Adapter | None  # None for a build without healing
     merge_base: str | None = None  # weights that the adapter was added to: "source weights"
     merge_losses: dict[str, float] | None = None  # of the bases tried, on the healing's held-back text
+    guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that text
     shipped: str  # "healed" or "pruned"
     source_parameters: int
     result_parameters: int

@@ -71,6 +71,7 @@ def describe_build(
         adapter=made.adapter,
         merge_base=made.shipped.merge_base,
         merge_losses=made.shipped.merge_losses,
+        guard_losses=made.healed.guard_losses if made.healed else None,
         shipped=made.shipped_name,
         source_parameters=made.source.num_parameters,
         result_parameters=made.shipped.num_parameters,

@@ -99,6 +99,19 @@ def merge(
     return made[best].model_copy(update={"folder": folder, "merge_losses": losses})
 
 
+def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Add to a merged checkpoint what decides whether it ships: the guard's losses with and without healing.
+
+    Those of the training are of other weights: NF4, with the adapter beside them. These are of the files, as
+    anybody would load them.
+    """
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    known = (merged.merge_losses or {}).get(str(merged.merge_base))
+    healed = known if known is not None else token_loss(load_model(merged.folder), guard)
+    unhealed = token_loss(load_model(pruned.folder), guard)
+    return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})
+
+
 def _merge(
     pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
 ) -> Checkpoint:

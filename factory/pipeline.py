@@ -71,6 +71,7 @@ class Made:
     plan: PruningPlan
     pruned: Checkpoint
     adapter: Adapter | None
+    healed: Checkpoint | None
     shipped: Checkpoint
     shipped_name: str  # "healed" or "pruned"
     evaluations: dict[str, Evaluation]
@@ -83,22 +84,23 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     plan = plan_stage(run, source, profile)
     pruned = prune_stage(run, source, plan)
     adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
-    if adapter and require_healing and not adapter.helped:
+    healed = merge_stage(run, pruned, adapter) if adapter else None
+    if healed and healed.guard_losses and require_healing and not healed.helped:
         raise HealingError(
-            f"healing took the held-back loss from {adapter.guard_loss_before:.4f} to "
-            f"{adapter.guard_loss_after:.4f}, and --require-healing is on",
+            "healing took the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
+                **healed.guard_losses
+            )
+            + ", and --require-healing is on",
             hint=f"more --heal-steps or another --heal-lr may help; the adapter is in {run.folders['heal']}",
         )
-    healed = merge_stage(run, pruned, adapter) if adapter else None
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed:
         models["healed"] = healed
     evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
-    # A heal that raised the loss on text it had not seen is kept in the store but not shipped.
-    shipped_name = "healed" if adapter and adapter.helped else "pruned"
-    shipped = healed if healed and shipped_name == "healed" else pruned
+    # A heal that did not lower the loss on text it had not seen is kept in the store but not shipped.
+    shipped, shipped_name = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
     speed = speed_stage(run, source, shipped, shipped_name)
-    return Made(source, profile, plan, pruned, adapter, shipped, shipped_name, evaluations, speed)
+    return Made(source, profile, plan, pruned, adapter, healed, shipped, shipped_name, evaluations, speed)
 
 
 def make_plans(

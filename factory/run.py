@@ -21,7 +21,7 @@ VERSIONS = {
     "compare": 2,
     "prune": 1,
     "heal": 6,
-    "merge": 2,
+    "merge": 3,
     "evaluate": 4,
     "speed": 2,
 }

@@ -263,9 +263,11 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The adapter into full-precision weights. A stage of its own: failing here costs no training."""
 
     def work(folder: Path) -> Artifact:
-        from factory.merge import merge
+        from factory.merge import judge, merge
 
-        return merge(pruned, adapter, folder=folder, base=run.config.merge_base, progress=run.ticks("merge"))
+        ticks = run.ticks("merge")
+        merged = merge(pruned, adapter, folder=folder, base=run.config.merge_base, progress=ticks)
+        return judge(merged, pruned, adapter)
 
     return run.stage(
         "merge",
@@ -273,7 +275,10 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
         work,
         parameters={"base": run.config.merge_base if run.config.heal.bits == 4 else "bf16"},
         inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
-        summary=lambda c: f"adapter added to the {c.merge_base}" + _losses(c.merge_losses),
+        summary=lambda c: (
+            f"adapter added to the {c.merge_base}{_losses(c.merge_losses)}"
+            + ("" if c.helped else "; it does not lower the held-back loss, so the unhealed model ships")
+        ),
     )
 
 

@@ -333,6 +333,7 @@ def chat_with_other_licence() -> Build:
         ),
         merge_base="source weights",
         merge_losses={"source weights": 2.9581, "NF4 weights, unpacked": 2.9633},
+        guard_losses={"unhealed": 4.1893, "healed": 2.9581},
         shipped="healed",
         source_parameters=8_030_261_248,
         result_parameters=6_285_365_248,
@@ -432,6 +433,7 @@ def healing_discarded() -> Build:
     evaluations["pruned"], evaluations["healed"] = evaluations["healed"], evaluations["pruned"]
     changes = {
         "adapter": adapter,
+        "guard_losses": {"unhealed": 2.88, "healed": 3.04},
         "config": limited,
         "shipped": "pruned",
         "evaluations": evaluations,

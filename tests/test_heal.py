@@ -85,7 +85,6 @@ def healed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
 
 
 def test_healing_lowers_the_loss_on_text_held_back(healed: Adapter) -> None:
-    assert healed.helped
     assert healed.guard_loss_after < healed.guard_loss_before - 0.05
     assert healed.curve[-1].loss < healed.curve[0].loss
     assert healed.num_tokens > 0.8 * 12 * 2 * 64  # packed: hardly any padding
@@ -163,7 +162,7 @@ def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
     wild = SETTINGS.model_copy(update={"learning_rate": 0.3, "bits": 16})
     slowed = run(model, tmp_path / "adapter", settings=wild)
     assert slowed.slowed_at_step == 0
-    assert slowed.helped
+    assert slowed.guard_loss_after < slowed.guard_loss_before
     straight = run(model, tmp_path / "other", settings=wild.model_copy(update={"learning_rate": 0.09}))
     assert slowed.guard_curve == straight.guard_curve
 
@@ -176,7 +175,8 @@ def test_with_the_seam_only_layers_from_the_one_before_the_cut_on_are_adapted(
     names = load_file(adapter.folder / "adapter_model.safetensors")
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {1, 2, 3}
     assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"} < set(adapter.target_modules)
-    assert (adapter.quantization, adapter.layers, adapter.helped) == ("none", "seam", True)
+    assert (adapter.quantization, adapter.layers) == ("none", "seam")
+    assert adapter.guard_loss_after < adapter.guard_loss_before
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaCo
 from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.errors import CheckpointError, VerificationError
-from factory.merge import merge
-from factory.models import load_model
+from factory.merge import judge, merge
+from factory.models import load_model, token_loss
 
 LLAMA = LlamaConfig(
     vocab_size=96,
@@ -328,6 +328,27 @@ def test_the_base_with_the_lower_loss_on_the_held_back_text_is_taken(tmp_path: P
     assert sorted(path.name for path in auto.folder.iterdir()) == sorted(
         path.name for path in (tmp_path / "bf16").iterdir()
     )
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_what_ships_is_decided_by_the_losses_of_the_files_not_of_the_training(
+    tmp_path: Path, helps: bool
+) -> None:
+    pruned = save_model(tmp_path / "pruned")
+    adapter = save_adapter(tmp_path / "adapter", pruned)
+    assert adapter.guard_loss_after < adapter.guard_loss_before  # so much for the training
+    (tmp_path / "merged").mkdir()
+    merged = merge(pruned, adapter, folder=tmp_path / "merged")
+    better = load_model(merged.folder if helps else pruned.folder)
+    sequence = torch.tensor([[1]])
+    for _ in range(40):  # what one of the two would write
+        sequence = torch.cat([sequence, better(sequence).logits[:, -1:].argmax(-1)], dim=1)
+    (adapter.folder / "guard.json").write_text(json.dumps(sequence.tolist()))
+    judged = judge(merged, pruned, adapter)
+    assert judged.guard_losses is not None
+    assert judged.helped is helps
+    for name, folder in (("unhealed", pruned.folder), ("healed", merged.folder)):
+        assert judged.guard_losses[name] == token_loss(load_model(folder), sequence.tolist())
 
 
 def test_the_nf4_base_is_what_the_model_was_in_training(tmp_path: Path) -> None:
