@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factory.artifacts import Build
+from tests.forks import Ended, Forks
 from tests.hub import Hub
+from tests.kills import MODULES
 from tests.tiny import rhymes, save_llama
 
 QUICK = [
@@ -35,22 +38,15 @@ MOMENTARY = ("seconds", "speed")
 # from outside that is a power cut at a chosen moment.
 KILLER = """
 import os, re, signal, sys
-event, pattern, with_signal = sys.argv[1:4]
 def watch(name, arguments):
-    if name == event and arguments and re.search(pattern, str(arguments[0])):
-        os.kill(os.getpid(), getattr(signal, with_signal))
+    if name == {event!r} and arguments and re.search({pattern!r}, str(arguments[0])):
+        os.kill(os.getpid(), signal.{by})
 sys.addaudithook(watch)
-sys.argv = ["factory", *sys.argv[4:]]
-from factory.cli import main
-main()
 """
-
-
 INHERITED = (
     "PATH",
     "PYTHONPATH",
     "HOME",
-    "OMP_NUM_THREADS",
     "COVERAGE_PROCESS_START",
     "COVERAGE_PROCESS_CONFIG",
 )
@@ -59,7 +55,7 @@ INHERITED = (
 def environment(home: Path, **more: str) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     own = {"FACTORY_HOME": str(home / "home"), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
-    return inherited | own | more
+    return inherited | own | {"OMP_NUM_THREADS": "1"} | more  # as in forks: with as many threads, equal bytes
 
 
 def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -73,17 +69,18 @@ def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedPro
     )
 
 
-def killed(
-    event: str, pattern: str, *arguments: str, home: Path, by: str = "SIGKILL"
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLER, event, pattern, by, *arguments],
-        cwd=home,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """For builds that are struck down: what they import takes longer than what they do."""
+    harness = ("lm_eval.evaluator", "lm_eval.models.huggingface", "factory.harness")
+    process = Forks(environment(tmp_path_factory.mktemp("forks")), modules=(*MODULES, *harness))
+    yield process
+    process.close()
+
+
+def killed(forks: Forks, event: str, pattern: str, *, home: Path, by: str = "SIGKILL") -> Ended:
+    before = KILLER.format(event=event, pattern=pattern, by=by)
+    return forks.run(*DEMO, "--home", "home", folder=home, before=before)
 
 
 def without_moments(build: Path) -> dict[str, Any]:
@@ -280,10 +277,12 @@ MOMENTS = (  # event of the interpreter, its first argument: one in each stage, 
 )
 
 
-def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(built: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(
+    forks: Forks, built: Path, tmp_path: Path
+) -> None:
     for event, pattern in MOMENTS:
-        done = killed(event, pattern, *DEMO, home=tmp_path)
-        assert done.returncode == -signal.SIGKILL, (pattern, done.stdout, done.stderr)
+        done = killed(forks, event, pattern, home=tmp_path)
+        assert done.code == -signal.SIGKILL, (pattern, done.stdout, done.stderr)
         assert not (tmp_path / BUILD).exists()
     last = factory(*DEMO, home=tmp_path)
     assert last.returncode == 0, last.stderr
@@ -293,9 +292,9 @@ def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(built: Pa
     assert (tmp_path / BUILD / weights).read_bytes() == (built / BUILD / weights).read_bytes()
 
 
-def test_an_interrupted_build_says_how_to_go_on(tmp_path: Path) -> None:
-    done = killed("os.mkdir", r"stages/measure/\w+\.partial$", *DEMO, home=tmp_path, by="SIGINT")
-    assert done.returncode == 130
+def test_an_interrupted_build_says_how_to_go_on(forks: Forks, tmp_path: Path) -> None:
+    done = killed(forks, "os.mkdir", r"stages/measure/\w+\.partial$", home=tmp_path, by="SIGINT")
+    assert done.code == 130
     assert done.stderr.strip() == "error: interrupted\nhint: the same command goes on from here"
 
 
