@@ -153,11 +153,17 @@ def _folder_hash(task: Path) -> str:
 
 
 def _parts(task: Path) -> Iterator[str]:
-    """The task file by its content, then what lies beside it; past the bound by name and size alone."""
+    """The task file by its content, then what it may read; past the bound by name and size alone."""
     yield sha256_of_file(task)
+    beside = [
+        path
+        for path in sorted(task.parent.iterdir())
+        if path.suffix in BESIDE_A_TASK and path != task and path.is_file()
+    ]
+    named = [Path(data) for part in (task, *beside) for data in sorted(local_data(part))]
+    inside = [file for path in named for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     left = MOST_BYTES
-    for path in sorted(task.parent.iterdir()):
-        if path.suffix in BESIDE_A_TASK and path != task and path.is_file():
-            size = path.stat().st_size
-            left -= size
-            yield f"{path.name}:{sha256_of_file(path) if left >= 0 else size}"
+    for path in dict.fromkeys((*beside, *inside)):
+        size = path.stat().st_size
+        left -= size
+        yield f"{path.name}:{sha256_of_file(path) if left >= 0 else size}"

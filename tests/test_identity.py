@@ -39,6 +39,23 @@ def test_a_task_file_counts_with_the_files_it_can_include(tmp_path: Path) -> Non
     assert task_identity(str(task)) == second != first
 
 
+@pytest.mark.parametrize(
+    "named",
+    ["dataset_path: json\ndataset_kwargs: {data_files: {test: [FOLDER/q.jsonl]}}", "dataset_path: FOLDER"],
+)
+def test_a_task_file_counts_with_the_questions_that_it_names_elsewhere(tmp_path: Path, named: str) -> None:
+    questions = tmp_path / "elsewhere" / "q.jsonl"
+    (tmp_path / "here").mkdir()
+    questions.parent.mkdir()
+    questions.write_text("1")
+    task = tmp_path / "here" / "base.yaml"
+    task.write_text(named.replace("FOLDER", str(questions.parent)))
+    first = task_identity(str(task))
+    assert task_identity(str(task)) == first
+    questions.write_text("2")
+    assert task_identity(str(task)) != first
+
+
 def test_the_embedded_task_counts_with_its_text_and_others_by_name() -> None:
     assert task_identity("next_line").startswith("next_line:")
     assert task_identity("boolq") == "boolq"
