@@ -144,7 +144,7 @@ class Order:
     build_file: bytes
     files: Mapping[str, Path | bytes]  # local ones that the build reads: name below the mount → file
     rerun: tuple[str, ...]
-    tracker: str | None = None  # library that the build is told to
+    trackers: tuple[str, ...] = ()  # libraries that the builds are told to
     uses_vllm: bool = False
 
     @property
@@ -154,10 +154,10 @@ class Order:
 
     def command(self) -> list[str]:
         """What the job runs: the program that was uploaded for it, on the build file beside it."""
-        tracker = ("--with", self.tracker) if self.tracker not in (None, "none") else ()
+        trackers = [word for tracker in self.trackers for word in ("--with", tracker)]
         again = [word for stage in self.rerun for word in ("--rerun", stage)]
         return [
-            *("uv", "run", "--no-project", "--python", _python(), "--with", f"{MOUNT}/{WHEEL}", *tracker),
+            *("uv", "run", "--no-project", "--python", _python(), "--with", f"{MOUNT}/{WHEEL}", *trackers),
             *("--with-requirements", f"{MOUNT}/{REQUIREMENTS}", "factory", "build", f"{MOUNT}/{BUILD_FILE}"),
             *("--state", self.bucket, *again),
         ]
@@ -189,7 +189,7 @@ def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
     env = {"PYTHONUNBUFFERED": "1", "UV_NO_PROGRESS": "1"}
     env |= {name: os.environ[name] for name in FOR_TRACKERS if name in os.environ}
     secrets = {"HF_TOKEN": get_token()}
-    if order.tracker == "wandb" and "WANDB_API_KEY" in os.environ:
+    if "wandb" in order.trackers and "WANDB_API_KEY" in os.environ:
         secrets["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"]
     if constants.ENDPOINT != "https://huggingface.co":
         env["HF_ENDPOINT"] = constants.ENDPOINT

@@ -409,12 +409,14 @@ def test_no_permission_no_credit_and_a_public_bucket_are_told(
 
 def test_builds_of_a_file_run_in_one_job(rich: Hub, commands: Forks, folder: Path) -> None:
     printed = commands.run(*BUILD, "--print-config", folder=folder).stdout
-    (folder / "build.yaml").write_text(f"{printed}on: cpu-basic\nbuilds: [{{}}, {{drop: 0.2}}]\n")
+    builds = "builds: [{report-to: wandb}, {drop: 0.2, report-to: trackio}, {drop: 0.5, report-to: none}]\n"
+    (folder / "build.yaml").write_text(f"{printed}on: cpu-basic\n{builds}")
     done = commands.run("build", "build.yaml", "--upload", "--detach", folder=folder)
     assert done.code == 0, done.stderr
     (path,) = [path for path in rich.bucket(BUCKET) if path.endswith("/build.yaml")]
     carried = rich.bucket(BUCKET)[path].decode()
-    assert carried.count("model: acme/tiny") == 2
+    assert carried.count("model: acme/tiny") == 3
+    assert "--with trackio --with wandb --with-requirements" in shlex.join(rich.job().spec["command"])
     assert "on:" not in carried
     assert f"{MOUNT}/local/" in carried
     (folder / "build.yaml").write_text(f"{printed}builds: [{{on: cpu-basic}}, {{on: t4-small, drop: 0.2}}]\n")

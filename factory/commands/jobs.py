@@ -70,7 +70,7 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
         config_text(given).encode(),
         files,
         options["rerun"],
-        tracker=requests[0].options["report_to"],
+        trackers=tuple(sorted({r.options["report_to"] for r in requests} - {None, "none"})),
         uses_vllm=uses_vllm,
     )
     job = jobs.submit(order, hardware, timeout_seconds=timeout)
