@@ -117,7 +117,7 @@ def run(make: Callable[[], Any], *, weights: int) -> dict[str, Any]:
         "GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan"),
         "loss": (losses[0], mean(losses[-LAST:])),
         "pass": f"{trainer.args.per_device_train_batch_size} × {trainer.args.max_length}"
-        + ", activations again" * trainer.args.gradient_checkpointing,
+        + ", activations again" * trainer.model.is_activation_checkpointing,
         "attention": trainer.model.config._attn_implementation,
     }
 

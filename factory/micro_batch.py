@@ -49,8 +49,12 @@ def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
 
 
 def _recompute(trainer: Any) -> None:
-    trainer.args.gradient_checkpointing = True
+    """Enabled here, not by the trainer: that lets the backward pass go down to the embeddings each time.
+
+    With `--heal-layers seam` it may end where the first adapter lies, and nothing below is kept for it.
+    """
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.model.disable_input_require_grads()
 
 
 def _fits(trainer: Any, size: int) -> bool:

@@ -25,6 +25,19 @@ SAVES = 10  # of the trainer over a run
 TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
 LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
 BATCH = 16  # sequences that are measured at once
+NF4_BYTES = 0.516  # a weight, with its scales and their scales
+# What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
+SMALL = {"rank": 8, "modules": "ffn"}
+LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--heal-layers seam", {"layers": "seam"}),
+    ("--heal-rank 8 --heal-modules ffn", SMALL),
+    ("--heal-rank 8 --heal-modules ffn --heal-layers seam", {**SMALL, "layers": "seam"}),
+    ("--heal sft --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": "sft"}),
+    (
+        "--heal sft --heal-rank 8 --heal-modules ffn --heal-layers seam",
+        {**SMALL, "objective": "sft", "layers": "seam"},
+    ),
+)
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -138,6 +151,52 @@ def check_memory(needed: Needs, *, host_total: int, gpu_total: int) -> None:
             f"the build needs {told}{beside}, and this machine has {size(host_total)}",
             hint="a machine with more memory, or a smaller model",
         )
+
+
+def healing_bytes(source: Source, config: BuildConfig) -> int:
+    """Of the GPU, for healing with one sequence a pass and activations that are computed again.
+
+    A 70B model without 40 % of its layers took 33.4 GB with two sequences of 4,096 tokens; distilled by the
+    seam alone 38.5 GB with one of 2,048 and 39.9 GB with one of 4,096 (benchmarks/heal_speed.py).
+    """
+    heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
+    distils = heal.objective == "distill"
+    inside = sum(source.layer_parameters)
+    outside = source.num_parameters - inside
+    weights = (NF4_BYTES if heal.bits == 4 else 2) * inside * (1 if distils else kept / source.num_layers)
+    trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts lie at two thirds, about
+    adapter = TRAINED_BYTES * _adapter_parameters(source, config) * trained // kept
+    unpacked = 2 * width * inner if heal.bits == 4 else 0
+    # The inputs of all layers, one layer's states, and distilled those behind both models' last layers.
+    token = 2 * (trained * width + 6 * inner + (12 if distils else 6) * width)
+    return int(CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + heal.sequence_length * token)
+
+
+def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> None:
+    """Refuse a healing that no GPU memory here holds, and say what would fit.
+
+    Args:
+        gpu_total: Bytes of all GPUs that share the model.
+
+    Raises:
+        MachineError: Says how much is needed, and the flags of the least change that fits.
+    """
+    needed = healing_bytes(source, config)
+    if needed <= gpu_total:
+        return
+    packs = " --heal-bits 4" if config.heal.bits == 16 else ""
+    hint = "a GPU with more memory, or build without healing: --no-heal"
+    for flags, changes in LIGHTER:
+        lighter = config.heal.model_copy(update={**changes, "bits": 4})
+        fewer = healing_bytes(source, config.model_copy(update={"heal": lighter}))
+        if fewer <= gpu_total:
+            hint = f"{flags}{packs} takes about {size(fewer)}"
+            break
+    raise MachineError(
+        f"healing by {config.heal.objective} needs about {size(needed)} of GPU memory, and there are "
+        f"{size(gpu_total)}",
+        hint=hint,
+    )
 
 
 def check_four_bit(device: Any) -> None:

@@ -10,7 +10,7 @@ from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
 from factory.disk import size
 from factory.errors import DiskSpaceError
-from factory.needs import Needs, check_four_bit, check_memory, host_bytes, needs
+from factory.needs import Needs, check_four_bit, check_healing, check_memory, host_bytes, needs
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a model and opening the text
@@ -124,7 +124,10 @@ def preview(
         )
     if is_here:
         _check_here(config, pending, needed, machine)
-        if processes > 1 and "heal" in pending and config.heal_enabled:
+        heals = "heal" in pending and config.heal_enabled
+        if heals and needed.gpu:
+            check_healing(source, config, gpu_total=machine.memory_bytes * processes)
+        if processes > 1 and heals:
             distils = config.heal.objective == "distill"
             _check_shards(config, source.num_parameters if distils else parameters_after)
     return result

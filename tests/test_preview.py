@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.needs import measured, rows
 from factory.artifacts import Source
-from factory.config import BuildConfig
+from factory.config import BuildConfig, HealSettings
 from factory.errors import DiskSpaceError, DropError, MachineError
-from factory.needs import Needs, check_memory, needs
+from factory.needs import Needs, check_healing, check_memory, healing_bytes, needs
 from factory.pipeline import STAGES
 from factory.preview import preview
 
@@ -75,6 +75,51 @@ def test_what_does_not_fit_the_gpu_needs_the_hosts_memory_as_well() -> None:
     check_memory(needed, host_total=12 * 10**9, gpu_total=24 * 10**9)
     with pytest.raises(MachineError, match=r"about 10\.0 GB of memory beside 24\.0 GB on the GPU"):
         check_memory(needed, host_total=8 * 10**9, gpu_total=24 * 10**9)
+
+
+LAYER_70B, OUTSIDE_70B = 855_654_400, 524_296_192
+LLAMA_70B = SOURCE.model_copy(
+    update={
+        "config": {"hidden_size": 8192, "intermediate_size": 28672},
+        "num_layers": 80,
+        "num_parameters": 80 * LAYER_70B + OUTSIDE_70B,
+        "layer_parameters": (LAYER_70B,) * 80,
+        "vocab_size": 32000,
+    }
+)
+
+
+def healing_of(**fields: Any) -> BuildConfig:
+    heal = {"objective": "sft", "rank": 8, "sequence_length": 4096, **fields}
+    return BuildConfig(reference="m", drop=0.4, heal=HealSettings.model_validate(heal))
+
+
+def test_healing_that_does_not_fit_the_gpu_is_refused_with_the_flags_that_do() -> None:
+    check_healing(LLAMA_70B, healing_of(), gpu_total=40 * 10**9)
+    default = {"objective": "distill", "modules": "all-linear", "rank": 128}
+    with pytest.raises(MachineError, match=r"healing by distill needs about 60\.\d GB of GPU") as caught:
+        check_healing(LLAMA_70B, healing_of(**default), gpu_total=42_300_000_000)
+    assert caught.value.hint.startswith("--heal-rank 8 --heal-modules ffn --heal-layers seam takes about 4")
+    with pytest.raises(MachineError, match=r"there are 32\.0 GB") as caught:
+        check_healing(LLAMA_70B, healing_of(**default), gpu_total=32 * 10**9)
+    assert caught.value.hint.startswith("--heal sft --heal-rank 8 --heal-modules ffn takes about 2")
+    with pytest.raises(MachineError) as caught:
+        check_healing(LLAMA_70B, healing_of(**default, bits=16), gpu_total=16 * 10**9)
+    assert "--no-heal" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("fields", "took"),
+    [
+        ({"sequence_length": 2 * 4096}, 33.4e9),
+        ({"objective": "distill", "layers": "seam", "sequence_length": 4096}, 39.9e9),
+        ({"objective": "distill", "layers": "seam", "sequence_length": 2048}, 38.5e9),
+        ({"objective": "distill", "sequence_length": 1024}, 38.6e9),
+    ],
+)
+def test_the_memory_of_healing_is_estimated_within_a_tenth(fields: dict[str, Any], took: float) -> None:
+    """What a 70B shape without 32 layers took on an H100, with so many tokens a pass."""
+    assert healing_bytes(LLAMA_70B, healing_of(**fields)) == pytest.approx(took, rel=0.1)
 
 
 def test_known_builds_are_estimated_within_a_quarter() -> None:
