@@ -163,7 +163,7 @@ def test_a_job_that_runs_out_of_time_is_resumed_by_the_next_one_and_publishes(
     push = ("--push-to", "alice/smaller", "--timeout", "1h")
     submitted(commands, folder, *push)
     first = started(rich, tmp_path / "first")
-    until(lambda: len(copies(rich)) >= 2 or first.poll() is not None)
+    until(lambda: len(copies(rich)) >= 3 or first.poll() is not None)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     until(lambda: rich.job().stage != "RUNNING")
@@ -184,7 +184,8 @@ def test_a_job_that_runs_out_of_time_is_resumed_by_the_next_one_and_publishes(
     for stage in ("measure", "plan", "prune"):
         assert f"= {stage}" in log
     assert "✓ heal" in log
-    assert max(copies(rich)[len(before)]) > max(before[-2])  # the last one need not have gone up whole
+    # The last one need not have gone up whole; from the start, the first copy would be of step 5 alone.
+    assert max(copies(rich)[len(before)]) >= max(before[-2]) > 5
     assert "config.json" in rich.files("alice/smaller")
     assert rich.repository("alice/smaller").private
 
