@@ -274,7 +274,7 @@ def reproduction_command(build: Build) -> Markup:
 def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
     """(section, name) → value of each setting that the reference and the drop alone would not give."""
     asked = settings_of(build)[0]
-    text_config = build.source.config.get("text_config", build.source.config)
+    text_config = build.source.config.get("text_config") or build.source.config
     usual = settle(
         asked.reference,
         drop=asked.drop,

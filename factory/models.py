@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory.errors import ModelError
+from factory.tokenizer_bounds import check_tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -66,13 +67,19 @@ def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) 
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
-        trust_remote_code=False,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
+            trust_remote_code=False,
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot load {folder}: {' '.join((str(error) or repr(error)).split())[:300]}",
+            hint="its config.json or generation_config.json asks for what is not there",
+        ) from error
     if four_bit and device.type == "cpu":
         _repair_four_bit_on_cpu(model)
     if to_shard:
@@ -202,7 +209,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer; where it has no padding token, its end token serves (padding is masked).
 
     Raises:
-        ModelError: No tokenizer, or a damaged one.
+        ModelError: No tokenizer, a damaged one, or one that would make so much of a text that no memory
+            holds it.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -211,6 +219,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="give a model with a whole tokenizer",
         ) from error
+    check_tokenizer(tokenizer, name=str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -188,7 +188,7 @@ def _measured(source: Source) -> tuple[str, int, float]:
     from factory.models import best_device, compute_dtype, device_name
 
     device = best_device()
-    text_config = source.config.get("text_config", source.config)
+    text_config = source.config.get("text_config") or source.config
     width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
     rows = 512 if device.type == "cpu" else 4096
     left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))

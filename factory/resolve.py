@@ -274,6 +274,8 @@ def _check_values(config: dict[str, Any], *, name: str) -> None:
                 wrong.append((field, value))
         if type(part.get("num_nextn_predict_layers") or 0) is not int:
             wrong.append(("num_nextn_predict_layers", part["num_nextn_predict_layers"]))
+    if "device_map" in config:  # transformers would take it for a setting of its own
+        wrong.append(("device_map", config["device_map"]))
     if wrong:
         field, value = wrong[0]
         raise CheckpointError(

@@ -133,6 +133,23 @@ def linked(file: str) -> Callable[[Path], object]:
     return link
 
 
+def tokenizing(**parts: Any) -> Callable[[Path], object]:
+    """The model with other parts of its tokenizer."""
+    return changed("tokenizer.json", **parts)
+
+
+def replaced(before: str, after: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": before}, "content": after}
+
+
+END = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+MANY_ENDS = {
+    "type": "TemplateProcessing",
+    "single": [TEXT, *[END] * 100_000],
+    "pair": [TEXT, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [0], "tokens": ["<|end|>"]}},
+}
 LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))
 BOMB = f"---\na0: &a0 [{'lol ' * 10}]\n{LAUGHS}\nlanguage: *a11\nlicense_name: *a11\nlicense: *a11\n---\n"
 FOREIGN = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": "evil.Tok"}
@@ -166,6 +183,26 @@ CASES = (
          wrote("config.json", f'{{"model_type": "llama", "vocab_size": {"9" * 10_000}}}'), ("is damaged",)),
     Case("a configuration of 1 GB", sparse("config.json", 10**9), ("config.json has 1,000,000,000 bytes",)),
     Case("a tokenizer of 1 TB", sparse("tokenizer.json", 10**12), ("tokenizer.json has 1,000,000,000,000",)),
+    Case("a tokenizer that doubles a letter 40 times",
+         tokenizing(normalizer={"type": "Sequence", "normalizers": [replaced("e", "ee")] * 40}),
+         ("makes 1,099,511,627,776 letters of one in its normalizer",)),
+    Case("a tokenizer that makes a letter 2 MB", tokenizing(normalizer=replaced("e", "x" * 2_000_000)),
+         ("makes 2,000,000 letters of one in its normalizer",)),
+    Case("a tokenizer that writes 2 MB for a letter", tokenizing(decoder=replaced("e", "x" * 2_000_000)),
+         ("makes 2,000,000 letters of one in its decoder",)),
+    Case("100,000 tokens around each text", tokenizing(post_processor=MANY_ENDS),
+         ("puts 100,000 tokens around each text",)),
+    Case("a tokenizer that pads to 10¹⁰ tokens",
+         tokenizing(padding={"strategy": {"Fixed": 10**10}, "direction": "Right", "pad_to_multiple_of": None,
+                             "pad_id": 0, "pad_type_id": 0, "pad_token": "x"})),
+    Case("a kernel from the Hub for attention", changed("config.json", attn_implementation="evil/kernel"),
+         ("asks for a kernel from the Hub",)),
+    Case("attention that is not there", changed("config.json", attn_implementation="nowhere"),
+         ("transformers cannot load",)),
+    Case("generation settings that are a list", wrote("generation_config.json", "[]"),
+         ("transformers cannot load",)),
+    Case("a device map", changed("config.json", device_map="x"), ("config.json has device_map 'x'",)),
+    Case("a text configuration that is null", changed("config.json", text_config=None)),
     Case("a card of 1 GB", every(wrote("README.md", "x"), sparse("README.md", 10**9)),
          ("README.md has 1,000,000,000 bytes",)),
     Case("a card whose metadata is a bomb of 10¹¹ words", wrote("README.md", BOMB)),
