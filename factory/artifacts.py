@@ -15,6 +15,9 @@ from factory.errors import StoreError
 AGAIN = "delete that folder and run the same command again"
 
 
+MOST_BYTES = 2**26  # of one value's file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal bytes on every machine."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -30,6 +33,16 @@ def first_problem(error: ValidationError) -> str:
     """The first thing that is wrong with a value, by its place: "heal.rank: Input should be …"."""
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
+
+
+def check_size(size_bytes: int) -> None:
+    """Refuse a JSON file that is larger than anything written here, which would fill the memory.
+
+    Raises:
+        ValueError: Says how large it is.
+    """
+    if size_bytes > MOST_BYTES:
+        raise ValueError(f"it has {size_bytes:,} bytes, more than {MOST_BYTES:,}")
 
 
 class Artifact(BaseModel):
@@ -56,6 +69,7 @@ class Artifact(BaseModel):
         """
         path = folder / cls.file_name
         try:
+            check_size(path.stat().st_size)
             value: Any = json.loads(path.read_text(encoding="utf-8"))
             if "folder" in cls.model_fields and isinstance(value, dict):
                 value["folder"] = folder

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from factory import __version__
-from factory.artifacts import Build, DataSource, Source, first_problem, layer_ranges
+from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.identity import is_task_file
@@ -38,15 +38,14 @@ def read_build(reference: str) -> Build:
     folder = local_path(reference)
     path = folder / Build.file_name if folder.is_dir() else _download(reference)
     try:
+        check_size(path.stat().st_size)
         value: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(
             f"{folder} has no {Build.file_name}", hint="give what `factory build` made"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(
-            f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision"
-        ) from error
+        raise _damaged(reference, error) from error
     try:
         build = Build.model_validate(value)
         BuildConfig.model_validate(build.config)
@@ -65,10 +64,13 @@ def read_build(reference: str) -> Build:
     return build
 
 
+def _damaged(reference: str, error: Exception) -> StoreError:
+    return StoreError(f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision")
+
+
 def _download(reference: str) -> Path:
     """`build.json` of a repository, at one commit."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     from factory.hub_errors import hub_api, hub_errors, patiently
 
@@ -78,13 +80,17 @@ def _download(reference: str) -> Path:
     with hub_errors(repo_id, revision=revision or None):
         api = hub_api()
         commit = patiently(lambda: api.resolve_revision(repo_id, revision=revision or None).resolved)
-        try:
-            return Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
-        except EntryNotFoundError as error:
+        found = api.get_paths_info(repo_id, Build.file_name, revision=commit)
+        if not found:
             raise HubError(
                 f"{repo_id} has no {Build.file_name}",
                 hint="only what `factory push` published can be repeated",
-            ) from error
+            )
+        try:
+            check_size(getattr(found[0], "size", 0))  # before it is downloaded
+        except ValueError as error:
+            raise _damaged(reference, error) from error
+        return Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
 
 
 def source_reference(build: Build) -> str:

@@ -336,6 +336,19 @@ def test_a_header_of_30_mb_on_the_hub_is_not_downloaded(
     assert "the limit is 16777216" in ended.stderr
 
 
+def test_a_record_of_67_mb_on_the_hub_is_not_downloaded(
+    served_hub: Hub, commands: Forks, tmp_path: Path
+) -> None:
+    served_hub.reset()
+    save_llama(tmp_path / "model", num_layers=4)
+    served_hub.put_model("acme/told", tmp_path / "model", **{"build.json": b" " * (2**26 + 1)})
+    ended = run(commands, tmp_path, "build", "acme/told", "--reproduce", "--home", "home")
+    record("a build's record of 67 MB on the Hub", ended)
+    check_harmless(ended, tmp_path)
+    assert "it has 67,108,865 bytes" in ended.stderr
+    assert not [request for request in served_hub.requests if "/resolve/" in request.path]
+
+
 @pytest.fixture(scope="module")
 def built(commands: Forks, folder: Path) -> Path:
     save_llama(folder / "tiny", num_layers=4)
