@@ -25,6 +25,8 @@ SAVES = 10  # of the trainer over a run
 TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
 LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
 BATCH = 16  # sequences that are measured at once
+LOSS_BATCH = 4  # sequences whose loss is evaluated at once, their logits in bf16
+ROW_COPIES = 3  # of one of them in fp32: logits, their logarithms and what those pass through
 NF4_BYTES = 0.516  # a weight, with its scales and their scales
 # What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
 SMALL = {"rank": 8, "modules": "ffn"}
@@ -69,7 +71,7 @@ def needs(
         return Needs(0, 0, 0)
     models = source.num_parameters + parameters_after  # side by side for the speed comparison
     if on_gpu:
-        gpu = int(GPU_SLACK * 2 * models) + CONTEXT_BYTES
+        gpu = int(GPU_SLACK * max(2 * models, *_on_gpu(source, config, pending))) + CONTEXT_BYTES
         host = ON_GPU_BYTES
     else:
         gpu = 0
@@ -109,6 +111,26 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
         weights = inside + 4 * outside
         trained = TRAINED_BYTES * _adapter_parameters(source, config)
         found.append(weights + trained + 4 * heal.sequence_length * states)
+    return found
+
+
+def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list[int]:
+    """Memory of the stages on a GPU, in bf16, beyond its context, with the fewest sequences at once."""
+    width, inner = _widths(source)
+    heal, evaluate = config.heal, config.evaluate
+    found = [0]
+    if "evaluate" in pending:
+        logits = evaluate.sequence_length * source.vocab_size
+        found.append(2 * source.num_parameters + (2 * LOSS_BATCH + 4 * ROW_COPIES) * logits)
+    if "heal" in pending and config.heal_enabled:
+        outside = source.num_parameters - sum(source.layer_parameters)
+        inside = source.num_parameters - outside
+        weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * outside
+        # Of every layer its input, which is all that is kept where memory is short, and of one everything.
+        states = 2 * (_num_kept(source, config) * width + 20 * width + 10 * inner)
+        logits = 4 * LOGIT_COPIES * source.vocab_size if heal.objective == "sft" else 0
+        trained = TRAINED_BYTES * _adapter_parameters(source, config)
+        found.append(weights + trained + heal.sequence_length * (states + logits))
     return found
 
 

@@ -148,6 +148,25 @@ def test_known_builds_are_estimated_within_a_quarter() -> None:
     assert needed.host == pytest.approx(3.7e9, rel=0.25)
 
 
+def test_a_large_vocabulary_needs_room_for_its_logits_on_a_gpu() -> None:
+    layers, outside = 15_730_000, 155_600_000  # Qwen3-0.6B's shape
+    qwen = SOURCE.model_copy(
+        update={
+            "config": {"hidden_size": 1024, "intermediate_size": 3072},
+            "num_layers": 28,
+            "num_parameters": 28 * layers + outside,
+            "layer_parameters": (layers,) * 28,
+            "vocab_size": 151_936,
+        }
+    )
+    after = 20 * layers + outside
+    settings = BuildConfig(reference="m", drop=0.3)
+    options = {"parameters_after": after, "bytes_after": 2 * after, "on_gpu": True}
+    whole, merged = (needs(qwen, settings, pending=left, **options) for left in (STAGES, ("speed", "card")))
+    logits = settings.evaluate.sequence_length * qwen.vocab_size
+    assert whole.gpu > 2 * qwen.num_parameters + 4 * 2 * logits > merged.gpu
+
+
 def test_a_build_takes_what_was_said_within_a_quarter(tmp_path: Path) -> None:
     quick = "demo --drop 0.3 --samples 4 --heal-steps 2 --limit 2 --eval-documents 2"
     estimate, peak = measured([*quick.split()], tmp_path)
