@@ -276,6 +276,7 @@ class Adapter(Artifact):
     rank: int
     learning_rate: float
     target_modules: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # experts that are one parameter, which no LoRA adapts
     layers: str = "all"  # that are adapted; "seam": from the last one before the cut on
     num_steps: int
     num_tokens: int  # real tokens seen in training, without padding

@@ -131,7 +131,7 @@ def num_layers_of(config: Any) -> int:
 
 def check(config: dict[str, Any], *, num_parameters: int) -> None:
     """See `factory.decoder.check_decoder`."""
-    model = _build(config)
+    model = on_meta(config)
     described = int(model.num_parameters())
     packed = "quantization_config" in config  # several weights in a stored number
     if described > (MOST_PACKED if packed else MOST_MADE_UP) * num_parameters:
@@ -145,7 +145,7 @@ def check(config: dict[str, Any], *, num_parameters: int) -> None:
 
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """See `factory.decoder.verify_structure`."""
-    old, new = _build(config), _build(pruned_config)
+    old, new = on_meta(config), on_meta(pruned_config)
     old_path, old_layers = find_layers(old)
     new_path, new_layers = find_layers(new)
     model_type = config["model_type"]
@@ -256,7 +256,7 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
     return name, lists[name]
 
 
-def _build(config: dict[str, Any]) -> Any:
+def on_meta(config: dict[str, Any]) -> Any:
     """The causal language model of a config.json, on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM, __version__

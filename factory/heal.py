@@ -25,7 +25,15 @@ from factory.config import HealSettings
 from factory.decoder_proof import find_layers
 from factory.distill import DistillTrainer
 from factory.heal_text import data_sets
-from factory.lora import GUARD, adapter_tensors, first_adapted, linear_modules, module_names, save_adapter
+from factory.lora import (
+    GUARD,
+    adapter_tensors,
+    first_adapted,
+    fused_experts,
+    linear_modules,
+    module_names,
+    save_adapter,
+)
 from factory.micro_batch import fit_micro_batch
 from factory.models import best_device, fuse_norms, load_model, load_tokenizer, matrix_weights
 from factory.texts import Text
@@ -51,6 +59,7 @@ class Student:
     start: int  # first layer with an adapter
     new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
     num_weights: int  # in the matrices of its layers
+    left_out: list[str]  # experts that are one parameter, relative to a layer
     packs: bool  # whether it keeps documents apart that lie in one row
 
 
@@ -130,6 +139,7 @@ def heal(
         rank=settings.rank,
         learning_rate=settings.learning_rate,
         target_modules=tuple(student.modules),
+        left_out=tuple(student.left_out),
         layers=settings.layers,
         num_steps=trainer.state.global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
@@ -176,18 +186,7 @@ def last_whole_checkpoint(output_folder: Path) -> str | None:
         if not _is_whole(checkpoint):
             shutil.rmtree(checkpoint)
     last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
-    if last:
-        _find_best_beside(Path(last) / TRAINER_STATE)
     return last
-
-
-def _find_best_beside(path: Path) -> None:
-    """Name the best checkpoint by where it lies now: the folder may have come from another machine."""
-    state = json.loads(path.read_text(encoding="utf-8"))
-    best = state.get("best_model_checkpoint")
-    here = best and str(path.parent.parent / Path(best).name)
-    if best != here:
-        path.write_text(json.dumps({**state, "best_model_checkpoint": here}), encoding="utf-8")
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -255,6 +254,7 @@ def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> S
         start=kept[first],
         new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
         num_weights=sum(matrix_weights(layers[index]) for index in kept),
+        left_out=fused_experts(model),
         packs=packs,
     )
 

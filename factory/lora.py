@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from factory.decoder import decoder_layers
+from factory.decoder_proof import on_meta
 from factory.errors import UnsupportedArchitectureError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,15 +24,19 @@ Modules = Literal["ffn", "all-linear"]
 def linear_modules(model: Any, which: Modules) -> list[str]:
     """Names, relative to a layer, of the linear modules to adapt: ["mlp.down_proj", …].
 
-    "ffn" takes those outside attention, "all-linear" attention's too; routers stay as they are in both.
+    "ffn" takes those outside attention, "all-linear" attention's too; routers stay as they are in both, and
+    experts that are one parameter in "all-linear".
 
     Raises:
         UnsupportedArchitectureError: There are none, or "ffn" is asked of experts that are one parameter.
     """
+    if which == "ffn" and (fused := fused_experts(model)):
+        raise UnsupportedArchitectureError(
+            f"{model.config.model_type}: its experts are one parameter ({fused[0]}), which no LoRA adapts",
+            hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
+        )
     names: set[str] = set()
     for layer in decoder_layers(model):
-        if which == "ffn":
-            _refuse_fused_experts(model, layer)
         for name, module in layer.named_modules():
             wanted = which == "all-linear" or not _mixes_tokens(name)
             routes = name.split(".")[-1] == "gate" or "router" in name.split(".")
@@ -50,13 +55,19 @@ def _mixes_tokens(name: str) -> bool:
     return any("att" in part.lower() or "mixer" in part.lower() for part in name.split("."))
 
 
-def _refuse_fused_experts(model: Any, layer: Any) -> None:
-    fused = [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "expert" in name]
-    if fused:
-        raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: its experts are one parameter ({fused[0]}), which no LoRA adapts",
-            hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
-        )
+def fused_experts(model: Any) -> list[str]:
+    """Names, relative to a layer, of parameters that hold all its experts at once, [experts, …]."""
+    parameters = (item for layer in decoder_layers(model) for item in layer.named_parameters())
+    return sorted({name for name, parameter in parameters if parameter.ndim == 3 and "expert" in name})
+
+
+def check_modules(config: dict[str, Any], which: Modules) -> None:
+    """Find the modules to adapt by config.json alone, before there are weights.
+
+    Raises:
+        UnsupportedArchitectureError: As `linear_modules`.
+    """
+    linear_modules(on_meta(config), which)
 
 
 def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) -> int:

@@ -81,6 +81,7 @@ def preview(
         DropError: The fraction means no usable number of layers.
         DiskSpaceError: Too little disk for what is still to be written.
         MachineError: Too little memory here, or bitsandbytes or torch cannot do here what it takes.
+        UnsupportedArchitectureError: No modules that healing could adapt.
     """
     n = num_dropped(config.drop, source.num_layers)
     share = n / source.num_layers
@@ -125,6 +126,10 @@ def preview(
     if is_here:
         _check_here(config, pending, needed, machine)
         heals = "heal" in pending and config.heal_enabled
+        if heals and not source.remote_code:
+            from factory.lora import check_modules
+
+            check_modules(source.config, config.heal.modules)
         if heals and needed.gpu:
             check_healing(source, config, gpu_total=machine.memory_bytes * processes)
         if processes > 1 and heals:

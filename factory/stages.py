@@ -254,6 +254,11 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         summary=lambda a: (
             f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
             f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
+            + (
+                f"; no adapter on {', '.join(a.left_out)}, one parameter for all experts"
+                if a.left_out
+                else ""
+            )
             + ("" if a.packed else "; not packed, since this model reads across packed documents")
         ),
     )

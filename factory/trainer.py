@@ -1,6 +1,7 @@
 """The trainer of healing: TRL's, with the same steps and guard loss in one process and in several."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         self.passes += 1
         torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _init_training_state(self, *args: Any, **more: Any) -> Any:
+        """Look for the best checkpoint beside the last one: the folder may have come from another machine."""
+        begun = super()._init_training_state(*args, **more)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return begun
 
     def _run_epoch(self, **what: Any) -> None:
         """Take no step where the checkpoint gone on from was the last: the trainer would take one more."""

@@ -29,7 +29,7 @@ from factory.config import HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import take_guard
-from factory.lora import linear_modules
+from factory.lora import check_modules, fused_experts, linear_modules
 from factory.models import load_model
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
@@ -271,7 +271,10 @@ def test_experts_in_one_parameter_are_refused_by_name_and_attention_is_offered()
     with pytest.raises(UnsupportedArchitectureError, match=r"its experts are one parameter") as caught:
         linear_modules(moe, "ffn")
     assert "--heal-modules all-linear" in caught.value.hint
+    with pytest.raises(UnsupportedArchitectureError, match="its experts are one parameter"):
+        check_modules(moe.config.to_dict(), "ffn")
     assert "self_attn.q_proj" in linear_modules(moe, "all-linear")
+    assert fused_experts(moe) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]  # and it says so
 
 
 def test_feed_forward_modules_are_found_by_structure() -> None:
