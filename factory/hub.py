@@ -1,5 +1,6 @@
 """The Hub, both ways: `resolve` a reference, `pull` its files, `push` a build."""
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -61,6 +62,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         )
     for name in needed:
         _verify(folder / name, files[name], repo_id=repo_id)
+        _remove_begun(folder / name)
     if progress:
         progress(total, total)
     return source.model_copy(update={"folder": folder})
@@ -98,6 +100,16 @@ def _verify(path: Path, file: RepoSibling, *, repo_id: str) -> None:
             f"{file.rfilename} of {repo_id} arrived damaged: checksum {actual[:12]}…, not {expected[:12]}…",
             hint=f"it was removed from the cache; {AGAIN}",
         )
+
+
+def _remove_begun(path: Path) -> None:
+    """Remove what killed downloads of a file left in the cache, which nobody goes on from or looks for.
+
+    Each attempt writes a file of its own, under the lock of the blob, until that is there.
+    """
+    blob = path.resolve()
+    for begun in blob.parent.glob(f"{glob.escape(blob.name)}.*.incomplete"):
+        begun.unlink(missing_ok=True)
 
 
 def _counting_bar(progress: Progress, *, total: int) -> type[tqdm]:

@@ -281,14 +281,22 @@ def test_pull_brings_what_a_build_needs_and_nothing_else(hub: Hub, client: Clien
     assert answer.value["progress"][-1] == [total, total]
 
 
-def test_a_second_pull_downloads_nothing(hub: Hub, xet: Client, model: Path) -> None:
+def test_a_second_pull_downloads_nothing_and_removes_what_killed_ones_left(
+    hub: Hub, xet: Client, model: Path
+) -> None:
     hub.put_model("org/twice", model)
     first = pulled(xet, "org/twice", token=None)
     downloads = hub.count("GET", "/resolve/")
     source = xet.call("resolve", "org/twice", token=None).value
     headers = hub.count("GET", "/resolve/")
+    folder = Path(first.value["folder"])
+    blob = (folder / "model-00001-of-00003.safetensors").resolve()
+    killed, under_way = (blob.with_name(f"{name}.0123abcd.incomplete") for name in (blob.name, "f" * 64))
+    killed.write_bytes(b"half")
+    under_way.write_bytes(b"half")
     second = xet.call("pull", source, token=None)
     assert second.value["folder"] == first.value["folder"]
+    assert (killed.exists(), under_way.exists()) == (False, True)
     assert hub.count("GET", "/resolve/") == headers
     assert headers - downloads == 3  # the headers of the three shards
 
