@@ -31,9 +31,12 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
     def _init_training_state(self, *args: Any, **more: Any) -> Any:
         """Look for the best checkpoint beside the last one: the folder may have come from another machine."""
         begun = super()._init_training_state(*args, **more)
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.state.best_model_checkpoint = self._best_checkpoint()
         return begun
+
+    def _best_checkpoint(self) -> str | None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if best.is_dir() else None
 
     def _run_epoch(self, **what: Any) -> None:
         """Take no step where the checkpoint gone on from was the last: the trainer would take one more."""
@@ -43,9 +46,13 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
             super()._run_epoch(**what)
 
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
-        """The best checkpoint is the same for all: a process that looks before it is written sees none."""
+        """Look for the best checkpoint when it is there, and for all alike.
+
+        The trainer looks before a sharded model is written: it sees the last checkpoint only if another process
+        has begun to write it, and ends with the weights of the one before if not.
+        """
         super()._save_checkpoint(*args, **more)
-        self.state.best_model_checkpoint = processes.from_main(self.state.best_model_checkpoint)
+        self.state.best_model_checkpoint = processes.from_main(self._best_checkpoint())
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -16,6 +16,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.commands.config import load_config_from_file
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from transformers import trainer
 
 from factory import processes
 from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
@@ -178,6 +179,13 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
             held[:] = [sum(mine), sum(p.numel() for p in self.model.parameters())]
             return loss
 
+        def _save_checkpoint(self, *args: Any, **more: Any) -> None:
+            # The trainer looks for a folder that another process may have made: here, for all but the last.
+            if self.state.global_step < self.state.max_steps:
+                name = f"checkpoint-{self.state.global_step}"
+                (Path(self.args.output_dir) / name).mkdir(parents=True, exist_ok=True)
+            super()._save_checkpoint(*args, **more)
+
     prepare = PartialState._prepare_backend
     with pytest.MonkeyPatch.context() as patch:
         # Accelerate shards on GPUs only; here it is made to believe that these two CPUs are some.
@@ -185,6 +193,9 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
         as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
         patch.setattr(PartialState, "_prepare_backend", as_if)
         patch.setattr("factory.heal.HealTrainer", Watching)
+        save = trainer.save_fsdp_model
+        late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
+        patch.setattr(trainer, "save_fsdp_model", late)
         return heal_it(folder, into, progress=progress), held
 
 
