@@ -48,8 +48,8 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
         """Look for the best checkpoint when it is there, and for all alike.
 
-        The trainer looks before a sharded model is written: it sees the last checkpoint only if another process
-        has begun to write it, and ends with the weights of the one before if not.
+        The trainer looks before a sharded model is written: it sees the last checkpoint only if another
+        process has begun to write it, and ends with the weights of the one before if not.
         """
         super()._save_checkpoint(*args, **more)
         self.state.best_model_checkpoint = processes.from_main(self._best_checkpoint())
