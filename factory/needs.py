@@ -98,7 +98,8 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
     width, inner = _widths(source)
     kept = _num_kept(source, config)
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
-    found = [4 * source.num_parameters + 4 * 3 * 4 * evaluate.sequence_length * source.vocab_size]
+    logits = (min(LOSS_BATCH, evaluate.num_documents) + ROW_COPIES) * source.vocab_size
+    found = [4 * source.num_parameters + 4 * evaluate.sequence_length * logits]
     if "measure" in pending:
         sequences = min(BATCH, measure.num_samples or BATCH)
         activations = 4 * sequences * measure.sequence_length * (6 * width + 3 * inner)
