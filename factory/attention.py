@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
 
@@ -17,6 +18,7 @@ PROBE_LENGTHS = (17, 5, 1, 9)  # tokens of documents that are packed to try an i
 # Of the logits' norm: sums in another order stay below, other documents in sight or other positions do not
 # (.1 to .8 in tiny models of Bloom, Falcon, MPT, OPT and RecurrentGemma; rounding is 1e-6 in fp32).
 CLOSE, CLOSE_16_BITS = 0.001, 0.05
+OTHER_START = 101  # of the tokens of the document that is put in another's place
 SPREAD = 8  # times the rounding of a document that sees no other (seen: 3.6): 16 bits drift over many layers
 
 
@@ -78,32 +80,44 @@ def use_packed_attention(model: Any) -> str | None:
     names = (own, *_kernels(model))
     with torch.no_grad():
         rows = [torch.tensor([ids], device=model.device) for ids in _probe(model)]
-        alone = torch.cat([model(input_ids=row, use_cache=False).logits[0].float() for row in rows])
+        alone = torch.cat([_centred(model(input_ids=row, use_cache=False).logits[0]) for row in rows])
     off = {name: _off(model, name, alone) for name in names}
     # The first document sees no other in any case: what it differs by is how far this model rounds.
-    rounding = off[own][0]
-    close = max(CLOSE if model.dtype == torch.float32 else CLOSE_16_BITS, SPREAD * rounding)
-    chosen = next((name for name in reversed(names) if off[name][1] <= close), None)
-    if model.config._attn_implementation != (chosen or own):
-        model.set_attn_implementation(chosen or own)
-    return chosen
+    close = max(CLOSE if model.dtype == torch.float32 else CLOSE_16_BITS, SPREAD * off[own].first)
+    unseen = max(CLOSE, off[own].first)  # experts may get other sizes of batches, and round otherwise
+    fit = [name for name in names if off[name].all <= close and off[name].seen <= unseen]
+    chosen = fit[-1] if fit else own
+    if model.config._attn_implementation != chosen:
+        model.set_attn_implementation(chosen)
+    return chosen if fit else None
 
 
-def _off(model: Any, name: str, alone: torch.Tensor) -> tuple[float, float]:
-    """Of packed documents' logits from those alone, as a share of these: of the first document, and of all.
+@dataclass(frozen=True)
+class _Off:
+    """How far packed documents' logits are off, as a share of what they are alone."""
 
-    Nothing is known of the first, and all is wrong, where this attention cannot be used.
-    """
+    first: float = 0.0  # the first document's
+    all: float = math.inf  # every document's
+    seen: float = math.inf  # those behind the first, once that is another: they are not to see it
+
+
+def _off(model: Any, name: str, alone: torch.Tensor) -> _Off:
+    documents, first = _probe(model), slice(PROBE_LENGTHS[0])
+    others = [_probe(model, start=OTHER_START)[0], *documents[1:]]
     try:
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
-        together = _packed_logits(model, _probe(model))
+        packed, beside = _packed_logits(model, documents), _packed_logits(model, others)
     except (NotImplementedError, ValueError, RuntimeError, TypeError, ImportError):
-        return 0.0, math.inf  # a kind of attention, a size or a card that this one does not know
-    first = slice(PROBE_LENGTHS[0])
-    pairs = ((together[first], alone[first]), (together, alone))
-    of_first, of_all = (float((found - expected).norm() / expected.norm()) for found, expected in pairs)
-    return of_first, of_all
+        return _Off()  # a kind of attention, a size or a card that this one does not know
+    later = slice(PROBE_LENGTHS[0], None)
+    pairs = ((packed[first], alone[first]), (packed, alone), (beside[later], packed[later]))
+    return _Off(*(float((found - expected).norm() / expected.norm()) for found, expected in pairs))
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    """In fp32, without what all tokens of the vocabulary share: it changes no probability."""
+    return logits.float() - logits.float().mean(dim=-1, keepdim=True)
 
 
 def _kernels(model: Any) -> list[str]:
@@ -130,15 +144,15 @@ def _has_varlen() -> bool:
         return False
 
 
-def _probe(model: Any) -> list[list[int]]:
+def _probe(model: Any, *, start: int = 1) -> list[list[int]]:
     """Short documents of as many different tokens."""
-    tokens = (number % model.config.get_text_config().vocab_size for number in count(1))
+    tokens = (number % model.config.get_text_config().vocab_size for number in count(start))
     return [list(islice(tokens, length)) for length in PROBE_LENGTHS]
 
 
 @torch.no_grad()
 def _packed_logits(model: Any, documents: list[list[int]]) -> torch.Tensor:
-    """Logits of documents that are packed as for training, [tokens, v] in fp32."""
+    """Logits of documents that are packed as for training, [tokens, v], centred."""
     row = {"input_ids": list(chain.from_iterable(documents)), "seq_lengths": list(map(len, documents))}
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([row])
     del batch["labels"]
@@ -146,5 +160,4 @@ def _packed_logits(model: Any, documents: list[list[int]]) -> torch.Tensor:
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits[0].float()
-    return logits
+    return _centred(model(**inputs, use_cache=False).logits[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
 
+import pyarrow.compute
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, set_seed
@@ -272,12 +273,16 @@ def _trainer(
 ) -> HealTrainer:
     on_gpu = best_device().type == "cuda"
     every = max(1, settings.num_steps // CURVE_POINTS)
+    rows = settings.batch_size
+    if not student.packs:  # a step keeps its tokens, though a row holds one document alone, however short
+        mean_length = pyarrow.compute.mean(pyarrow.compute.list_value_length(train.data["input_ids"])).as_py()
+        rows *= max(1, round(settings.sequence_length / mean_length))
     arguments = SFTConfig(
         output_dir=str(trainer_folder(folder)),
         max_steps=settings.num_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=settings.batch_size // processes.count(),
+        gradient_accumulation_steps=rows // processes.count(),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from factory.attention import use_packed_attention
@@ -27,6 +28,22 @@ def test_a_model_that_reads_across_packed_documents_is_found_out(model_type: str
     assert use_packed_attention(build(config_of(model_type))) is None
 
 
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3_moe", "gpt2", "gemma2", "bloom", "xglm", "jamba", "opt"]
+)
+def test_sixteen_bits_tell_the_same(model_type: str) -> None:
+    model = build(config_of(model_type))
+    verdict = use_packed_attention(model)
+    assert use_packed_attention(model.to(torch.bfloat16)) == verdict
+
+
+def test_what_all_tokens_of_the_vocabulary_share_hides_nothing() -> None:
+    model = build(config_of("opt"))
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, logits: logits + 100)
+    assert use_packed_attention(model) is None
+
+
 def test_what_reads_across_documents_is_healed_on_one_a_row_and_padding_is_not_counted(
     tmp_path: Path,
 ) -> None:
@@ -42,7 +59,8 @@ def test_what_reads_across_documents_is_healed_on_one_a_row_and_padding_is_not_c
     settings = SETTINGS.model_copy(update={"bits": 16, "num_steps": 12})
     text, tokenizer = text_of(documents), load_tokenizer(tmp_path / "model")
     _, rows = data_sets(text, tokenizer, settings=settings, seed=0, folder=tmp_path)
-    assert len(rows) == 24  # one epoch: every row once
+    assert len(rows) == 24
     adapter = run(tmp_path / "model", tmp_path / "adapter", settings=settings, documents=documents)
     assert not adapter.packed
-    assert adapter.num_tokens == sum(map(len, rows["input_ids"]))
+    # Three epochs, each row once in each: 6 rows of 18.5 tokens a step, in place of 2 of 64.
+    assert adapter.num_tokens == 3 * sum(map(len, rows["input_ids"]))
