@@ -95,6 +95,11 @@ def fits(folder: Path, device: torch.device) -> bool:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SHARE_FOR_WEIGHTS * free_bytes
 
 
+def training_processes(asked: int, *, batch_size: int) -> int:
+    """How many processes share a step: each takes as many of its sequences, so that the batch stays."""
+    return max(number for number in range(1, asked + 1) if batch_size % number == 0)
+
+
 def trains_on_one(num_parameters: int, device: torch.device, *, four_bit: bool) -> bool:
     """Whether a model, and what training an adapter of it takes, fit into what is free on a device."""
     if device.type == "cpu":

@@ -125,16 +125,16 @@ def preview(
         )
     if is_here:
         _check_here(config, pending, needed, machine)
-        heals = "heal" in pending and config.heal_enabled
-        if heals and not source.remote_code:
+    if "heal" in pending and config.heal_enabled:
+        distils = config.heal.objective == "distill"
+        trained = source.num_parameters if distils else parameters_after
+        sharers = _sharers(config, trained, processes=processes) if is_here else 1
+        if not source.remote_code:
             from factory.lora import check_modules
 
             check_modules(source.config, config.heal.modules)
-        if heals and needed.gpu:
-            check_healing(source, config, gpu_total=machine.memory_bytes * processes)
-        if processes > 1 and heals:
-            distils = config.heal.objective == "distill"
-            _check_shards(config, source.num_parameters if distils else parameters_after)
+        if needed.gpu and machine.memory_bytes:
+            check_healing(source, config, gpu_total=machine.memory_bytes * sharers)
     return result
 
 
@@ -149,13 +149,16 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
         check_four_bit(best_device())
 
 
-def _check_shards(config: BuildConfig, num_parameters: int) -> None:
-    """Refuse a model that is to be divided among GPUs where that is known to fail."""
-    from factory.models import best_device, trains_on_one
+def _sharers(config: BuildConfig, num_parameters: int, *, processes: int) -> int:
+    """Among how many GPUs a model in training is divided: where it fits one, each holds the whole."""
+    from factory.models import best_device, training_processes, trains_on_one
     from factory.spread import check_sharding
 
-    if not trains_on_one(num_parameters, best_device(), four_bit=config.heal.bits == 4):
-        check_sharding()
+    number = training_processes(processes, batch_size=config.heal.batch_size)
+    if number == 1 or trains_on_one(num_parameters, best_device(), four_bit=config.heal.bits == 4):
+        return 1
+    check_sharding()
+    return number
 
 
 def _seconds(
@@ -165,12 +168,13 @@ def _seconds(
         return 0.0
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     backward = FORWARD_BACKWARD if _is_cpu(device) else WITH_RECOMPUTATION
+    taught = FORWARD * before if heal.objective == "distill" else 0
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
     evaluated = evaluate.num_documents * evaluate.sequence_length + task_tokens
     work = {
         "measure": (measure.num_samples or measure.max_samples) * measure.sequence_length * FORWARD * before,
-        "heal": heal.num_steps * heal.batch_size * heal.sequence_length * backward * after,
+        "heal": heal.num_steps * heal.batch_size * heal.sequence_length * (backward * after + taught),
         "evaluate": evaluated * FORWARD * (before + 2 * after),
     }
     if not config.heal_enabled:

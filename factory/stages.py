@@ -224,7 +224,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
     def work(folder: Path) -> Artifact:
         from factory.heal import heal
-        from factory.models import best_device, trains_on_one
+        from factory.models import best_device, training_processes, trains_on_one
         from factory.spread import spread
 
         part = partial(
@@ -238,9 +238,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             folder=folder,
             tracking=run.tracking,
         )
-        # Each process takes as many sequences of a step: the batch stays what was asked for.
-        batch_size = run.config.heal.batch_size
-        processes = max(n for n in range(1, run.processes + 1) if batch_size % n == 0)
+        processes = training_processes(run.processes, batch_size=run.config.heal.batch_size)
         trained = source if run.config.heal.objective == "distill" else pruned
         fits = trains_on_one(trained.num_parameters, best_device(), four_bit=run.config.heal.bits == 4)
         return spread(part, processes=processes, case=None if fits else "fsdp", progress=run.ticks("heal"))

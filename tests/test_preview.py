@@ -10,9 +10,10 @@ from benchmarks.needs import measured, rows
 from factory.artifacts import Source
 from factory.config import BuildConfig, HealSettings
 from factory.errors import DiskSpaceError, DropError, MachineError
+from factory.models import training_processes
 from factory.needs import Needs, check_healing, check_memory, healing_bytes, needs
 from factory.pipeline import STAGES
-from factory.preview import preview
+from factory.preview import Machine, preview
 
 SOURCE = Source(
     name="m",
@@ -87,6 +88,32 @@ LLAMA_70B = SOURCE.model_copy(
         "vocab_size": 32000,
     }
 )
+
+
+def test_a_rented_gpu_that_cannot_hold_the_healing_is_refused_before_it_is_paid_for(tmp_path: Path) -> None:
+    rented = Machine("A10G", memory_bytes=24 * 10**9, flops_per_second=1e13, disk_bytes=10**13)
+    source = LLAMA_70B.model_copy(update={"config": {"model_type": "llama", **LLAMA_70B.config}})
+    with pytest.raises(MachineError, match=r"healing by sft needs about .* and there are 24\.0 GB"):
+        preview_of(source, pending=("heal",), home=tmp_path, machine=rented)
+
+
+def test_only_gpus_that_share_a_step_evenly_are_counted_on() -> None:
+    assert [training_processes(asked, batch_size=16) for asked in (1, 2, 3, 7, 8)] == [1, 2, 2, 4, 8]
+
+
+def test_a_teacher_takes_time_as_well(tmp_path: Path) -> None:
+    seconds = {
+        objective: preview(
+            LLAMA_70B.model_copy(update={"config": {"model_type": "llama", **LLAMA_70B.config}}),
+            BuildConfig(reference="m", drop=0.4, heal=HealSettings(objective=objective)),
+            pending=("heal",),
+            home=tmp_path,
+            machine=Machine("H100", memory_bytes=10**12, flops_per_second=1e14, disk_bytes=10**13),
+        ).seconds
+        for objective in ("sft", "distill")
+    }
+    # Two operations a weight of the whole source, beside six of what is left of it.
+    assert seconds["distill"] / seconds["sft"] == pytest.approx(1 + 2 / (6 * 0.6), abs=0.05)
 
 
 def healing_of(**fields: Any) -> BuildConfig:

@@ -190,6 +190,8 @@ def look_at(request: Request) -> Asked:
     from factory import hub
 
     options = request.options
+    if options["require_healing"] and not options["heal_enabled"]:
+        raise UsageError("--require-healing and --no-heal are both there", hint="leave one of them away")
     if options["push_to"]:
         hub.full_name(options["push_to"])  # nobody logged in: say so now, not after hours
     asked = ask(request.model, options)
