@@ -96,6 +96,11 @@ def _any_tag(_loader: yaml.SafeLoader, _tag: str, node: yaml.Node) -> str:
 
 
 _Lenient.add_multi_constructor("!", _any_tag)
+# What reading such a file raises: PyYAML takes `2020-99-99` for a date, `!!bool x` for a key, and so on.
+UNREADABLE = (
+    *(yaml.YAMLError, OSError, RecursionError),
+    *(ValueError, LookupError, AttributeError, TypeError),
+)
 
 
 def task_name(path: Path) -> str:
@@ -110,10 +115,9 @@ def task_name(path: Path) -> str:
         )
     try:
         value: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise UsageError(
-            f"task file {str(path)!r} is no YAML: {str(error).splitlines()[0]}", hint="mend it"
-        ) from error
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"task file {str(path)!r} is no YAML: {reason}", hint="mend it") from error
     names = [value.get(key) for key in ("task", "group")] if isinstance(value, dict) else []
     for name in names:
         if isinstance(name, str) and name:
@@ -127,7 +131,7 @@ def local_data(part: Path) -> set[str]:
         return set()
     try:
         value: Any = yaml.load(part.read_text(encoding="utf-8"), Loader=_Lenient)
-    except (yaml.YAMLError, UnicodeDecodeError):  # nothing that lm-eval could read
+    except UNREADABLE:  # nothing that lm-eval could read
         return set()
     value = value if isinstance(value, dict) else {}
     options = value.get("dataset_kwargs")
@@ -138,11 +142,15 @@ def local_data(part: Path) -> set[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+    """All texts within; each part once, however often YAML's aliases repeat it, also within itself."""
+    left, seen = [value], set()
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict | list) and id(part) not in seen:
+            seen.add(id(part))
+            left += part.values() if isinstance(part, dict) else part
 
 
 def _folder_hash(task: Path) -> str:

@@ -17,9 +17,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Front matter of a folder's README.md; nothing where there is none."""
     try:
         return (metadata_load(folder / README) if (folder / README).is_file() else None) or {}
-    except (ValueError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"{folder / README}: {str(error).splitlines()[0]}", hint="mend its front matter"
+            f"{folder / README}: {str(error).partition(chr(10))[0]}", hint="mend its front matter"
         ) from error
 
 

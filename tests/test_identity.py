@@ -66,6 +66,12 @@ def test_the_embedded_task_counts_with_its_text_and_others_by_name() -> None:
     [
         (None, "does not exist"),
         ("task: [", "no YAML"),
+        ("date: 2020-99-99", "no YAML: month must be"),
+        ('q: !!int "abc"', "no YAML: invalid literal"),
+        ('q: !!int ""', "no YAML"),
+        ("q: !!bool x", "no YAML"),
+        ("q: !!timestamp x", "no YAML"),
+        ("[" * 5000, "no YAML"),
         ("dataset_path: x\n", "names no task"),
         ("- a\n", "names no task"),
     ],
@@ -76,6 +82,23 @@ def test_a_task_file_that_cannot_run_is_refused(tmp_path: Path, content: str | N
         path.write_text(content)
     with pytest.raises(UsageError, match=problem):
         check_tasks(EvaluateSettings(tasks=(str(path),)), search=False)
+
+
+LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["date: 2020-99-99", "q: !!bool x", "[" * 5000, "dataset_kwargs: {data_files: &a [*a]}",
+     f"a0: &a0 [x]\n{LAUGHS}\ndataset_kwargs: {{data_files: *a11}}"],
+)  # fmt: skip
+def test_what_lies_beside_a_task_and_is_no_task_counts_by_its_bytes(tmp_path: Path, content: str) -> None:
+    task, beside = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    task.write_text("task: mine")
+    beside.write_text(content)
+    before = task_identity(str(task))
+    beside.write_text(content + " ")
+    assert task_identity(str(task)) != before
 
 
 def test_a_task_file_with_functions_is_accepted(tmp_path: Path) -> None:
