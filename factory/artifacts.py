@@ -279,6 +279,7 @@ class Adapter(Artifact):
     left_out: tuple[str, ...] = ()  # experts that are one parameter, which no LoRA adapts
     layers: str = "all"  # that are adapted; "seam": from the last one before the cut on
     num_steps: int
+    best_step: int | None = None  # that the adapter is of: where the guard's loss was lowest
     num_tokens: int  # real tokens seen in training, without padding
     sequence_length: int
     packed: bool = True  # False: a document a row, as the model reads across documents in one row

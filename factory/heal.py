@@ -127,8 +127,8 @@ def heal(
         set_seed(seed)
         student, trainer = start(load())
         train_on(trainer, folder)
+    guard_curve = _curve(trainer.state.log_history, "eval_loss")  # before the next, which is of the best step
     after = float(trainer.evaluate()["eval_loss"])
-    guard_curve = _curve(trainer.state.log_history, "eval_loss")
     tensors = adapter_tensors(trainer.model)
     if processes.is_main():
         save_adapter(trainer.model, tensors, folder, modules=student.modules, new_names=student.new_names)
@@ -143,6 +143,7 @@ def heal(
         left_out=tuple(student.left_out),
         layers=settings.layers,
         num_steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step,
         num_tokens=int(trainer.state.num_input_tokens_seen),
         sequence_length=settings.sequence_length,
         packed=student.packs,

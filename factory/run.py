@@ -20,7 +20,7 @@ VERSIONS = {
     "search": 2,
     "compare": 2,
     "prune": 1,
-    "heal": 6,
+    "heal": 7,
     "merge": 3,
     "evaluate": 4,
     "speed": 2,

@@ -252,6 +252,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         summary=lambda a: (
             f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
             f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
+            + (f", lowest at step {a.best_step:,}" if a.best_step not in (None, a.num_steps) else "")
             + (
                 f"; no adapter on {', '.join(a.left_out)}, one parameter for all experts"
                 if a.left_out

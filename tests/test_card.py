@@ -522,7 +522,12 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
     chat = chat_with_other_licence()
     seam = chat.adapter.model_copy(
-        update={"layers": "seam", "slowed_at_step": 900, "left_out": ("mlp.experts.up", "mlp.experts.down")}
+        update={
+            "layers": "seam",
+            "slowed_at_step": 900,
+            "best_step": 950,
+            "left_out": ("mlp.experts.up", "mlp.experts.down"),
+        }
     )
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))

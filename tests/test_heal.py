@@ -298,6 +298,12 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(
         documents = ["".join(letters.choice("abcdefghijklmnop") for _ in range(60)) for _ in range(8)]
     undisturbed = run(model, tmp_path / "undisturbed", settings=settings, documents=documents)
     assert (undisturbed.num_steps < settings.num_steps) is (ends == "early")
+    points = {point.step: point.loss for point in undisturbed.guard_curve}
+    assert len(points) == len(undisturbed.guard_curve)  # one point a step: that of the best is not the last's
+    best = min(points, key=points.__getitem__)
+    assert undisturbed.best_step == best
+    assert points[best] == round(undisturbed.guard_loss_after, 4)
+    assert (best < undisturbed.num_steps) is (ends == "early")
 
     def kill(_model: object) -> None:
         raise KeyboardInterrupt
