@@ -36,6 +36,7 @@ def cli() -> None:
     factory build demo --drop 0.3          a whole build on this machine, no network, minutes
     factory build mistral-7b --drop 0.3    the same for a model on the Hub
     """
+    _check_environment()
 
 
 COMMANDS = (
@@ -74,6 +75,17 @@ def main() -> None:
         if (reason := no_room(error)) is None:
             raise
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
+
+
+def _check_environment() -> None:
+    """Refuse what huggingface_hub could not be imported with; it reads these as whole numbers."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        value = os.environ.get(name)
+        try:
+            int(value or "0")
+        except ValueError as error:
+            told = f"the environment variable {name} is {value!r}, no whole number of seconds"
+            raise UsageError(told, hint=f"`export {name}=10`, or `unset {name}`") from error
 
 
 def _refuse_launcher() -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from factory.artifacts import Build
-from factory.errors import VerificationError
+from factory.errors import StoreError, VerificationError
 from factory.layout import added_since_laid_out, changed_since_laid_out, check_nothing_added
+from factory.locks import HOME
 from factory.store import KEY, STAGES, Store, damage
 
 
@@ -26,7 +27,12 @@ def changed_in(build: Build, folder: Path, *, store: Store) -> list[Verified]:
 
     Raises:
         VerificationError: The build was laid out without checksums, or names a stage that cannot be.
+        StoreError: The store's home is no folder.
     """
+    if store.home.exists() and not store.home.is_dir():
+        raise StoreError(
+            f"{store.home} is no folder, so no stage can be in it", hint=f"give another folder with {HOME}"
+        )
     changed, added = tuple(changed_since_laid_out(build, folder)), tuple(added_since_laid_out(folder))
     found = [Verified("build", folder, changed, added=added)]
     for name, key in build.stages.items():

@@ -11,7 +11,7 @@ import pytest
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "gradio", "lm_eval")
 
 
-def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """The installed command, in a folder of its own."""
     return subprocess.run(
         [sys.executable, "-m", "factory", *arguments],
@@ -21,6 +21,7 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "FACTORY_HOME": str(home / "home"),
             "HF_HOME": str(home / "hf"),
+            **variables,
         },
         capture_output=True,
         text=True,
@@ -28,10 +29,10 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def error_of(*arguments: str, home: Path) -> tuple[int, str, str]:
+def error_of(*arguments: str, home: Path, **variables: str) -> tuple[int, str, str]:
     """Exit code, message and hint; checks that nothing else came out and nothing was written."""
     before = sorted(path.name for path in home.rglob("*"))
-    done = run(*arguments, home=home)
+    done = run(*arguments, home=home, **variables)
     lines = done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -96,6 +97,16 @@ def test_a_fraction_that_leaves_no_model_is_refused(tmp_path: Path, drop: str) -
     code, message, _ = error_of("build", "demo", "--drop", drop, home=tmp_path)
     assert code == 2
     assert f"--drop {drop}" in message
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+def test_a_variable_that_the_hubs_client_cannot_read_is_told(tmp_path: Path, name: str) -> None:
+    words = ("build", "demo", "--drop", "0.3", "--dry-run")
+    code, message, hint = error_of(*words, home=tmp_path, **{name: "abc"})
+    assert code == 2
+    assert f"{name} is 'abc'" in message
+    assert name in hint
+    assert run("--help", home=tmp_path, **{name: "abc"}).returncode == 0
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
