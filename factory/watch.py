@@ -1,5 +1,6 @@
 """What watches a healing run: progress with its speed, and whether the loss runs away."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -47,11 +48,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         loss = float(logs["loss"])
         self.first = loss if self.first is None else self.first
         self.loss = f"loss {loss:.3f}"
-        if not loss <= self.first + max((SPIKE - 1) * self.first, SPIKE_NATS):
-            raise DivergedError(
-                f"the loss is {loss:.4g} at step {state.global_step}, after {self.first:.4g} at the start",
-                hint="a lower --heal-lr usually helps",
-            )
+        refuse_run_away("loss", loss, first=self.first, step=state.global_step)
+
+    def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Before the checkpoint is saved: one whose guard loss ran away is none to go on from."""
+        losses = [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
+        refuse_run_away("held-back loss", losses[-1], first=losses[0], step=state.global_step)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         now, tokens = time.monotonic(), float(state.num_input_tokens_seen)
@@ -64,6 +66,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.report(state.global_step, state.max_steps, self.loss + speed)
         if state.global_step == state.max_steps:  # the last step counts as much as any
             control.should_evaluate = control.should_save = True
+
+
+def refuse_run_away(name: str, loss: float, *, first: float, step: int) -> None:
+    """Raise DivergedError for a loss that is not finite, or far above the first."""
+    if not (math.isfinite(loss) and loss <= first + max((SPIKE - 1) * first, SPIKE_NATS)):
+        raise DivergedError(
+            f"the {name} is {loss:.4g} at step {step}, after {first:.4g} at the start",
+            hint="a lower --heal-lr usually helps",
+        )
 
 
 class Told(TrainerCallback):  # type: ignore[misc]

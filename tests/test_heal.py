@@ -1,9 +1,12 @@
 """Healing lowers the loss, resumes where it was cut short, and leaves an adapter without a path in it."""
 
+import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +168,31 @@ def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
     assert slowed.guard_loss_after < slowed.guard_loss_before
     straight = run(model, tmp_path / "other", settings=wild.model_copy(update={"learning_rate": 0.09}))
     assert slowed.guard_curve == straight.guard_curve
+
+
+def ruin(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all trained weights NaN after that update, counted over restarts, as a gradient's overflow may."""
+    step, taken = torch.optim.AdamW.step, itertools.count(1)
+
+    def ruined(optimizer: torch.optim.AdamW, *args: Any, **more: Any) -> Any:
+        result = step(optimizer, *args, **more)
+        if next(taken) == update:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruined)
+
+
+def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin(10, monkeypatch)  # checkpoints are at 5, 10 and 12
+    slowed = run(model, tmp_path / "adapter", settings=SETTINGS.model_copy(update={"bits": 16}))
+    assert slowed.slowed_at_step == 5
+    assert [point.step for point in slowed.guard_curve] == [0, 5, 10, 12]
+    assert slowed.guard_loss_after < slowed.guard_loss_before
 
 
 def test_with_the_seam_only_layers_from_the_one_before_the_cut_on_are_adapted(
