@@ -289,6 +289,7 @@ class Adapter(Artifact):
     guard_loss_before: float  # held back from the healing text, same 4-bit model, adapter off
     guard_loss_after: float
     slowed_at_step: int | None = None  # from there on at a lower rate, after the loss had run away
+    ran_away_at_step: int | None = None  # the second time, which ended the training; 0 steps: nothing learnt
     data: DataSource
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,9 +14,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
 
 import pyarrow.compute
+import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
@@ -25,6 +27,7 @@ from factory.attention import use_packed_attention
 from factory.config import HealSettings
 from factory.decoder_proof import find_layers
 from factory.distill import DistillTrainer
+from factory.errors import HealingError
 from factory.heal_text import data_sets
 from factory.lora import (
     GUARD,
@@ -82,7 +85,8 @@ def heal(
     and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
     found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early where
     the guard's loss goes on rising, and the adapter is the one with the lowest. A loss that runs
-    away brings back the last checkpoint before, at a lower rate, once.
+    away brings back the last checkpoint before, at a lower rate; the second time the training ends, with
+    the adapter of the best checkpoint, or one that changes nothing.
 
     Args:
         source_folder: The model that `pruned` was made from.
@@ -92,7 +96,7 @@ def heal(
 
     Raises:
         DataError: Too little text.
-        HealingError: The loss ran away twice.
+        HealingError: The loss is not finite before the first step.
         UnsupportedArchitectureError: No modules that LoRA can adapt.
     """
     set_seed(seed)
@@ -113,11 +117,8 @@ def heal(
     base = source_folder if settings.objective == "distill" else pruned.folder
     load = partial(load_model, base, four_bit=settings.bits == 4, to_shard=processes.sharded())
     student, trainer = start(load())
-    try:
-        train_on(trainer, folder)
-    except DivergedError:
-        if processes.from_main(slowed_at(folder) is not None):
-            raise
+    ran_away = train_on(trainer, folder)
+    if ran_away and not processes.from_main(slowed_at(folder) is not None):
         if processes.is_main():
             last = last_whole_checkpoint(trainer_folder(folder))
             step = int(last.rpartition("-")[2]) if last else 0
@@ -126,7 +127,10 @@ def heal(
         gc.collect()
         set_seed(seed)
         student, trainer = start(load())
-        train_on(trainer, folder)
+        ran_away = train_on(trainer, folder)
+    ended_at = trainer.state.global_step if ran_away else None
+    if ran_away:
+        back_to_best(trainer)
     guard_curve = _curve(trainer.state.log_history, "eval_loss")  # before the next, which is of the best step
     after = float(trainer.evaluate()["eval_loss"])
     tensors = adapter_tensors(trainer.model)
@@ -153,6 +157,7 @@ def heal(
         guard_loss_before=next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
         guard_loss_after=after,
         slowed_at_step=slowed_at(folder),
+        ran_away_at_step=ended_at,
         data=text.data,
     )
 
@@ -163,14 +168,44 @@ def slowed_at(folder: Path) -> int | None:
     return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
 
 
-def train_on(trainer: HealTrainer, folder: Path) -> None:
+def train_on(trainer: HealTrainer, folder: Path) -> bool:
     """Train from the last checkpoint on; from the start, where the guard's loss is taken first.
+
+    Returns whether the loss ran away, which ended it.
 
     Not before: a model that was prepared to be evaluated alone is not prepared again, for several processes.
     """
     last = processes.from_main(last_whole_checkpoint(trainer_folder(folder)) if processes.is_main() else None)
     trainer.args.eval_on_start = last is None
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except DivergedError:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return True
+    return False
+
+
+def back_to_best(trainer: HealTrainer) -> None:
+    """Give a trainer whose loss ran away the best checkpoint; without one, an adapter that changes nothing.
+
+    Raises:
+        HealingError: The loss was not finite before the first step: it is the model, not the training.
+    """
+    if best := trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
+        trainer.state = TrainerState.load_from_json(str(Path(best) / TRAINER_STATE))
+        return
+    before = [entry for entry in trainer.state.log_history if "eval_loss" in entry][:1]
+    if not (before and math.isfinite(before[0]["eval_loss"])):
+        raise HealingError(
+            "the loss on held-back text is not a number before the first step of healing",
+            hint="the model's weights or its 4-bit form overflow; --no-heal leaves the healing out",
+        )
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    trainer.state = TrainerState(log_history=before)
 
 
 def trainer_folder(folder: Path) -> Path:

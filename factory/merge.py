@@ -78,8 +78,8 @@ def merge(
         CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
         VerificationError: The adapter does not fit the weights, or the result is not finite.
     """
-    if adapter.quantization != "nf4" and base == "auto":
-        base = "bf16"  # it was trained on these
+    if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
+        base = "bf16"  # it was trained on these; one that learnt nothing must change nothing
     if base != "auto":
         return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
@@ -107,8 +107,10 @@ def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoin
     """
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
     known = (merged.merge_losses or {}).get(str(merged.merge_base))
-    healed = known if known is not None else token_loss(load_model(merged.folder), guard)
     unhealed = token_loss(load_model(pruned.folder), guard)
+    if adapter.num_steps == 0:  # the same weights, whatever a second reading would round
+        known = unhealed
+    healed = known if known is not None else token_loss(load_model(merged.folder), guard)
     return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})
 
 

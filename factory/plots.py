@@ -84,7 +84,7 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         rose = adapter.guard_loss_after > adapter.guard_loss_before
         _mark_loss(axes, adapter.guard_loss_before, "before healing", color=ACCENT, above=not rose)
         _mark_loss(axes, adapter.guard_loss_after, "after healing", color=INK, above=rose)
-        axes.set_xlim(0, adapter.num_steps)
+        axes.set_xlim(0, max(adapter.num_steps, 1))
         axes.margins(y=0.1)
         axes.grid(visible=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

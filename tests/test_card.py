@@ -526,6 +526,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
             "layers": "seam",
             "slowed_at_step": 900,
             "best_step": 950,
+            "ran_away_at_step": 990,
             "left_out": ("mlp.experts.up", "mlp.experts.down"),
         }
     )

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from transformers import (
 
 from factory import watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
+from factory.checkpoint import read_checkpoint, read_tensor_bytes
 from factory.config import HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import take_guard
 from factory.lora import check_modules, fused_experts, linear_modules
+from factory.merge import judge, merge
 from factory.models import load_model
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
@@ -286,11 +289,53 @@ def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) ->
         run(model, tmp_path / "adapter", documents=["one two"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(model: Path, tmp_path: Path) -> None:
-    wild = SETTINGS.model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(HealingError, match=r"the loss is .* at step") as caught:
-        run(model, tmp_path / "adapter", settings=wild)
-    assert "--heal-lr" in caught.value.hint
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_loss_that_runs_away_before_any_checkpoint_leaves_an_adapter_that_changes_nothing(
+    model: Path, tmp_path: Path, bits: int
+) -> None:
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30, "bits": bits})
+    adapter = run(model, tmp_path / "adapter", settings=wild)
+    assert adapter.num_steps == adapter.num_tokens == adapter.slowed_at_step == 0
+    assert adapter.ran_away_at_step
+    assert adapter.guard_loss_after == adapter.guard_loss_before
+    assert Adapter.model_validate_json(adapter.text()) == adapter.model_copy(update={"folder": Path()})
+    pruned = read_checkpoint(model)
+    merged = judge(merge(checkpoint(model), adapter, folder=tmp_path), checkpoint(model), adapter)
+    assert not merged.helped
+    assert read_checkpoint(tmp_path).keys() == pruned.keys()
+    for name, tensor in read_checkpoint(tmp_path).items():
+        assert bytes(read_tensor_bytes(tensor)) == bytes(read_tensor_bytes(pruned[name]))
+
+
+def test_a_loss_that_runs_away_twice_ends_with_the_best_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin(8, monkeypatch)
+    ruin(11, monkeypatch)  # step 8, seen in the loss of step 9; from 5 on again, step 7
+    settings = SETTINGS.model_copy(update={"bits": 16})
+    adapter = run(model, tmp_path / "adapter", settings=settings)
+    assert (adapter.slowed_at_step, adapter.num_steps, adapter.best_step) == (5, 5, 5)
+    assert adapter.ran_away_at_step == 8
+    assert [point.step for point in adapter.guard_curve] == [0, 5]
+    assert max(point.step for point in adapter.curve) == 5
+    assert adapter.guard_loss_after == pytest.approx(adapter.guard_curve[-1].loss, abs=1e-4)
+    assert adapter.guard_loss_after < adapter.guard_loss_before
+    assert Adapter.model_validate_json(adapter.text()) == adapter.model_copy(update={"folder": Path()})
+    weights = load_file(adapter.folder / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_model_whose_loss_is_not_a_number_before_healing_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = load_model(model)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    for file in model.glob("*token*"):
+        shutil.copy(file, tmp_path / "broken")
+    with pytest.raises(HealingError, match="not a number before the first step"):
+        run(tmp_path / "broken", tmp_path / "adapter", settings=SETTINGS.model_copy(update={"bits": 16}))
 
 
 def test_experts_in_one_parameter_are_refused_by_name_and_attention_is_offered() -> None:

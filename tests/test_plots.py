@@ -98,7 +98,8 @@ def test_scattered_layers_are_drawn_without_a_block(tmp_path: Path) -> None:
 def test_the_healing_figure_is_drawn_for_short_curves_and_for_a_loss_that_rose(
     curve: tuple[LossPoint, ...], after: float, tmp_path: Path
 ) -> None:
-    png, svg = healing_figure(an_adapter(curve=curve, after=after), path_stem=tmp_path / "healing")
+    adapter = an_adapter(curve=curve, after=after).model_copy(update={"num_steps": 10 * len(curve)})
+    png, svg = healing_figure(adapter, path_stem=tmp_path / "healing")
     with Image.open(png) as image:
         assert image.width == 1640
     assert svg.stat().st_size > 0
