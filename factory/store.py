@@ -24,6 +24,7 @@ from factory.sums import SUMS, changed_files
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
 FETCHED = ".fetched"  # before it: arriving from elsewhere
+OLD = ".old"  # before it: what had the final name, until its successor has it
 STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
 RECENT_SECONDS = 24 * 3600
@@ -109,8 +110,7 @@ class Store:
         manifest = _manifest_of(folder)
         if manifest is None or not _is_whole(folder, manifest):
             return None
-        were = manifest.get("made_from", {})
-        if any(were.get(key, digest) != digest for key, digest in (made_from or {}).items()):
+        if not _is_made_from(manifest, made_from or {}):
             return None
         seconds, digest = manifest["seconds"], _digest(manifest.get("sha256", {}))
         return StageResult(spec.key, folder, reused=True, seconds=seconds, digest=digest)
@@ -128,8 +128,7 @@ class Store:
             if not fetched or damage(arriving):
                 shutil.rmtree(arriving)
                 return None
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been found
-            arriving.rename(folder)
+            _take_place(arriving, folder)  # what is there is damaged, or it would have been found
         return self._here(spec, made_from)
 
     def make(
@@ -164,6 +163,10 @@ class Store:
                     f"another build is using {spec.stage} {spec.key}, which --rerun would make again",
                     hint="run the same command once that build is done",
                 )
+            with _writing(folder.parent):
+                _drop_old(folder)
+                if not rerun and not self._here(spec, made_from) and _is_complete(partial, made_from or {}):
+                    _take_place(partial, folder)  # killed just before that
             found = self._here(spec, made_from)
             if found is None and not rerun:
                 found = self._brought(spec, made_from)
@@ -172,7 +175,7 @@ class Store:
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
                 return replace(found, in_use=hold(found.folder / MANIFEST))
             with _writing(partial):
-                if partial.exists() and (rerun or not resumable):
+                if partial.exists() and (rerun or not resumable or (partial / MANIFEST).exists()):
                     shutil.rmtree(partial)
                 if self.elsewhere and resumable and not rerun and not partial.exists():
                     self.elsewhere.fetch_partial(spec.stage, spec.key, partial)
@@ -246,7 +249,12 @@ class Store:
         for folder in sorted((self.home / "stages").glob("*/*")):
             key = folder.name.partition(".")[0]
             ours = folder.parent.name in STAGES and KEY.fullmatch(key)
-            if ours and folder.is_dir() and not folder.is_symlink() and key not in used:
+            if (
+                ours
+                and folder.is_dir()
+                and not folder.is_symlink()
+                and (key not in used or OLD in folder.name)
+            ):
                 found.append((folder, folder.with_name(f"{key}.lock")))
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
@@ -373,6 +381,7 @@ def _writing(folder: Path, *, option: str = HOME) -> Iterator[None]:
 def _sums_of(folder: Path, *, known: Mapping[str, str]) -> dict[str, str]:
     """File name → sha256 of all files below a folder; `known` holds those that were taken already."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names -= {MANIFEST, MANIFEST + PARTIAL}  # of an attempt that was killed while it wrote the manifest
     return {name: known.get(name) or sha256_of_file(folder / name) for name in sorted(names)}
 
 
@@ -403,10 +412,38 @@ def _complete(
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sync_folder(partial)
-    if folder.exists():  # damaged, or made again: it stayed until its successor was whole
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    _take_place(partial, folder)
+
+
+def _take_place(whole: Path, folder: Path) -> None:
+    """Give a whole folder its final name; what had that name, damaged or made again, goes afterwards.
+
+    A kill in between leaves both, of which `make` takes the whole one.
+    """
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}{OLD}-{time.time_ns()}{PARTIAL}"))
+    whole.rename(folder)
     sync_folder(folder.parent)
+    _drop_old(folder)
+
+
+def _drop_old(folder: Path) -> None:
+    """Remove what had this final name before; what a build still holds is left for later."""
+    for old in folder.parent.glob(f"{folder.name}{OLD}-*{PARTIAL}"):
+        if not is_held(old / MANIFEST):
+            shutil.rmtree(old)
+
+
+def _is_complete(partial: Path, made_from: Mapping[str, str]) -> bool:
+    """Whether a partial folder lacks its final name alone: its manifest is written last."""
+    manifest = _manifest_of(partial)
+    return manifest is not None and _is_made_from(manifest, made_from) and not damage(partial)
+
+
+def _is_made_from(manifest: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
+    """Whether none of these stages had another digest when that one was made."""
+    were = manifest.get("made_from", {})
+    return all(were.get(key, digest) == digest for key, digest in made_from.items())
 
 
 def sync_files(folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,84 @@ def test_rerun_makes_a_complete_stage_again_from_nothing(tmp_path: Path) -> None
     result = store.make(spec(), work, rerun=True)
     assert not result.reused
     assert not (result.folder / "hello.txt").exists()
+
+
+def write_numbered(folder: Path) -> dict[str, str]:
+    """Another text whenever it is called in a store."""
+    calls = folder.parents[2] / "calls"
+    calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+    (folder / "hello.txt").write_text(calls.read_text())
+    return {}
+
+
+def make_and_die_renaming(home: Path, nth: int) -> None:
+    renamed = 0
+
+    def die(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal renamed
+        if event == "os.rename" and Path(os.fsdecode(str(arguments[0]))).is_dir():
+            renamed += 1
+            if renamed == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)
+    Store(home).make(spec(), write_numbered, made_from={"a": "other"})
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_stage_whose_maker_was_killed_between_its_two_names_is_not_made_again(
+    tmp_path: Path, nth: int
+) -> None:
+    store = Store(tmp_path)
+    folder = replace(store.make(spec(), write_numbered, made_from={"a": "one"}), in_use=None).folder
+    killed = multiprocessing.get_context("spawn").Process(target=make_and_die_renaming, args=(tmp_path, nth))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert folder.exists() == (nth == 1)
+    aside = {path.name.partition(".")[2].partition("-")[0] for path in folder.parent.glob("*/")}
+    assert aside == ({"", "partial"} if nth == 1 else {"old", "partial"})
+    assert len(garbage(store, recent=True)) == 2
+    result = store.make(spec(), write_numbered, made_from={"a": "other"})
+    assert result.reused
+    assert (folder / "hello.txt").read_text() == "xx"
+    assert damage(folder) == []
+    assert list(folder.parent.glob("*/")) == [folder]
+
+
+def test_a_partial_folder_with_a_changed_file_is_not_taken_for_complete(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = replace(store.make(spec(), write_hello), in_use=None).folder
+    partial = folder.rename(folder.with_name(folder.name + ".partial"))
+    (partial / "hello.txt").write_text("jello")
+    result = store.make(spec(), lambda folder: write_hello(folder), resumable=True)
+    assert not result.reused
+    assert (folder / "hello.txt").read_text() == "hello"
+    assert damage(folder) == []
+
+
+def test_a_stage_in_use_is_kept_aside_when_it_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = store.make(spec(), write_numbered, made_from={"a": "one"})
+    second = store.make(spec(), write_numbered, made_from={"a": "other"})
+    (old,) = first.folder.parent.glob("*.old-*.partial")
+    assert [(path / "hello.txt").read_text() for path in (old, second.folder)] == ["x", "xx"]
+    assert second.folder == first.folder
+    store.register(finished_build(tmp_path / "build"), {"prune": second.key})
+    assert garbage(store, recent=True) == []  # both are held
+    assert first.in_use
+    assert second.in_use
+    first.in_use.close()
+    second.in_use.close()
+    assert garbage(store, recent=True) == [old]
+    assert store.make(spec(), write_numbered, made_from={"a": "other"}).reused
+    assert not old.exists()
+
+
+def finished_build(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "build.json").write_text("{}")
+    return folder
 
 
 def slow_work(folder: Path) -> dict[str, str]:
