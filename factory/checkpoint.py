@@ -13,6 +13,7 @@ from factory.artifacts import sha256_of_file
 from factory.disk import no_room, size
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, check_count, damaged, read_header, unique_keys
+from factory.json_bounds import check_json
 from factory.transfer import assemble, read_blocks
 
 __all__ = [
@@ -133,6 +134,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    check_json(path.parent, [path.name])
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:

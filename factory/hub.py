@@ -15,6 +15,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from factory.artifacts import Source, sha256_of_file
 from factory.errors import HubError
 from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors, patiently
+from factory.json_bounds import check_json
 from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
 
@@ -39,6 +40,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
     Raises:
         HubError: No connection or access, or a file that is not what the Hub says it is; that file is
             removed from the cache.
+        CheckpointError: A file whose JSON has more parts than any model's.
         DiskSpaceError: The disk is full.
     """
     repo_id = source.repo_id
@@ -63,6 +65,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
     for name in needed:
         _verify(folder / name, files[name], repo_id=repo_id)
         _remove_begun(folder / name)
+    check_json(folder, needed)
     if progress:
         progress(total, total)
     return source.model_copy(update={"folder": folder})

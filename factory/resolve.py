@@ -31,6 +31,7 @@ from factory.checkpoint import (
 from factory.decoder import locate
 from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
+from factory.json_bounds import check_json, check_sizes
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
 from factory.remote_header import read_remote_headers
@@ -52,10 +53,6 @@ DTYPES = {
     "I32": "int32",
 }
 
-# Larger ones are no model's and would fill the memory of whoever parses them. The largest index known, of
-# 70,000 tensors, takes a third of its limit; the largest tokenizer.json a seventh.
-MOST_BYTES = {CONFIG: 2**24, TOKENIZER_CONFIG: 2**24, README: 2**24, WEIGHTS_INDEX: 2**26}
-MOST_OTHER_BYTES = 2**28
 MOST_LAYERS = 10_000
 
 Progress = Callable[[int, int], None]
@@ -99,8 +96,10 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
         if path.is_file()
     ]
     _check_names(names, where=str(folder))
-    _check_sizes({name: (folder / name).stat().st_size for name in needed_files(names, ())})
+    needed = sorted(needed_files(names, ()))
+    check_sizes({name: (folder / name).stat().st_size for name in needed})
     auxiliary_files(folder)  # refuses links that lead elsewhere
+    check_json(folder, needed)
     config = _read_config(folder / CONFIG)
     remote_code = _needs_code(config, trusted=trust_remote_code)
     tensors = read_checkpoint(folder)
@@ -135,7 +134,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_names(sizes, where=repo_id)
-    _check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
+    check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
     config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
     pin = None if revision == commit else f"{repo_id}@{commit}"
     remote_code = _needs_code(config, trusted=trust_remote_code, pin=pin)
@@ -189,23 +188,13 @@ def _check_names(names: Collection[str], *, where: str) -> None:
         raise CheckpointError(f"{where} has no {CONFIG}", hint="give a model that transformers can load")
 
 
-def _check_sizes(sizes: Mapping[str, int]) -> None:
-    """Refuse files beside the weights that no model has in such a size, before they are downloaded."""
-    for name, size_bytes in sizes.items():
-        most = MOST_BYTES.get(name, MOST_OTHER_BYTES)
-        if size_bytes > most:
-            raise CheckpointError(
-                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it",
-                hint="do not use this model unless you trust where it comes from",
-            )
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json, with values that can be worked with."""
+    check_json(path.parent, [path.name])
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(config, ensure_ascii=False).encode("utf-8")  # JSON can write halves of characters
@@ -288,6 +277,7 @@ def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[s
     if WEIGHTS in names:
         return [WEIGHTS]
     path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
+    check_json(path.parent, [path.name])
     try:
         weights = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from factory.artifacts import Build
+from factory.header import MOST_TENSORS
+from factory.json_bounds import check_json, check_sizes
 from factory.layout import take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
@@ -74,6 +76,18 @@ def every(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
 def sparse(file: str, size_bytes: int) -> Callable[[Path], object]:
     """A file that seems so long and takes no room."""
     return lambda folder: os.truncate(folder / file, size_bytes)
+
+
+def many_lists(file: str, count: int = 10**6) -> Callable[[Path], object]:
+    """The model with so many empty lists in a JSON file: each takes 3 bytes here, and 64 once parsed."""
+
+    def change(folder: Path) -> None:
+        text = (folder / file).read_text().rstrip() if (folder / file).exists() else "{}"
+        lists = ",".join(["[]"] * count)
+        more = "" if text == "{}" else ","
+        (folder / file).write_text(f'{text[:-1]}{more}"x":[{lists}]}}')
+
+    return change
 
 
 def index_of(shard: str) -> Callable[[Path], object]:
@@ -181,6 +195,19 @@ CASES = (
     Case("tokenizer settings nested 200,000 deep", wrote("tokenizer_config.json", DEEP), ("cannot load",)),
     Case("a number of 10,000 digits",
          wrote("config.json", f'{{"model_type": "llama", "vocab_size": {"9" * 10_000}}}'), ("is damaged",)),
+    Case("a configuration of a million lists", many_lists("config.json"), ("config.json has 2,",)),
+    Case("an index of a million lists",
+         every(index_of("x.safetensors"), many_lists("model.safetensors.index.json")),
+         ("model.safetensors.index.json has 2,",)),
+    Case("generation settings of a million lists", many_lists("generation_config.json"),
+         ("generation_config.json has 2,", "brackets, colons and commas")),
+    Case("special tokens of a million lists", many_lists("special_tokens_map.json"),
+         ("special_tokens_map.json has 2,", "brackets, colons and commas")),
+    Case("a tokenizer of 4.5 million lists", many_lists("tokenizer.json", 4_500_000),
+         ("tokenizer.json has 9,", "brackets, colons and commas")),
+    Case("generation settings of 17 MB",
+         every(wrote("generation_config.json", "{}"), sparse("generation_config.json", 2**24 + 1)),
+         ("generation_config.json has 16,777,217 bytes",)),
     Case("a configuration of 1 GB", sparse("config.json", 10**9), ("config.json has 1,000,000,000 bytes",)),
     Case("a tokenizer of 1 TB", sparse("tokenizer.json", 10**12), ("tokenizer.json has 1,000,000,000,000",)),
     Case("a tokenizer that doubles a letter 40 times",
@@ -324,6 +351,20 @@ def test_a_file_that_the_hub_says_is_huge_is_not_downloaded(
     assert not [request for request in served_hub.requests if "/resolve/" in request.path]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "special_tokens_map.json"])
+def test_a_file_of_a_million_lists_on_the_hub_is_not_parsed(
+    served_hub: Hub, commands: Forks, tmp_path: Path, name: str
+) -> None:
+    served_hub.reset()
+    index_of("x.safetensors")(save_llama(tmp_path / "model", num_layers=4))
+    many_lists(name)(tmp_path / "model")
+    served_hub.put_model("acme/lists", tmp_path / "model")
+    ended = run(commands, tmp_path, "prune", "acme/lists", "--layers", "1", "--out", "x", "--home", "home")
+    record(f"{name} of a million lists on the Hub", ended)
+    check_harmless(ended, tmp_path)
+    assert f"{name} has 2,0" in ended.stderr
+
+
 def test_a_header_of_30_mb_on_the_hub_is_not_downloaded(
     served_hub: Hub, commands: Forks, tmp_path: Path
 ) -> None:
@@ -394,3 +435,12 @@ def test_a_text_file_whose_name_paints_is_told_plainly(commands: Forks, folder: 
     record("a text whose file name paints", ended)
     check_harmless(ended, tmp_path)
     assert ended.code == 1
+
+
+def test_an_index_of_as_many_tensors_as_any_model_has_is_none_too_many(tmp_path: Path) -> None:
+    names = [f"model.layers.{n // 1000}.mlp.experts.{n % 1000}.up_proj.weight" for n in range(MOST_TENSORS)]
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    check_sizes({"model.safetensors.index.json": len(text)})
+    check_json(tmp_path, ["model.safetensors.index.json"])
