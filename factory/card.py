@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from factory import __version__
 from factory.artifacts import Build, Evaluation, first_problem, is_block
-from factory.config import DEFAULT_OBJECTIVE, BuildConfig, load_recipe, settle
+from factory.config import DEFAULT_OBJECTIVE, SLOWER, BuildConfig, load_recipe, settle
 from factory.errors import StoreError
 from factory.findings import (
     comparison,
@@ -105,6 +105,7 @@ def render(
             groups=worst_parts(build),
             writes=any(s.metric == "exact_match" for s in build.evaluations["source"].tasks),
             gap_closed=gap_closed(build),
+            slower=SLOWER,
             precision=precision(build),
             sizes=size_rows(build),
             command=reproduction_command(build),

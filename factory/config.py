@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from factory.errors import DropError, UsageError
 from factory.references import MOST, RECIPES, Criterion, aliases, unknown_model
 
+SLOWER = 0.3  # of the learning rate, once the loss of healing has run away
+
 
 class Settings(BaseModel):
     """Base of everything that can be asked: unknown names are refused."""

@@ -249,18 +249,30 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         work,
         parameters={**_without_data(run.config.heal), "seed": run.config.seed},
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
-        summary=lambda a: (
-            f"{a.num_steps:,} steps, {a.num_tokens:,} tokens; "
-            f"held-back loss {a.guard_loss_before:.3f} → {a.guard_loss_after:.3f}"
-            + (f", lowest at step {a.best_step:,}" if a.best_step not in (None, a.num_steps) else "")
-            + (
-                f"; no adapter on {', '.join(a.left_out)}, one parameter for all experts"
-                if a.left_out
-                else ""
-            )
-            + ("" if a.packed else "; not packed, since this model reads across packed documents")
-        ),
+        summary=partial(describe_healing, steps_asked=run.config.heal.num_steps),
     )
+
+
+def describe_healing(adapter: Adapter, *, steps_asked: int) -> str:
+    """What was trained, how far it helped, and whatever did not go as asked for."""
+    best = adapter.best_step
+    said = [
+        f"{adapter.num_steps:,} steps, {adapter.num_tokens:,} tokens",
+        f"held-back loss {adapter.guard_loss_before:.3f} → {adapter.guard_loss_after:.3f}"
+        + (f", lowest at step {best:,}" if best not in (None, adapter.num_steps) else ""),
+    ]
+    if (slowed := adapter.slowed_at_step) is not None:
+        said.append(f"at a lower rate from step {slowed:,} on, after the loss ran away")
+    if (ended := adapter.ran_away_at_step) is not None:
+        kept = f"went back to step {adapter.num_steps:,}" if adapter.num_steps else "nothing learnt"
+        said.append(f"the loss ran away again at step {ended:,}, which ended it: {kept}")
+    elif adapter.num_steps < steps_asked:
+        said.append(f"stopped early, at step {adapter.num_steps:,} of {steps_asked:,}")
+    if adapter.left_out:
+        said.append(f"no adapter on {', '.join(adapter.left_out)}, one parameter for all experts")
+    if not adapter.packed:
+        said.append("not packed, since this model reads across packed documents")
+    return "; ".join(said)
 
 
 def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:

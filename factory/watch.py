@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from factory.config import SLOWER
 from factory.errors import HealingError
 from factory.gpus import peak_flops
 from factory.tracking import Tracking
@@ -17,7 +18,6 @@ from factory.tracking import Tracking
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
 SPIKE_NATS = 1.0  # at least so far above the first
 RISES = 3  # checkpoints in a row
-SLOWER = 0.3  # of the learning rate, after a run-away
 
 
 class DivergedError(HealingError):

@@ -35,7 +35,7 @@ from factory.artifacts import (
     TokenLoss,
 )
 from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
-from factory.config import BuildConfig, load_recipe, settle
+from factory.config import SLOWER, BuildConfig, load_recipe, settle
 from factory.errors import StoreError
 from factory.findings import recovery
 from factory.layout import read_if_same
@@ -502,6 +502,13 @@ def test_the_card_of_the_demo_that_people_are_shown_is_the_one_of_today() -> Non
 
 
 # What the template names ------------------------------------------------------------------------
+
+
+def test_the_rate_after_a_loss_that_ran_away_is_the_one_trained_at() -> None:
+    build = demo_healed()
+    slowed = build.adapter.model_copy(update={"slowed_at_step": 900})
+    card = render(build.model_copy(update={"adapter": slowed}), has_healing_figure=False)
+    assert f"; {SLOWER} times that from step 900 on" in card
 
 
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(

@@ -37,6 +37,7 @@ from factory.heal_text import take_guard
 from factory.lora import check_modules, fused_experts, linear_modules
 from factory.merge import judge, merge
 from factory.models import load_model
+from factory.stages import describe_healing
 from factory.texts import Text
 from tests.tiny import rhymes, save_llama
 
@@ -196,6 +197,45 @@ def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
     assert slowed.slowed_at_step == 5
     assert [point.step for point in slowed.guard_curve] == [0, 5, 10, 12]
     assert slowed.guard_loss_after < slowed.guard_loss_before
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, ""),
+        ({"best_step": 10}, ", lowest at step 10"),
+        ({"slowed_at_step": 5}, "; at a lower rate from step 5 on, after the loss ran away"),
+        ({"num_steps": 10, "best_step": 10}, "; stopped early, at step 10 of 12"),
+        (
+            {"num_steps": 10, "best_step": 10, "ran_away_at_step": 11},
+            "; the loss ran away again at step 11, which ended it: went back to step 10",
+        ),
+        (
+            {"num_steps": 0, "best_step": None, "ran_away_at_step": 3},
+            "; the loss ran away again at step 3, which ended it: nothing learnt",
+        ),
+        ({"packed": False}, "; not packed, since this model reads across packed documents"),
+    ],
+)
+def test_the_terminal_says_what_did_not_go_as_asked_for(fields: dict[str, Any], says: str) -> None:
+    adapter = Adapter(
+        objective="sft",
+        quantization="nf4",
+        rank=4,
+        learning_rate=1e-2,
+        target_modules=("mlp.up_proj",),
+        num_steps=12,
+        best_step=12,
+        num_tokens=1536,
+        sequence_length=64,
+        num_trainable_parameters=1,
+        curve=(),
+        guard_loss_before=3.0,
+        guard_loss_after=2.5,
+        data=DataSource(name="rhymes", version="1"),
+    ).model_copy(update=fields)
+    told = describe_healing(adapter, steps_asked=12)
+    assert told == f"{adapter.num_steps} steps, 1,536 tokens; held-back loss 3.000 → 2.500{says}"
 
 
 def test_with_the_seam_only_layers_from_the_one_before_the_cut_on_are_adapted(
