@@ -65,7 +65,8 @@ def merge(
 
     An adapter trained over NF4 weights has learnt their rounding too: whether it is better added to them
     or to the weights that they were made of is not known beforehand (github.com/huggingface/peft, issue
-    2105). "auto" writes both, reads the guard's sequences with each, and keeps the better.
+    2105). "auto" writes both, reads the guard's sequences with each, and keeps the better, or the one that is
+    finite.
 
     Args:
         pruned: The checkpoint that the adapter was trained for.
@@ -76,7 +77,7 @@ def merge(
 
     Raises:
         CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
-        VerificationError: The adapter does not fit the weights, or the result is not finite.
+        VerificationError: The adapter does not fit the weights, or no result is finite.
     """
     if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
         base = "bf16"  # it was trained on these; one that learnt nothing must change nothing
@@ -87,11 +88,16 @@ def merge(
     losses: dict[str, float] = {}
     for candidate in CANDIDATES:
         (folder / candidate).mkdir(exist_ok=True)
-        made[candidate] = _merge(
-            pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
-        )
+        try:
+            made[candidate] = _merge(
+                pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
+            )
+        except VerificationError:  # sums beyond the range of these weights need not be beyond the others'
+            if candidate == CANDIDATES[-1] and not made:
+                raise
+            continue
         losses[BASE_NAMES[candidate]] = token_loss(load_model(folder / candidate), guard)
-    best = min(CANDIDATES, key=lambda name: (math.isnan(loss := losses[BASE_NAMES[name]]), loss))
+    best = min(made, key=lambda name: (math.isnan(loss := losses[BASE_NAMES[name]]), loss))
     for file in sorted((folder / best).iterdir()):
         file.rename(folder / file.name)
     for candidate in CANDIDATES:

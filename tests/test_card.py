@@ -511,6 +511,13 @@ def test_the_rate_after_a_loss_that_ran_away_is_the_one_trained_at() -> None:
     assert f"; {SLOWER} times that from step 900 on" in card
 
 
+def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> None:
+    build = chat_with_other_licence()
+    assert "of two bases" in render(build, has_healing_figure=False)
+    alone = build.model_copy(update={"merge_losses": {"source weights": 2.9}})
+    assert "of two bases" not in render(alone, has_healing_figure=False)
+
+
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,6 +330,37 @@ def test_the_base_with_the_lower_loss_on_the_held_back_text_is_taken(tmp_path: P
     )
 
 
+@pytest.mark.parametrize(
+    ("share", "added", "is_left"),  # NF4 takes 0.85 of the largest for 0.72 of it, and 0.9 for 1
+    [(0.85, 33_000.0, "NF4 weights, unpacked"), (0.9, 27_000.0, "source weights")],
+)
+def test_a_base_that_overflows_leaves_the_other(
+    tmp_path: Path, share: float, added: float, is_left: str
+) -> None:
+    pruned = save_model(tmp_path / "pruned", max_shard_size="1GB")
+    adapter = save_adapter(tmp_path / "adapter", pruned).model_copy(update={"quantization": "nf4"})
+    (adapter.folder / "guard.json").write_text(json.dumps([[1, 2, 3, 4, 5], [6, 7, 8]]))
+    weights = {name: tensor.half() for name, tensor in stored_tensors(pruned.folder).items()}
+    weights["model.layers.1.mlp.gate_proj.weight"][0, :2] = torch.tensor([40_000.0, share * 40_000.0])
+    save_file(weights, pruned.folder / "model.safetensors", metadata={"format": "pt"})
+
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        a, b = (
+            next(tensors[name] for name in tensors if f"layers.1.mlp.gate_proj.lora_{side}" in name)
+            for side in "AB"
+        )
+        a[0, 1], b[0, 0] = 1.0, added / 2  # α / r is 2
+        return tensors
+
+    edit_tensors(adapter, edit)
+    (tmp_path / "merged").mkdir()
+    merged = merge(pruned, adapter, folder=tmp_path / "merged")
+    assert merged.merge_base == is_left
+    assert set(merged.merge_losses or {}) == {is_left}
+    assert sorted(path.name for path in merged.folder.iterdir() if path.is_dir()) == []
+
+
 @pytest.mark.parametrize("helps", [True, False])
 def test_what_ships_is_decided_by_the_losses_of_the_files_not_of_the_training(
     tmp_path: Path, helps: bool
