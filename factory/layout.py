@@ -18,7 +18,7 @@ from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
 from factory.references import local_path
 from factory.store import PARTIAL, link_or_copy
-from factory.sums import SUMS, changed_files, read_sums, sha256_once, visible_files, write_sums
+from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
 if TYPE_CHECKING:
     from factory.pipeline import Made
@@ -140,6 +140,7 @@ def check_out(out: Path) -> None:
 
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
+    forget()
     out.parent.mkdir(parents=True, exist_ok=True)
     restore(out)
     partial = out.with_name(f".{out.name}{PARTIAL}")
@@ -185,6 +186,7 @@ def check_whole(build: Build, out: Path) -> None:
     Raises:
         VerificationError: A file is missing or has changed.
     """
+    forget()  # what is pushed next is what is read here
     changed = changed_since_laid_out(build, out)
     if changed:
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

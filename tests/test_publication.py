@@ -1,6 +1,7 @@
 """Publishing through the command line: where it goes, what is in it, what the licence says."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from factory.artifacts import Build
-from factory.layout import take_sums
+from factory.errors import VerificationError
+from factory.layout import check_whole, take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -222,6 +224,23 @@ def test_a_flipped_bit_in_a_build_is_found_before_it_is_published(
     verified = commands.run("verify", str(build), folder=build.parent)
     assert verified.code == 1
     assert f"✗ build            {build}  changed: {name}" in verified.stdout
+
+
+def test_a_bit_that_flips_between_two_builds_of_one_process_is_found_though_the_time_stays(
+    build: Path,
+) -> None:
+    found, path = Build.read(build), build / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    path.unlink()  # it shares its bytes with the store
+    path.write_bytes(content)
+    check_whole(found, build)
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([content[-3] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(VerificationError, match=r"model\.safetensors is missing or has changed"):
+        check_whole(found, build)
 
 
 def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(
