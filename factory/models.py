@@ -219,7 +219,10 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # all that tokenizers raises for a damaged file is a plain one
+        known = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
         raise ModelError(
             f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="give a model with a whole tokenizer",
