@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,8 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     take_sums(build, partial)
     if (out / Publication.file_name).is_file():  # what lies on the Hub stays known
         shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
+    if out.is_dir():
+        keep_others(out, partial)
     swap(partial, out)
 
 
@@ -267,6 +270,35 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
     if build.adapter:
         healing_figure(build.adapter, path_stem=figures / HEALING_FIGURE)
     write_card(build, folder)
+
+
+def keep_others(out: Path, partial: Path) -> None:
+    """Take into the new folder the files of the old one that no build made, to the place where they lay."""
+    try:
+        made = read_sums(out)
+    except StoreError:
+        made = None
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        is_ours = name in {*NOT_SUMMED, Build.file_name, DistanceProfile.file_name}
+        if name.startswith("model/"):  # without sums: what the new one has
+            is_ours |= (partial / name).is_file() if made is None else name in made
+        if is_ours or (path.is_dir() and not path.is_symlink()):
+            continue
+        place = partial / name
+        if os.path.lexists(place):
+            place = free_place(partial, path.name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:  # it stays in the old folder until the new one is in its place
+            os.link(path, place, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(path, place, follow_symlinks=False)
+
+
+def free_place(folder: Path, name: str) -> Path:
+    """Where a file can be kept that somebody made and whose own place is taken; it is not published."""
+    names = (f"{name}.edited{number or ''}" for number in count())
+    return next(folder / free for free in names if not os.path.lexists(folder / free))
 
 
 def clear(path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from factory.artifacts import Build
+from factory.artifacts import Build, DistanceProfile
 from factory.errors import VerificationError
-from factory.layout import check_whole, take_sums
+from factory.layout import check_whole, lay_out, take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -241,6 +241,28 @@ def test_a_bit_that_flips_between_two_builds_of_one_process_is_found_though_the_
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(VerificationError, match=r"model\.safetensors is missing or has changed"):
         check_whole(found, build)
+
+
+def laid_out_again(build: Path, model: Path, **changes: float) -> None:
+    """Another build, or the same, into the folder of one; `model` is where its weights lie."""
+    if not model.exists():
+        names = shutil.ignore_patterns("README.md", "figures", "build.json", "recipe.yaml", "*.txt")
+        shutil.copytree(build / "model", model, ignore=names)
+    found = Build.read(build)
+    lay_out(found.model_copy(update=changes), DistanceProfile.read(build), model, out=build)
+
+
+def test_files_that_the_factory_did_not_make_stay_when_a_build_is_laid_out_anew(build: Path) -> None:
+    for name in ("notes.txt", "model/.git/HEAD", "model/mine.txt"):
+        (build / name).parent.mkdir(exist_ok=True)
+        (build / name).write_text(f"years of work: {name}")
+    (build / "link").symlink_to("nowhere")
+    laid_out_again(build, build.parent / "weights", source_bytes=1)
+    for name in ("notes.txt", "model/.git/HEAD", "model/mine.txt"):
+        assert (build / name).read_text() == f"years of work: {name}"
+    assert (build / "link").readlink() == Path("nowhere")
+    assert Build.read(build).source_bytes == 1
+    check_whole(Build.read(build), build)
 
 
 def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(
