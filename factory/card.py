@@ -55,17 +55,18 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space:
 def renew_card(build: Build, folder: Path, *, repo_id: str, space: str | None = None) -> bool:
     """Write the card for a repository, unless somebody has edited it: whether it was kept as it is."""
     path = folder / "README.md"
-    if path.is_file() and _is_edited(path.read_bytes().decode("utf-8", "replace"), build, folder):
+    if path.is_file() and is_edited(path, build):
         return True
     write_card(build, folder, repo_id=repo_id, space=space)
     return False
 
 
-def _is_edited(text: str, build: Build, folder: Path) -> bool:
+def is_edited(path: Path, build: Build) -> bool:
     """Whether a card says something else than would be written, whichever repository and Space it names."""
+    text = path.read_bytes().decode("utf-8", "replace")
     named = re.search(rf'model="({HUB_NAME.pattern})"', text)
     linked = re.search(rf"\({HUB}/spaces/({HUB_NAME.pattern})\)", text)
-    has_figure = (folder / HEALING_FIGURE).is_file()
+    has_figure = (path.parent / HEALING_FIGURE).is_file()
     return all(
         text != render(build, repo_id=repo_id, space=linked and linked[1], has_healing_figure=has_figure)
         for repo_id in (None, named and named[1])

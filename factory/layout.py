@@ -103,8 +103,7 @@ def read_if_same(build: Build, out: Path) -> Build | None:
         found = Build.read(out)
     except StoreError:
         return None  # of another version, or damaged: a build all the same, which a new one replaces
-    same = found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
-    if not (same and (out / CARD).is_file()):
+    if not (_is_same(found, build) and (out / CARD).is_file()):
         return None
     try:
         check_whole(build, out)
@@ -165,6 +164,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
         shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
     if out.is_dir():
         keep_others(out, partial)
+        keep_edited_card(build, out, partial)
     swap(partial, out)
 
 
@@ -295,6 +295,30 @@ def keep_others(out: Path, partial: Path) -> None:
             shutil.copy2(path, place, follow_symlinks=False)
 
 
+def keep_edited_card(build: Build, out: Path, partial: Path) -> None:
+    """Take over a card that somebody has edited; that of another build is kept beside the model."""
+    from factory.card import is_edited
+
+    card = out / CARD
+    if not card.is_file():
+        return
+    place = free_place(partial, card.name)
+    try:
+        found = Build.read(out)
+        if not is_edited(card, found):
+            return
+        if _is_same(found, build):
+            place = partial / CARD
+    except StoreError:
+        pass  # nothing says what the card was
+    shutil.copyfile(card, place)
+
+
+def edited_cards(out: Path) -> set[str]:
+    """Names of cards that were kept beside the model of a build."""
+    return {path.name for path in out.glob(f"{Path(CARD).name}.edited*")}
+
+
 def free_place(folder: Path, name: str) -> Path:
     """Where a file can be kept that somebody made and whose own place is taken; it is not published."""
     names = (f"{name}.edited{number or ''}" for number in count())
@@ -323,6 +347,10 @@ def restore(out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
     if old.is_dir() and not old.is_symlink() and not os.path.lexists(out):
         old.rename(out)
+
+
+def _is_same(found: Build, build: Build) -> bool:
+    return found.model_dump(exclude=MOMENTARY) == build.model_dump(exclude=MOMENTARY)
 
 
 def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> dict[str, Any]:

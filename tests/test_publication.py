@@ -11,7 +11,7 @@ import yaml
 
 from factory.artifacts import Build, DistanceProfile
 from factory.errors import VerificationError
-from factory.layout import check_whole, lay_out, take_sums
+from factory.layout import check_whole, edited_cards, lay_out, take_sums
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -263,6 +263,20 @@ def test_files_that_the_factory_did_not_make_stay_when_a_build_is_laid_out_anew(
     assert (build / "link").readlink() == Path("nowhere")
     assert Build.read(build).source_bytes == 1
     check_whole(Build.read(build), build)
+
+
+def test_an_edited_card_stays_with_its_build_and_is_kept_beside_another(build: Path) -> None:
+    card, kept = build / "model" / "README.md", build / "README.md.edited"
+    written = card.read_text()
+    laid_out_again(build, build.parent / "weights", source_bytes=1)
+    assert not kept.exists()  # nobody had edited it
+    card.write_text(written + "My own words.\n")
+    laid_out_again(build, build.parent / "weights")
+    assert card.read_text() == written + "My own words.\n"
+    laid_out_again(build, build.parent / "weights", source_bytes=2)
+    assert "My own words." not in card.read_text()
+    assert kept.read_text() == written + "My own words.\n"
+    assert edited_cards(build) == {"README.md.edited"}
 
 
 def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(
