@@ -18,7 +18,7 @@ from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
 from factory.references import local_path
-from factory.store import PARTIAL, link_or_copy
+from factory.store import MARK, PARTIAL, discard, is_build, is_ours, link_or_copy
 from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
 RECIPE = "recipe.yaml"
 CARD = "model/README.md"
 # In a build folder: what people edit, and what says what lies on the Hub.
-NOT_SUMMED = {CARD, SUMS, Publication.file_name}
+NOT_SUMMED = {CARD, SUMS, MARK, Publication.file_name}
 AGAIN = "run the build again: it lays it out anew"
 DISTANCE_FIGURE = "angular-distance"
 HEALING_FIGURE = "healing"
@@ -129,24 +129,41 @@ def check_out(out: Path) -> None:
         ) from error
     if out == Path(out.anchor) or not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
-    parts = (Build.file_name, DistanceProfile.file_name, "model")
-    is_build = all((out / name).exists() for name in parts)
+    check_beside(out)
     is_empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not (is_build or is_empty):
+    if out.exists() and not (is_build(out) or is_empty):
         raise StoreError(
             f"{out} is there already and is no build", hint="give another folder with --out, or move it away"
         )
+
+
+def check_beside(out: Path) -> None:
+    """Refuse to build where somebody's own files have the names that laying out needs for a moment.
+
+    Raises:
+        StoreError: Names them.
+    """
+    for path in (out.with_name(f".{out.name}{PARTIAL}"), out.with_name(f".{out.name}.old")):
+        if os.path.lexists(path) and not is_ours(path):
+            raise StoreError(
+                f"{path} is in the way and was not made by the factory",
+                hint="move it away, or give another folder with --out",
+            )
 
 
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
     forget()
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_beside(out)
     restore(out)
     partial = out.with_name(f".{out.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        discard(partial)
     target = partial / "model"
-    target.mkdir(parents=True)
+    partial.mkdir()
+    (partial / MARK).touch()
+    target.mkdir()
     for path in sorted(model.rglob("*")):
         if path.is_file() and path.name not in NOT_THE_MODEL:
             (target / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +182,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     if out.is_dir():
         keep_others(out, partial)
         keep_edited_card(build, out, partial)
+    (partial / MARK).unlink()  # a whole build by now
     swap(partial, out)
 
 
@@ -339,13 +357,14 @@ def swap(partial: Path, out: Path) -> None:
     if out.exists():
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
     os.replace(partial, out)  # noqa: PTH105
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_dir():
+        discard(old)
 
 
 def restore(out: Path) -> None:
     """Put back the folder that a `swap` which was killed had moved away."""
     old = out.with_name(f".{out.name}.old")
-    if old.is_dir() and not old.is_symlink() and not os.path.lexists(out):
+    if is_build(old) and not (old / MARK).exists() and not os.path.lexists(out):
         old.rename(out)
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 import platformdirs
 from safetensors import SafetensorError
 
-from factory.artifacts import canonical_json, sha256_of_file
+from factory.artifacts import Build, DistanceProfile, canonical_json, sha256_of_file
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, StoreError
 from factory.locks import HOME, READ_ONLY, hold, is_held, locked, unless_locked, unwritable
@@ -23,6 +23,7 @@ from factory.sums import SUMS, changed_files
 
 MANIFEST = "stage.json"
 PARTIAL = ".partial"
+MARK = ".made-by-factory"  # in a folder beside a build that is being written or removed
 FETCHED = ".fetched"  # before it: arriving from elsewhere
 OLD = ".old"  # before it: what had the final name, until its successor has it
 STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
@@ -327,7 +328,31 @@ def _beside(build: Path) -> Path:
 def leftovers(build: Path) -> list[Path]:
     """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
     beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
-    return [folder for folder in beside if folder.is_dir() and not folder.is_symlink()]
+    return [folder for folder in beside if is_ours(folder)]
+
+
+def is_build(folder: Path) -> bool:
+    """Whether a folder holds what every build has."""
+    return all((folder / name).exists() for name in (Build.file_name, DistanceProfile.file_name, "model"))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether what lies beside a build was left there by laying one out: nobody's own files go."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MARK).is_file() or is_build(folder) or not any(folder.iterdir())
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder beside a build; wherever a kill ends that, the rest is still known as ours."""
+    (folder / MARK).touch()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    (folder / MARK).unlink()
+    folder.rmdir()
 
 
 def whole_beside(build: Path) -> bool:

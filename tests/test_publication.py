@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from factory.artifacts import Build, DistanceProfile
-from factory.errors import VerificationError
-from factory.layout import check_whole, edited_cards, lay_out, take_sums
+from factory.errors import StoreError, VerificationError
+from factory.layout import check_out, check_whole, edited_cards, lay_out, take_sums
+from factory.store import leftovers
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -263,6 +264,19 @@ def test_files_that_the_factory_did_not_make_stay_when_a_build_is_laid_out_anew(
     assert (build / "link").readlink() == Path("nowhere")
     assert Build.read(build).source_bytes == 1
     check_whole(Build.read(build), build)
+
+
+@pytest.mark.parametrize("name", [".build.partial", ".build.old"])
+def test_a_folder_beside_a_build_that_the_factory_did_not_make_stays(build: Path, name: str) -> None:
+    mine = build.with_name(name)
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert leftovers(build) == []  # `factory gc` leaves it
+    with pytest.raises(StoreError, match=f"{name} is in the way and was not made by the factory"):
+        check_out(build)
+    with pytest.raises(StoreError, match="is in the way"):
+        laid_out_again(build, build.parent / "weights", source_bytes=1)
+    assert (mine / "thesis.txt").read_text() == "years of work"
 
 
 def test_an_edited_card_stays_with_its_build_and_is_kept_beside_another(build: Path) -> None:

@@ -290,8 +290,9 @@ def test_garbage_is_nothing_of_a_build_that_was_killed_between_its_two_names(tmp
     build = tmp_path / "build"
     store.register(build, {"prune": used.key})
     for name in (".build.old", ".build.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "build.json").write_text("{}")
+        (tmp_path / name / "model").mkdir(parents=True)
+        for file in ("build.json", "profile.json"):
+            (tmp_path / name / file).write_text("{}")
     assert garbage(store, recent=True) == []
     assert store.builds() == []
     restore(build)
