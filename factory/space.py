@@ -50,15 +50,17 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
     }
+    process = None
     with _ending_like_ctrl_c():
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the other one.
-        process = subprocess.Popen(
-            [sys.executable, str(space_folder() / "app.py")],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
         try:
+            with _held_back():
+                # A session of its own: Ctrl-C reaches this process alone, which then ends the other one.
+                process = subprocess.Popen(
+                    [sys.executable, str(space_folder() / "app.py")],
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             _wait_until_it_answers(process, port)
             ready(f"http://{HOST}:{port}")
             process.wait()
@@ -66,7 +68,8 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
         except KeyboardInterrupt:
             return
         finally:
-            _end(process)
+            if process:
+                _end(process)
 
 
 @contextmanager
@@ -83,6 +86,23 @@ def _ending_like_ctrl_c() -> Iterator[None]:
     finally:
         for number in heeded:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let Ctrl-C and its like wait: a process that is being started is not known yet, and would be left."""
+    came: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in numbers}
+    for number in (number for number in numbers if before[number] is signal.SIG_IGN):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+    if came:
+        raise KeyboardInterrupt
 
 
 def space_folder() -> Path:

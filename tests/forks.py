@@ -33,8 +33,11 @@ def run(call):
     except BaseException:
         traceback.print_exc()
         code = 70
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # they are files here, under the same limit on files
+            pass
     os._exit(code)
 
 def supervise(call):  # the code of a run that a signal ends is told as well

@@ -496,6 +496,14 @@ def test_a_command_ended_while_it_starts_leaves_no_process(tmp_path: Path, tiny:
     assert not children[0].is_running()
 
 
+def test_a_signal_while_a_process_starts_waits_until_it_is_known() -> None:
+    known = False
+    with pytest.raises(KeyboardInterrupt), space._held_back():
+        signal.raise_signal(signal.SIGINT)
+        known = True
+    assert known
+
+
 def test_a_page_that_cannot_start_is_an_error(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
