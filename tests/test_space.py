@@ -497,10 +497,15 @@ def test_a_command_ended_while_it_starts_leaves_no_process(tmp_path: Path, tiny:
 
 
 def test_a_signal_while_a_process_starts_waits_until_it_is_known() -> None:
-    known = False
-    with pytest.raises(KeyboardInterrupt), space._held_back():
-        signal.raise_signal(signal.SIGINT)
-        known = True
+    known: list[str] = []
+
+    def start() -> None:
+        with space._held_back():
+            signal.raise_signal(signal.SIGINT)
+            known.append("the process")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert known
 
 
