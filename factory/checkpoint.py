@@ -13,10 +13,11 @@ from factory.artifacts import sha256_of_file
 from factory.disk import no_room, size
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, check_count, damaged, read_header, unique_keys
-from factory.json_bounds import check_json
+from factory.json_bounds import WEIGHTS_INDEX, check_json
 from factory.transfer import assemble, read_blocks
 
 __all__ = [
+    "WEIGHTS_INDEX",
     "TensorInfo",
     "are_equal",
     "auxiliary_files",
@@ -30,7 +31,6 @@ __all__ = [
 ]
 
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
 SHARED_BLOB = re.compile("[0-9a-f]{64}")  # of the Hub's cache
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

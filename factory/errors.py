@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+UNTRUSTED = "do not use this model unless you trust where it comes from"  # the hint on what no model needs
+
 
 class FactoryError(Exception):
     """Base of all errors the user can do something about.

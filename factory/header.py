@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from factory.errors import CheckpointError
+from factory.errors import UNTRUSTED, CheckpointError
 
 MAX_HEADER_BYTES = 2**24  # one of 90,000 tensors, as many as any model known has, takes 13 MB
 MOST_TENSORS = 300_000  # of all files of a model
@@ -119,7 +119,7 @@ def check_count(count: int, *, where: str) -> None:
     if count > MOST_TENSORS:
         raise CheckpointError(
             f"{where} has {count:,} tensors or more; no model known has more than {MOST_TENSORS:,}",
-            hint="do not use this model unless you trust where it comes from",
+            hint=UNTRUSTED,
         )
 
 

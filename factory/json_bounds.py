@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from factory.errors import CheckpointError
+from factory.errors import UNTRUSTED, CheckpointError
 
 # Larger ones are no model's. The largest index known, of 70,000 tensors, takes a third of its limit; the
 # largest tokenizer.json a seventh.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
-INDEX = "model.safetensors.index.json"
-MOST_BYTES = {"README.md": 2**24, INDEX: 2**26}
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MOST_BYTES = {"README.md": 2**24, WEIGHTS_INDEX: 2**26}
 MOST_JSON_BYTES = 2**24  # of any other JSON
 MOST_OTHER_BYTES = 2**28
 # Each part of a JSON stands beside one of these, and takes up to 80 bytes once parsed, however few it takes
@@ -18,7 +18,6 @@ MOST_OTHER_BYTES = 2**28
 MARKS = (b"{", b"[", b":", b",")
 MOST_MARKS, MOST_VOCABULARY_MARKS = 2**20, 2**23
 BLOCK_BYTES = 2**20
-HINT = "do not use this model unless you trust where it comes from"
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
@@ -32,7 +31,7 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
         most = MOST_BYTES.get(name, MOST_OTHER_BYTES if is_other else MOST_JSON_BYTES)
         if size_bytes > most:
             raise CheckpointError(
-                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it", hint=HINT
+                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it", hint=UNTRUSTED
             )
 
 
@@ -53,5 +52,5 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
         if count > most:
             raise CheckpointError(
                 f"{name} has {count:,} brackets, colons and commas; no model needs more than {most:,} of it",
-                hint=HINT,
+                hint=UNTRUSTED,
             )

@@ -18,7 +18,7 @@ from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
 from factory.references import local_path
-from factory.store import MARK, PARTIAL, discard, is_build, is_ours, link_or_copy
+from factory.store import MARK, beside, discard, is_build, is_ours, link_or_copy
 from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def check_out(out: Path) -> None:
     out = out.absolute()
     try:  # it is laid out beside itself
         with suppress(FileNotFoundError, NotADirectoryError):
-            (out.parent / f".{out.name}{PARTIAL}").lstat()
+            beside(out)[0].lstat()
         above = next((path for path in out.parents if path.exists()), out)
     except OSError as error:
         raise StoreError(
@@ -143,7 +143,7 @@ def check_beside(out: Path) -> None:
     Raises:
         StoreError: Names them.
     """
-    for path in (out.with_name(f".{out.name}{PARTIAL}"), out.with_name(f".{out.name}.old")):
+    for path in beside(out):
         if os.path.lexists(path) and not is_ours(path):
             raise StoreError(
                 f"{path} is in the way and was not made by the factory",
@@ -157,7 +157,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     out.parent.mkdir(parents=True, exist_ok=True)
     check_beside(out)
     restore(out)
-    partial = out.with_name(f".{out.name}{PARTIAL}")
+    partial, _ = beside(out)
     if partial.exists():
         discard(partial)
     target = partial / "model"
@@ -298,10 +298,10 @@ def keep_others(out: Path, partial: Path) -> None:
         made = None
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        is_ours = name in {*NOT_SUMMED, Build.file_name, DistanceProfile.file_name}
+        is_made = name in {*NOT_SUMMED, Build.file_name, DistanceProfile.file_name}
         if name.startswith("model/"):  # without sums: what the new one has
-            is_ours |= (partial / name).is_file() if made is None else name in made
-        if is_ours or (path.is_dir() and not path.is_symlink()):
+            is_made |= (partial / name).is_file() if made is None else name in made
+        if is_made or (path.is_dir() and not path.is_symlink()):
             continue
         place = partial / name
         if os.path.lexists(place):
@@ -352,7 +352,7 @@ def clear(path: Path) -> None:
 
 def swap(partial: Path, out: Path) -> None:
     """Put the new folder where the old one is; a kill in between leaves one of them whole."""
-    old = out.with_name(f".{out.name}.old")
+    _, old = beside(out)
     clear(old)
     if out.exists():
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
@@ -363,7 +363,7 @@ def swap(partial: Path, out: Path) -> None:
 
 def restore(out: Path) -> None:
     """Put back the folder that a `swap` which was killed had moved away."""
-    old = out.with_name(f".{out.name}.old")
+    _, old = beside(out)
     if is_build(old) and not (old / MARK).exists() and not os.path.lexists(out):
         old.rename(out)
 

@@ -11,7 +11,7 @@ from factory.disk import size
 from factory.errors import DiskSpaceError, StoreError
 from factory.layout import clear, swap
 from factory.prune import Thoroughness, prune
-from factory.store import PARTIAL, sync_files
+from factory.store import beside, sync_files
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
 SPARE_BYTES = 100_000_000  # for tokenizer and configuration
@@ -101,7 +101,7 @@ def remove_layers(
     """
     out = out.resolve()  # a link stays, and what it leads to is written
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}{PARTIAL}")
+    partial, _ = beside(out)
     clear(partial)
     partial.mkdir()
     try:

@@ -29,7 +29,7 @@ from factory.checkpoint import (
     sha256_of_files,
 )
 from factory.decoder import locate
-from factory.errors import CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
+from factory.errors import UNTRUSTED, CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json, check_sizes
 from factory.references import HUB_NAME, local_path, unknown_model
@@ -346,7 +346,7 @@ def _by_layer(tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int
     if num_layers > MOST_LAYERS:
         raise CheckpointError(
             f"{CONFIG} says {num_layers:,} layers; no model has more than {MOST_LAYERS:,}",
-            hint="do not use this model unless you trust where it comes from",
+            hint=UNTRUSTED,
         )
     layers: dict[str, list[TensorInfo]] = {str(index): [] for index in range(num_layers)}
     for name, tensor in tensors.items():

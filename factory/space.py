@@ -9,9 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from factory.artifacts import Build
 from factory.errors import FactoryError, HubError, ModelError, UsageError
@@ -20,6 +22,7 @@ from factory.resolve import resolve
 _ROOT = Path(__file__).parent
 DEMO = _ROOT / "demo" / "model"
 HOST = "127.0.0.1"
+ENDING = ("SIGTERM", "SIGHUP")  # like Ctrl-C
 SECONDS_TO_END = 5  # after that it is killed
 
 
@@ -51,7 +54,7 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
         "HF_HUB_OFFLINE": "1",
     }
     process = None
-    with _ending_like_ctrl_c():
+    with _handled(ENDING, signal.default_int_handler):
         try:
             with _held_back():
                 # A session of its own: Ctrl-C reaches this process alone, which then ends the other one.
@@ -73,14 +76,13 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
 
 
 @contextmanager
-def _ending_like_ctrl_c() -> Iterator[None]:
-    """Let other ways to be ended raise KeyboardInterrupt too; what is ignored (nohup) stays ignored."""
-    names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+def _handled(names: Iterable[str], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Give signals another handler; what is ignored (nohup) stays ignored."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
     before = {number: signal.getsignal(number) for number in numbers}
     heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
     for number in heeded:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, handler)
     try:
         yield
     finally:
@@ -92,15 +94,8 @@ def _ending_like_ctrl_c() -> Iterator[None]:
 def _held_back() -> Iterator[None]:
     """Let Ctrl-C and its like wait: a process that is being started is not known yet, and would be left."""
     came: list[int] = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in numbers}
-    for number in (number for number in numbers if before[number] is signal.SIG_IGN):
-        signal.signal(number, signal.SIG_IGN)
-    try:
+    with _handled(("SIGINT", *ENDING), lambda number, _frame: came.append(number)):
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
     if came:
         raise KeyboardInterrupt
 

@@ -260,7 +260,7 @@ class Store:
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
             if build.exists() or not whole_beside(build):
-                found += [(folder, _beside(build)) for folder in leftovers(build)]
+                found += [(folder, _lock_of(build)) for folder in leftovers(build)]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
@@ -316,19 +316,23 @@ def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Ite
     """
     with _writing(build.parent, option="--out"):
         build.parent.mkdir(parents=True, exist_ok=True)
-    with locked(_beside(build.resolve()), on_wait=on_wait, passing=True, option="--out"):
+    with locked(_lock_of(build.resolve()), on_wait=on_wait, passing=True, option="--out"):
         yield
 
 
-def _beside(build: Path) -> Path:
+def _lock_of(build: Path) -> Path:
     """The lock of a build folder."""
     return build.with_name(f".{build.name}.lock")
 
 
+def beside(build: Path) -> tuple[Path, Path]:
+    """Where a build's folder is laid out, and where the one before it waits to be removed."""
+    return build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}{OLD}")
+
+
 def leftovers(build: Path) -> list[Path]:
     """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
-    beside = (build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}.old"))
-    return [folder for folder in beside if is_ours(folder)]
+    return [folder for folder in beside(build) if is_ours(folder)]
 
 
 def is_build(folder: Path) -> bool:
@@ -357,7 +361,7 @@ def discard(folder: Path) -> None:
 
 def whole_beside(build: Path) -> bool:
     """Whether a whole one lies beside a build: the old one, or a new one with what is written last."""
-    return any(folder.suffix == ".old" or (folder / SUMS).is_file() for folder in leftovers(build))
+    return any(folder.suffix == OLD or (folder / SUMS).is_file() for folder in leftovers(build))
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:

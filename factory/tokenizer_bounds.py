@@ -5,7 +5,7 @@ import json
 from math import prod
 from typing import Any
 
-from factory.errors import ModelError
+from factory.errors import UNTRUSTED, ModelError
 
 MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
 MOST_SPECIAL_TOKENS = 64  # around each text
@@ -54,5 +54,5 @@ def _growth(step: dict[str, Any]) -> float:
 def _refused(name: str, what: str) -> ModelError:
     return ModelError(
         f"the tokenizer of {name} {what}",
-        hint="do not use this model unless you trust where it comes from",
+        hint=UNTRUSTED,
     )

@@ -39,7 +39,7 @@ from factory.merge import judge, merge
 from factory.models import load_model
 from factory.stages import describe_healing
 from factory.texts import Text
-from tests.tiny import rhymes, save_llama
+from tests.tiny import an_adapter, rhymes, save_llama
 
 SETTINGS = HealSettings(
     data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=2, sequence_length=64
@@ -218,22 +218,7 @@ def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
     ],
 )
 def test_the_terminal_says_what_did_not_go_as_asked_for(fields: dict[str, Any], says: str) -> None:
-    adapter = Adapter(
-        objective="sft",
-        quantization="nf4",
-        rank=4,
-        learning_rate=1e-2,
-        target_modules=("mlp.up_proj",),
-        num_steps=12,
-        best_step=12,
-        num_tokens=1536,
-        sequence_length=64,
-        num_trainable_parameters=1,
-        curve=(),
-        guard_loss_before=3.0,
-        guard_loss_after=2.5,
-        data=DataSource(name="rhymes", version="1"),
-    ).model_copy(update=fields)
+    adapter = an_adapter(**{"best_step": 12, **fields})
     told = describe_healing(adapter, steps_asked=12)
     assert told == f"{adapter.num_steps} steps, 1,536 tokens; held-back loss 3.000 → 2.500{says}"
 

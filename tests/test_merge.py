@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 from factory import checkpoint
-from factory.artifacts import Adapter, Checkpoint, DataSource
+from factory.artifacts import Adapter, Checkpoint
 from factory.errors import CheckpointError, VerificationError
 from factory.merge import judge, merge
 from factory.models import load_model, token_loss
+from tests.tiny import an_adapter
 
 LLAMA = LlamaConfig(
     vocab_size=96,
@@ -74,22 +75,7 @@ def save_adapter(folder: Path, pruned: Checkpoint, **settings: Any) -> Adapter:
 
 
 def describe(folder: Path) -> Adapter:
-    return Adapter(
-        folder=folder,
-        objective="sft",
-        quantization="none",
-        rank=4,
-        learning_rate=1e-4,
-        target_modules=(),
-        num_steps=1,
-        num_tokens=1,
-        sequence_length=8,
-        num_trainable_parameters=1,
-        curve=(),
-        guard_loss_before=2.0,
-        guard_loss_after=1.0,
-        data=DataSource(name="none", version="0"),
-    )
+    return an_adapter(folder=folder, quantization="none")
 
 
 def merged_by_peft(pruned: Checkpoint, adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from factory.artifacts import Adapter, DataSource, DistanceProfile, LossPoint, PruningPlan
+from factory.artifacts import DataSource, DistanceProfile, LossPoint, PruningPlan
 from factory.plan import plan
 from factory.plots import best_starts, distance_figure, healing_figure, terminal_heatmap
+from tests.tiny import an_adapter
 
 
 def a_profile(steps: list[float]) -> DistanceProfile:
@@ -33,26 +34,8 @@ def even_profile(num_layers: int) -> DistanceProfile:
     return a_profile([0.5 / num_layers * (1 + 0.3 * math.sin(layer)) for layer in range(num_layers)])
 
 
-def an_adapter(*, curve: tuple[LossPoint, ...], after: float = 3.0) -> Adapter:
-    return Adapter(
-        folder=Path(),
-        objective="sft",
-        quantization="nf4",
-        rank=8,
-        learning_rate=3e-4,
-        target_modules=("mlp.up_proj",),
-        num_steps=100,
-        num_tokens=1000,
-        sequence_length=64,
-        num_trainable_parameters=10,
-        curve=curve,
-        guard_loss_before=5.0,
-        guard_loss_after=after,
-        data=DataSource(name="text", version="0"),
-    )
-
-
 CURVE = tuple(LossPoint(step=step, loss=3 + 2 * math.exp(-step / 20)) for step in range(10, 101, 10))
+HEALED = an_adapter(curve=CURVE, num_steps=100, guard_loss_before=5.0, guard_loss_after=3.0)
 
 
 @pytest.mark.parametrize(("num_layers", "block_size"), [(3, 1), (4, 2), (32, 10), (126, 40)])
@@ -74,11 +57,11 @@ def test_equal_values_give_equal_bytes_without_a_date(tmp_path: Path) -> None:
     profile = even_profile(12)
     chosen = plan(profile, block_size=3)
     first = distance_figure(profile, chosen, path_stem=tmp_path / "a")
-    first += healing_figure(an_adapter(curve=CURVE), path_stem=tmp_path / "b")
+    first += healing_figure(HEALED, path_stem=tmp_path / "b")
     matplotlib.rcParams["font.size"] = 30  # what somebody else has set does not count
     try:
         second = distance_figure(profile, chosen, path_stem=tmp_path / "c")
-        second += healing_figure(an_adapter(curve=CURVE), path_stem=tmp_path / "d")
+        second += healing_figure(HEALED, path_stem=tmp_path / "d")
         assert matplotlib.rcParams["font.size"] == 30
     finally:
         matplotlib.rcdefaults()
@@ -98,7 +81,8 @@ def test_scattered_layers_are_drawn_without_a_block(tmp_path: Path) -> None:
 def test_the_healing_figure_is_drawn_for_short_curves_and_for_a_loss_that_rose(
     curve: tuple[LossPoint, ...], after: float, tmp_path: Path
 ) -> None:
-    adapter = an_adapter(curve=curve, after=after).model_copy(update={"num_steps": 10 * len(curve)})
+    fields = {"curve": curve, "num_steps": 10 * len(curve), "guard_loss_after": after}
+    adapter = HEALED.model_copy(update=fields)
     png, svg = healing_figure(adapter, path_stem=tmp_path / "healing")
     with Image.open(png) as image:
         assert image.width == 1640

@@ -81,7 +81,7 @@ def test_what_does_not_fit_the_gpu_needs_the_hosts_memory_as_well() -> None:
 LAYER_70B, OUTSIDE_70B = 855_654_400, 524_296_192
 LLAMA_70B = SOURCE.model_copy(
     update={
-        "config": {"hidden_size": 8192, "intermediate_size": 28672},
+        "config": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672},
         "num_layers": 80,
         "num_parameters": 80 * LAYER_70B + OUTSIDE_70B,
         "layer_parameters": (LAYER_70B,) * 80,
@@ -92,9 +92,8 @@ LLAMA_70B = SOURCE.model_copy(
 
 def test_a_rented_gpu_that_cannot_hold_the_healing_is_refused_before_it_is_paid_for(tmp_path: Path) -> None:
     rented = Machine("A10G", memory_bytes=24 * 10**9, flops_per_second=1e13, disk_bytes=10**13)
-    source = LLAMA_70B.model_copy(update={"config": {"model_type": "llama", **LLAMA_70B.config}})
     with pytest.raises(MachineError, match=r"healing by sft needs about .* and there are 24\.0 GB"):
-        preview_of(source, pending=("heal",), home=tmp_path, machine=rented)
+        preview_of(LLAMA_70B, pending=("heal",), home=tmp_path, machine=rented)
 
 
 def test_only_gpus_that_share_a_step_evenly_are_counted_on() -> None:
@@ -104,7 +103,7 @@ def test_only_gpus_that_share_a_step_evenly_are_counted_on() -> None:
 def test_a_teacher_takes_time_as_well(tmp_path: Path) -> None:
     seconds = {
         objective: preview(
-            LLAMA_70B.model_copy(update={"config": {"model_type": "llama", **LLAMA_70B.config}}),
+            LLAMA_70B,
             BuildConfig(reference="m", drop=0.4, heal=HealSettings(objective=objective)),
             pending=("heal",),
             home=tmp_path,

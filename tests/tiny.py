@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from factory.artifacts import Adapter, DataSource
+
 END = "<|end|>"
 
 
@@ -48,3 +50,23 @@ def rhymes(count: int) -> list[str]:
     """Documents that a tiny model can learn something of in a few steps."""
     words = ["one", "two", "three", "four", "five", "six"]
     return [" ".join(words[(start + step) % len(words)] for step in range(40)) for start in range(count)]
+
+
+def an_adapter(**fields: Any) -> Adapter:
+    """What a healing says of itself, with some of its facts chosen."""
+    values: dict[str, Any] = {
+        "objective": "sft",
+        "quantization": "nf4",
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "target_modules": ("mlp.up_proj",),
+        "num_steps": 12,
+        "num_tokens": 1536,
+        "sequence_length": 64,
+        "num_trainable_parameters": 1,
+        "curve": (),
+        "guard_loss_before": 3.0,
+        "guard_loss_after": 2.5,
+        "data": DataSource(name="rhymes", version="1"),
+    }
+    return Adapter(**values | fields)
