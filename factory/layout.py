@@ -119,6 +119,8 @@ def check_out(out: Path) -> None:
         StoreError: A file, a folder that is no build, or a place that cannot be written.
     """
     out = out.absolute()
+    if out == Path(out.anchor):
+        raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
     try:  # it is laid out beside itself
         with suppress(FileNotFoundError, NotADirectoryError):
             beside(out)[0].lstat()
@@ -127,7 +129,7 @@ def check_out(out: Path) -> None:
         raise StoreError(
             f"cannot write a build to {out}: {error.strerror}", hint="give another folder with --out"
         ) from error
-    if out == Path(out.anchor) or not above.is_dir() or not os.access(above, os.W_OK):
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
     check_beside(out)
     is_empty = out.is_dir() and not any(out.iterdir())
