@@ -27,7 +27,7 @@ from transformers import MistralConfig
 
 from factory import merge
 from factory.artifacts import Adapter, Checkpoint
-from factory.store import sync_files
+from factory.durable import sync_files
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 

@@ -27,7 +27,7 @@ import numpy as np
 from factory import checkpoint, decoder
 from factory.artifacts import layer_ranges
 from factory.checkpoint import TensorInfo
-from factory.store import sync_files
+from factory.durable import sync_files
 
 NUM_LAYERS = 32
 NUM_SHARDS = 4

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, Evaluation, first_problem, is_block
 from factory.config import DEFAULT_OBJECTIVE, SLOWER, BuildConfig, load_recipe, settle
+from factory.durable import write_atomically
 from factory.errors import StoreError
 from factory.findings import (
     comparison,
@@ -30,7 +31,6 @@ from factory.findings import (
 )
 from factory.markdown import HUB, clean, filters, markdown, plain
 from factory.references import HUB_NAME, aliases
-from factory.store import write_atomically
 
 _ROOT = Path(__file__).parent
 # A wheel carries the template inside the package; an editable install finds it in the repository.

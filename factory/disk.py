@@ -2,6 +2,7 @@
 
 import errno
 import re
+from pathlib import Path
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -36,3 +37,8 @@ def no_room(error: BaseException | None) -> str | None:
             return "the disk is full or failing"
         error = error.__cause__ or error.__context__
     return None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -17,8 +17,8 @@ from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Pu
 from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
+from factory.place import MARK, beside, check_beside, discard, is_build, restore, swap
 from factory.references import local_path
-from factory.store import MARK, beside, discard, is_build, is_ours, link_or_copy
 from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
 if TYPE_CHECKING:
@@ -139,20 +139,6 @@ def check_out(out: Path) -> None:
         )
 
 
-def check_beside(out: Path) -> None:
-    """Refuse to build where somebody's own files have the names that laying out needs for a moment.
-
-    Raises:
-        StoreError: Names them.
-    """
-    for path in beside(out):
-        if os.path.lexists(path) and not is_ours(path):
-            raise StoreError(
-                f"{path} is in the way and was not made by the factory",
-                hint="move it away, or give another folder with --out",
-            )
-
-
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
     forget()
@@ -186,6 +172,14 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
         keep_edited_card(build, out, partial)
     (partial / MARK).unlink()  # a whole build by now
     swap(partial, out)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file where the file system allows it, else copy it."""
+    try:
+        os.link(source.resolve(), target)  # the Hub's cache holds symlinks: link what they point to
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def check_weights(build: Build, folder: Path) -> None:
@@ -343,31 +337,6 @@ def free_place(folder: Path, name: str) -> Path:
     """Where a file can be kept that somebody made and whose own place is taken; it is not published."""
     names = (f"{name}.edited{number or ''}" for number in count())
     return next(folder / free for free in names if not os.path.lexists(folder / free))
-
-
-def clear(path: Path) -> None:
-    """Remove what lies where a folder is to be made; of a link, the link alone."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def swap(partial: Path, out: Path) -> None:
-    """Put the new folder where the old one is; a kill in between leaves one of them whole."""
-    _, old = beside(out)
-    clear(old)
-    if out.exists():
-        os.replace(out, old)  # noqa: PTH105  the pair reads better so
-    os.replace(partial, out)  # noqa: PTH105
-    if old.is_dir():
-        discard(old)
-
-
-def restore(out: Path) -> None:
-    """Put back the folder that a `swap` which was killed had moved away."""
-    _, old = beside(out)
-    if is_build(old) and not (old / MARK).exists() and not os.path.lexists(out):
-        old.rename(out)
 
 
 def _is_same(found: Build, build: Build) -> bool:

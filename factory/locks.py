@@ -41,6 +41,17 @@ def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreErro
 
 
 @contextmanager
+def writing(folder: Path, *, option: str = HOME) -> Iterator[None]:
+    """Tell a place that cannot be written from other trouble."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in READ_ONLY or isinstance(error, NotADirectoryError | FileExistsError):
+            raise unwritable(folder, error, option=option) from error
+        raise
+
+
+@contextmanager
 def locked(
     path: Path,
     *,

@@ -20,6 +20,7 @@ from factory.artifacts import (
 )
 from factory.config import num_dropped
 from factory.errors import HealingError
+from factory.place import laying_out
 from factory.references import Criterion
 from factory.run import Missing, Run
 from factory.stages import (
@@ -34,7 +35,6 @@ from factory.stages import (
     speed_stage,
 )
 from factory.store import STAGES as STORED
-from factory.store import laying_out
 from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff
 
 STAGES = (*STORED, "card")

@@ -8,10 +8,10 @@ from factory import __version__
 from factory.artifacts import Checkpoint, Pruning, PruningPlan, Source
 from factory.checkpoint import Progress
 from factory.disk import size
+from factory.durable import sync_files
 from factory.errors import DiskSpaceError, StoreError
-from factory.layout import clear, swap
+from factory.place import beside, clear, swap
 from factory.prune import Thoroughness, prune
-from factory.store import beside, sync_files
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
 SPARE_BYTES = 100_000_000  # for tokenizer and configuration

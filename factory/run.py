@@ -9,7 +9,8 @@ from typing import IO, Any, Protocol, TypeVar
 
 from factory.artifacts import Artifact, Checkpoint, DataSource
 from factory.config import BuildConfig
-from factory.store import StageSpec, Store, damage, sync_files, write_atomically
+from factory.durable import sync_files, write_atomically
+from factory.store import StageSpec, Store, damage
 from factory.texts import Text, check_text, keep_apart, open_text
 from factory.tracking import NOWHERE, Tracking
 

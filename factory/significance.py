@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from factory.artifacts import Comparison, TaskScore
-from factory.store import write_atomically
+from factory.durable import write_atomically
 
 CONFIDENCE = 0.95  # of the interval
 LOSSES = "losses.json"

@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub import BucketFile, HfApi
 from huggingface_hub.errors import BucketNotFoundError
 
+from factory.durable import PARTIAL
 from factory.errors import HubError
 from factory.hub_errors import hub_api, hub_errors, patiently
-from factory.store import MANIFEST, PARTIAL
+from factory.store import MANIFEST
 
 REMADE = "tokens"  # folder of a partial stage: a cache that holds paths of this machine
 WHOLE = "whole.json"  # of a partial stage: which copy of it was uploaded completely

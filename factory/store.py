@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -15,17 +15,16 @@ from typing import IO, Any, Protocol
 import platformdirs
 from safetensors import SafetensorError
 
-from factory.artifacts import Build, DistanceProfile, canonical_json, sha256_of_file
-from factory.disk import no_room
+from factory.artifacts import canonical_json, sha256_of_file
+from factory.disk import folder_bytes, no_room
+from factory.durable import PARTIAL, sync_files, sync_folder, write_atomically
 from factory.errors import DiskSpaceError, StoreError
-from factory.locks import HOME, READ_ONLY, hold, is_held, locked, unless_locked, unwritable
-from factory.sums import SUMS, changed_files
+from factory.locks import hold, is_held, locked, unless_locked, writing
+from factory.place import OLD, leftovers, lock_of, whole_beside
+from factory.sums import changed_files
 
 MANIFEST = "stage.json"
-PARTIAL = ".partial"
-MARK = ".made-by-factory"  # in a folder beside a build that is being written or removed
-FETCHED = ".fetched"  # before it: arriving from elsewhere
-OLD = ".old"  # before it: what had the final name, until its successor has it
+FETCHED = ".fetched"  # before PARTIAL: arriving from elsewhere
 STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
 RECENT_SECONDS = 24 * 3600
@@ -99,7 +98,7 @@ class Store:
         found = self._here(spec, made_from)
         if found is None and self.elsewhere:
             folder = self.folder(spec)
-            with _writing(folder.parent):
+            with writing(folder.parent):
                 folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_name(folder.name + ".lock"), on_wait=None):
                 return self._here(spec, made_from) or self._brought(spec, made_from)
@@ -122,7 +121,7 @@ class Store:
             return None
         folder = self.folder(spec)
         arriving = folder.with_name(f"{folder.name}{FETCHED}{PARTIAL}")
-        with _writing(folder.parent):
+        with writing(folder.parent):
             shutil.rmtree(arriving, ignore_errors=True)
             arriving.mkdir()
             fetched = self.elsewhere.fetch(spec.stage, spec.key, arriving)
@@ -156,7 +155,7 @@ class Store:
         """
         folder = self.folder(spec)
         partial = folder.with_name(folder.name + PARTIAL)
-        with _writing(folder.parent):
+        with writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
             if rerun and is_held(folder / MANIFEST):  # nobody comes to hold it while the lock is held
@@ -164,7 +163,7 @@ class Store:
                     f"another build is using {spec.stage} {spec.key}, which --rerun would make again",
                     hint="run the same command once that build is done",
                 )
-            with _writing(folder.parent):
+            with writing(folder.parent):
                 _drop_old(folder)
                 if not rerun and not self._here(spec, made_from) and _is_complete(partial, made_from or {}):
                     _take_place(partial, folder)  # killed just before that
@@ -175,7 +174,7 @@ class Store:
                 with suppress(OSError):
                     os.utime(found.folder)  # in use: `garbage` leaves it for a day
                 return replace(found, in_use=hold(found.folder / MANIFEST))
-            with _writing(partial):
+            with writing(partial):
                 if partial.exists() and (rerun or not resumable or (partial / MANIFEST).exists()):
                     shutil.rmtree(partial)
                 if self.elsewhere and resumable and not rerun and not partial.exists():
@@ -203,7 +202,7 @@ class Store:
         root = {"build": place, "keys": sorted(keys.values())}
         name = hashlib.sha256(place.encode()).hexdigest()[:16]
         roots = self.home / "builds"
-        with _writing(roots):
+        with writing(roots):
             roots.mkdir(parents=True, exist_ok=True)
             write_atomically(roots / f"{name}.json", json.dumps(root))
 
@@ -226,7 +225,7 @@ class Store:
             try:
                 if not recent and abs(time.time() - folder.stat().st_mtime) < RECENT_SECONDS:
                     continue
-                with unless_locked(lock, passing=True) as free, _writing(folder):
+                with unless_locked(lock, passing=True) as free, writing(folder):
                     if registered != (registered := self._registered()):
                         unused = self._unused()
                     if not free or is_held(folder / MANIFEST) or (folder, lock) not in unused:
@@ -260,7 +259,7 @@ class Store:
         for path in sorted((self.home / "builds").glob("*.json")):
             build = Path(_read_root(path)["build"])
             if build.exists() or not whole_beside(build):
-                found += [(folder, _lock_of(build)) for folder in leftovers(build)]
+                found += [(folder, lock_of(build)) for folder in leftovers(build)]
         return found
 
     def _roots(self) -> list[dict[str, Any]]:
@@ -274,94 +273,10 @@ class Store:
         return roots
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, whatever happens."""
-    draft = path.with_name(path.name + PARTIAL)
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)  # half a file is nothing that a build has made
-        raise
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file where the file system allows it, else copy it."""
-    try:
-        os.link(source.resolve(), target)  # the Hub's cache holds symlinks: link what they point to
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def damage(folder: Path) -> list[str]:
     """Files of a complete stage that have changed since it was made: the manifest, if it has no sums."""
     manifest = _manifest_of(folder) or {}
     return changed_files(folder, manifest["sha256"]) if "sha256" in manifest else [MANIFEST]
-
-
-@contextmanager
-def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of one build folder: two builds into it take turns, whatever their stores.
-
-    Raises:
-        StoreError: The place cannot be written, or its file system has no locks.
-    """
-    with _writing(build.parent, option="--out"):
-        build.parent.mkdir(parents=True, exist_ok=True)
-    with locked(_lock_of(build.resolve()), on_wait=on_wait, passing=True, option="--out"):
-        yield
-
-
-def _lock_of(build: Path) -> Path:
-    """The lock of a build folder."""
-    return build.with_name(f".{build.name}.lock")
-
-
-def beside(build: Path) -> tuple[Path, Path]:
-    """Where a build's folder is laid out, and where the one before it waits to be removed."""
-    return build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}{OLD}")
-
-
-def leftovers(build: Path) -> list[Path]:
-    """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
-    return [folder for folder in beside(build) if is_ours(folder)]
-
-
-def is_build(folder: Path) -> bool:
-    """Whether a folder holds what every build has."""
-    return all((folder / name).exists() for name in (Build.file_name, DistanceProfile.file_name, "model"))
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether what lies beside a build was left there by laying one out: nobody's own files go."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / MARK).is_file() or is_build(folder) or not any(folder.iterdir())
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder beside a build; wherever a kill ends that, the rest is still known as ours."""
-    (folder / MARK).touch()
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARK:
-            path.unlink()
-    (folder / MARK).unlink()
-    folder.rmdir()
-
-
-def whole_beside(build: Path) -> bool:
-    """Whether a whole one lies beside a build: the old one, or a new one with what is written last."""
-    return any(folder.suffix == OLD or (folder / SUMS).is_file() for folder in leftovers(build))
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:
@@ -394,17 +309,6 @@ def _seconds_of(clock: Path) -> float:
         return float(clock.read_text())
     except (OSError, ValueError):
         return 0.0
-
-
-@contextmanager
-def _writing(folder: Path, *, option: str = HOME) -> Iterator[None]:
-    """Tell a place that cannot be written from other trouble."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in READ_ONLY or isinstance(error, NotADirectoryError | FileExistsError):
-            raise unwritable(folder, error, option=option) from error
-        raise
 
 
 def _sums_of(folder: Path, *, known: Mapping[str, str]) -> dict[str, str]:
@@ -473,22 +377,6 @@ def _is_made_from(manifest: Mapping[str, Any], made_from: Mapping[str, str]) -> 
     """Whether none of these stages had another digest when that one was made."""
     were = manifest.get("made_from", {})
     return all(were.get(key, digest) == digest for key, digest in made_from.items())
-
-
-def sync_files(folder: Path) -> None:
-    """Make all files below a folder, and their names, outlast a power cut."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir() or path.is_file():
-            sync_folder(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from factory.artifacts import sha256_of_file
-from factory.store import MANIFEST, PARTIAL, Store, damage, whole_beside
+from factory.durable import PARTIAL
+from factory.place import whole_beside
+from factory.store import MANIFEST, Store, damage
 from tests.forks import Ended, Forks
 from tests.tiny import rhymes, save_llama
 

@@ -15,7 +15,8 @@ import pytest
 
 from factory.errors import StoreError
 from factory.locks import is_held, locked, unless_locked
-from factory.store import MANIFEST, StageSpec, Store, laying_out
+from factory.place import laying_out
+from factory.store import MANIFEST, StageSpec, Store
 
 HOLDER = """
 import sys
@@ -39,7 +40,8 @@ def refuse(event, arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 sys.addaudithook(refuse)
 from factory.errors import StoreError
-from factory.store import StageSpec, Store, laying_out
+from factory.place import laying_out
+from factory.store import StageSpec, Store
 home = Path(sys.argv[1])
 for work in (
     lambda: Store(home).make(StageSpec("prune", 1, {}, {}), lambda folder: {}),
@@ -56,7 +58,8 @@ READ_ONLY = """
 import errno, os, sys
 from pathlib import Path
 from factory.errors import StoreError
-from factory.store import StageSpec, Store, laying_out
+from factory.place import laying_out
+from factory.store import StageSpec, Store
 home = Path(sys.argv[1])
 Store(home).register(home / "mine", {})
 def refuse(event, arguments):

@@ -12,7 +12,7 @@ import yaml
 from factory.artifacts import Build, DistanceProfile
 from factory.errors import StoreError, VerificationError
 from factory.layout import check_out, check_whole, edited_cards, lay_out, take_sums
-from factory.store import leftovers
+from factory.place import leftovers
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from factory.artifacts import Build, Publication, Source
 from factory.errors import DiskSpaceError, StoreError, VerificationError
-from factory.layout import restore
-from factory.store import StageSpec, Store, damage, laying_out, link_or_copy
+from factory.layout import link_or_copy
+from factory.place import laying_out, restore
+from factory.store import StageSpec, Store, damage
 from factory.verify import changed_in
 
 

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
     ("__init__", "errors"),
-    ("references", "disk", "gpus", "tracking", "memory", "locks", "libraries"),
+    ("references", "disk", "durable", "gpus", "tracking", "memory", "locks", "libraries"),
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
     ("sums", "json_bounds", "source_card", "remote_header", "tokenizer_bounds"),
-    ("transfer", "decoder_proof", "store", "texts", "models", "plots", "demo.corpus", "processes"),
+    ("transfer", "decoder_proof", "place", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint", "state", "program"),
     ("decoder", "resolve", "reload", "identity", "spread"),
     ("trial",),

@@ -30,7 +30,7 @@ def card(folder: Path, preview: bool, no_browser: bool) -> None:
     click.echo(write_card(Build.read(folder), model, **names))
     if not preview:
         return
-    from factory.store import write_atomically
+    from factory.durable import write_atomically
     from factory.webpage import webpage
 
     write_atomically(folder / PAGE, webpage(model))

@@ -45,11 +45,12 @@ def prune(model: str, layers: tuple[int, ...], out: Path, **options: Any) -> Non
     Nothing is measured, healed or evaluated: `factory build` does that.
     """
     from factory.config import load_recipe
+    from factory.place import laying_out
     from factory.plan import plan_without
     from factory.prune import compares_logits
     from factory.removal import find
     from factory.screen import StageLines, console
-    from factory.store import Store, default_home, laying_out
+    from factory.store import Store, default_home
 
     references.check_model(model)
     recipe = load_recipe(model) if model in references.aliases() else None
