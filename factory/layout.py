@@ -17,7 +17,7 @@ from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Pu
 from factory.config import BuildConfig, build_name
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
-from factory.place import MARK, beside, check_beside, discard, is_build, restore, swap
+from factory.place import MARK, begin, beside, check_beside, is_build, swap
 from factory.references import local_path
 from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
@@ -118,7 +118,7 @@ def check_out(out: Path) -> None:
     Raises:
         StoreError: A file, a folder that is no build, or a place that cannot be written.
     """
-    out = out.absolute()
+    out = out.resolve()
     if out == Path(out.anchor):
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
     try:  # it is laid out beside itself
@@ -142,15 +142,9 @@ def check_out(out: Path) -> None:
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
     """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
     forget()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_beside(out)
-    restore(out)
-    partial, _ = beside(out)
-    if partial.exists():
-        discard(partial)
+    out = out.resolve()
+    partial = begin(out)
     target = partial / "model"
-    partial.mkdir()
-    (partial / MARK).touch()
     target.mkdir()
     for path in sorted(model.rglob("*")):
         if path.is_file() and path.name not in NOT_THE_MODEL:
@@ -170,7 +164,6 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     if out.is_dir():
         keep_others(out, partial)
         keep_edited_card(build, out, partial)
-    (partial / MARK).unlink()  # a whole build by now
     swap(partial, out)
 
 

@@ -1,4 +1,4 @@
-"""The place of a result: its lock, what lies beside it for a moment, and the swap of the new for the old."""
+"""The folder of a build, or of `factory prune`: its lock, what lies beside it for a moment, and the swap."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from factory.artifacts import Build, DistanceProfile
+from factory.artifacts import Build, DistanceProfile, Pruning
 from factory.durable import PARTIAL
 from factory.errors import StoreError
 from factory.locks import locked, writing
@@ -20,12 +20,16 @@ OLD = ".old"  # what had the final name, until its successor has it
 def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock of one build folder: two builds into it take turns, whatever their stores.
 
+    What a `swap` that was killed had moved away is put back first.
+
     Raises:
         StoreError: The place cannot be written, or its file system has no locks.
     """
+    build = build.resolve()  # a link stays, and what it leads to is written
     with writing(build.parent, option="--out"):
         build.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_of(build.resolve()), on_wait=on_wait, passing=True, option="--out"):
+    with locked(lock_of(build), on_wait=on_wait, passing=True, option="--out"):
+        restore(build)
         yield
 
 
@@ -49,11 +53,32 @@ def is_build(folder: Path) -> bool:
     return all((folder / name).exists() for name in (Build.file_name, DistanceProfile.file_name, "model"))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder beside a build is what a swap moves: marked is what is being written or removed."""
+    made = is_build(folder) or (folder / Pruning.file_name).is_file()
+    return made and not (folder / MARK).is_file()
+
+
 def is_ours(folder: Path) -> bool:
     """Whether what lies beside a build was left there by laying one out: nobody's own files go."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return (folder / MARK).is_file() or is_build(folder) or not any(folder.iterdir())
+    return (folder / MARK).is_file() or is_whole(folder) or not any(folder.iterdir())
+
+
+def begin(out: Path) -> Path:
+    """Make the folder in which a result is laid out; what a killed attempt left there goes.
+
+    Raises:
+        StoreError: Somebody's own files are in the way.
+    """
+    check_beside(out)
+    partial, _ = beside(out)
+    if partial.exists():
+        discard(partial)
+    partial.mkdir(parents=True)
+    (partial / MARK).touch()
+    return partial
 
 
 def discard(folder: Path) -> None:
@@ -87,17 +112,12 @@ def check_beside(out: Path) -> None:
             )
 
 
-def clear(path: Path) -> None:
-    """Remove what lies where a folder is to be made; of a link, the link alone."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def swap(partial: Path, out: Path) -> None:
     """Put the new folder where the old one is; a kill in between leaves one of them whole."""
     _, old = beside(out)
-    clear(old)
+    if old.exists():
+        discard(old)
+    (partial / MARK).unlink()  # whole by now
     if out.exists():
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
     os.replace(partial, out)  # noqa: PTH105
@@ -108,5 +128,5 @@ def swap(partial: Path, out: Path) -> None:
 def restore(out: Path) -> None:
     """Put back the folder that a `swap` which was killed had moved away."""
     _, old = beside(out)
-    if is_build(old) and not (old / MARK).exists() and not os.path.lexists(out):
+    if old in leftovers(out) and is_whole(old) and not os.path.lexists(out):
         old.rename(out)

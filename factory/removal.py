@@ -10,7 +10,7 @@ from factory.checkpoint import Progress
 from factory.disk import size
 from factory.durable import sync_files
 from factory.errors import DiskSpaceError, StoreError
-from factory.place import beside, clear, swap
+from factory.place import begin, check_beside, discard, swap
 from factory.prune import Thoroughness, prune
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
@@ -39,6 +39,7 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
                 f"{out} and the source {source.folder} lie in each other",
                 hint="give another folder with --out",
             )
+    check_beside(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / Pruning.file_name).is_file():
@@ -99,11 +100,8 @@ def remove_layers(
     Raises:
         FactoryError: As `prune` does; then `out` is as it was.
     """
-    out = out.resolve()  # a link stays, and what it leads to is written
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, _ = beside(out)
-    clear(partial)
-    partial.mkdir()
+    out = out.resolve()
+    partial = begin(out)
     try:
         made = prune(source, plan, folder=partial, thoroughness=thoroughness, progress=progress)
         pruning = _describe(source, plan, made)
@@ -111,7 +109,8 @@ def remove_layers(
         sync_files(partial)
         swap(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            discard(partial)
     return pruning
 
 

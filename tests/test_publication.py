@@ -266,6 +266,20 @@ def test_files_that_the_factory_did_not_make_stay_when_a_build_is_laid_out_anew(
     check_whole(Build.read(build), build)
 
 
+def test_a_link_to_a_build_stays_when_it_is_laid_out_anew_and_what_it_leads_to_is_written(
+    build: Path,
+) -> None:
+    (build / "notes.txt").write_text("years of work")
+    link = build.parent / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(build)
+    laid_out_again(link, build.parent / "weights", source_bytes=1)
+    assert link.readlink() == build
+    assert [path.name for path in link.parent.iterdir()] == ["link"]
+    assert (build / "notes.txt").read_text() == "years of work"
+    assert Build.read(build).source_bytes == 1
+
+
 @pytest.mark.parametrize("name", [".build.partial", ".build.old"])
 def test_a_folder_beside_a_build_that_the_factory_did_not_make_stays(build: Path, name: str) -> None:
     mine = build.with_name(name)

@@ -22,6 +22,7 @@ from factory.artifacts import layer_ranges
 from factory.cli import cli
 from factory.commands.options import Layers
 from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
+from factory.store import Store
 from tests.hub import Hub
 from tests.tiny import save_llama
 
@@ -196,17 +197,22 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize("name", [".out.partial", ".out.old"])
-def test_a_link_in_the_way_is_removed_and_what_it_leads_to_is_not(
-    tmp_path: Path, model: Path, name: str
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_lies_beside_the_folder_and_is_not_the_factory_s_stays(
+    tmp_path: Path, model: Path, name: str, kind: str
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "precious").touch()
-    (tmp_path / "out").mkdir()
-    (tmp_path / name).symlink_to(other)
-    prune(model, "2", tmp_path / "out")
-    assert (other / "precious").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "out", "other"}
+    work = tmp_path / (name if kind == "folder" else "work")
+    work.mkdir()
+    (work / "thesis.txt").write_text("years of work")
+    if kind == "link":
+        (tmp_path / name).symlink_to(work)
+    elif kind == "file":
+        (tmp_path / name).write_text("notes")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=f"{name} is in the way and was not made by the factory"):
+        prune(model, "2", tmp_path / "out", "--force")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (work / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +274,24 @@ def test_a_killed_run_is_not_taken_for_done_and_the_next_one_tidies_up(tmp_path:
     assert killed.returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"model", "home", ".out.partial", ".out.lock"}
     prune(model, "2", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "out"}
+
+
+def test_a_run_killed_between_two_names_leaves_the_old_result_to_be_replaced_by_force_alone(
+    tmp_path: Path, model: Path
+) -> None:
+    out = tmp_path / "out"
+    prune(model, "1", out)
+    prune(model, "3,4", tmp_path / "new")
+    out.rename(tmp_path / ".out.old")
+    (tmp_path / "new").rename(tmp_path / ".out.partial")
+    left = [folder for folder, _ in Store(tmp_path / "home").collect_garbage(recent=True)]
+    assert left == []  # the only copies
+    with pytest.raises(StoreError, match="holds another model: model without 1 layers"):
+        prune(model, "3,4", out)
+    assert json.loads((out / "pruning.json").read_text())["dropped"] == [1]
+    prune(model, "3,4", out, "--force")
+    assert json.loads((out / "pruning.json").read_text())["dropped"] == [3, 4]
     assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "out"}
 
 
