@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from tests.hub import Hub, running_hub
 # A file is one worker's, so the files that take minutes come first: the others fill what is left of the time.
 LONGEST_FIRST = ("test_kills", "test_build", "test_production", "test_spread", "test_jobs", "test_sweep")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
 
