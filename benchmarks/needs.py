@@ -3,24 +3,26 @@
     python benchmarks/needs.py demo --drop 0.3
     python benchmarks/needs.py FOLDER --drop 0.3 --calibration-data … --heal-data … --eval-data … [any option]
 
-Runs `factory build` and looks every tenth of a second: in an empty store, or with `--in FOLDER` in one that
-stays, so that a second build with other options reuses what it can. `benchmarks/shapes.py` writes models of
-known shapes.
+Runs `factory build` and looks at its memory every tenth of a second, at its disk more often: in an empty
+store, or with `--in FOLDER` in one that stays, so that a second build with other options reuses what it can.
+`benchmarks/shapes.py` writes models of known shapes.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 SECONDS = 0.1
+DISK_SECONDS = 0.005  # the trainer's third checkpoint is gone as soon as it is whole
 FILLING = ("measure", "search", "heal")  # stages that take larger batches until the GPU is full
 
 
@@ -37,12 +39,11 @@ class Peak:
 def disk_bytes(folder: Path) -> int:
     """Bytes on the disk below a folder; files with several names count once."""
     found = {}
-    for path in folder.rglob("*"):
-        try:
-            stat = path.lstat()
-        except FileNotFoundError:  # gone since it was listed
-            continue
-        found[stat.st_ino] = stat.st_blocks * 512
+    for parent, _, names in os.walk(folder):  # which passes over folders that are gone since they were listed
+        for name in names:
+            with suppress(FileNotFoundError):
+                stat = Path(parent, name).lstat()
+                found[stat.st_ino] = stat.st_blocks * 512
     return sum(found.values())
 
 
@@ -75,11 +76,17 @@ def watch(process: psutil.Process, folder: Path, before: int, peak: Peak, done: 
             host = host_bytes(process)
         except psutil.NoSuchProcess:
             return
-        peak.host, peak.disk = max(peak.host, host), max(peak.disk, disk_bytes(folder))
+        peak.host = max(peak.host, host)
         under_way = [path.parent.name for path in folder.glob("home/stages/*/*.partial")]
         for stage in under_way:
             peak.host_at[stage] = max(peak.host_at.get(stage, 0), host)
             peak.gpu[stage] = max(peak.gpu.get(stage, 0), gpu_bytes() - before)
+
+
+def watch_disk(folder: Path, peak: Peak, done: threading.Event) -> None:
+    """Note the most of the disk until it is done."""
+    while not done.wait(DISK_SECONDS):
+        peak.disk = max(peak.disk, disk_bytes(folder))
 
 
 def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
@@ -94,13 +101,18 @@ def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
     dry = subprocess.run([*build, *where, "--dry-run", "--json"], stdout=subprocess.PIPE, check=True)
     peak, done, before, lay_there = Peak(), threading.Event(), gpu_bytes(), disk_bytes(folder)
     process = subprocess.Popen([*build, *where])
-    watcher = threading.Thread(
-        target=watch, args=(psutil.Process(process.pid), folder, before, peak, done), daemon=True
+    watchers = (
+        threading.Thread(
+            target=watch, args=(psutil.Process(process.pid), folder, before, peak, done), daemon=True
+        ),
+        threading.Thread(target=watch_disk, args=(folder, peak, done), daemon=True),
     )
-    watcher.start()
+    for watcher in watchers:
+        watcher.start()
     code = process.wait()
     done.set()
-    watcher.join()
+    for watcher in watchers:
+        watcher.join()
     if code:
         sys.exit(code)
     peak.disk -= lay_there

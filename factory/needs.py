@@ -20,7 +20,7 @@ ON_GPU_BYTES = 3_500_000_000  # of the host, with CUDA's libraries and a shard o
 CONTEXT_BYTES = 600_000_000  # of the GPU: CUDA itself
 GPU_SLACK = 1.1  # cache, activations and what is lost between blocks
 KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
-CHECKPOINTS = 3  # of the trainer at once: two are kept while the third is written
+CHECKPOINTS = 2  # of the trainer that are kept; for a moment a third lies beside them
 SAVES = 10  # of the trainer over a run
 TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
 LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
@@ -87,8 +87,10 @@ def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_aft
     heal = config.heal
     adapter = 4 * _adapter_parameters(source, config)
     tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
-    kept = min(CHECKPOINTS, math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES)))
-    healing = writes - bytes_after * ("merge" in pending) + kept * 3 * adapter + tokens
+    saves = math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES))
+    # In adapters: a checkpoint holds Adam's two moments as well; what was learnt is written beside the last.
+    most = max(3 * min(saves, CHECKPOINTS + 1), 3 * min(saves, CHECKPOINTS) + 1)
+    healing = writes - bytes_after * ("merge" in pending) + most * adapter + tokens
     both = bytes_after * ("merge" in pending and heal.bits == 4 and config.merge_base == "auto")
     return max(healing, writes + both + adapter) + KEPT_BYTES
 

@@ -174,6 +174,35 @@ def test_known_builds_are_estimated_within_a_quarter() -> None:
     assert needed.host == pytest.approx(3.7e9, rel=0.25)
 
 
+@pytest.mark.parametrize(("steps", "took"), [(4, 281e6), (8, 408e6), (12, 505e6)])
+def test_the_disk_of_a_short_heal_is_estimated_within_a_quarter(steps: int, took: float) -> None:
+    """A Llama of 26 M parameters without 10 of 32 layers, on a CPU (benchmarks/needs.py)."""
+    layers, outside = 737_792, 2_097_408
+    source = SOURCE.model_copy(
+        update={
+            "config": {"hidden_size": 256, "intermediate_size": 704},
+            "num_layers": 32,
+            "num_parameters": 32 * layers + outside,
+            "layer_parameters": (layers,) * 32,
+            "size_bytes": 2 * (32 * layers + outside),
+            "vocab_size": 8192,
+        }
+    )
+    heal = HealSettings(
+        objective="distill", modules="all-linear", rank=128, num_steps=steps, sequence_length=128
+    )
+    after = 22 * layers + outside
+    needed = needs(
+        source,
+        BuildConfig(reference="m", drop=0.3, heal=heal),
+        pending=STAGES,
+        parameters_after=after,
+        bytes_after=2 * after,
+        on_gpu=False,
+    )
+    assert needed.disk == pytest.approx(took, rel=0.25)
+
+
 def test_a_large_vocabulary_needs_room_for_its_logits_on_a_gpu() -> None:
     layers, outside = 15_730_000, 155_600_000  # Qwen3-0.6B's shape
     qwen = SOURCE.model_copy(
