@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAM = """
-import importlib, json, os, resource, signal, sys, traceback
+import gc, importlib, json, os, resource, signal, sys, traceback
 
 def run(call):
     os.chdir(call["folder"])
@@ -56,6 +56,7 @@ def supervise(call):  # the code of a run that a signal ends is told as well
 for module in ("factory.screen", *sys.argv[1:]):  # what nearly every command imports, and rich with it
     importlib.import_module(module)
 from factory.cli import main
+gc.freeze()  # or each run looks through, and so copies, all that was imported whenever it collects
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     if os.fork() == 0:
