@@ -276,7 +276,8 @@ class Adapter(Artifact):
     rank: int
     learning_rate: float
     target_modules: tuple[str, ...]
-    left_out: tuple[str, ...] = ()  # experts that are one parameter, which no LoRA adapts
+    experts: tuple[str, ...] = ()  # each one parameter for all; adapted in 16 bits, which allows no dropout
+    left_out: tuple[str, ...] = ()  # the same, but no LoRA is known to fit
     layers: str = "all"  # that are adapted; "seam": from the last one before the cut on
     num_steps: int
     best_step: int | None = None  # that the adapter is of: where the guard's loss was lowest

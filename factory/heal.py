@@ -31,11 +31,12 @@ from factory.errors import HealingError
 from factory.heal_text import data_sets
 from factory.lora import (
     GUARD,
+    Targets,
     adapter_tensors,
+    as_named,
+    find_targets,
     first_adapted,
-    fused_experts,
-    linear_modules,
-    module_names,
+    lora_config,
     save_adapter,
 )
 from factory.micro_batch import fit_micro_batch
@@ -58,12 +59,11 @@ class Student:
     """The model in training, and where its adapter lies."""
 
     model: Any
-    modules: list[str]  # relative to a layer
-    adapted: list[str]  # full names
+    targets: Targets
+    lora: LoraConfig
     start: int  # first layer with an adapter
     new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
     num_weights: int  # in the matrices of its layers
-    left_out: list[str]  # experts that are one parameter, relative to a layer
     packs: bool  # whether it keeps documents apart that lie in one row
 
 
@@ -135,7 +135,7 @@ def heal(
     after = float(trainer.evaluate()["eval_loss"])
     tensors = adapter_tensors(trainer.model)
     if processes.is_main():
-        save_adapter(trainer.model, tensors, folder, modules=student.modules, new_names=student.new_names)
+        save_adapter(trainer.model, tensors, folder, targets=student.targets, new_names=student.new_names)
         (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
     return Adapter(
         folder=folder,
@@ -143,8 +143,9 @@ def heal(
         quantization="nf4" if settings.bits == 4 else "none",
         rank=settings.rank,
         learning_rate=settings.learning_rate,
-        target_modules=tuple(student.modules),
-        left_out=tuple(student.left_out),
+        target_modules=tuple(student.targets.modules),
+        experts=tuple(student.targets.experts),
+        left_out=tuple(student.targets.left_out),
         layers=settings.layers,
         num_steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
@@ -279,19 +280,19 @@ def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> S
         if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP divides
             fuse_norms(model)
     prefix, layers = find_layers(model)
-    modules = linear_modules(model, settings.modules)
+    targets = find_targets(model, settings.modules)
     gone = frozenset(dropped if settings.objective == "distill" else ())
     kept = [index for index in range(len(layers)) if index not in gone]
     survivors = [index for index in range(len(layers) + len(dropped) - len(gone)) if index not in dropped]
     first = survivors.index(first_adapted(survivors, dropped, seam=settings.layers == "seam"))
+    adapted = {f"{prefix}.{index}": layers[index] for index in kept[first:]}
     return Student(
         model=model,
-        modules=modules,
-        adapted=module_names(layers, modules, prefix=prefix, indices=kept[first:]),
+        targets=targets,
+        lora=lora_config(targets, adapted, rank=settings.rank, dropout=settings.dropout),
         start=kept[first],
         new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
         num_weights=sum(matrix_weights(layers[index]) for index in kept),
-        left_out=fused_experts(model),
         packs=packs,
     )
 
@@ -347,27 +348,20 @@ def _trainer(
         ddp_find_unused_parameters=True,  # an expert that no token went to
     )
     arguments._n_gpu = 1  # that this process uses; the batch would be multiplied by all it sees
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.rank,
-        lora_dropout=settings.dropout,
-        target_modules=student.adapted,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
     trainer_class: Callable[..., HealTrainer] = HealTrainer
     if settings.objective == "distill":
         trainer_class = partial(
             DistillTrainer, dropped=dropped, start=student.start, seam_weight=settings.seam_weight
         )
-    return trainer_class(
-        model=student.model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=guard,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+    with as_named():
+        return trainer_class(
+            model=student.model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=guard,
+            processing_class=tokenizer,
+            peft_config=student.lora,
+        )
 
 
 def _curve(history: list[dict[str, Any]], name: str) -> tuple[LossPoint, ...]:

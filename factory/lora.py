@@ -1,11 +1,15 @@
-"""Where LoRA is laid: which modules of which layers; and the adapter's files, in peft's format."""
+"""Where LoRA is laid: on what of which layers; and the adapter's files, in peft's format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from factory.decoder import decoder_layers
 from factory.decoder_proof import on_meta
 from factory.errors import UnsupportedArchitectureError
+from factory.experts import adaptable_experts, fused_experts
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
@@ -21,18 +26,30 @@ GUARD = "guard.json"  # beside the adapter: the sequences that it was not traine
 Modules = Literal["ffn", "all-linear"]
 
 
-def linear_modules(model: Any, which: Modules) -> list[str]:
-    """Names, relative to a layer, of the linear modules to adapt: ["mlp.down_proj", …].
+@dataclass(frozen=True)
+class Targets:
+    """What LoRA adapts in a layer: names relative to it, as "mlp.down_proj"."""
 
-    "ffn" takes those outside attention, "all-linear" attention's too; routers stay as they are in both, and
-    experts that are one parameter in "all-linear".
+    modules: list[str]  # linear ones
+    experts: list[str]  # parameters that hold all experts at once
+    left_out: list[str]  # those of them that no LoRA adapts
+
+
+def find_targets(model: Any, which: Modules) -> Targets:
+    """What of a model's layers to adapt.
+
+    "ffn" takes what lies outside attention, "all-linear" attention's modules too; routers stay as they are in
+    both, and in "all-linear" experts that are one parameter in a way that LoRA is not known to fit.
 
     Raises:
-        UnsupportedArchitectureError: There are none, or "ffn" is asked of experts that are one parameter.
+        UnsupportedArchitectureError: There is nothing, or "ffn" is asked of such experts.
     """
-    if which == "ffn" and (fused := fused_experts(model)):
+    experts = adaptable_experts(model)
+    left_out = [name for name in fused_experts(model) if name not in experts]
+    if which == "ffn" and left_out:
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: its experts are one parameter ({fused[0]}), which no LoRA adapts",
+            f"{model.config.model_type}: its experts are one parameter ({left_out[0]}) that no LoRA is known "
+            "to fit",
             hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
         )
     names: set[str] = set()
@@ -42,12 +59,12 @@ def linear_modules(model: Any, which: Modules) -> list[str]:
             routes = name.split(".")[-1] == "gate" or "router" in name.split(".")
             if isinstance(module, torch.nn.Linear | Conv1D) and wanted and not routes:
                 names.add(name)
-    if not names:
+    if not names and not experts:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: no linear modules ({which}) for LoRA to adapt",
             hint="build it without healing: --no-heal",
         )
-    return sorted(names)
+    return Targets(sorted(names), experts, left_out)
 
 
 def _mixes_tokens(name: str) -> bool:
@@ -55,19 +72,61 @@ def _mixes_tokens(name: str) -> bool:
     return any("att" in part.lower() or "mixer" in part.lower() for part in name.split("."))
 
 
-def fused_experts(model: Any) -> list[str]:
-    """Names, relative to a layer, of parameters that hold all its experts at once, [experts, …]."""
-    parameters = (item for layer in decoder_layers(model) for item in layer.named_parameters())
-    return sorted({name for name, parameter in parameters if parameter.ndim == 3 and "expert" in name})
-
-
-def check_modules(config: dict[str, Any], which: Modules) -> None:
-    """Find the modules to adapt by config.json alone, before there are weights.
+def check_targets(config: dict[str, Any], which: Modules) -> None:
+    """Find what to adapt by config.json alone, before there are weights.
 
     Raises:
-        UnsupportedArchitectureError: As `linear_modules`.
+        UnsupportedArchitectureError: As `find_targets`; or the weights are packed.
     """
-    linear_modules(on_meta(config), which)
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method", "quantised") if isinstance(packed, dict) else "quantised"
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']}: its weights are packed ({method}); no LoRA can be merged into those",
+            hint="start from the unquantised model, or build it without healing: --no-heal",
+        )
+    find_targets(on_meta(config), which)
+
+
+def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropout: float) -> LoraConfig:
+    """Plain LoRA with α = r. Experts allow no dropout: their update is added to them, not to what they give.
+
+    Args:
+        layers: Those to adapt, by name.
+    """
+
+    def full(names: Sequence[str]) -> list[str]:
+        return [
+            f"{prefix}.{name}"
+            for prefix, layer in layers.items()
+            for name, _ in (*layer.named_modules(), *layer.named_parameters())
+            if name in names
+        ]
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0 if targets.experts else dropout,
+        target_modules=full(targets.modules),
+        target_parameters=full(targets.experts) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextmanager
+def as_named() -> Iterator[None]:
+    """While active, peft adapts what it is told to.
+
+    peft 0.21 takes names like "gate_proj" for those that experts had before transformers 5: for a dense layer
+    or a shared expert beside experts it would adapt the experts of all layers instead, at twice the rank.
+    """
+    names = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
+    kept = dict(names)
+    names.clear()
+    try:
+        yield
+    finally:
+        names.update(kept)
 
 
 def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) -> int:
@@ -81,16 +140,6 @@ def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) ->
     """
     before = [index for index in kept if index < min(dropped, default=0)]
     return before[-1] if seam and before else kept[0]
-
-
-def module_names(layers: Any, modules: Sequence[str], *, prefix: str, indices: Sequence[int]) -> list[str]:
-    """Full names of the modules that LoRA adapts in some layers."""
-    return [
-        f"{prefix}.{index}.{name}"
-        for index in indices
-        for name, _ in layers[index].named_modules()
-        if name in modules
-    ]
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -107,7 +156,7 @@ def save_adapter(
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
     *,
-    modules: Sequence[str],
+    targets: Targets,
     new_names: Mapping[str, str],
 ) -> None:
     """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
@@ -120,7 +169,11 @@ def save_adapter(
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"base_model_name_or_path": None, "target_modules": list(modules)}
+    config |= {
+        "base_model_name_or_path": None,
+        "target_modules": targets.modules,
+        "target_parameters": targets.experts or None,
+    }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights = folder / ADAPTER_WEIGHTS
     renamed = {}

@@ -5,10 +5,12 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,10 @@ from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
 from factory.errors import CheckpointError, VerificationError
+from factory.experts import Part, adapted_parameters, stored_parts
 from factory.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
 from factory.models import load_model, round_to_nf4, token_loss
-from factory.reload import parameter_names, quantized_modules, transposed_modules
+from factory.reload import quantized_modules, skeleton, transposed_modules
 from factory.transfer import read_blocks
 
 Base = Literal["auto", "bf16", "nf4"]
@@ -35,7 +38,7 @@ KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "target_modules", "task_type", "use_rslora",
+    "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
 ROWS = 128  # of a weight that are read, added to and written at once: they stay in the processor's cache
 WORKERS = min(4, os.cpu_count() or 1)  # add to rows while others are read and written
@@ -45,12 +48,26 @@ PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank update: the tensor it belongs to becomes W + scale · B·A."""
+    """One low-rank update: the stored matrix it belongs to becomes W + scale · B·A.
 
-    a: TensorInfo  # [r, in]
-    b: TensorInfo  # [out, r]
+    Of a parameter that holds many experts, A holds one expert after the other, and B the experts' first
+    columns, then their second ones: peft's layout.
+    """
+
+    part: Part  # W
+    a: TensorInfo  # [experts · r, in]
+    b: TensorInfo  # [out, r · experts]
     scale: float
     transposed: bool  # W is stored [in, out], as GPT-2's Conv1D does
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product is W's update without the scale, [rows, r] and [r, columns]."""
+        part = self.part
+        rank = self.a.shape[0] // part.num_experts
+        a = _load_factor(self.a)[part.expert * rank :][:rank].to(dtype)
+        b = _load_factor(self.b)[:, part.expert :: part.num_experts].to(dtype)
+        b, a = (a.T, b.T) if self.transposed else (b, a)  # (B·A)ᵀ = Aᵀ·Bᵀ
+        return b[part.start :][: part.tensor.shape[0]], a
 
 
 def merge(
@@ -125,29 +142,28 @@ def _merge(
 ) -> Checkpoint:
     """Tensor by tensor: sums in fp32, results in the dtype on disk."""
     tensors = checkpoint.read_checkpoint(pruned.folder)
-    names = parameter_names(pruned.folder, tensors)
-    transposed = transposed_modules(pruned.folder)
-    updates = read_updates(
-        adapter.folder,
-        {name: tensors[stored] for name, stored in names.items()},
-        transposed=transposed,
-    )
-    rounded = {}
+    model = skeleton(pruned.folder)
+    parts = stored_parts(model, tensors)
+    updates = read_updates(adapter.folder, parts, model=model)
+    rounded = {}  # stored name → whether it is transposed
     if base == "nf4":
-        modules = quantized_modules(pruned.folder)
-        rounded = {names[f"{m}.weight"]: m in transposed for m in modules if f"{m}.weight" in names}
+        transposed = transposed_modules(model)
+        packed = {module: parts.get(f"{module}.weight") for module in quantized_modules(model)}
+        rounded = {whole[0].tensor.name: name in transposed for name, whole in packed.items() if whole}
 
     def transform(name: str, tensor: TensorInfo) -> Iterator[memoryview] | None:
-        if name not in updates and name not in rounded:
-            return None
-        return merged_values(
-            tensor, updates.get(name), nf4=name in rounded, transposed=rounded.get(name, False)
-        )
+        if name in rounded:
+            update = updates.get(name, [None])[0]
+            return merged_values(tensor, update, nf4=True, transposed=rounded[name])
+        if name in updates:
+            return chain.from_iterable(merged_values(u.part.tensor, u) for u in updates[name])
+        return None
 
     with _one_thread():
         files = checkpoint.write_checkpoint(
             tensors.items(), folder=folder, transform=transform, progress=progress
         )
+    _load_factor.cache_clear()
     checkpoint.copy_auxiliary_files(pruned.folder, folder)
     shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
     return Checkpoint(
@@ -172,15 +188,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def read_updates(
-    adapter_folder: Path, parameters: Mapping[str, TensorInfo], *, transposed: Collection[str] = ()
-) -> dict[str, Update]:
-    """Name of a stored tensor → its update, checked against names, shapes and dtypes of the checkpoint.
+    adapter_folder: Path, parts: Mapping[str, list[Part]], *, model: Any
+) -> dict[str, list[Update]]:
+    """Name of a stored tensor → its updates, checked against names, shapes and dtypes of the checkpoint.
+
+    A tensor has one, or one for each of the experts that it holds, in their order.
 
     Args:
         adapter_folder: Holds the adapter in peft's format.
-        parameters: Parameter name in the loaded model → the tensor that it is stored as.
-        transposed: Modules that store their weight as [in, out]. Not taken from the adapter: over 4-bit
-            weights peft says false for these too, since bitsandbytes turns the matrix round.
+        parts: Of the checkpoint, as `stored_parts` gives them.
+        model: What it is loaded as, without values.
 
     Raises:
         CheckpointError: Damaged files, or more than plain LoRA.
@@ -188,19 +205,24 @@ def read_updates(
     """
     config = _read_config(adapter_folder / ADAPTER_CONFIG)
     stored = checkpoint.read_header(adapter_folder / ADAPTER_WEIGHTS)
-    updates = {}
+    experts = adapted_parameters(model, config.get("target_parameters") or ())
+    # Not taken from the adapter: over 4-bit weights peft says false for these too, since bitsandbytes turns
+    # the matrix round.
+    transposed = transposed_modules(model)
+    updates: dict[str, list[Update]] = {}
     for module in _module_names(stored):
-        name = f"{module}.weight"
-        if name not in parameters:
+        name = experts.get(module, f"{module}.weight")
+        if name not in parts:
             raise VerificationError(
                 f"the adapter changes {name!r}, which the checkpoint does not store as such",
                 hint="it was trained for another model, or on weights that are tied, or fused on loading",
             )
         a, b = (stored[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] for side in "AB")
-        rank, scale = _rank_and_scale(config, module)
-        update = Update(a, b, scale, module in transposed)
-        _check_fits(parameters[name], update, rank=rank)
-        updates[parameters[name].name] = update
+        rank, scale = _rank_and_scale(config, experts.get(module, module))
+        for part in parts[name]:
+            update = Update(part, a, b, scale, name.rpartition(".")[0] in transposed)
+            _check_fits(update, rank=rank)
+            updates.setdefault(part.tensor.name, []).append(update)
     if not updates:
         raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
     return updates
@@ -221,8 +243,7 @@ def merged_values(
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
     if update:
-        a, b = (_load(info).to(compute) for info in (update.a, update.b))
-        a, b = (b.T, a.T) if update.transposed else (a, b)  # (B·A)ᵀ = Aᵀ·Bᵀ
+        b, a = update.factors(compute)
 
     def add(block: torch.Tensor, start: int) -> memoryview:
         if update:
@@ -259,6 +280,11 @@ def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torc
     else:
         for block in read_blocks(tensor, block_bytes=ROWS * tensor.size_bytes // tensor.shape[0]):
             yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
+
+
+@lru_cache(maxsize=4)  # those of the two parameters of a layer's experts
+def _load_factor(tensor: TensorInfo) -> torch.Tensor:
+    return _load(tensor)
 
 
 def _load(tensor: TensorInfo) -> torch.Tensor:
@@ -312,7 +338,8 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_fits(tensor: TensorInfo, update: Update, *, rank: int) -> None:
+def _check_fits(update: Update, *, rank: int) -> None:
+    part, tensor = update.part, update.part.tensor
     for stored in (tensor, update.a, update.b):
         if stored.dtype not in DTYPES:
             raise CheckpointError(
@@ -320,8 +347,10 @@ def _check_fits(tensor: TensorInfo, update: Update, *, rank: int) -> None:
                 hint="start from the unquantised model",
             )
     a, b = update.a.shape, update.b.shape
-    shape = tensor.shape[::-1] if update.transposed else tensor.shape
-    if len(shape) != 2 or a != (rank, shape[1]) or b != (shape[0], rank):
+    shape = part.shape[::-1] if update.transposed else part.shape
+    ranks = rank * part.num_experts
+    inside = tensor.shape[1:] == part.shape[1:] and part.start + tensor.shape[0] <= part.shape[0]
+    if len(shape) != 2 or a != (ranks, shape[1]) or b != (shape[0], ranks) or not inside:
         raise VerificationError(
             f"{tensor.name!r} is {list(tensor.shape)}; A {list(a)} and B {list(b)} of rank {rank} do not fit",
             hint="the adapter was trained for another model",

@@ -100,13 +100,20 @@ def training_processes(asked: int, *, batch_size: int) -> int:
     return max(number for number in range(1, asked + 1) if batch_size % number == 0)
 
 
-def trains_on_one(num_parameters: int, device: torch.device, *, four_bit: bool) -> bool:
-    """Whether a model, and what training an adapter of it takes, fit into what is free on a device."""
+def trains_on_one(
+    num_parameters: int, device: torch.device, *, four_bit: bool, num_unpacked: int = 0
+) -> bool:
+    """Whether a model, and what training an adapter of it takes, fit into what is free on a device.
+
+    Args:
+        num_unpacked: Those of the parameters that stay in 16 bits: experts that are one parameter.
+    """
     if device.type == "cpu":
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    bytes_each = FOUR_BIT_BYTES if four_bit else compute_dtype(device).itemsize
-    return bytes_each * num_parameters < SHARE_FOR_TRAINED * free_bytes
+    bytes_each = compute_dtype(device).itemsize
+    packed = (FOUR_BIT_BYTES if four_bit else bytes_each) * (num_parameters - num_unpacked)
+    return packed + bytes_each * num_unpacked < SHARE_FOR_TRAINED * free_bytes
 
 
 def _keep_scales_whole(model: Any, device: torch.device) -> None:

@@ -3,10 +3,12 @@
 The constants were fitted to what builds really took (benchmarks/needs.py).
 """
 
+import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +111,12 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
         states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
-        held = source.num_parameters if heal.objective == "distill" else parameters_after
-        inside = (held - outside) // 2 if heal.bits == 4 else 4 * (held - outside)  # NF4, or fp32
-        weights = inside + 4 * outside
+        distils = heal.objective == "distill"
+        held = source.num_parameters if distils else parameters_after
+        experts = _num_experts_parameters(source, source.num_layers if distils else kept)
+        inside = held - outside - experts
+        added = _num_experts_parameters(source, kept + 1)  # with their updates, and a layer's gradient
+        weights = (inside // 2 if heal.bits == 4 else 4 * inside) + 4 * (outside + experts + added)
         trained = TRAINED_BYTES * _adapter_parameters(source, config)
         found.append(weights + trained + 4 * heal.sequence_length * states)
     return found
@@ -127,8 +132,10 @@ def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list
         found.append(2 * source.num_parameters + (2 * LOSS_BATCH + 4 * ROW_COPIES) * logits)
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
-        inside = source.num_parameters - outside
-        weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * outside
+        experts = _num_experts_parameters(source, source.num_layers)
+        inside = source.num_parameters - outside - experts
+        added = _num_experts_parameters(source, 2)
+        weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * (outside + experts + added)
         # Of every layer its input, which is all that is kept where memory is short, and of one everything.
         states = 2 * (_num_kept(source, config) * width + 20 * width + 10 * inner)
         logits = 4 * LOGIT_COPIES * source.vocab_size if heal.objective == "sft" else 0
@@ -142,10 +149,31 @@ def _num_kept(source: Source, config: BuildConfig) -> int:
 
 
 def _adapter_parameters(source: Source, config: BuildConfig) -> int:
-    """Of LoRA on the three matrices of each feed-forward part, and the four of attention if asked for."""
+    """Of LoRA on the matrices of each feed-forward part, and the four of attention if asked for."""
     width, inner = _widths(source)
     attention = 8 * width if config.heal.modules == "all-linear" else 0
-    return _num_kept(source, config) * config.heal.rank * (3 * (width + inner) + attention)
+    feed_forward = experts_of(source)[1] // source.num_layers or 3 * (width + inner)
+    return _num_kept(source, config) * config.heal.rank * (feed_forward + attention)
+
+
+def experts_of(source: Source) -> tuple[int, int]:
+    """Parameters of experts that stay in 16 bits, and of an adapter of rank 1 on them, in all layers."""
+    fields: dict[str, Any] = source.config.get("text_config") or source.config
+    if source.remote_code or not any("expert" in name for name in fields):
+        return 0, 0
+    return _expert_sizes(json.dumps(source.config, sort_keys=True))
+
+
+@cache
+def _expert_sizes(config: str) -> tuple[int, int]:
+    from factory.decoder_proof import on_meta
+    from factory.experts import expert_sizes
+
+    return expert_sizes(on_meta(json.loads(config)))
+
+
+def _num_experts_parameters(source: Source, num_layers: int) -> int:
+    return experts_of(source)[0] * num_layers // source.num_layers
 
 
 def _widths(source: Source) -> tuple[int, int]:
@@ -186,15 +214,20 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     """
     heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
     distils = heal.objective == "distill"
-    inside = sum(source.layer_parameters)
-    outside = source.num_parameters - inside
-    weights = (NF4_BYTES if heal.bits == 4 else 2) * inside * (1 if distils else kept / source.num_layers)
+    held = source.num_layers if distils else kept
+    experts = _num_experts_parameters(source, held)
+    inside = sum(source.layer_parameters) * held // source.num_layers - experts
+    outside = source.num_parameters - sum(source.layer_parameters)
+    weights = (NF4_BYTES if heal.bits == 4 else 2) * inside + 2 * experts
     trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts lie at two thirds, about
     adapter = TRAINED_BYTES * _adapter_parameters(source, config) * trained // kept
     unpacked = 2 * width * inner if heal.bits == 4 else 0
+    added = 2 * _num_experts_parameters(source, 2)  # a layer's experts with their updates, and the gradient
     # The inputs of all layers, one layer's states, and distilled those behind both models' last layers.
     token = 2 * (trained * width + 6 * inner + (12 if distils else 6) * width)
-    return int(CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + heal.sequence_length * token)
+    return int(
+        CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + added + heal.sequence_length * token
+    )
 
 
 def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> None:

@@ -10,7 +10,7 @@ from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
 from factory.disk import size
 from factory.errors import DiskSpaceError
-from factory.needs import Needs, check_four_bit, check_healing, check_memory, host_bytes, needs
+from factory.needs import Needs, check_four_bit, check_healing, check_memory, experts_of, host_bytes, needs
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a model and opening the text
@@ -128,11 +128,14 @@ def preview(
     if "heal" in pending and config.heal_enabled:
         distils = config.heal.objective == "distill"
         trained = source.num_parameters if distils else parameters_after
-        sharers = _sharers(config, trained, processes=processes) if is_here else 1
+        unpacked = int(experts_of(source)[0] * (1 if distils else 1 - share))
+        sharers = 1
+        if is_here:
+            sharers = _sharers(config, trained, num_unpacked=unpacked, processes=processes)
         if not source.remote_code:
-            from factory.lora import check_modules
+            from factory.lora import check_targets
 
-            check_modules(source.config, config.heal.modules)
+            check_targets(source.config, config.heal.modules)
         if needed.gpu and machine.memory_bytes:
             check_healing(source, config, gpu_total=machine.memory_bytes * sharers)
     return result
@@ -149,13 +152,16 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
         check_four_bit(best_device())
 
 
-def _sharers(config: BuildConfig, num_parameters: int, *, processes: int) -> int:
+def _sharers(config: BuildConfig, num_parameters: int, *, num_unpacked: int, processes: int) -> int:
     """Among how many GPUs a model in training is divided: where it fits one, each holds the whole."""
     from factory.models import best_device, training_processes, trains_on_one
     from factory.spread import check_sharding
 
     number = training_processes(processes, batch_size=config.heal.batch_size)
-    if number == 1 or trains_on_one(num_parameters, best_device(), four_bit=config.heal.bits == 4):
+    four_bit = config.heal.bits == 4
+    if number == 1 or trains_on_one(
+        num_parameters, best_device(), four_bit=four_bit, num_unpacked=num_unpacked
+    ):
         return 1
     check_sharding()
     return number

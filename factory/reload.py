@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -104,34 +102,22 @@ def verify_values(source_folder: Path, pruned_folder: Path, *, kept: Sequence[in
     return len(chosen)
 
 
-def parameter_names(folder: Path, stored_names: Iterable[str]) -> dict[str, str]:
-    """Parameter name in the loaded model → tensor name on disk, for those that load as they are stored.
-
-    The two differ where transformers renames weights (Gemma 3) or adds a prefix (GPT-2). Tensors that
-    are fused on loading (experts of Mixtral) are left out.
-    """
-    model = _skeleton(_config(folder))
-    expected = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names = {}
-    for stored in stored_names:
-        name, fused = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
-        if fused is None and name in expected:
-            names[name] = stored
-    return names
+def skeleton(folder: Path) -> Any:
+    """The causal language model of a checkpoint's config.json, without values."""
+    return _skeleton(_config(folder))
 
 
-def transposed_modules(folder: Path) -> set[str]:
-    """Names of the modules that store their weight as [in, out] (GPT-2's Conv1D)."""
-    model = _skeleton(_config(folder))
-    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+def transposed_modules(model: Any) -> set[str]:
+    """Names of the modules that store their weights as [in, out]: GPT-2's Conv1D, experts of GPT-OSS."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    }
 
 
-def quantized_modules(folder: Path) -> set[str]:
+def quantized_modules(model: Any) -> set[str]:
     """Names of the modules whose weights are NF4 where the model is loaded in 4 bits."""
-    model = _skeleton(_config(folder))
     kept = get_keys_to_not_convert(model)
     return {
         name

@@ -21,7 +21,7 @@ VERSIONS = {
     "search": 2,
     "compare": 2,
     "prune": 1,
-    "heal": 7,
+    "heal": 8,
     "merge": 3,
     "evaluate": 4,
     "speed": 2,

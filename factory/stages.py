@@ -21,6 +21,7 @@ from factory.artifacts import (
 )
 from factory.config import num_dropped
 from factory.identity import task_identity, text_identity
+from factory.needs import experts_of
 from factory.references import Criterion
 from factory.run import Run
 
@@ -240,7 +241,12 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         )
         processes = training_processes(run.processes, batch_size=run.config.heal.batch_size)
         trained = source if run.config.heal.objective == "distill" else pruned
-        fits = trains_on_one(trained.num_parameters, best_device(), four_bit=run.config.heal.bits == 4)
+        fits = trains_on_one(
+            trained.num_parameters,
+            best_device(),
+            four_bit=run.config.heal.bits == 4,
+            num_unpacked=experts_of(source)[0] * trained.num_layers // source.num_layers,
+        )
         return spread(part, processes=processes, case=None if fits else "fsdp", progress=run.ticks("heal"))
 
     return run.stage(
@@ -249,11 +255,15 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         work,
         parameters={**_without_data(run.config.heal), "seed": run.config.seed},
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
-        summary=partial(describe_healing, steps_asked=run.config.heal.num_steps),
+        summary=partial(
+            describe_healing,
+            steps_asked=run.config.heal.num_steps,
+            dropout_asked=run.config.heal.dropout,
+        ),
     )
 
 
-def describe_healing(adapter: Adapter, *, steps_asked: int) -> str:
+def describe_healing(adapter: Adapter, *, steps_asked: int, dropout_asked: float = 0.0) -> str:
     """What was trained, how far it helped, and whatever did not go as asked for."""
     best = adapter.best_step
     said = [
@@ -268,6 +278,10 @@ def describe_healing(adapter: Adapter, *, steps_asked: int) -> str:
         said.append(f"the loss ran away again at step {ended:,}, which ended it: {kept}")
     elif adapter.num_steps < steps_asked:
         said.append(f"stopped early, at step {adapter.num_steps:,} of {steps_asked:,}")
+    if adapter.experts and dropout_asked:
+        said.append("without dropout, which adapters on experts that are one parameter do not allow")
+    if adapter.quantization == "nf4" and (adapter.experts or adapter.left_out):
+        said.append("experts in 16 bits, not in NF4")
     if adapter.left_out:
         said.append(f"no adapter on {', '.join(adapter.left_out)}, one parameter for all experts")
     if not adapter.packed:

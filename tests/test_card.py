@@ -541,7 +541,8 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
             "slowed_at_step": 900,
             "best_step": 950,
             "ran_away_at_step": 990,
-            "left_out": ("mlp.experts.up", "mlp.experts.down"),
+            "experts": ("mlp.experts.up",),
+            "left_out": ("mlp.experts.down", "mlp.experts.gate"),
         }
     )
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))

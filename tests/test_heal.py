@@ -19,8 +19,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     TrainerControl,
@@ -31,10 +29,10 @@ from factory import watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.checkpoint import read_checkpoint, read_tensor_bytes
 from factory.config import HealSettings
-from factory.errors import DataError, HealingError, UnsupportedArchitectureError
+from factory.errors import DataError, HealingError
 from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import take_guard
-from factory.lora import check_modules, fused_experts, linear_modules
+from factory.lora import find_targets
 from factory.merge import judge, merge
 from factory.models import load_model
 from factory.stages import describe_healing
@@ -363,26 +361,14 @@ def test_a_model_whose_loss_is_not_a_number_before_healing_is_an_error(
         run(tmp_path / "broken", tmp_path / "adapter", settings=SETTINGS.model_copy(update={"bits": 16}))
 
 
-def test_experts_in_one_parameter_are_refused_by_name_and_attention_is_offered() -> None:
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    moe = MixtralForCausalLM(MixtralConfig(**size, num_key_value_heads=2, vocab_size=32, num_local_experts=2))
-    with pytest.raises(UnsupportedArchitectureError, match=r"its experts are one parameter") as caught:
-        linear_modules(moe, "ffn")
-    assert "--heal-modules all-linear" in caught.value.hint
-    with pytest.raises(UnsupportedArchitectureError, match="its experts are one parameter"):
-        check_modules(moe.config.to_dict(), "ffn")
-    assert "self_attn.q_proj" in linear_modules(moe, "all-linear")
-    assert fused_experts(moe) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]  # and it says so
-
-
 def test_feed_forward_modules_are_found_by_structure() -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**size, vocab_size=32))
     phi = Phi3ForCausalLM(Phi3Config(**size, vocab_size=32, num_key_value_heads=2, pad_token_id=0))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
-    assert linear_modules(gpt2, "ffn") == ["mlp.c_fc", "mlp.c_proj"]
-    assert linear_modules(neox, "ffn") == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
-    assert linear_modules(phi, "ffn") == ["mlp.down_proj", "mlp.gate_up_proj"]
+    assert find_targets(gpt2, "ffn").modules == ["mlp.c_fc", "mlp.c_proj"]
+    assert find_targets(neox, "ffn").modules == ["mlp.dense_4h_to_h", "mlp.dense_h_to_4h"]
+    assert find_targets(phi, "ffn").modules == ["mlp.down_proj", "mlp.gate_up_proj"]
 
 
 @pytest.mark.parametrize("ends", ["after all its steps", "early"])

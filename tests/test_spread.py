@@ -1,6 +1,7 @@
 """Several processes give what one gives, and none outlives the one that started them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from factory.store import Store
 from factory.texts import open_text
 from factory.trainer import HealTrainer
 from tests.test_evaluate import questions, save_task
+from tests.test_experts import save
 from tests.tiny import rhymes, save_llama
 
 ROOT = Path(__file__).parent.parent
@@ -199,12 +201,16 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
         return heal_it(folder, into, progress=progress), held
 
 
-def test_a_sharded_model_is_healed_as_a_whole_one_is(
-    folder: Path, alone: tuple[DistanceProfile, Evaluation, Adapter], tmp_path: Path
-) -> None:
-    work = partial(heal_sharded, folder, tmp_path)
+def test_a_sharded_model_is_healed_as_a_whole_one_is(folder: Path, tmp_path: Path) -> None:
+    for name in ("alone", "sharded"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 3])  # experts, and layers without
+    shutil.copy(folder / "text.txt", tmp_path)
+    work = partial(heal_sharded, tmp_path, tmp_path / "sharded")
     adapter, held = spread(work, processes=2, case="fsdp", progress=ignore)
-    check_same_adapter(adapter, alone[2])
+    assert adapter.experts
+    assert adapter.target_modules
+    check_same_adapter(adapter, heal_it(tmp_path, tmp_path / "alone", progress=ignore))
     assert held[0] == pytest.approx(held[1] / 2, rel=0.01)
 
 
@@ -217,6 +223,7 @@ def test_a_model_whose_four_bit_weights_do_not_fit_is_to_be_sharded(monkeypatch:
     assert trains_in_nf4(13 * 10**9, torch.device("cuda"))
     assert not trains_in_nf4(70 * 10**9, torch.device("cuda"))
     assert not trains_on_one(13 * 10**9, torch.device("cuda"), four_bit=False)
+    assert not trains_in_nf4(13 * 10**9, torch.device("cuda"), num_unpacked=8 * 10**9)
 
 
 def test_a_torch_that_cannot_divide_a_model_in_training_is_refused() -> None:

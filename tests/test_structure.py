@@ -19,7 +19,7 @@ LAYERS = (
     ("sums", "json_bounds", "source_card", "remote_header", "tokenizer_bounds"),
     ("transfer", "decoder_proof", "place", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint", "state", "program"),
-    ("decoder", "resolve", "reload", "identity", "spread"),
+    ("decoder", "resolve", "reload", "identity", "spread", "experts"),
     ("trial",),
     ("distill", "trainer", "lora", "attention", "micro_batch", "watch", "heal_text"),
     ("significance", "findings"),
