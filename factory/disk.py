@@ -1,8 +1,13 @@
-"""Sizes for people, and no room on the disk, whoever says so: Python, safetensors, torch, the Hub client."""
+"""Room on the disk: sizes for people, what each file system is to take, and who says that one is full."""
 
 import errno
 import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from factory.errors import DiskSpaceError
 
 REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -37,6 +42,54 @@ def no_room(error: BaseException | None) -> str | None:
             return "the disk is full or failing"
         error = error.__cause__ or error.__context__
     return None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one file system is to take."""
+
+    place: str  # the first folder that was named on it
+    option: str  # that would give another one
+    needed: int  # bytes
+    free: int  # bytes
+
+
+def demands(wanted: Sequence[tuple[Path, str, int]]) -> tuple[Demand, ...]:
+    """What each file system is to take in all.
+
+    Args:
+        wanted: Folder, there or not; the option that would give another one; bytes that go to it. The
+            first counts also where these are none.
+    """
+    found: dict[int, Demand] = {}
+    for folder, option, needed in wanted:
+        there = existing(folder)
+        device = there.stat().st_dev
+        if found and not needed:
+            continue
+        first = found.get(device) or Demand(str(folder), option, 0, shutil.disk_usage(there).free)
+        found[device] = replace(first, needed=first.needed + needed)
+    return tuple(found.values())
+
+
+def check_room(found: Iterable[Demand]) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        DiskSpaceError: Says where, how much is needed and how much there is.
+    """
+    for one in found:
+        if one.needed > one.free:
+            raise DiskSpaceError(
+                f"{size(one.needed)} of disk are needed at {one.place}, {size(one.free)} are free",
+                hint="`factory gc` removes what no build uses; or give a folder on another disk with "
+                + one.option,
+            )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
 
 
 def folder_bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any
 
 from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
@@ -19,9 +20,14 @@ from factory.json_bounds import check_json
 from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
 
-__all__ = ["default_repo_name", "full_name", "pull", "push", "resolve"]
+__all__ = ["cache_demand", "default_repo_name", "full_name", "pull", "push", "resolve"]
 
 Progress = Callable[[int, int], None]
+
+
+def cache_demand(source: Source) -> tuple[Path, str, int]:
+    """Where a pull writes, what would give another place, and the bytes that it has to bring there."""
+    return Path(HF_HUB_CACHE), "HF_HOME", source.download_bytes
 
 
 def pull(source: Source, *, progress: Progress | None = None) -> Source:

@@ -49,7 +49,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 class Needs:
     """Bytes that a build takes at its peak."""
 
-    disk: int
+    disk: int  # where the stages lie
     host: int
     gpu: int  # the least; measuring and healing fill a GPU as far as it goes. 0 without one
 
@@ -78,7 +78,7 @@ def needs(
     else:
         gpu = 0
         host = LIBRARIES_BYTES + max(4 * models, *_stages(source, config, pending, parameters_after))
-    return Needs(source.download_bytes + _disk(source, config, pending, bytes_after), host, gpu)
+    return Needs(_disk(source, config, pending, bytes_after), host, gpu)
 
 
 def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:

@@ -1,6 +1,5 @@
 """What a build will do and need, worked out before anything heavy."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +7,9 @@ from pathlib import Path
 
 from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
-from factory.disk import size
-from factory.errors import DiskSpaceError
+from factory.disk import Demand, check_room, demands
+from factory.hub import cache_demand
+from factory.locks import HOME
 from factory.needs import Needs, check_four_bit, check_healing, check_memory, experts_of, host_bytes, needs
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
@@ -40,8 +40,9 @@ class Preview:
     bytes_after: int
     pending: tuple[str, ...]
     download_bytes: int
-    disk_needed: int
+    disk_needed: int  # where the stages lie
     disk_free: int
+    other_disks: tuple[Demand, ...]  # where the Hub's cache or the build lies, if elsewhere
     memory_needed: int  # of all GPUs, the least; of the host without one
     memory_total: int
     host_needed: int
@@ -57,7 +58,7 @@ class Machine:
     device: str
     memory_bytes: int  # of all its GPUs, or of the machine without one
     flops_per_second: float  # that a whole model reaches
-    disk_bytes: int  # free
+    disk_bytes: int = 0  # free, where it is another one than this
     host_bytes: int = 0  # 0: not known
 
 
@@ -67,12 +68,15 @@ def preview(
     *,
     pending: Sequence[str],
     home: Path,
+    out: Path | None = None,
     processes: int = 1,
     machine: Machine | None = None,
 ) -> Preview:
     """Work out the preview; imports torch only if there is something to run.
 
     Args:
+        home: Where the stages lie.
+        out: Where the build is laid out; None: on the same disk.
         machine: Another one than this.
 
     Layers are taken to be of mean size, since which ones go is known only after measuring.
@@ -88,8 +92,8 @@ def preview(
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     is_here = machine is None
-    machine = machine or _this_machine(source, home, processes=processes, works=bool(pending))
-    device, free = machine.device, machine.disk_bytes
+    machine = machine or _this_machine(source, processes=processes, works=bool(pending))
+    device = machine.device
     needed = needs(
         source,
         config,
@@ -98,6 +102,14 @@ def preview(
         bytes_after=bytes_after,
         on_gpu=not _is_cpu(device),
     )
+    download = source.download_bytes if pending else 0
+    if is_here:
+        wanted = [(home, HOME, needed.disk)]
+        if pending:
+            wanted += [cache_demand(source), *_copies(bytes_after, home=home, out=out)]
+        disk, *others = demands(wanted)
+    else:
+        disk, others = Demand(str(home), HOME, needed.disk + download, machine.disk_bytes), []
     result = Preview(
         num_layers=source.num_layers,
         num_dropped=n,
@@ -106,9 +118,10 @@ def preview(
         bytes_before=source.size_bytes,
         bytes_after=bytes_after,
         pending=tuple(pending),
-        download_bytes=source.download_bytes if pending else 0,
-        disk_needed=needed.disk,
-        disk_free=free,
+        download_bytes=download,
+        disk_needed=disk.needed,
+        disk_free=disk.free,
+        other_disks=tuple(others),
         memory_needed=needed.gpu or needed.host,
         memory_total=machine.memory_bytes,
         host_needed=needed.host,
@@ -118,11 +131,7 @@ def preview(
             config, source.num_parameters, parameters_after, pending, device, machine.flops_per_second
         ),
     )
-    if result.disk_needed > free:
-        raise DiskSpaceError(
-            f"the build needs {size(result.disk_needed)} of disk and {home} has {size(free)}",
-            hint="free some (`factory gc` removes what no build uses) or give another folder with --home",
-        )
+    check_room([disk, *others])
     if is_here:
         _check_here(config, pending, needed, machine)
     if "heal" in pending and config.heal_enabled:
@@ -139,6 +148,13 @@ def preview(
         if needed.gpu and machine.memory_bytes:
             check_healing(source, config, gpu_total=machine.memory_bytes * sharers)
     return result
+
+
+def _copies(size_bytes: int, *, home: Path, out: Path | None) -> list[tuple[Path, str, int]]:
+    """What the build takes beside the stages: nothing on one disk with them, since it shares their bytes."""
+    if out is None or len(demands([(home, HOME, 1), (out, "--out", 1)])) == 1:
+        return []
+    return [(out, "--out", size_bytes)]
 
 
 def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, machine: Machine) -> None:
@@ -188,12 +204,12 @@ def _seconds(
     return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
 
 
-def _this_machine(source: Source, home: Path, *, processes: int, works: bool) -> Machine:
+def _this_machine(source: Source, *, processes: int, works: bool) -> Machine:
     device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
     if processes > 1:
         rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
         device = f"{device}, {processes} processes"
-    return Machine(device, memory_total, rate, shutil.disk_usage(existing(home)).free, host_bytes())
+    return Machine(device, memory_total, rate, host_bytes=host_bytes())
 
 
 def _measured(source: Source) -> tuple[str, int, float]:
@@ -222,8 +238,3 @@ def _measured(source: Source) -> tuple[str, int, float]:
 
 def _is_cpu(device: str) -> bool:
     return device.startswith("CPU")
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())

@@ -1,15 +1,15 @@
 """`factory prune`: a complete model folder without some layers, there whole or not at all."""
 
 import os
-import shutil
 from pathlib import Path
 
 from factory import __version__
 from factory.artifacts import Checkpoint, Pruning, PruningPlan, Source
 from factory.checkpoint import Progress
-from factory.disk import size
+from factory.disk import check_room, demands
 from factory.durable import sync_files
-from factory.errors import DiskSpaceError, StoreError
+from factory.errors import StoreError
+from factory.hub import cache_demand
 from factory.place import begin, check_beside, discard, swap
 from factory.prune import Thoroughness, prune
 
@@ -77,13 +77,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
         DiskSpaceError: Says how much is needed and how much there is.
     """
     needed = source.size_bytes - sum(source.layer_bytes[layer] for layer in plan.dropped) + SPARE_BYTES
-    above = next(path for path in out.resolve().parents if path.exists())
-    free = shutil.disk_usage(above).free
-    if needed > free:
-        raise DiskSpaceError(
-            f"{size(needed)} are needed at {above}, {size(free)} are free",
-            hint="free some space, or give a folder on another disk with --out",
-        )
+    check_room(demands([(out.resolve().parent, "--out", needed), cache_demand(source)]))
 
 
 def remove_layers(

@@ -118,6 +118,7 @@ def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tu
         ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
         *lines,
         ("disk", f"{size(shown.disk_needed)} needed, {size(shown.disk_free)} free"),
+        *(("", f"{size(one.needed)} at {one.place}, {size(one.free)} free") for one in shown.other_disks),
     ]
     if shown.download_bytes:
         rows.append(("download", size(shown.download_bytes)))

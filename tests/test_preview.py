@@ -1,5 +1,6 @@
 """The preview says the right numbers, and refuses a build that cannot fit the disk."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.needs import measured, rows
+from factory import hub
 from factory.artifacts import Source
 from factory.config import BuildConfig, HealSettings
+from factory.disk import demands
 from factory.errors import DiskSpaceError, DropError, MachineError
 from factory.models import training_processes
 from factory.needs import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
@@ -260,10 +263,43 @@ def test_where_bitsandbytes_does_not_work_it_is_said_before_anything_is_done(
     assert "--no-heal" in caught.value.hint
 
 
+OTHER_DISK = Path("/dev/not/there")  # no file system of a test's folder
+
+
+def test_what_goes_to_one_file_system_is_counted_together(tmp_path: Path) -> None:
+    here, there = demands(
+        [
+            (tmp_path / "stages", "--home", 3),
+            (OTHER_DISK / "hub", "HF_HOME", 5),
+            (tmp_path / "not" / "there", "--out", 7),
+            (OTHER_DISK, "--out", 11),
+        ]
+    )
+    assert (here.place, here.option, here.needed) == (str(tmp_path / "stages"), "--home", 10)
+    assert (there.place, there.option, there.needed) == (str(OTHER_DISK / "hub"), "HF_HOME", 16)
+    assert here.free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert there.free == shutil.disk_usage("/dev").free
+
+
+def test_each_disk_is_asked_for_what_it_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = SOURCE.model_copy(update={"folder": None})
+    together = preview_of(elsewhere, pending=STAGES, home=tmp_path, out=tmp_path / "out")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(OTHER_DISK / "hub"))
+    apart = preview_of(elsewhere, pending=STAGES, home=tmp_path, out=OTHER_DISK / "out")
+    assert together.other_disks == ()
+    assert together.disk_needed == apart.disk_needed + 2_400
+    (other,) = apart.other_disks
+    assert other.needed == 2_400 + apart.bytes_after  # the build shares no bytes with stages elsewhere
+    huge = SOURCE.model_copy(update={"size_bytes": 10**18, "layer_bytes": (10**17,) * 10, "folder": None})
+    with pytest.raises(DiskSpaceError, match=rf"are needed at {OTHER_DISK}/hub, .* are free") as caught:
+        preview_of(huge, drop=0.8, pending=("speed", "card"), home=tmp_path)
+    assert "HF_HOME" in caught.value.hint
+
+
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:
     huge = SOURCE.model_copy(update={"size_bytes": 10**18, "folder": None})
     with pytest.raises(
-        DiskSpaceError, match=r"needs 4000000\.0 TB of disk and .* has [\d.]+ [GT]B"
+        DiskSpaceError, match=r"4000000\.0 TB of disk are needed at .*, [\d.]+ [GT]B are free"
     ) as caught:
         preview_of(huge, pending=STAGES, home=tmp_path)
     assert "factory gc" in caught.value.hint

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
             show_preview(reporter.out, one.preview, title=title, lines=preview_lines(one.asked.config))
     if options["dry_run"]:
         if as_json:
-            shown = [vars(one.preview) for one in ready]
+            shown = [asdict(one.preview) for one in ready]
             print_json(shown[0] if len(shown) == 1 else shown)
         return
     for one in ready:
@@ -207,7 +207,14 @@ def _ready(request: Request, asked: Asked, reporter: "Reporter") -> Ready:
 
     check_out(asked.out)
     run, pending = _prepare(asked, request.options, reporter)
-    shown = preview(asked.source, asked.config, pending=pending, home=run.store.home, processes=run.processes)
+    shown = preview(
+        asked.source,
+        asked.config,
+        pending=pending,
+        home=run.store.home,
+        out=asked.out,
+        processes=run.processes,
+    )
     return Ready(request, asked, run, pending, shown)
 
 

@@ -177,21 +177,24 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
 
 def _preview_sweep(source: "Source", sizes: list[int], run: "Run", reporter: "StageLines") -> None:
     """Say what will be cut, and how much disk that can take."""
-    import shutil
-
-    from factory.disk import size
-    from factory.preview import existing
+    from factory.disk import demands, size
+    from factory.hub import cache_demand
+    from factory.locks import HOME
 
     layer = sum(source.layer_bytes) / source.num_layers
     cuts = sum(source.size_bytes - int(n * layer) for n in sizes) * (2 if run.config.heal_enabled else 1)
-    needed = cuts + source.download_bytes
-    free = shutil.disk_usage(existing(run.store.home)).free
+    disk, *others = demands([(run.store.home, HOME, cuts), cache_demand(source)])
     listed = ", ".join(map(str, sizes))
     reporter.out.print(f"  cuts         {listed} of {source.num_layers} layers", soft_wrap=True)
     reporter.out.print(
-        f"  disk         {size(needed)} at most, {size(free)} free; `factory gc` removes cuts of no build\n",
+        f"  disk         {size(disk.needed)} at most, {size(disk.free)} free; "
+        "`factory gc` removes cuts of no build",
         soft_wrap=True,
     )
+    for one in others:
+        told = f"{size(one.needed)} at {one.place}, {size(one.free)} free"
+        reporter.out.print(f"  {'':<13}{told}", soft_wrap=True)
+    reporter.out.print()
 
 
 def _start(
