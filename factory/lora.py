@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
-from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -87,12 +85,14 @@ def check_targets(config: dict[str, Any], which: Modules) -> None:
     find_targets(on_meta(config), which)
 
 
-def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropout: float) -> LoraConfig:
-    """Plain LoRA with α = r. Experts allow no dropout: their update is added to them, not to what they give.
+def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropout: float) -> Any:
+    """peft's LoraConfig: plain, α = r. Experts allow no dropout, as their update is added to them.
 
     Args:
         layers: Those to adapt, by name.
     """
+
+    from peft import LoraConfig  # here: targets are looked for before anything long, without peft
 
     def full(names: Sequence[str]) -> list[str]:
         return [
@@ -120,6 +120,8 @@ def as_named() -> Iterator[None]:
     peft 0.21 takes names like "gate_proj" for those that experts had before transformers 5: for a dense layer
     or a shared expert beside experts it would adapt the experts of all layers instead, at twice the rank.
     """
+    from peft.utils import transformers_weight_conversion
+
     names = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     kept = dict(names)
     names.clear()
