@@ -32,6 +32,7 @@ MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",
     "factory.measure", "factory.prune", "factory.heal", "factory.merge", "factory.evaluate",
     "factory.speed", "factory.card", "factory.hub", "factory.layout", "factory.preview", "factory.plots",
+    "factory.pipeline", "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
 )  # fmt: skip
 COMMAND = (
     "build", "tiny", "--drop", "0.4", "--tasks", "none", "--samples", "4", "--eval-documents", "2",
@@ -119,11 +120,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where builds run: a folder with the model and its texts, and the processes that run the command."""
+    """Where builds run: a folder with the model and its texts, and the process that runs the command."""
 
     folder: Path
     disk: Path | None  # a small file system of its own, where that is allowed
-    processes: dict[str, Forks]
+    process: Forks
     undisturbed: dict[str, Any]
     seconds: float  # that the undisturbed build took
     num_events: int
@@ -142,7 +143,7 @@ def bench(folder: Path) -> Iterator[Bench]:
     """Make the model, and build it once undisturbed."""
     save_llama(folder / "tiny", num_layers=6)
     for name in ("measured", "healed", "evaluated"):
-        lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(8)]
+        lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(4)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "scratch").mkdir()
     variables = {
@@ -151,23 +152,22 @@ def bench(folder: Path) -> Iterator[Bench]:
         "TMPDIR": str(folder / "scratch"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    processes = {"": Forks(variables, modules=MODULES)}
     disk = folder / "disk" if can_mount() else None
     if disk:
         disk.mkdir()
-        processes["full disk"] = Forks(variables, modules=MODULES, prefix=(*SMALL_DISK, str(disk)))
+    process = Forks(variables, modules=MODULES, prefix=(*SMALL_DISK, str(disk)) if disk else ())
     try:
-        bare = Bench(folder, disk, processes, {}, 0.0, 0)
+        bare = Bench(folder, disk, process, {}, 0.0, 0)
         for name in ("warm", "undisturbed"):  # the first takes longer than any that follows
-            place = _place(bare, name, "")
+            place = folder / "runs" / name
+            _place(bare, place)
             start = time.monotonic()
             ended = _run(bare, place, Moment("none", None, None, 0))
             seconds = time.monotonic() - start
             assert ended.code == 0, ended.stderr
-        yield Bench(folder, disk, processes, _result(place), seconds, _counted(place))
+        yield Bench(folder, disk, process, _result(place), seconds, _counted(place))
     finally:
-        for process in processes.values():
-            process.close()
+        process.close()
 
 
 def moments(found: Bench, count: int, *, seed: int) -> list[Moment]:
@@ -194,10 +194,10 @@ def moments(found: Bench, count: int, *, seed: int) -> list[Moment]:
 
 def strike(found: Bench, moment: Moment, name: str) -> Outcome:
     """Run a build that is struck, look at what it left, run it again, and look again."""
-    process = "full disk" if moment.kind == "full disk" and found.disk else ""
-    place = _place(found, name, process)
-    first = _run(found, place, moment, process=process)
-    seen = place if not process else found.processes[process].root / place.relative_to("/")
+    disk = found.disk if moment.kind == "full disk" else None
+    place = (disk or found.folder / "runs") / name
+    seen = _place(found, place)
+    first = _run(found, place, moment)
     (seen / "ballast").unlink(missing_ok=True)
     if moment.kind == "clock jump":
         _shift_times(seen, moment.amount)
@@ -206,34 +206,30 @@ def strike(found: Bench, moment: Moment, name: str) -> Outcome:
     faults += [f"{folder.name} is not whole" for folder in complete if damage(folder)]
     stage = _stage_under_way(seen, first)
     faults += _check_garbage(home)
-    second = _run(found, place, Moment("none", None, None, 0), process=process)
+    second = _run(found, place, Moment("none", None, None, 0))
     faults += _compare(seen, found, second, complete)
     faults += _check_nothing_left(seen, found.folder / "scratch")
-    if process:
-        shutil.rmtree(seen)
-    else:
-        shutil.rmtree(place)
+    shutil.rmtree(seen)
     return Outcome(moment, first, stage, second, tuple(faults))
 
 
-def _place(found: Bench, name: str, process: str) -> Path:
-    """A folder for one build, with links to the model and the texts."""
-    place = (found.disk if process and found.disk else found.folder / "runs") / name
-    seen = place if not process else found.processes[process].root / place.relative_to("/")
+def _place(found: Bench, place: Path) -> Path:
+    """A folder for one build, with links to the model and the texts, as it is seen from here."""
+    seen = found.process.root / place.relative_to("/")
     seen.mkdir(parents=True)
     for path in ("tiny", "measured.jsonl", "healed.jsonl", "evaluated.jsonl"):
         (seen / path).symlink_to(found.folder / path)
     (seen / "counted").write_bytes(bytes(8))
-    return place
+    return seen
 
 
-def _run(found: Bench, place: Path, moment: Moment, *, process: str = "") -> Ended:
+def _run(found: Bench, place: Path, moment: Moment) -> Ended:
     kind = moment.kind if moment.kind != "full disk" or found.disk else "file size"
     files = (str(place / "counted"), str(place / "ballast"))
     arguments = (kind, moment.seconds, moment.event, moment.amount, *files)
     before = STRIKE.format(arguments=arguments)
     patience = HUNG_SECONDS + 5 * found.seconds if kind == "memory" else None
-    return found.processes[process].run(
+    return found.process.run(
         *COMMAND, "--home", "home", folder=place, before=before, patience_seconds=patience
     )
 

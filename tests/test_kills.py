@@ -47,7 +47,7 @@ def test_a_heal_that_is_killed_once_its_work_is_done_is_not_done_again(found: Be
     partial = healed.parent.rename(f"{healed.parent}.partial")
     (partial / "stage.json").unlink()
     (partial / "trainer").mkdir()  # it was being removed
-    again = found.processes[""].run(*COMMAND, "--home", "home", folder=place)
+    again = found.process.run(*COMMAND, "--home", "home", folder=place)
     assert again.code == 0, again.stderr
     assert "✓ heal               0.0 s" in again.stdout
     assert again.stdout.count("reused") == 9
@@ -69,7 +69,7 @@ def place(found: Bench, tmp_path: Path) -> Path:
 
 
 def test_a_flipped_bit_in_any_stage_is_found_and_made_good(found: Bench, place: Path) -> None:
-    process, home = found.processes[""], ("--home", "home")
+    process, home = found.process, ("--home", "home")
     flipped = {}
     for number, path in enumerate(sorted(place.glob("home/stages/*/*/stage.json"))):
         names = sorted(json.loads(path.read_text())["files"])
@@ -91,7 +91,7 @@ def test_a_flipped_bit_in_any_stage_is_found_and_made_good(found: Bench, place: 
 def test_what_was_made_from_a_stage_stays_if_that_comes_out_the_same_again(found: Bench, place: Path) -> None:
     (pruned,) = place.glob("home/stages/prune/*/model.safetensors")
     flip_a_bit(pruned)
-    again = found.processes[""].run(*COMMAND, "--home", "home", folder=place)
+    again = found.process.run(*COMMAND, "--home", "home", folder=place)
     assert again.code == 0, again.stderr
     assert "model.safetensors has changed since it was made; making it again" in again.stdout
     assert again.stdout.count("reused") == 9
@@ -115,9 +115,7 @@ sys.addaudithook(refuse)
 def test_a_store_with_a_read_only_part_is_told(found: Bench, place: Path, part: str) -> None:
     for folder in [*place.glob("home/stages/plan/*/"), *place.glob("home/stages/speed/*/")]:
         shutil.rmtree(folder)
-    told = found.processes[""].run(
-        *COMMAND, "--home", "home", folder=place, before=REFUSING.format(part=part)
-    )
+    told = found.process.run(*COMMAND, "--home", "home", folder=place, before=REFUSING.format(part=part))
     assert told.code == 1, told.stdout + told.stderr
     error, hint = told.stderr.splitlines()
     assert error.startswith("error: cannot write to ")
@@ -128,9 +126,7 @@ def test_a_store_with_a_read_only_part_is_told(found: Bench, place: Path, part: 
 
 def test_where_there_are_no_hard_links_files_are_copied(found: Bench, place: Path) -> None:
     shutil.rmtree(place / BUILD)
-    done = found.processes[""].run(
-        *COMMAND, "--home", "home", folder=place, before=REFUSING.format(part="links")
-    )
+    done = found.process.run(*COMMAND, "--home", "home", folder=place, before=REFUSING.format(part="links"))
     assert done.code == 0, done.stderr
     weights = place / BUILD / "model" / "model.safetensors"
     assert weights.stat().st_nlink == 1
