@@ -254,6 +254,11 @@ class Checkpoint(Artifact):
         losses = self.guard_losses
         return losses is not None and losses["healed"] < losses["unhealed"]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it computes anything: healing can take weights or their loss beyond all numbers."""
+        return self.guard_losses is None or math.isfinite(self.guard_losses["healed"])
+
 
 class LossPoint(BaseModel):
     """One point of the healing curve; losses in nats a token."""

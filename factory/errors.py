@@ -70,6 +70,10 @@ class VerificationError(ModelError):
     """An artefact that differs from what it must be."""
 
 
+class OverflowedError(VerificationError):
+    """Weights that are infinite or not a number."""
+
+
 class HubError(FactoryError):
     """The Hub said no, could not be reached, or returned something else than it promised."""
 

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
 from factory.checkpoint import Progress, TensorInfo
-from factory.errors import CheckpointError, VerificationError
+from factory.errors import CheckpointError, OverflowedError, VerificationError
 from factory.experts import Part, adapted_parameters, stored_parts
 from factory.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
 from factory.models import load_model, round_to_nf4, token_loss
@@ -94,7 +94,8 @@ def merge(
 
     Raises:
         CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
-        VerificationError: The adapter does not fit the weights, or no result is finite.
+        OverflowedError: No result is finite.
+        VerificationError: The adapter does not fit the weights.
     """
     if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
         base = "bf16"  # it was trained on these; one that learnt nothing must change nothing
@@ -109,12 +110,12 @@ def merge(
             made[candidate] = _merge(
                 pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
             )
-        except VerificationError:  # sums beyond the range of these weights need not be beyond the others'
+        except OverflowedError:  # sums beyond the range of these weights need not be beyond the others'
             if candidate == CANDIDATES[-1] and not made:
                 raise
             continue
-        losses[BASE_NAMES[candidate]] = token_loss(load_model(folder / candidate), guard)
-    best = min(made, key=lambda name: (math.isnan(loss := losses[BASE_NAMES[name]]), loss))
+        losses[BASE_NAMES[candidate]] = _loss(folder / candidate, guard)
+    best = min(made, key=lambda name: losses[BASE_NAMES[name]])
     for file in sorted((folder / best).iterdir()):
         file.rename(folder / file.name)
     for candidate in CANDIDATES:
@@ -130,11 +131,26 @@ def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoin
     """
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
     known = (merged.merge_losses or {}).get(str(merged.merge_base))
-    unhealed = token_loss(load_model(pruned.folder), guard)
+    unhealed = _loss(pruned.folder, guard)
     if adapter.num_steps == 0:  # the same weights, whatever a second reading would round
         known = unhealed
-    healed = known if known is not None else token_loss(load_model(merged.folder), guard)
+    healed = known if known is not None else _loss(merged.folder, guard)
     return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})
+
+
+def overflowed(pruned: Checkpoint, adapter: Adapter, *, folder: Path) -> Checkpoint:
+    """What stands for a merged checkpoint where none is finite: no weights, and an infinite loss."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    losses = {"unhealed": _loss(pruned.folder, guard), "healed": math.inf}
+    return pruned.model_copy(update={"folder": folder, "size_bytes": 0, "files": {}, "guard_losses": losses})
+
+
+def _loss(folder: Path, guard: list[list[int]]) -> float:
+    """Of a model on the guard's sequences, in nats a token; infinite where it is not a number."""
+    loss = token_loss(load_model(folder), guard)
+    return math.inf if math.isnan(loss) else loss
 
 
 def _merge(
@@ -238,7 +254,7 @@ def merged_values(
         transposed: W is stored [in, out]; 4-bit layers hold it the other way round.
 
     Raises:
-        VerificationError: A value that is not finite.
+        OverflowedError: A value that is not finite.
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
@@ -251,7 +267,7 @@ def merged_values(
             block = torch.addmm(block.to(compute), rows, a, alpha=update.scale)
         merged = block.to(dtype)
         if not all(math.isfinite(value) for value in torch.aminmax(merged)):
-            raise VerificationError(
+            raise OverflowedError(
                 f"merging makes {tensor.name!r} infinite or not a number",
                 hint="the training diverged; heal with a lower learning rate",
             )

@@ -94,7 +94,7 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
             hint=f"more --heal-steps or another --heal-lr may help; the adapter is in {run.folders['heal']}",
         )
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
-    if healed:
+    if healed and healed.is_finite:
         models["healed"] = healed
     evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
     # A heal that did not lower the loss on text it had not seen is kept in the store but not shipped.
@@ -147,12 +147,13 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
         plan = plan_stage(run, source, profile)
         pruned = prune_stage(run, source, plan)
         adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
+        healed = merge_stage(run, pruned, adapter) if adapter else None
         points.append(
             SweepPoint(
                 drop=len(plan.dropped) / source.num_layers,
                 plan=plan,
                 pruned=evaluate_stage(run, "pruned", pruned),
-                healed=evaluate_stage(run, "healed", merge_stage(run, pruned, adapter)) if adapter else None,
+                healed=evaluate_stage(run, "healed", healed) if healed and healed.is_finite else None,
             )
         )
     return Sweep(

@@ -304,7 +304,7 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
             f"{len(point.plan.dropped)} ({point.drop:.0%})",
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
-            *(_losses(point.healed) if point.healed else []),
+            *(_losses(point.healed) if point.healed else [""] * 2 * healed),
             *_scores(point.best),
             "–" if math.isnan(kept) else f"{kept:.0%}",
             style="bold" if point.drop == sweep.before_the_cliff else "",
@@ -342,14 +342,14 @@ def verdict(build: Build) -> str:
             f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
             f"{compared.high:+.3f}."
         )
-    if "healed" not in losses:
+    if build.adapter is None:
         return f"{cut}; this build was not healed."
-    change = losses["pruned"] - losses["healed"]
-    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
     if build.shipped == "pruned":
         return (
             f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."
         )
+    change = losses["pruned"] - losses["healed"]
+    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
     if change <= 0:
         return f"{cut}; healing {_moved(-change)} on this text. Look before you publish."
     return f"{cut}; healing took back {change:.3f}{share}."

@@ -20,6 +20,7 @@ from factory.artifacts import (
     layer_ranges,
 )
 from factory.config import num_dropped
+from factory.errors import OverflowedError
 from factory.identity import task_identity, text_identity
 from factory.needs import experts_of
 from factory.references import Criterion
@@ -293,10 +294,13 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The adapter into full-precision weights. A stage of its own: failing here costs no training."""
 
     def work(folder: Path) -> Artifact:
-        from factory.merge import judge, merge
+        from factory.merge import judge, merge, overflowed
 
         ticks = run.ticks("merge")
-        merged = merge(pruned, adapter, folder=folder, base=run.config.merge_base, progress=ticks)
+        try:
+            merged = merge(pruned, adapter, folder=folder, base=run.config.merge_base, progress=ticks)
+        except OverflowedError:  # one more way in which healing does not help
+            return overflowed(pruned, adapter, folder=folder)
         return judge(merged, pruned, adapter)
 
     return run.stage(
@@ -305,10 +309,15 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
         work,
         parameters={"base": run.config.merge_base if run.config.heal.bits == 4 else "bf16"},
         inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
-        summary=lambda c: (
-            f"adapter added to the {c.merge_base}{_losses(c.merge_losses)}"
-            + ("" if c.helped else "; it does not lower the held-back loss, so the unhealed model ships")
-        ),
+        summary=_describe_merge,
+    )
+
+
+def _describe_merge(merged: Checkpoint) -> str:
+    if not merged.files:
+        return "the adapter makes weights infinite or not a number, so the unhealed model ships"
+    return f"adapter added to the {merged.merge_base}{_losses(merged.merge_losses)}" + (
+        "" if merged.helped else "; it does not lower the held-back loss, so the unhealed model ships"
     )
 
 

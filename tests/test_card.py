@@ -935,6 +935,16 @@ def test_a_field_that_this_version_does_not_have_is_named_and_the_folder_can_be_
     assert read_if_same(build, tmp_path) is None
 
 
+def test_a_heal_that_left_no_model_has_its_infinite_loss_on_the_card_and_no_column() -> None:
+    build = healing_discarded()
+    del build.evaluations["healed"]
+    losses = {"unhealed": 2.88, "healed": math.inf}
+    text = render(build.model_copy(update={"guard_losses": losses}), has_healing_figure=False)
+    assert "of the files themselves, 2.880 without it and ∞ with it" in text
+    assert "*healed*" not in text
+    assert Build.model_validate_json(build.model_copy(update={"guard_losses": losses}).text())
+
+
 def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp_path: Path) -> None:
     assert "healing.png" not in write_card(demo_healed(), tmp_path).read_text(encoding="utf-8")
     (tmp_path / "figures").mkdir()

@@ -1,8 +1,9 @@
 """Merging: equal to peft's own merge, refused where it would be wrong."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,9 +19,13 @@ from transformers import (
 
 from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
-from factory.errors import CheckpointError, VerificationError
+from factory.config import BuildConfig
+from factory.errors import CheckpointError, OverflowedError, VerificationError
 from factory.merge import judge, merge
 from factory.models import load_model, token_loss
+from factory.run import NOTHING, Run, Texts
+from factory.stages import merge_stage
+from factory.store import Store
 from tests.families import config_of
 from tests.tiny import an_adapter
 
@@ -301,7 +306,7 @@ def test_a_diverged_adapter_is_an_error_by_name(tmp_path: Path, value: float) ->
     adapter = save_adapter(tmp_path / "adapter", pruned)
     edit_tensors(adapter, lambda t: {n: v.fill_(value) if "2.mlp.down" in n else v for n, v in t.items()})
     (tmp_path / "merged").mkdir()
-    with pytest.raises(VerificationError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
+    with pytest.raises(OverflowedError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
         merge(pruned, adapter, folder=tmp_path / "merged")
 
 
@@ -337,15 +342,10 @@ def test_the_base_with_the_lower_loss_on_the_held_back_text_is_taken(tmp_path: P
     )
 
 
-@pytest.mark.parametrize(
-    ("share", "added", "is_left"),  # NF4 takes 0.85 of the largest for 0.72 of it, and 0.9 for 1
-    [(0.85, 33_000.0, "NF4 weights, unpacked"), (0.9, 27_000.0, "source weights")],
-)
-def test_a_base_that_overflows_leaves_the_other(
-    tmp_path: Path, share: float, added: float, is_left: str
-) -> None:
-    pruned = save_model(tmp_path / "pruned", max_shard_size="1GB")
-    adapter = save_adapter(tmp_path / "adapter", pruned).model_copy(update={"quantization": "nf4"})
+def near_the_largest_number(folder: Path, *, share: float, added: float) -> tuple[Checkpoint, Adapter]:
+    """A model in fp16 with a weight of that share of 40,000, and an adapter that adds to it."""
+    pruned = save_model(folder / "pruned", max_shard_size="1GB")
+    adapter = save_adapter(folder / "adapter", pruned).model_copy(update={"quantization": "nf4"})
     (adapter.folder / "guard.json").write_text(json.dumps([[1, 2, 3, 4, 5], [6, 7, 8]]))
     weights = {name: tensor.half() for name, tensor in stored_tensors(pruned.folder).items()}
     weights["model.layers.1.mlp.gate_proj.weight"][0, :2] = torch.tensor([40_000.0, share * 40_000.0])
@@ -361,11 +361,56 @@ def test_a_base_that_overflows_leaves_the_other(
         return tensors
 
     edit_tensors(adapter, edit)
+    return pruned, adapter
+
+
+@pytest.mark.parametrize(
+    ("share", "added", "is_left"),  # NF4 takes 0.85 of the largest for 0.72 of it, and 0.9 for 1
+    [(0.85, 33_000.0, "NF4 weights, unpacked"), (0.9, 27_000.0, "source weights")],
+)
+def test_a_base_that_overflows_leaves_the_other(
+    tmp_path: Path, share: float, added: float, is_left: str
+) -> None:
+    pruned, adapter = near_the_largest_number(tmp_path, share=share, added=added)
     (tmp_path / "merged").mkdir()
     merged = merge(pruned, adapter, folder=tmp_path / "merged")
     assert merged.merge_base == is_left
     assert set(merged.merge_losses or {}) == {is_left}
     assert sorted(path.name for path in merged.folder.iterdir() if path.is_dir()) == []
+
+
+class Told:
+    """A reporter that remembers the lines of finished stages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def started(self, stage: str) -> None: ...
+    def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
+        self.lines.append(summary)
+
+    def waiting(self, stage: str) -> None: ...
+    def damaged(self, stage: str, file: str) -> None: ...
+
+
+@pytest.mark.parametrize("base", ["auto", "bf16"])
+def test_a_heal_that_overflows_on_every_base_is_one_that_did_not_help(
+    tmp_path: Path, base: Literal["auto", "bf16"]
+) -> None:
+    pruned, adapter = near_the_largest_number(tmp_path, share=0.9, added=60_000.0)
+    config = BuildConfig(reference="m", drop=0.3, merge_base=base)
+    told = Told()
+    run = Run(config, Store(tmp_path / "home"), told, Texts(NOTHING, NOTHING, NOTHING))
+    run.keys |= {"prune": "0" * 16, "heal": "1" * 16}
+    for _ in range(2):
+        healed = merge_stage(run, pruned, adapter)
+        assert healed.guard_losses is not None
+        assert math.isfinite(healed.guard_losses["unhealed"])
+        assert (healed.helped, healed.is_finite, healed.files) == (False, False, {})
+        assert {path.name for path in healed.folder.iterdir()} == {"stage.json", "checkpoint.json"}
+    line = "the adapter makes weights infinite or not a number, so the unhealed model ships"
+    assert told.lines == [line, line]
 
 
 @pytest.mark.parametrize("helps", [True, False])

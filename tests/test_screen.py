@@ -4,7 +4,7 @@ import pytest
 
 from factory.disk import size
 from factory.screen import console, count, duration, printable, result_table, verdict
-from tests.test_card import a_comparison, chat_with_other_licence
+from tests.test_card import a_comparison, chat_with_other_licence, healing_discarded
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:
@@ -45,6 +45,12 @@ def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> No
     assert last["MMLU, 5-shot acc (chance 25.0%)"] == "-4.5% (-5.9% to -3.2%)"
     assert last["BoolQ, 0-shot acc (chance 50.0%)"] == "≈ -1.1% (-2.4% to +0.3%)"
     assert "memory, at its peak" in last
+
+
+def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
+    build = healing_discarded()
+    del build.evaluations["healed"]
+    assert verdict(build).endswith("the model that ships is the pruned one.")
 
 
 def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hidden() -> None:
