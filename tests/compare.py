@@ -23,6 +23,7 @@ def module(name: str) -> ModuleType:
     return found
 
 
+chat_template = module("chat_template")
 pair = module("pair")
 module("session")
 app = module("app")

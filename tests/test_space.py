@@ -248,6 +248,28 @@ def test_a_gpu_that_is_not_lent_leaves_the_page_as_it_was(models: tuple[Any, Any
     assert session.halt is None
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "takes over 2 s"),
+        ("{{ 'x' * 10**11 }}", "MemoryError"),
+        ("{{ 'xy' * 2**20 }}", "makes 2,097,152 characters"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+    ],
+)
+def test_a_template_that_is_no_good_fails_alone_and_within_its_bounds(
+    chatting: tuple[Any, Any], template: str, told: str
+) -> None:
+    chatting[1].tokenizer.chat_template = template
+    good, bad = last(chatting, "hello", GREEDY)
+    assert good.num_tokens
+    assert not good.error
+    assert told in bad.error
+    chatting[1].tokenizer.chat_template = CHAT
+    assert last(chatting, "hello", GREEDY)[1].num_tokens
+
+
 def test_stop_keeps_what_was_written(models: tuple[Any, Any]) -> None:
     desk, session = desk_for(models), app.Session()
     sampling = pair.Sampling(max_new_tokens=120, temperature=1.0)
@@ -319,7 +341,7 @@ def test_the_front_matter_is_what_a_space_needs() -> None:
 
 def test_the_files_import_nothing_but_what_the_requirements_name() -> None:
     lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").split()
-    named = {re.split("[<>=]", line)[0] for line in lines} | {"pair", "session"}
+    named = {re.split("[<>=]", line)[0] for line in lines} | {"chat_template", "pair", "session"}
     imported = set()
     for path in SPACE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

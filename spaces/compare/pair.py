@@ -9,6 +9,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from chat_template import render
 from huggingface_hub import hf_hub_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.generation import (
@@ -217,7 +218,7 @@ def encode(model: Model, messages: Sequence[Mapping[str, str]], room: int) -> tu
 
 
 def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    return list(tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"])
 
 
 def write(
