@@ -32,7 +32,7 @@ from factory.decoder import decoder_layers
 from factory.gpus import peak_flops
 from factory.heal import begin
 from factory.heal_text import data_sets
-from factory.lora import linear_modules
+from factory.lora import find_targets
 from factory.models import device_name, load_tokenizer, matrix_weights
 from factory.references import DEMO_MODEL
 from factory.texts import open_text
@@ -85,7 +85,7 @@ def plain(
             r=settings.rank,
             lora_alpha=settings.rank,
             lora_dropout=settings.dropout,
-            target_modules=linear_modules(model, "ffn"),
+            target_modules=find_targets(model, "ffn").modules,
             task_type="CAUSAL_LM",
         ),
     )

@@ -125,7 +125,7 @@ def stored_parts(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, lis
 
 
 def _whole(tensor: TensorInfo) -> Iterable[Part]:
-    if len(tensor.shape) != 3:
+    if len(tensor.shape) != 3 or not tensor.size_bytes:
         return [Part(tensor, tensor.shape)]
     shape, num_experts = tensor.shape[1:], tensor.shape[0]
     size_bytes = tensor.size_bytes // num_experts

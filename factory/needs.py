@@ -222,7 +222,8 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts lie at two thirds, about
     adapter = TRAINED_BYTES * _adapter_parameters(source, config) * trained // kept
     unpacked = 2 * width * inner if heal.bits == 4 else 0
-    added = 2 * _num_experts_parameters(source, 2)  # a layer's experts with their updates, and the gradient
+    # A layer's experts with their updates, and the gradient of these: 1.65 times the experts on a CPU.
+    added = 2 * _num_experts_parameters(source, 2)
     # The inputs of all layers, one layer's states, and distilled those behind both models' last layers.
     token = 2 * (trained * width + 6 * inner + (12 if distils else 6) * width)
     return int(
