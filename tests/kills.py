@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,15 +44,16 @@ MOMENTARY = ("seconds", "speed")
 # Where a new thread has no memory for its first step, Python waits for that step for ever.
 HUNG_SECONDS = 60.0
 YEAR = 365 * 24 * 3600
-# What the process does to itself, so late after its start or at its n-th event on the file system.
+# What the process does to itself, after so much work or at its n-th event on the file system. Work is in
+# seconds of the processor: on a busy machine a moment is as far on as on an idle one.
 STRIKE = """
 import mmap, os, resource, signal, struct, sys, threading, time
 
 how, seconds, event, amount, counter, ballast = {arguments!r}
 FILES = {{"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.utime", "shutil.copyfile"}}
 with open(counter, "r+b") as file:
-    counted = mmap.mmap(file.fileno(), 8)
-seen, over = 0, False
+    counted = mmap.mmap(file.fileno(), 16)
+seen, over, start = 0, False, time.process_time()
 
 def strike():
     if how.startswith("SIG"):
@@ -83,16 +83,19 @@ def watch(name, _arguments):
     global seen, over
     if name in FILES:
         seen += 1
-        counted[:] = struct.pack("q", seen)
+        counted[:] = struct.pack("qd", seen, time.process_time() - start)
         if seen == event and not over:
             over = True
             strike()
 
+def strike_after():
+    while time.process_time() - start < seconds:
+        time.sleep(0.005)
+    strike()
+
 sys.addaudithook(watch)
 if seconds is not None:
-    timer = threading.Timer(seconds, strike)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=strike_after, daemon=True).start()
 """
 SMALL_DISK = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=40m none "$0" && exec "$@"')
 
@@ -102,7 +105,7 @@ class Moment:
     """When and how a build is struck."""
 
     kind: str
-    seconds: float | None  # after its start
+    seconds: float | None  # of work, after its start
     event: int | None  # or this one of its opens, renames, …
     amount: int  # of a clock jump, seconds; of a limit on files or further memory, bytes
 
@@ -126,7 +129,7 @@ class Bench:
     disk: Path | None  # a small file system of its own, where that is allowed
     process: Forks
     undisturbed: dict[str, Any]
-    seconds: float  # that the undisturbed build took
+    seconds: float  # of work that the undisturbed build took
     num_events: int
 
 
@@ -161,11 +164,10 @@ def bench(folder: Path) -> Iterator[Bench]:
         for name in ("warm", "undisturbed"):  # the first takes longer than any that follows
             place = folder / "runs" / name
             _place(bare, place)
-            start = time.monotonic()
             ended = _run(bare, place, Moment("none", None, None, 0))
-            seconds = time.monotonic() - start
             assert ended.code == 0, ended.stderr
-        yield Bench(folder, disk, process, _result(place), seconds, _counted(place))
+        num_events, seconds = struct.unpack("qd", (place / "counted").read_bytes())
+        yield Bench(folder, disk, process, _result(place), seconds, num_events)
     finally:
         process.close()
 
@@ -219,7 +221,7 @@ def _place(found: Bench, place: Path) -> Path:
     seen.mkdir(parents=True)
     for path in ("tiny", "measured.jsonl", "healed.jsonl", "evaluated.jsonl"):
         (seen / path).symlink_to(found.folder / path)
-    (seen / "counted").write_bytes(bytes(8))
+    (seen / "counted").write_bytes(bytes(16))
     return seen
 
 
@@ -232,10 +234,6 @@ def _run(found: Bench, place: Path, moment: Moment) -> Ended:
     return found.process.run(
         *COMMAND, "--home", "home", folder=place, before=before, patience_seconds=patience
     )
-
-
-def _counted(place: Path) -> int:
-    return int(struct.unpack("q", (place / "counted").read_bytes())[0])
 
 
 def _manifests(home: Path) -> list[Path]:
