@@ -55,9 +55,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
+    _settle_streams()
     try:
         _refuse_launcher()
         cli.main(prog_name=_typed_as(), standalone_mode=False)
@@ -75,6 +73,23 @@ def main() -> None:
         if (reason := no_room(error)) is None:
             raise
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
+
+
+def _settle_streams() -> None:
+    """Make standard output and error take every text, whole or with an error."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file would get its number, and what libraries print to that
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if isinstance(stream.buffer, io.RawIOBase):  # PYTHONUNBUFFERED: half a write would pass for a whole
+            stream = os.fdopen(stream.fileno(), "w", buffering=1, encoding=stream.encoding, closefd=False)
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
 
 
 def _check_environment() -> None:
@@ -110,6 +125,11 @@ def _fail(message: str, hint: str, *, code: int) -> None:
     """One line that says what is wrong, one that says what to do."""
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
     sys.stderr.write(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n")
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:  # told by now; what is left in the buffer would be tried once more, with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

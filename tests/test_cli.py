@@ -43,6 +43,45 @@ def error_of(*arguments: str, home: Path, **variables: str) -> tuple[int, str, s
     return done.returncode, lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["schema"], ["build", "demo", "--drop", "0.3", "--print-config"]])
+def test_output_that_finds_no_room_is_an_error_however_little_is_missing(
+    tmp_path: Path, arguments: list[str], unbuffered: str
+) -> None:
+    whole = run(*arguments, home=tmp_path).stdout
+    place = tmp_path / "printed"
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole) - 5},) * 2)\n"
+        f"from factory.cli import main; sys.argv[1:] = {arguments}; main()"
+    )
+    with place.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert place.stat().st_size < len(whole)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: a file would be longer than")
+    assert hint.startswith("hint: ")
+
+
+def test_a_closed_output_is_no_place_for_the_next_file(tmp_path: Path) -> None:
+    program = """
+import atexit, os, pathlib, sys
+from factory.cli import main
+atexit.register(lambda: pathlib.Path("seen").write_text(os.readlink("/proc/self/fd/2")))
+sys.argv[1:] = ["schema"]
+main()
+"""
+    command = ["bash", "-c", f"exec '{sys.executable}' -c \"$1\" 2>&-", "-", program]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    assert (tmp_path / "seen").read_text() == os.devnull
+
+
 @pytest.mark.parametrize(
     ("arguments", "value", "hint"),
     [
