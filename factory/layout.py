@@ -15,6 +15,7 @@ import yaml
 from factory import __version__
 from factory.artifacts import Build, Checkpoint, Comparison, DistanceProfile, Publication
 from factory.config import BuildConfig, build_name
+from factory.durable import write_atomically
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
 from factory.place import MARK, begin, beside, check_beside, is_build, swap
@@ -43,8 +44,9 @@ MOMENTARY = {"seconds", "speed", "versions", "libraries", "factory_version"}
 NOT_THE_MODEL = {"stage.json", Checkpoint.file_name}
 RECIPE = "recipe.yaml"
 CARD = "model/README.md"
+ACCEPTED = "accepted.json"  # names of files that are what somebody made of them, and meant
 # In a build folder: what people edit, and what says what lies on the Hub.
-NOT_SUMMED = {CARD, SUMS, MARK, Publication.file_name}
+NOT_SUMMED = {CARD, SUMS, MARK, ACCEPTED, Publication.file_name}
 AGAIN = "run the build again: it lays it out anew"
 DISTANCE_FIGURE = "angular-distance"
 HEALING_FIGURE = "healing"
@@ -248,6 +250,28 @@ def take_sums(build: Build, out: Path) -> None:
     write_sums(out, [name for name in names if name not in NOT_SUMMED], known=weights)
 
 
+def accept(build: Build, out: Path) -> None:
+    """Take the files of a build folder as they are now; somebody's own stay when it is laid out anew."""
+    try:
+        sums = read_sums(out)
+    except StoreError:
+        sums = None
+    if sums is not None:  # else nothing says whose they are
+        theirs = {*changed_files(out, sums), *added_since_laid_out(out), *accepted(out)}
+        theirs -= {f"model/{name}" for name in build.files}
+        names = sorted(name for name in theirs if name.startswith("model/") and (out / name).is_file())
+        write_atomically(out / ACCEPTED, json.dumps(names))
+    take_sums(build, out)
+
+
+def accepted(out: Path) -> set[str]:
+    """What `accept` remembered of a build folder."""
+    try:
+        return set(map(str, json.loads((out / ACCEPTED).read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build for people, with what pins its source and its texts."""
     source, healing = build.source, build.adapter
@@ -285,11 +309,12 @@ def keep_others(out: Path, partial: Path) -> None:
         made = read_sums(out)
     except StoreError:
         made = None
+    theirs = accepted(out)
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         is_made = name in {*NOT_SUMMED, Build.file_name, DistanceProfile.file_name}
         if name.startswith("model/"):  # without sums: what the new one has
-            is_made |= (partial / name).is_file() if made is None else name in made
+            is_made |= (partial / name).is_file() if made is None else name in made and name not in theirs
         if is_made or (path.is_dir() and not path.is_symlink()):
             continue
         place = partial / name
@@ -321,9 +346,9 @@ def keep_edited_card(build: Build, out: Path, partial: Path) -> None:
     shutil.copyfile(card, place)
 
 
-def edited_cards(out: Path) -> set[str]:
-    """Names of cards that were kept beside the model of a build."""
-    return {path.name for path in out.glob(f"{Path(CARD).name}.edited*")}
+def kept_aside(out: Path) -> set[str]:
+    """Names of cards and other files that were kept beside the model of a build."""
+    return {path.name for path in out.glob("*.edited*")}
 
 
 def free_place(folder: Path, name: str) -> Path:

@@ -58,7 +58,14 @@ def changed_files(
 
 
 def write_sums(folder: Path, names: Iterable[str], *, known: Mapping[str, str]) -> None:
-    """Write the sums of these files into `folder`; `known` holds those that were taken already."""
+    """Write the sums of these files into `folder`; `known` holds those that were taken already.
+
+    Raises:
+        StoreError: A name that cannot stand in such a list.
+    """
+    names = list(names)
+    if strange := [name for name in names if not name.isprintable()]:
+        raise StoreError(f"{strange[0]!a} is no name for a list of checksums", hint="rename that file")
     sums = {name: known.get(name) or sha256_once(folder / name) for name in names}
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
 

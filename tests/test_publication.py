@@ -11,7 +11,15 @@ import yaml
 
 from factory.artifacts import Build, DistanceProfile
 from factory.errors import StoreError, VerificationError
-from factory.layout import check_out, check_whole, edited_cards, lay_out, take_sums
+from factory.layout import (
+    accept,
+    added_since_laid_out,
+    check_out,
+    check_whole,
+    kept_aside,
+    lay_out,
+    take_sums,
+)
 from factory.place import leftovers
 from tests.forks import Ended, Forks
 from tests.hub import Hub
@@ -304,7 +312,40 @@ def test_an_edited_card_stays_with_its_build_and_is_kept_beside_another(build: P
     laid_out_again(build, build.parent / "weights", source_bytes=2)
     assert "My own words." not in card.read_text()
     assert kept.read_text() == written + "My own words.\n"
-    assert edited_cards(build) == {"README.md.edited"}
+    assert kept_aside(build) == {"README.md.edited"}
+
+
+def test_what_was_accepted_stays_when_another_build_is_laid_out(build: Path) -> None:
+    model, settings = build / "model", "generation_config.json"
+    laid_out_again(build, build.parent / "weights")
+    (model / "mine.txt").write_text("years of work")
+    (model / settings).write_text('{"do_sample": true}')
+    for _ in range(2):  # accepting again forgets nothing
+        accept(Build.read(build), build)
+    check_whole(Build.read(build), build)
+    laid_out_again(build, build.parent / "weights", source_bytes=1)
+    assert (model / "mine.txt").read_text() == "years of work"
+    assert added_since_laid_out(build) == ["model/mine.txt"]  # of another build: not published unasked
+    assert json.loads((model / settings).read_text()) != {"do_sample": True}
+    assert (build / f"{settings}.edited").read_text() == '{"do_sample": true}'
+    assert kept_aside(build) == {f"{settings}.edited"}
+    (model / "mine.txt").unlink()
+    check_whole(Build.read(build), build)
+
+
+@pytest.mark.parametrize("name", [b"two\nlines.txt", b"\x1b[2Jpaints.txt", b"\xff.txt"])
+def test_a_file_whose_name_is_no_text_is_not_accepted_and_told_in_one_line(
+    commands: Forks, build: Path, name: bytes
+) -> None:
+    (Path(os.fsdecode(os.fsencode(build / "model") + b"/" + name))).write_text("x")
+    before = (build / "SHA256SUMS").read_text()
+    refused = told(commands.run("verify", str(build), "--accept", folder=build.parent))
+    assert "is no name for a list of checksums" in refused
+    assert "\x1b" not in refused
+    assert (build / "SHA256SUMS").read_text() == before
+    assert "holds what its build did not make" in told(
+        commands.run("verify", str(build), folder=build.parent)
+    )
 
 
 def test_what_somebody_changed_on_purpose_is_published_once_they_say_so(

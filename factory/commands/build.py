@@ -221,18 +221,18 @@ def _ready(request: Request, asked: Asked, reporter: "Reporter") -> Ready:
 def _make(ready: Ready, reporter: "StageLines") -> tuple["Build", dict[str, Any]]:
     """Make one build, publish it where asked, and show what came of it: also as JSON values."""
     from factory import pipeline
-    from factory.layout import edited_cards
+    from factory.layout import kept_aside
 
     required = ready.request.options["require_healing"]
-    kept = edited_cards(ready.asked.out)
+    kept = kept_aside(ready.asked.out)
     try:
         source = pull_source(ready.asked.source, reporter) if ready.pending else ready.asked.source
         made = pipeline.build(ready.run, source, out=ready.asked.out, require_healing=required)
     finally:
         ready.run.release()
         reporter.stop()
-    for name in sorted(edited_cards(ready.asked.out) - kept):
-        remark(f"the edited card of the build that lay there is kept as {ready.asked.out / name}")
+    for name in sorted(kept_aside(ready.asked.out) - kept):
+        remark(f"what you had edited in the build that lay there is kept as {ready.asked.out / name}")
     return made, _finish(reporter.out, made, ready.asked, ready.request.options)
 
 

@@ -59,14 +59,14 @@ def verify(folder: Path, home: Path | None, accept: bool) -> None:
     The card may be edited; the weights may not, also with --accept.
     """
     from factory.artifacts import Build
-    from factory.layout import take_sums
+    from factory.layout import accept as take
     from factory.screen import console, show_verified
     from factory.store import Store, default_home
     from factory.verify import changed_in, check_all
 
     build = Build.read(build_folder(folder))
     if accept:
-        take_sums(build, folder)
+        take(build, folder)
     found = changed_in(build, folder, store=Store((home or default_home()).absolute()))
     show_verified(console(), found)
     check_all(found)
