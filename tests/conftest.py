@@ -9,7 +9,10 @@ from hypothesis import settings
 from tests.hub import Hub, running_hub
 
 # A file is one worker's, so the files that take minutes come first: the others fill what is left of the time.
-LONGEST_FIRST = ("test_kills", "test_build", "test_production", "test_spread", "test_jobs", "test_sweep")
+LONGEST_FIRST = (
+    "test_kills", "test_build", "test_production", "test_spread", "test_faults", "test_jobs", "test_heal",
+    "test_preview", "test_space_browser", "test_reproduce", "test_evaluate", "test_space", "test_sweep",
+)  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from factory.trainer import HealTrainer
 from tests.test_evaluate import questions, save_task
 from tests.test_experts import save
 from tests.tiny import rhymes, save_llama
+from tests.workers import fail_in_the_second, vanish
 
 ROOT = Path(__file__).parent.parent
 HEALING = HealSettings(
@@ -240,22 +240,10 @@ def test_each_shipped_configuration_is_one_that_accelerate_reads(case: str) -> N
     assert read.main_process_port == 0
 
 
-def fail_in_the_second(progress: Progress) -> int:
-    if processes.is_main():
-        processes.gather([0])  # waits for the other
-    raise DataError("'x' is no text", hint="give some")
-
-
 def test_an_error_in_one_process_ends_all_and_is_raised_here() -> None:
     with pytest.raises(DataError, match="'x' is no text") as raised:
         spread(fail_in_the_second, processes=2, progress=ignore)
     assert raised.value.hint == "give some"
-
-
-def vanish(progress: Progress) -> None:
-    if not processes.is_main():
-        os.kill(os.getpid(), signal.SIGKILL)
-    processes.gather([0])
 
 
 def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
@@ -264,16 +252,12 @@ def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
     assert "--processes 1" in raised.value.hint
 
 
-def write_number_and_wait(folder: Path, *, progress: Progress) -> None:
-    (folder / str(os.getpid())).touch()
-    time.sleep(100)
-
-
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
     program = (
-        "from functools import partial; from pathlib import Path; from tests import test_spread as t\n"
-        f"work = partial(t.write_number_and_wait, Path({str(tmp_path)!r}))\n"
-        "t.spread(work, processes=2, progress=t.ignore)"
+        "from functools import partial; from pathlib import Path\n"
+        "from factory.spread import spread; from tests import workers\n"
+        f"work = partial(workers.write_number_and_wait, Path({str(tmp_path)!r}))\n"
+        "spread(work, processes=2, progress=print)"
     )
     started = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
