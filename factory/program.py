@@ -54,7 +54,7 @@ def _wheel(metadata: bytes) -> bytes:
     files[f"{info}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: factory\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
-    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nfactory = factory.cli:main\n"
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nfactory = factory.__main__:main\n"
     record = [f"{name},sha256={_digest(data)},{len(data)}" for name, data in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
     made = io.BytesIO()

@@ -386,7 +386,7 @@ def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence
         table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
     out.print(table)
     for build in builds:
-        out.print(f"build  {build}", soft_wrap=True)
+        out.print(printable(f"build  {build}"), soft_wrap=True)
 
 
 def show_verified(out: Console, found: Sequence[Verified]) -> None:

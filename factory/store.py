@@ -200,7 +200,7 @@ class Store:
         """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
         place = str(build.resolve())
         root = {"build": place, "keys": sorted(keys.values())}
-        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
         roots = self.home / "builds"
         with writing(roots):
             roots.mkdir(parents=True, exist_ok=True)

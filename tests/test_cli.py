@@ -69,6 +69,21 @@ def test_output_that_finds_no_room_is_an_error_however_little_is_missing(
     assert hint.startswith("hint: ")
 
 
+def test_ctrl_c_while_the_command_line_is_loaded_is_no_traceback() -> None:
+    program = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from factory.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 def test_a_closed_output_is_no_place_for_the_next_file(tmp_path: Path) -> None:
     program = """
 import atexit, os, pathlib, sys

@@ -1,9 +1,11 @@
 """Numbers and verdicts read as people write them."""
 
+from pathlib import Path
+
 import pytest
 
 from factory.disk import size
-from factory.screen import console, count, duration, printable, result_table, verdict
+from factory.screen import console, count, duration, printable, result_table, show_stages, verdict
 from tests.test_card import a_comparison, chat_with_other_licence, healing_discarded
 
 
@@ -45,6 +47,11 @@ def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> No
     assert last["MMLU, 5-shot acc (chance 25.0%)"] == "-4.5% (-5.9% to -3.2%)"
     assert last["BoolQ, 0-shot acc (chance 50.0%)"] == "≈ -1.1% (-2.4% to +0.3%)"
     assert "memory, at its peak" in last
+
+
+def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    show_stages(console(), [], [Path("mine\nbuild  /not/there\x1b[2J")])
+    assert capsys.readouterr().out.splitlines()[-1] == "build  minebuild  /not/there[2J"
 
 
 def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:

@@ -269,6 +269,16 @@ def test_builds_into_one_folder_take_turns_whatever_their_stores(tmp_path: Path)
     assert list((tmp_path / "builds").iterdir()) == []  # the lock went with the last of them
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"\xff\xfe"])
+def test_a_build_can_lie_in_a_folder_whose_name_is_no_text(tmp_path: Path, name: bytes) -> None:
+    build = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    build.mkdir()
+    (build / "build.json").write_text("{}")
+    store = Store(tmp_path / "home")
+    store.register(build, {})
+    assert store.builds() == [build]
+
+
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     used, unused = (replace(store.make(spec(n=n), write_hello), in_use=None) for n in (1, 2))

@@ -135,7 +135,7 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
     entry_points = zipfile.ZipFile(wheel).read(
         next(name for name in names if name.endswith("entry_points.txt"))
     )
-    assert b"hf-factory = factory.cli:main" in entry_points
+    assert b"hf-factory = factory.__main__:main" in entry_points
 
 
 def test_the_embedded_model_is_small() -> None:

@@ -1,6 +1,7 @@
 """What a job is given: the build file that it reads, and the files of this machine that this names."""
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
 
 def _place(path: Path) -> str:
     """Tells local paths of one name apart."""
-    return f"{LOCAL}/{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    return f"{LOCAL}/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
 
 
 def _inside(path: Path) -> Iterator[tuple[str, Path]]:
