@@ -312,7 +312,8 @@ def test_a_push_with_a_fault_publishes_everything_or_nothing_and_goes_on(
     assert outcome.num_commits == 1
 
 
-SMALL_DISK = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=100k none "$0" && exec "$@"')
+# Its bytes are enough, so nothing can be told before; its files are too few.
+SMALL_DISK = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1g,nr_inodes=20 none "$0" && exec "$@"')
 
 
 def can_mount() -> bool:

@@ -185,7 +185,8 @@ def test_a_job_that_runs_out_of_time_is_resumed_by_the_next_one_and_publishes(
         assert f"= {stage}" in log
     assert "✓ heal" in log
     # The last one need not have gone up whole; from the start, the first copy would be of step 5 alone.
-    assert max(copies(rich)[len(before)]) >= max(before[-2]) > 5
+    # There is none where what was left took less time than lies between two copies.
+    assert all(max(steps) >= max(before[-2]) > 5 for steps in copies(rich)[len(before) :])
     assert "config.json" in rich.files("alice/smaller")
     assert rich.repository("alice/smaller").private
 
