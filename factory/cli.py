@@ -1,6 +1,7 @@
 """The command line: its commands, and the one place where errors become lines and exit codes."""
 
 import io
+import logging
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from factory.commands.jobs import jobs_group
 from factory.commands.options import CONTEXT
 from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
-from factory.disk import no_room
+from factory.disk import READ_ONLY, no_room
 from factory.errors import FactoryError, UsageError
 from factory.memory import no_memory
 
@@ -54,6 +55,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend need not exist here
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
     _settle_streams()
     try:
@@ -70,6 +73,11 @@ def main() -> None:
     except Exception as error:  # libraries wrap a full disk or memory in errors of their own
         if full := no_memory(error):
             _fail(full, "the same command goes on from here where more is free", code=1)
+        if isinstance(error, OSError) and error.errno in READ_ONLY and error.filename:
+            place = os.fsdecode(error.filename)
+            _fail(
+                f"{place}: {error.strerror}", "make it yours to read and write, or give another place", code=1
+            )
         if (reason := no_room(error)) is None:
             raise
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from factory.errors import DiskSpaceError
 
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

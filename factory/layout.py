@@ -18,7 +18,7 @@ from factory.config import BuildConfig, build_name
 from factory.durable import write_atomically
 from factory.errors import StoreError, VerificationError
 from factory.libraries import installed_libraries
-from factory.place import MARK, begin, beside, check_beside, is_build, swap
+from factory.place import MARK, begin, beside, check_beside, is_build, is_writable, swap
 from factory.references import local_path
 from factory.sums import SUMS, changed_files, forget, read_sums, sha256_once, visible_files, write_sums
 
@@ -126,12 +126,12 @@ def check_out(out: Path) -> None:
     try:  # it is laid out beside itself
         with suppress(FileNotFoundError, NotADirectoryError):
             beside(out)[0].lstat()
-        above = next((path for path in out.parents if path.exists()), out)
+        writable = is_writable(out)
     except OSError as error:
         raise StoreError(
             f"cannot write a build to {out}: {error.strerror}", hint="give another folder with --out"
         ) from error
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if not writable:
         raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
     check_beside(out)
     is_empty = out.is_dir() and not any(out.iterdir())

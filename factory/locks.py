@@ -11,6 +11,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from factory.disk import READ_ONLY
 from factory.errors import StoreError
 
 try:
@@ -20,7 +21,6 @@ except ImportError:  # Windows: there age alone keeps `factory gc` from stages i
 
 LIFE_SECONDS = 10.0  # between two signs of life of a holder
 PATIENCE_SECONDS = 600.0  # without a sign of life; a stopped process or a dead machine gives none
-READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 HOME = "--home or FACTORY_HOME"
 

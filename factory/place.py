@@ -48,6 +48,13 @@ def leftovers(build: Path) -> list[Path]:
     return [folder for folder in beside(build) if is_ours(folder)]
 
 
+def is_writable(out: Path) -> bool:
+    """Whether a folder can be put there: what is above it and what lies there may be written."""
+    above = next((path for path in out.parents if path.exists()), out)
+    places = (above, out) if out.is_dir() else (above,)
+    return above.is_dir() and all(os.access(place, os.W_OK | os.X_OK) for place in places)
+
+
 def is_build(folder: Path) -> bool:
     """Whether a folder holds what every build has."""
     return all((folder / name).exists() for name in (Build.file_name, DistanceProfile.file_name, "model"))

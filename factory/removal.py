@@ -10,7 +10,7 @@ from factory.disk import check_room, demands
 from factory.durable import sync_files
 from factory.errors import StoreError
 from factory.hub import cache_demand
-from factory.place import begin, check_beside, discard, swap
+from factory.place import begin, check_beside, discard, is_writable, swap
 from factory.prune import Thoroughness, prune
 
 LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
@@ -28,9 +28,8 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
         StoreError: `out` holds something else, or is no place to write to.
     """
     out = out.resolve()
-    above = next((path for path in out.parents if path.exists()), out)
     too_long = len(os.fsencode(out.name)) > LONGEST_NAME
-    if out == Path(out.anchor) or too_long or not above.is_dir() or not os.access(above, os.W_OK):
+    if out == Path(out.anchor) or too_long or not is_writable(out):
         raise StoreError(f"cannot write a model to {out}", hint="give another folder with --out")
     if source.repo_id is None and source.folder:
         theirs, ours = source.folder.resolve(), out.resolve()

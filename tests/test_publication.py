@@ -333,6 +333,20 @@ def test_what_was_accepted_stays_when_another_build_is_laid_out(build: Path) -> 
     check_whole(Build.read(build), build)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_build_that_somebody_else_owns_is_told_in_one_line(commands: Forks, build: Path) -> None:
+    for folder in (build, build / "model"):
+        folder.chmod(0o555)
+    try:
+        with pytest.raises(StoreError, match="cannot write a build to"):
+            check_out(build)
+        for command in (("card", str(build)), ("verify", str(build), "--accept")):
+            assert "Permission denied" in told(commands.run(*command, folder=build.parent))
+    finally:
+        for folder in (build, build / "model"):
+            folder.chmod(0o755)
+
+
 @pytest.mark.parametrize("name", [b"two\nlines.txt", b"\x1b[2Jpaints.txt", b"\xff.txt"])
 def test_a_file_whose_name_is_no_text_is_not_accepted_and_told_in_one_line(
     commands: Forks, build: Path, name: bytes
