@@ -101,7 +101,11 @@ def _settle_streams() -> None:
 
 
 def _check_environment() -> None:
-    """Refuse what huggingface_hub could not be imported with; it reads these as whole numbers."""
+    """Refuse to begin in a folder that is gone, and what huggingface_hub could not be imported with."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that you are in is gone", hint="`cd` to another one") from error
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         value = os.environ.get(name)
         try:

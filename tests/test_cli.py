@@ -84,6 +84,16 @@ main()
     assert (done.returncode, done.stderr) == (130, b"")
 
 
+def test_a_current_folder_that_is_gone_is_told_in_one_line(tmp_path: Path) -> None:
+    command = f"rmdir \"$PWD\"; exec '{sys.executable}' -m factory build demo --drop 0.3 --dry-run"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path / "gone", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: the folder that you are in is gone\nhint: `cd` to another one\n"
+
+
 def test_a_closed_output_is_no_place_for_the_next_file(tmp_path: Path) -> None:
     program = """
 import atexit, os, pathlib, sys
