@@ -54,7 +54,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             wanted = which == "all-linear" or not _mixes_tokens(name)
-            routes = name.split(".")[-1] == "gate" or "router" in name.split(".")
+            routes = not {"gate", "router"}.isdisjoint(name.split("."))  # also "mlp.gate.wg", in Hunyuan
             if isinstance(module, torch.nn.Linear | Conv1D) and wanted and not routes:
                 names.add(name)
     if not names and not experts:

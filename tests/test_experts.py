@@ -118,6 +118,13 @@ def test_experts_that_follow_transformers_own_interface_are_adapted(model_type: 
     assert targets.left_out == []
 
 
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_moe", "mixtral", "qwen3_moe"])
+def test_routers_stay_as_they_are(model_type: str) -> None:
+    targets = find_targets(on_meta(config_of(model_type)), "all-linear")
+    assert targets.modules
+    assert not [name for name in targets.modules if "gate" in name.split(".")]
+
+
 LLAMA4 = ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"]
 
 
