@@ -256,6 +256,7 @@ def test_a_gpu_that_is_not_lent_leaves_the_page_as_it_was(models: tuple[Any, Any
         ("{{ 'xy' * 2**20 }}", "makes 2,097,152 characters"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for i in [1] %}" * 25 + "{% endfor %}" * 25, "SyntaxError: too many statically nested blocks"),
     ],
 )
 def test_a_template_that_is_no_good_fails_alone_and_within_its_bounds(

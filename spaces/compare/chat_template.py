@@ -19,8 +19,11 @@ SECONDS = 2  # of the processor, a rendering; real templates take thousandths of
 MEMORY_BYTES = 2**28  # beyond what the process needs for itself
 MOST_CHARACTERS = 2**20  # far more than any prompt that is not cut
 
-# What a template can raise beside jinja2's own.
-FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+# What a template can raise beside jinja2's own; the Python that jinja2 makes of it can be no Python.
+FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 _lock = Lock()
 _worker: tuple[int, subprocess.Popen[str]] | None = None  # and the process that it belongs to
