@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from factory.decoder import decoder_layers
+from factory.decoder_proof import find_layers
 from factory.trainer import HealTrainer
 from factory.trial import Call, bypassed, record_forms
 
@@ -110,7 +111,7 @@ class DistillTrainer(HealTrainer):
             states.append(output.last_hidden_state)
 
         with ExitStack() as hooks:
-            after = self.causal.get_decoder().register_forward_hook(keep_output)
+            after = backbone_of(self.causal).register_forward_hook(keep_output)
             hooks.callback(after.remove)
             for index in watched:
                 handle = self.layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
@@ -134,12 +135,25 @@ def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (error / teacher.float().square().sum(dim=-1)).sum()
 
 
+def backbone_of(causal: Any) -> Any:
+    """The module that makes the last states, below the head.
+
+    That is transformers' `get_decoder`; where it gives the whole model (Llama 4) or the output embeddings
+    (ModernBERT's decoder), it is what holds the layers.
+    """
+    found = causal.get_decoder()
+    name, layers = find_layers(causal)
+    if found is not causal and any(module is layers for module in found.modules()):
+        return found
+    return causal.get_submodule(name.rpartition(".")[0])
+
+
 @contextmanager
 def head_of(
     causal: Any, output_class: Any, autocast: Callable[[], Any]
 ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """A function from last states [n, d] to logits [n, v], by the model's own way: some cap them."""
-    backbone = causal.get_decoder()
+    backbone = backbone_of(causal)
     own = backbone.__dict__.get("forward")
     given: list[torch.Tensor] = []
     backbone.forward = lambda *_args, **_kwargs: output_class(last_hidden_state=given.pop())

@@ -324,6 +324,7 @@ def _trainer(
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
+        router_aux_loss_coef=0.0,  # routers stay as they are, and the loss is of next tokens alone
         packing=student.packs,
         packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
         max_length=settings.sequence_length,

@@ -21,6 +21,9 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
 GUARD = "guard.json"  # beside the adapter: the sequences that it was not trained on
 
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+TOKEN_MIXERS = ("att", "mixer", "mamba", "conv", "temporal", "lstm")  # in names of modules
+
 Modules = Literal["ffn", "all-linear"]
 
 
@@ -54,7 +57,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
             wanted = which == "all-linear" or not _mixes_tokens(name)
-            routes = not {"gate", "router"}.isdisjoint(name.split("."))  # also "mlp.gate.wg", in Hunyuan
+            routes = not ROUTERS.isdisjoint(name.split("."))  # also "mlp.gate.wg", in Hunyuan
             if isinstance(module, torch.nn.Linear | Conv1D) and wanted and not routes:
                 names.add(name)
     if not names and not experts:
@@ -67,7 +70,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
 
 def _mixes_tokens(name: str) -> bool:
     """Whether a module belongs to attention or to what stands in its place."""
-    return any("att" in part.lower() or "mixer" in part.lower() for part in name.split("."))
+    return any(mixer in name.lower() for mixer in TOKEN_MIXERS)
 
 
 def check_targets(config: dict[str, Any], which: Modules) -> None:

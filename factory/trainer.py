@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from factory import processes
 from factory.watch import rises
 
 PASSES = 2**20  # more than a step can have
+TRIED = 32  # tokens that TRL's head and the model's own are compared on
+CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats a token
 
 
 class HealTrainer(SFTTrainer):  # type: ignore[misc]
@@ -18,6 +21,47 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 
     step, passes = -1, 0  # where in training this process is, and its passes in that step
     control: Any
+    fuses: bool | None = None  # whether TRL's head computes what the model's own does; None: not tried yet
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of next tokens by TRL's head, which makes no logits, or by the model's own.
+
+        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of BERT
+        and its like, nor of decoders that cap their logits by another name than Gemma 2's (RecurrentGemma,
+        xLSTM).
+        """
+        if self.fuses is None:
+            self.fuses = self._head_can_be_fused(model, inputs["input_ids"])
+        if self.fuses:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**rest | {"use_cache": False})
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+        num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(num_tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _head_can_be_fused(self, model: Any, input_ids: torch.Tensor) -> bool:
+        trains = model.training
+        model.eval()
+        tokens = input_ids[:1, :TRIED]
+        try:
+            with self.accelerator.autocast():
+                fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        except (AttributeError, RuntimeError, TypeError):  # no backbone is found, or a head of another width
+            return False
+        finally:
+            model.train(trains)
+        far = abs(float(fused - cross_entropy(logits.float(), tokens[0, 1:])))
+        return far <= (CLOSE if logits.dtype == torch.float32 else CLOSE_16_BITS)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Seed each pass by its place in the whole batch, which is dealt out to the processes by turns."""

@@ -118,11 +118,17 @@ def test_experts_that_follow_transformers_own_interface_are_adapted(model_type: 
     assert targets.left_out == []
 
 
-@pytest.mark.parametrize("model_type", ["hunyuan_v1_moe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_moe", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_routers_stay_as_they_are(model_type: str) -> None:
     targets = find_targets(on_meta(config_of(model_type)), "all-linear")
     assert targets.modules
-    assert not [name for name in targets.modules if "gate" in name.split(".")]
+    assert not [name for name in targets.modules if {"gate", "shared_expert_gate"} & set(name.split("."))]
+
+
+def test_what_stands_in_the_place_of_attention_is_no_feed_forward_module() -> None:
+    config = on_meta(config_of("granitemoehybrid"))
+    assert any("mamba" in name for name in find_targets(config, "all-linear").modules)
+    assert not any("mamba" in name for name in find_targets(config, "ffn").modules)
 
 
 LLAMA4 = ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"]
