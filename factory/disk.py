@@ -64,10 +64,10 @@ def demands(wanted: Sequence[tuple[Path, str, int]]) -> tuple[Demand, ...]:
     """
     found: dict[int, Demand] = {}
     for folder, option, needed in wanted:
+        if found and not needed:
+            continue  # it need not even be readable
         there = existing(folder)
         device = there.stat().st_dev
-        if found and not needed:
-            continue
         first = found.get(device) or Demand(str(folder), option, 0, shutil.disk_usage(there).free)
         found[device] = replace(first, needed=first.needed + needed)
     return tuple(found.values())

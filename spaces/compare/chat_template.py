@@ -48,7 +48,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             line = worker.stdout.readline() if worker.stdout else ""
         except BrokenPipeError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # ended, maybe in the middle of its answer
             worker.kill()
             worker.wait()
             raise TemplateError(f"its chat template takes over {SECONDS} s, or {MEMORY_BYTES // 2**20} MB")
