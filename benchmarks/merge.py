@@ -50,7 +50,8 @@ def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
     """Merge in this process: seconds, and the peak resident memory since it started."""
     pruned = Checkpoint(folder=source, num_layers=1, num_parameters=1, size_bytes=1, files={})
     start = time.perf_counter()
-    merge.merge(pruned, Adapter.model_construct(folder=adapter, quantization="none"), folder=target)
+    trained = Adapter.model_construct(folder=adapter, quantization="none", num_steps=1, experts=())
+    merge.merge(pruned, trained, folder=target)
     returned = time.perf_counter() - start
     sync_files(target)
     synced = time.perf_counter() - start
