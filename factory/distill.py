@@ -74,9 +74,7 @@ class DistillTrainer(HealTrainer):
             loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
         for index, call in seams.items():
             loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
-        loss = loss / (targets.sum() if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
+        loss = self._a_token(loss, targets.sum(), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()

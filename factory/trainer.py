@@ -41,11 +41,16 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         outputs = model(**rest | {"use_cache": False})
         logits = outputs.logits[:, :-1].flatten(0, 1).float()
         loss = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        num_tokens = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(num_tokens).clamp(min=1)
+        loss = self._a_token(loss, (labels != -100).sum(), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _a_token(self, nats: torch.Tensor, num_tokens: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """A pass's share of the loss of its step, from the sum over its tokens."""
+        total = num_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = nats / torch.as_tensor(total).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     @torch.no_grad()
     def _head_can_be_fused(self, model: Any, input_ids: torch.Tensor) -> bool:
