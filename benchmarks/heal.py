@@ -22,9 +22,10 @@ from factory.commands.options import Layers
 from factory.config import HealSettings
 from factory.heal import heal
 from factory.merge import merge
-from factory.models import load_model, load_tokenizer, token_loss
+from factory.models import load_model, token_loss
 from factory.prune import prune
-from factory.texts import Text, open_text, windows
+from factory.texts import Text, open_text
+from factory.tokenizer import load_encoder
 
 WARMUP_SHARE = 0.1
 BATCH = 32  # sequences evaluated at once
@@ -37,9 +38,9 @@ RECIPES = (
 
 def loss_of(folder: Path, text: Text, *, length: int) -> float:
     """Token loss of the checkpoint in a folder over a whole text in pieces of at most `length`, in nats."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    documents = (tokenizer(document).input_ids for document in text.documents())
-    pieces = [piece for tokens in documents for piece in windows(tokens, length=length)]
+    model, encoder = load_model(folder), load_encoder(folder)
+    documents = encoder.encode(list(text.documents()))
+    pieces = [piece for tokens in documents for piece in encoder.windows(tokens, length=length)]
     return token_loss(model, pieces, batch_size=BATCH)
 
 

@@ -33,9 +33,10 @@ from factory.gpus import peak_flops
 from factory.heal import begin
 from factory.heal_text import data_sets
 from factory.lora import find_targets
-from factory.models import device_name, load_tokenizer, matrix_weights
+from factory.models import device_name, matrix_weights
 from factory.references import DEMO_MODEL
 from factory.texts import open_text
+from factory.tokenizer import load_encoder
 
 WARM_STEPS = 2  # of every run, not timed
 LAST = 5  # steps whose mean loss is shown
@@ -151,14 +152,15 @@ def main() -> None:
         dropout=options.dropout,
         modules=options.modules,
     )
-    tokenizer = load_tokenizer(DEMO_MODEL)
+    encoder = load_encoder(DEMO_MODEL)
+    tokenizer = encoder.tokenizer
     print(
         f"{options.shape}, layers {dropped[0]}–{dropped[-1]} dropped, NF4; torch {torch.__version__}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as scratch:
         text = open_text("stdlib:train", split="train")
-        texts = data_sets(text, tokenizer, settings=settings, seed=0, folder=Path(scratch))
+        texts = data_sets(text, encoder, settings=settings, seed=0, folder=Path(scratch))
         texts = (texts[0].select(range(1)), texts[1])
         for way in options.ways.split(","):
             name, _, batch = way.partition(":")

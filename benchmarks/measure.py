@@ -35,11 +35,11 @@ from factory.models import (
     device_name,
     fuse_norms,
     load_model,
-    load_tokenizer,
     matrix_weights,
     pad_batch,
 )
 from factory.texts import open_text
+from factory.tokenizer import load_encoder
 
 PAPER_SAMPLES = 10_000  # arXiv 2403.17887, section 3.2
 PRUNEME_SAMPLES = 4_000  # its run_layer_similarity.sh
@@ -340,13 +340,13 @@ def load(options: argparse.Namespace) -> tuple[Any, int, Callable[[int], list[Sa
         config = SHAPES[options.shape]
         take = partial(random_samples, length=length, vocab_size=config.vocab_size)
         return random_model(config, four_bit=options.four_bit), 0, take
-    tokenizer = load_tokenizer(options.model)
+    encoder = load_encoder(options.model)
     text, settings = open_text(options.data, split="train"), MeasureSettings(sequence_length=length)
 
     def read(count: int) -> list[Sample]:
-        return list(islice(take_samples(text, tokenizer, settings=settings, seed=0), count))
+        return list(islice(take_samples(text, encoder, settings=settings, seed=0), count))
 
-    return load_model(options.model, four_bit=options.four_bit), tokenizer.pad_token_id, read
+    return load_model(options.model, four_bit=options.four_bit), encoder.pad_token_id, read
 
 
 def cap(gigabytes: float) -> None:

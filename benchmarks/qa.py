@@ -22,8 +22,9 @@ from factory.config import EvaluateSettings
 from factory.findings import recovery
 from factory.harness import score_task
 from factory.markdown import number, p_value, percent, signed, with_error
-from factory.models import load_model, load_tokenizer
+from factory.models import load_model
 from factory.significance import compare_answers, read_answers, write_answers
+from factory.tokenizer import load_tokenizer
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
 SHOTS = {"mmlu": 5, "boolq": 0, "blimp": 0}

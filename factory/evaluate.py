@@ -15,9 +15,10 @@ from factory.artifacts import Evaluation, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
 from factory.harness import load_tasks, score_task, vllm_model
-from factory.models import compute_dtype, load_model, load_tokenizer, pad_batch, row_losses
+from factory.models import compute_dtype, load_model, pad_batch, row_losses
 from factory.significance import read_answers, read_losses, write_answers, write_losses
-from factory.texts import Text, windows
+from factory.texts import Text
+from factory.tokenizer import Encoder, load_encoder
 
 LOSS_BATCH_SIZE = 4
 ORDER = 0  # the same for every model and build: only then can losses be compared
@@ -45,8 +46,8 @@ def evaluate(
     with processes.main_first():
         load_tasks(settings)  # what can fail for want of a connection comes before the work
     model = load_model(folder)
-    tokenizer = load_tokenizer(folder)
-    loss = token_loss(model, tokenizer, text, settings=settings, into=into, progress=progress)
+    encoder = load_encoder(folder)
+    loss = token_loss(model, encoder, text, settings=settings, into=into, progress=progress)
     scores = []
     if settings.backend == "vllm" and any(read_answers(into, n) is None for n in range(len(settings.tasks))):
         model = None
@@ -56,7 +57,7 @@ def evaluate(
     for number, task in enumerate(settings.tasks):
         answered = read_answers(into, number)
         if answered is None:
-            answered = score_task(model, tokenizer, task, settings=settings, progress=progress)
+            answered = score_task(model, encoder.tokenizer, task, settings=settings, progress=progress)
             if processes.is_main():
                 write_answers(into, number, *answered)
         scores.append(answered[0])
@@ -75,7 +76,7 @@ def evaluate(
 @torch.inference_mode()
 def token_loss(
     model: Any,
-    tokenizer: Any,
+    encoder: Encoder,
     text: Text,
     *,
     settings: EvaluateSettings,
@@ -84,16 +85,17 @@ def token_loss(
 ) -> TokenLoss:
     """Mean next-token loss in nats over fixed windows of the first documents in a fixed shuffled order.
 
-    The standard error is that of a ratio over documents, since tokens of one document are not
-    independent.
+    Each window begins with what the tokenizer puts in front of a text, which is not predicted. The
+    standard error is that of a ratio over documents, since tokens of one document are not independent.
     """
     kept = read_losses(into)  # of a run that was cut short; a document too short for a loss counts as 0, 0
     documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
     while some := list(islice(documents, KEPT_EVERY * processes.count())):
         mine = []
         for document in processes.share(some):
-            pieces = list(windows(tokenizer(document).input_ids, length=settings.sequence_length))
-            mine.append(_document_loss(model, pieces, pad_token_id=tokenizer.pad_token_id))
+            (ids,) = encoder.encode([document])
+            pieces = list(encoder.windows(ids, length=settings.sequence_length))
+            mine.append(_document_loss(model, pieces, encoder))
             done = len(kept) + processes.count() * len(mine)
             progress(min(done, settings.num_documents), settings.num_documents, "loss")
         kept += processes.gather(mine)
@@ -120,11 +122,12 @@ def token_loss(
     )
 
 
-def _document_loss(model: Any, pieces: list[list[int]], *, pad_token_id: int) -> tuple[int, float]:
+def _document_loss(model: Any, pieces: list[list[int]], encoder: Encoder) -> tuple[int, float]:
     total, count = 0.0, 0
     for start in range(0, len(pieces), LOSS_BATCH_SIZE):
-        ids, mask = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=pad_token_id)
-        counts, nats = row_losses(model, ids.to(model.device), mask.to(model.device))
+        batch = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=encoder.pad_token_id)
+        ids, mask = (tensor.to(model.device) for tensor in batch)
+        counts, nats = row_losses(model, ids, mask, num_given=encoder.num_given)
         count += int(counts.sum())
         total = sum(nats.tolist(), total)
     return count, total

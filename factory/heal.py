@@ -40,8 +40,9 @@ from factory.lora import (
     save_adapter,
 )
 from factory.micro_batch import fit_micro_batch
-from factory.models import best_device, fuse_norms, load_model, load_tokenizer, matrix_weights
+from factory.models import best_device, fuse_norms, load_model, matrix_weights
 from factory.texts import Text
+from factory.tokenizer import load_encoder
 from factory.tracking import NOWHERE, Tracking
 from factory.trainer import HealTrainer
 from factory.watch import DivergedError, EarlyStop, Progress, Slower, Told
@@ -100,12 +101,12 @@ def heal(
         UnsupportedArchitectureError: No modules that LoRA can adapt.
     """
     set_seed(seed)
-    tokenizer = load_tokenizer(pruned.folder)
+    encoder = load_encoder(pruned.folder)
     with processes.main_first():
-        guard, train = data_sets(text, tokenizer, settings=settings, seed=seed, folder=folder)
+        guard, train = data_sets(text, encoder, settings=settings, seed=seed, folder=folder)
     start = partial(
         begin,
-        tokenizer=tokenizer,
+        tokenizer=encoder.tokenizer,
         texts=(guard, train),
         dropped=dropped,
         settings=settings,

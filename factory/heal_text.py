@@ -4,14 +4,14 @@ import shutil
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, List, Value, disable_progress_bars
 
 from factory import processes
 from factory.config import HealSettings
 from factory.errors import DataError
-from factory.texts import Text, windows
+from factory.texts import Text
+from factory.tokenizer import Encoder
 
 disable_progress_bars()
 
@@ -21,7 +21,7 @@ DOCUMENTS = 64  # tokenised at once
 
 
 def data_sets(
-    text: Text, tokenizer: Any, *, settings: HealSettings, seed: int, folder: Path
+    text: Text, encoder: Encoder, *, settings: HealSettings, seed: int, folder: Path
 ) -> tuple[Dataset, Dataset]:
     """Guard and training sequences, tokenised. Training stops taking text at its token budget.
 
@@ -32,7 +32,7 @@ def data_sets(
         DataError: Too little text.
     """
     budget = settings.num_steps * settings.batch_size * settings.sequence_length
-    documents = _documents(text, tokenizer, length=settings.sequence_length, seed=seed)
+    documents = _documents(text, encoder, length=settings.sequence_length, seed=seed)
     guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
     guard = take_guard(documents, num_tokens=guard_tokens)
     sequences = chain.from_iterable(documents)
@@ -69,13 +69,12 @@ def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list
     return guard
 
 
-def _documents(text: Text, tokenizer: Any, *, length: int, seed: int) -> Iterator[list[list[int]]]:
-    """Each document as its sequences, the end token behind the last."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Iterator[list[list[int]]]:
+    """Each document as its sequences, with one end token behind the last."""
     documents = text.shuffled(seed)
     while some := list(islice(documents, DOCUMENTS)):
-        for tokens in tokenizer(some).input_ids:
-            yield list(windows(tokens + end, length=length))
+        for tokens in encoder.encode(some):
+            yield list(encoder.windows([*tokens, *encoder.end], length=length))
 
 
 def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:

@@ -16,8 +16,9 @@ from factory.artifacts import DistanceProfile, Source
 from factory.config import MeasureSettings
 from factory.decoder import decoder_layers
 from factory.errors import DataError, ModelError
-from factory.models import fuse_norms, load_model, load_tokenizer, pad_batch
+from factory.models import fuse_norms, load_model, pad_batch
 from factory.texts import Text
+from factory.tokenizer import Encoder, load_encoder
 
 FIRST_BATCH_SIZE = 16  # sequences of full length; halved until it fits
 CHUNK = 64  # samples between two looks at whether the choice is certain
@@ -57,18 +58,18 @@ def measure(
         DataError: Fewer documents than asked, or fewer than 2.
         ModelError: A state is not finite; says the layer and the sample.
     """
-    tokenizer = load_tokenizer(source.local_folder)
+    encoder = load_encoder(source.local_folder)
     model = load_model(source.local_folder, four_bit=settings.four_bit)
     fuse_norms(model)
     sums = Sums.resume(folder, num_layers=source.num_layers, block_sizes=block_sizes)
     most = settings.num_samples or settings.max_samples
-    samples = islice(take_samples(text, tokenizer, settings=settings, seed=seed), sums.count, most)
+    samples = islice(take_samples(text, encoder, settings=settings, seed=seed), sums.count, most)
     run = find_executable_batch_size(
         lambda batch_size, chunk: list(
             measure_batches(
                 model,
                 chunk,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=encoder.pad_token_id,
                 max_tokens=batch_size * settings.sequence_length,
                 all_tokens=settings.tokens == "all",
             )
@@ -89,11 +90,11 @@ def measure(
     return sums.profile(source, text, settings=settings)
 
 
-def take_samples(text: Text, tokenizer: Any, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
+def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
     """Numbered token lists of the documents in shuffled order, cut to the sequence length."""
     number = 0
     for document in text.shuffled(seed):
-        tokens = tokenizer(document, truncation=True, max_length=settings.sequence_length).input_ids
+        tokens = encoder.beginning(document, length=settings.sequence_length)
         if len(tokens) > 1:
             yield number, tokens
             number += 1

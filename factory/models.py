@@ -1,4 +1,4 @@
-"""A checkpoint in memory: device, dtype, tokenizer, padded batches."""
+"""A checkpoint in memory: device, dtype, padded batches and their losses."""
 
 import logging
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advise
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory.errors import ModelError
-from factory.tokenizer_bounds import check_tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -217,29 +216,6 @@ def _agree(norm: Any, fused: Any, *, like: torch.Tensor) -> bool:
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer; where it has no padding token, its end token serves (padding is masked).
-
-    Raises:
-        ModelError: No tokenizer, a damaged one, or one that would make so much of a text that no memory
-            holds it.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # all that tokenizers raises for a damaged file is a plain one
-        known = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-        if type(error) is not Exception and not isinstance(error, known):
-            raise
-        raise ModelError(
-            f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="give a model with a whole tokenizer",
-        ) from error
-    check_tokenizer(tokenizer, name=str(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
 def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-pad token lists to one batch: ids and attention mask, both [b, s]."""
     longest = max(len(sequence) for sequence in sequences)
@@ -251,15 +227,19 @@ def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.T
     return ids, mask
 
 
-def row_losses(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def row_losses(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, *, num_given: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted tokens and summed next-token loss in nats of each row: two of [b] in float64.
 
     Args:
         ids: [b, s], right-padded, on the model's device.
         mask: [b, s], 1 on real tokens.
+        num_given: Tokens at the start of each row that are not predicted.
     """
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [b, s, v]
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    targets[:, : num_given - 1] = -100
     nats = [  # a row at a time: fp32 is large
         torch.nn.functional.cross_entropy(row.float(), target, reduction="sum")
         for row, target in zip(logits[:, :-1], targets.to(logits.device), strict=True)

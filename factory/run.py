@@ -7,23 +7,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from factory.artifacts import Artifact, Checkpoint, DataSource
+from factory.artifacts import Artifact, Checkpoint, DataSource, Source
 from factory.config import BuildConfig
 from factory.durable import sync_files, write_atomically
 from factory.store import StageSpec, Store, damage
 from factory.texts import Text, check_text, keep_apart, open_text
+from factory.tokenizer import added_without_row, check_texts_for
 from factory.tracking import NOWHERE, Tracking
 
 # Raised when a stage's code gives other results for the same input; part of its key.
 VERSIONS = {
-    "measure": 3,
+    "measure": 4,
     "plan": 2,
-    "search": 2,
-    "compare": 2,
+    "search": 3,
+    "compare": 3,
     "prune": 1,
-    "heal": 8,
+    "heal": 9,
     "merge": 3,
-    "evaluate": 4,
+    "evaluate": 5,
     "speed": 2,
 }
 
@@ -206,6 +207,20 @@ def open_texts(
         ),
     )
     return Texts(calibration, healing, evaluation)
+
+
+def check_tokens(source: Source, texts: Texts) -> None:
+    """Look in the local texts for tokens that the source's tokenizer has and its embedding lacks.
+
+    Costs nothing for a tokenizer without such tokens. A text on the Hub is checked as it is read.
+
+    Raises:
+        ModelError: Names the token.
+    """
+    added = added_without_row(source.local_folder, vocab_size=source.vocab_size)
+    for text in (texts.calibration, texts.healing, texts.evaluation):
+        if added and not text.data.hub_id:
+            check_texts_for(added, text.documents(), vocab_size=source.vocab_size)
 
 
 def check_texts(texts: Texts) -> None:

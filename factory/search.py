@@ -13,8 +13,9 @@ from factory.artifacts import CutLoss, CutLosses, DistanceProfile, PruningPlan, 
 from factory.config import PlanSettings
 from factory.decoder import may_drop
 from factory.errors import DataError, ModelError
-from factory.models import load_model, load_tokenizer
+from factory.models import load_model
 from factory.texts import Text
+from factory.tokenizer import Encoder, load_encoder
 from factory.trial import Layers, Trial, mean_loss
 
 FIRST_BATCH_SIZE = 8
@@ -49,14 +50,14 @@ def search(
             hands on more than its states.
     """
     model = load_model(source.local_folder, four_bit=four_bit)
-    tokenizer = load_tokenizer(source.local_folder)
-    sequences = take_sequences(text, tokenizer, settings=settings, seed=seed, half=SEARCH)
+    encoder = load_encoder(source.local_folder)
+    sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=SEARCH)
 
     def allowed(layers: Layers) -> bool:
         return may_drop(source.config, layers)
 
     def run(batch_size: int) -> tuple[list[int], Trial]:
-        trial = Trial(model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
+        trial = _trial(model, sequences, encoder, batch_size=batch_size)
         trial.check()
         if settings.criterion == "greedy":
             order = search_greedily(
@@ -98,11 +99,11 @@ def compare(
 ) -> CutLosses:
     """Unhealed loss of several cuts on the same documents, none of which a search has seen."""
     model = load_model(source.local_folder, four_bit=four_bit)
-    tokenizer = load_tokenizer(source.local_folder)
-    sequences = take_sequences(text, tokenizer, settings=settings, seed=seed, half=COMPARE)
+    encoder = load_encoder(source.local_folder)
+    sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=COMPARE)
 
     def run(batch_size: int) -> list[torch.Tensor]:
-        trial = Trial(model, sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
+        trial = _trial(model, sequences, encoder, batch_size=batch_size)
         found = []
         for number, cut in enumerate([(), *cuts]):
             found.append(trial.losses(cut, [()])[0])
@@ -121,7 +122,7 @@ def compare(
 
 
 def take_sequences(
-    text: Text, tokenizer: Any, *, settings: PlanSettings, seed: int, half: int
+    text: Text, encoder: Encoder, *, settings: PlanSettings, seed: int, half: int
 ) -> list[list[int]]:
     """The beginnings of every other document in shuffled order; equal documents count as one.
 
@@ -137,7 +138,7 @@ def take_sequences(
         seen.add(document)
         if number % 2 != half:
             continue
-        tokens = tokenizer(document, truncation=True, max_length=settings.sequence_length).input_ids
+        tokens = encoder.beginning(document, length=settings.sequence_length)
         if len(tokens) > 1:
             sequences.append(tokens)
         if len(sequences) == settings.num_documents:
@@ -148,6 +149,16 @@ def take_sequences(
             hint="give more text with --calibration-data",
         )
     return sequences
+
+
+def _trial(model: Any, sequences: list[list[int]], encoder: Encoder, *, batch_size: int) -> Trial:
+    return Trial(
+        model,
+        sequences,
+        pad_token_id=encoder.pad_token_id,
+        num_given=encoder.num_given,
+        batch_size=batch_size,
+    )
 
 
 def best_candidate(

@@ -325,14 +325,3 @@ def _passages(source: str) -> Iterator[str]:
         passage += paragraph + "\n\n"
     if passage.strip():
         yield passage
-
-
-# Tokens -----------------------------------------------------------------------------------------
-
-
-def windows(tokens: list[int], *, length: int) -> Iterator[list[int]]:
-    """Consecutive pieces of at most `length` tokens; a last piece of one token is left out."""
-    for start in range(0, len(tokens), length):
-        piece = tokens[start : start + length]
-        if len(piece) > 1:
-            yield piece

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +38,21 @@ class Trial:
     Args:
         model: In evaluation mode.
         sequences: Token lists of at least 2 tokens.
-        batch_size: Sequences a pass.
+        batch_size: Sequences per pass.
+        num_given: Tokens at the start of each sequence that are not predicted.
     """
 
     def __init__(
-        self, model: Any, sequences: Sequence[list[int]], *, pad_token_id: int, batch_size: int
+        self,
+        model: Any,
+        sequences: Sequence[list[int]],
+        *,
+        pad_token_id: int,
+        batch_size: int,
+        num_given: int = 1,
     ) -> None:
         self.model = model
+        self.row_losses = partial(row_losses, num_given=num_given)
         self.layers = decoder_layers(model)
         self.batches = [
             pad_batch(list(sequences[start : start + batch_size]), pad_token_id=pad_token_id)
@@ -96,7 +105,7 @@ class Trial:
             return
         ids, mask = (tensor[:1].to(self.model.device) for tensor in self.batches[0])
         with skip_layers(self.model, (middle - 2, middle - 1, middle)):
-            _, expected = row_losses(self.model, ids, mask)
+            _, expected = self.row_losses(self.model, ids, mask)
         found = self.losses((middle,), [(middle - 2, middle - 1)], num_batches=1)[0, 0, 0]
         if not abs(float(found) - float(expected)) <= CLOSE * abs(float(expected)):
             raise ModelError(
@@ -122,7 +131,7 @@ class Trial:
         skipped = gone.union(range(resume))
         given = {resume - 1: calls[min(candidate)]} if candidate else {}
         with bypassed(self.layers, skipped, self.forms[number], given=given):
-            counts, nats = row_losses(self.model, *batch)
+            counts, nats = self.row_losses(self.model, *batch)
         self.layer_passes += len(self.layers) - len(skipped)
         return torch.stack([nats, counts], dim=1).cpu()
 

@@ -8,7 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from factory.attention import use_packed_attention
 from factory.heal_text import data_sets
-from factory.models import load_tokenizer
+from factory.tokenizer import load_encoder
 from tests.families import build, config_of
 from tests.test_heal import SETTINGS, run, text_of
 from tests.tiny import byte_tokenizer
@@ -57,8 +57,8 @@ def test_what_reads_across_documents_is_healed_on_one_a_row_and_padding_is_not_c
     letters = "abcdefghijklmnopqrstuvwxyz+-*=_"
     documents = [letter * (10, 40, 10, 10, 10)[place % 5] for place, letter in enumerate(letters)]
     settings = SETTINGS.model_copy(update={"bits": 16, "num_steps": 12})
-    text, tokenizer = text_of(documents), load_tokenizer(tmp_path / "model")
-    _, rows = data_sets(text, tokenizer, settings=settings, seed=0, folder=tmp_path)
+    text, encoder = text_of(documents), load_encoder(tmp_path / "model")
+    _, rows = data_sets(text, encoder, settings=settings, seed=0, folder=tmp_path)
     assert len(rows) == 24
     adapter = run(tmp_path / "model", tmp_path / "adapter", settings=settings, documents=documents)
     assert not adapter.packed

@@ -20,11 +20,12 @@ from factory.errors import DataError, UsageError
 from factory.evaluate import evaluate
 from factory.harness import vllm_arguments
 from factory.identity import check_backend
-from factory.models import load_model, load_tokenizer
+from factory.models import load_model
 from factory.significance import LOSSES, read_answers, read_losses
 from factory.speed import _footprint, compare_speed
 from factory.texts import Text
-from tests.tiny import rhymes, save_llama
+from factory.tokenizer import load_tokenizer
+from tests.tiny import END, byte_tokenizer, rhymes, save_llama
 
 DEMO = Path(__file__).parent.parent / "factory" / "demo"
 CHOICES = "output_type: multiple_choice\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
@@ -99,6 +100,22 @@ def test_the_loss_is_that_computed_naively_one_window_at_a_time(model: Path, tmp
     assert loss.stderr == pytest.approx(math.sqrt(spread) / tokens_in_all, rel=1e-3)
     by_document = json.loads((tmp_path / "into" / LOSSES).read_text())
     assert sorted(count for count, _ in by_document) == sorted(count for count, _ in totals)
+
+
+def test_every_token_is_predicted_once_where_each_window_begins_with_the_tokenizers_prefix(
+    tmp_path: Path,
+) -> None:
+    folder = save_llama(tmp_path / "model")
+    byte_tokenizer(f"{END} $A {END}").save_pretrained(folder)
+    documents = ["x" * 200, "y" * 10]
+    loss = evaluation_of(folder, tmp_path / "into", documents).loss
+    loaded, nats = load_model(folder), 0.0
+    for window in (["x"] * 63, ["x"] * 63, ["x"] * 63, ["x"] * 11, ["y"] * 10):
+        ids = torch.tensor([[0, *byte_tokenizer()("".join(window)).input_ids]])
+        with torch.no_grad():
+            nats += loaded(ids, labels=ids).loss.item() * len(window)
+    assert loss.num_tokens == 210
+    assert loss.nats == pytest.approx(nats / 210, abs=1e-5)
 
 
 def test_only_as_many_documents_are_read_as_asked(model: Path, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from factory.errors import ModelError
-from factory.models import fuse_norms, load_model, load_tokenizer, pad_batch
-from tests.tiny import byte_tokenizer, save_llama
+from factory.models import fuse_norms, load_model, pad_batch
+from tests.tiny import save_llama
 
 # The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).
 NF4 = torch.tensor(
@@ -83,21 +82,6 @@ def test_norms_are_fused_where_that_changes_nothing() -> None:
 
 def test_norms_that_compute_something_else_are_left_alone() -> None:
     assert fuse_norms(GemmaForCausalLM(GemmaConfig(**SMALL)).eval()) == 0  # adds 1 to its weights
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).pad_token == tokenizer.eos_token
-
-
-def test_a_missing_or_damaged_tokenizer_is_told_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        load_tokenizer(tmp_path)
 
 
 def test_a_loaded_model_is_in_evaluation_mode_and_full_precision_on_a_cpu(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from factory.search import COMPARE, SEARCH, best_candidate, search_block, search
 from factory.texts import Text
 from factory.trial import Trial, mean_loss
 from tests.test_measure import profile_from
-from tests.tiny import byte_tokenizer, save_llama
+from tests.tiny import byte_encoder, save_llama
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -239,7 +239,7 @@ def test_equal_documents_do_not_serve_search_and_comparison_both(documents: list
     more = ["seven", "eight", "nine", "ten"]
     text = Text(DataSource(name="x", version="1"), lambda: iter([*documents, *more]))
     found = [
-        take_sequences(text, byte_tokenizer(), settings=PlanSettings(), seed=0, half=half)
+        take_sequences(text, byte_encoder(), settings=PlanSettings(), seed=0, half=half)
         for half in (SEARCH, COMPARE)
     ]
     together = [tuple(tokens) for tokens in found[0] + found[1]]

@@ -31,7 +31,7 @@ from factory.errors import FactoryError, HubError, ModelError, UsageError
 from factory.resolve import resolve
 from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
-from tests.tiny import save_llama
+from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
 
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
 
@@ -89,6 +89,13 @@ def test_a_length_that_is_no_number_is_named() -> None:
     for text in ("many", "0", "-5", "1.5"):
         with pytest.raises(SystemExit, match=f"MAX_NEW_TOKENS is '{text}'"):
             app.most_tokens_of({"MAX_NEW_TOKENS": text})
+
+
+def test_a_prompt_that_is_cut_begins_as_a_text_does_and_does_not_end(models: tuple[Any, Any]) -> None:
+    model = replace(models[1], tokenizer=byte_tokenizer(f"{END} $A {END}"))
+    (text,) = byte_encoder().encode(["the end"])
+    assert pair.encode(model, [{"role": "user", "content": "the end"}], 100)[0] == [0, *text]
+    assert pair.encode(model, [{"role": "user", "content": "to the end"}], 8)[0] == [0, *text]
 
 
 def test_models_know_their_name_and_size(models: tuple[Any, Any], tiny: Path) -> None:

@@ -16,7 +16,7 @@ LAYERS = (
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
-    ("sums", "json_bounds", "source_card", "remote_header", "tokenizer_bounds"),
+    ("sums", "json_bounds", "source_card", "remote_header", "tokenizer"),
     ("transfer", "decoder_proof", "place", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint", "state", "program"),
     ("decoder", "resolve", "reload", "identity", "spread", "experts"),

@@ -16,7 +16,7 @@ from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureS
 from factory.errors import DataError, UnknownModelError
 from factory.references import check_model
 from factory.run import open_texts
-from factory.texts import Text, check_text, keep_apart, open_text, windows
+from factory.texts import Text, check_text, keep_apart, open_text
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
 LINES = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
@@ -152,14 +152,6 @@ def test_shuffling_loses_nothing_and_depends_on_the_seed_alone(documents: list[s
     text = Text(DataSource(name="x", version="1"), lambda: iter(documents))
     assert sorted(text.shuffled(seed)) == sorted(documents)
     assert list(text.shuffled(seed)) == list(text.shuffled(seed))
-
-
-@given(st.lists(st.integers(), max_size=60), st.integers(min_value=2, max_value=9))
-def test_windows_cover_the_tokens_but_for_a_lone_last_one(tokens: list[int], length: int) -> None:
-    pieces = list(windows(tokens, length=length))
-    joined = [token for piece in pieces for token in piece]
-    assert joined == (tokens[:-1] if len(tokens) % length == 1 else tokens)
-    assert all(2 <= len(piece) <= length for piece in pieces)
 
 
 @given(st.lists(st.text(), max_size=40))

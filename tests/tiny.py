@@ -4,22 +4,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from factory.artifacts import Adapter, DataSource
+from factory.tokenizer import Encoder
 
 END = "<|end|>"
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and an end token that pads as well."""
+def byte_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
+    """One token per byte, and an end token that also begins texts and pads.
+
+    Args:
+        around: What is put around a text `$A`, such as f"{END} $A".
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+
+
+def byte_encoder(around: str = "$A") -> Encoder:
+    """An encoder of the byte tokenizer for a model with a row for each of its tokens."""
+    return Encoder(byte_tokenizer(around), vocab_size=257)
 
 
 def save_llama(folder: Path, *, num_layers: int = 4, seed: int = 0, **options: Any) -> Path:

@@ -222,11 +222,15 @@ def _make(ready: Ready, reporter: "StageLines") -> tuple["Build", dict[str, Any]
     """Make one build, publish it where asked, and show what came of it: also as JSON values."""
     from factory import pipeline
     from factory.layout import kept_aside
+    from factory.run import check_tokens
 
     required = ready.request.options["require_healing"]
     kept = kept_aside(ready.asked.out)
     try:
-        source = pull_source(ready.asked.source, reporter) if ready.pending else ready.asked.source
+        source = ready.asked.source
+        if ready.pending:
+            source = pull_source(source, reporter)
+            check_tokens(source, ready.run.texts)
         made = pipeline.build(ready.run, source, out=ready.asked.out, require_healing=required)
     finally:
         ready.run.release()

@@ -64,6 +64,7 @@ def plan(model: str, drop: float, **options: Any) -> None:
     from factory import pipeline
     from factory.plan import FROM_PROFILE, read_profile
     from factory.plots import distance_figure, terminal_heatmap
+    from factory.run import check_tokens
     from factory.screen import show_plans
 
     asked = options.pop("criterion")
@@ -77,6 +78,7 @@ def plan(model: str, drop: float, **options: Any) -> None:
         output_folder(options["save"])
     if measures:
         source = pull_source(source, reporter)
+        check_tokens(source, run.texts)
     try:
         profile, plans = pipeline.make_plans(run, source, criteria, profile=profile)
     finally:
@@ -155,6 +157,7 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     from factory import pipeline
     from factory.config import num_dropped
     from factory.plots import sweep_figure
+    from factory.run import check_tokens
     from factory.screen import show_sweep
 
     options["heal_enabled"] = options["heal_objective"] is not None
@@ -163,6 +166,7 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     out = output_folder(options["out"] or Path("sweeps") / source.name)
     _preview_sweep(source, sorted(by_size), run, reporter)
     source = pull_source(source, reporter)
+    check_tokens(source, run.texts)
     try:
         found = pipeline.sweep(run, source, [by_size[size] for size in sorted(by_size)])
     finally:

@@ -200,11 +200,11 @@ def encode(model: Model, messages: Sequence[Mapping[str, str]], room: int) -> tu
     """
     tokenizer = model.tokenizer
     if not model.chats:
-        ids = list(tokenizer(messages[-1]["content"])["input_ids"])
-        if len(ids) <= room:
-            return ids, ""
-        head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-        return head + ids[len(head) - room :], f"Cut to its last {room:,} of {len(ids):,} tokens."
+        head, words = _begun(tokenizer, messages[-1]["content"])
+        count = len(head) + len(words)
+        if count <= room:
+            return head + words, ""
+        return head + words[len(head) - room :], f"Cut to its last {room:,} of {count:,} tokens."
     kept = [dict(message) for message in messages]
     ids = full = _chat_ids(tokenizer, kept)
     while len(ids) > room and len(kept) > 2:
@@ -215,6 +215,17 @@ def encode(model: Model, messages: Sequence[Mapping[str, str]], room: int) -> tu
         kept[-1]["content"] = tokenizer.decode(words[len(ids) - room + CONTEXT_TOKENS :])
         ids = _chat_ids(tokenizer, kept)[-room:]
     return ids, f"Cut to its last {len(ids):,} of {len(full):,} tokens." if ids is not full else ""
+
+
+def _begun(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text, and the text's tokens.
+
+    Not what it puts behind: a model goes on after its own end token with something else.
+    """
+    whole = list(tokenizer(text)["input_ids"])
+    words = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = next(n for n in range(len(whole) + 1) if whole[n : n + len(words)] == words)
+    return whole[:start], words
 
 
 def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

@@ -1,0 +1,238 @@
+"""A model's tokenizer: loaded and checked, and texts as sequences of tokens that the model knows."""
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from factory.errors import UNTRUSTED, ModelError
+
+MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
+MOST_SPECIAL_TOKENS = 64  # around each text
+PROBE = "text"  # shows what a tokenizer puts around a text
+
+
+class Encoder:
+    """Turns texts into token sequences that each begin as the tokenizer begins a text.
+
+    A window in the middle of a document needs the beginning as much as the first one: Gemma reads a window
+    without its BOS as noise (lm-evaluation-harness#2382). What a tokenizer puts behind a text is left to
+    those who train on whole documents: behind a text that is cut off it would be wrong.
+
+    Args:
+        tokenizer: As transformers loads it.
+        vocab_size: Rows of the model's embedding.
+    """
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        whole = list(self.tokenizer(PROBE).input_ids)
+        bare = list(self.tokenizer(PROBE, add_special_tokens=False).input_ids)
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise ModelError(
+            f"the tokenizer splits a text otherwise where it adds special tokens: {whole} and {bare}",
+            hint="give a model whose tokenizer adds special tokens around a text only",
+        )
+
+    @property
+    def prefix(self) -> list[int]:
+        """Tokens that the tokenizer puts in front of a text: usually BOS, or none."""
+        return self._around[0]
+
+    @property
+    def end(self) -> list[int]:
+        """Tokens behind a whole document: those that the tokenizer adds, with one end token among them."""
+        added, end = self._around[1], self.tokenizer.eos_token_id
+        return added if end is None or end in added else [*added, end]
+
+    @property
+    def pad_token_id(self) -> int:
+        """A token that the embedding has, for padding that is masked."""
+        return int(self.tokenizer.pad_token_id)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, with nothing around them.
+
+        Raises:
+            ModelError: A token that the model's embedding has no row for.
+        """
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        for tokens in found:
+            if tokens and max(tokens) >= self.vocab_size:
+                raise self._without_row(max(tokens))
+        return found
+
+    def beginning(self, text: str, *, length: int) -> list[int]:
+        """The beginning of a text as one sequence of at most `length` tokens, with the prefix."""
+        (tokens,) = self.encode([text])
+        return [*self.prefix, *tokens[: length - len(self.prefix)]] if tokens else []
+
+    def windows(self, tokens: Sequence[int], *, length: int) -> Iterator[list[int]]:
+        """Consecutive pieces of a text's tokens, of at most `length` tokens with the prefix before each.
+
+        A last piece with nothing to predict is left out.
+        """
+        step = max(length - len(self.prefix), 1)
+        for start in range(0, len(tokens), step):
+            piece = [*self.prefix, *tokens[start : start + step]]
+            if len(piece) > self.num_given:
+                yield piece
+
+    @property
+    def num_given(self) -> int:
+        """Tokens at the start of a sequence that are not predicted: the prefix, or the first token."""
+        return max(len(self.prefix), 1)
+
+    def _without_row(self, token: int) -> ModelError:
+        return _no_row(self.tokenizer.convert_ids_to_tokens(token), token, vocab_size=self.vocab_size)
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Load the tokenizer of a checkpoint, to encode texts for its model.
+
+    Raises:
+        ModelError: See `load_tokenizer`.
+    """
+    return Encoder(load_tokenizer(folder), vocab_size=_vocab_size(folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a checkpoint's tokenizer as transformers does, with a padding token that the embedding has.
+
+    Where it has none, or one that was added without a row in the embedding, its end token serves, or else
+    token 0: padding is masked.
+
+    Raises:
+        ModelError: No tokenizer, a damaged one, or one that would make so much of a text that no memory
+            holds it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # all that tokenizers raises for a damaged file is a plain one
+        known = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
+        raise ModelError(
+            f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
+            hint="give a model with a whole tokenizer",
+        ) from error
+    check_tokenizer(tokenizer, name=str(folder))
+    vocab_size = _vocab_size(folder)
+    if not _has_row(tokenizer.pad_token_id, vocab_size):
+        end = tokenizer.eos_token_id
+        pad = end if _has_row(end, vocab_size) else 0
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
+
+
+def added_without_row(folder: Path, *, vocab_size: int) -> dict[str, int]:
+    """Tokens that were added to a tokenizer and not to the model: they break it wherever a text holds them.
+
+    Read from the tokenizer's files alone, so that it costs no import.
+
+    Args:
+        vocab_size: Rows of the model's embedding.
+    """
+    found: dict[str, int] = {}
+    for name, read in (("tokenizer.json", _added_tokens), ("tokenizer_config.json", _added_decoder)):
+        if (folder / name).is_file():
+            found |= read(json.loads((folder / name).read_text(encoding="utf-8")))
+    return {token: number for token, number in found.items() if number >= vocab_size}
+
+
+def check_texts_for(tokens: dict[str, int], texts: Iterable[str], *, vocab_size: int) -> None:
+    """Refuse texts that hold a token without a row in the embedding.
+
+    Raises:
+        ModelError: Names the token.
+    """
+    for text in texts if tokens else ():
+        for token, number in tokens.items():
+            if token in text:
+                raise _no_row(token, number, vocab_size=vocab_size)
+
+
+def _no_row(token: str, number: int, *, vocab_size: int) -> ModelError:
+    return ModelError(
+        f"a text holds {token!r}, token {number:,}, but the model's embedding has {vocab_size:,} rows",
+        hint="the token was added to the tokenizer alone: resize the embedding, or remove it from the text",
+    )
+
+
+def _added_tokens(tokenizer: Any) -> dict[str, int]:
+    return {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or ()}
+
+
+def _added_decoder(settings: Any) -> dict[str, int]:
+    added = settings.get("added_tokens_decoder") or {}
+    return {entry["content"]: int(number) for number, entry in added.items()}
+
+
+def _has_row(token: int | None, vocab_size: int) -> bool:
+    return token is not None and token < vocab_size
+
+
+def _vocab_size(folder: Path) -> int:
+    """Rows of the embedding of the model in a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+
+
+def check_tokenizer(tokenizer: Any, *, name: str) -> None:
+    """Refuse a tokenizer that makes far more of a text than it is.
+
+    Args:
+        tokenizer: As transformers loads it.
+        name: Of the model, for the error.
+
+    Raises:
+        ModelError: Says what it does.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if special > MOST_SPECIAL_TOKENS:
+        raise _refused(name, f"puts {special:,} tokens around each text")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        found = getattr(backend, part, None)
+        growth = _growth(json.loads(found.__getstate__())) if found is not None else 1
+        if growth > MOST_GROWTH:
+            raise _refused(name, f"makes {growth:,.0f} letters of one in its {part}")
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many letters a step makes of one, at most: a text of such letters becomes as many times longer."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        return prod(map(_growth, [*step.get("normalizers", ()), *step.get("decoders", ())]))
+    if kind == "Replace":
+        before, after = step["pattern"].get("String"), len(step["content"])
+        return max(1.0, after / len(before)) if before else 1.0 + after  # a regex may match nothing
+    if kind == "Prepend":
+        return max(1.0, len(step["prepend"]))
+    if kind == "Precompiled" and step["precompiled_charsmap"]:
+        table = base64.b64decode(step["precompiled_charsmap"])
+        made = table[
+            4 + int.from_bytes(table[:4], "little") :
+        ]  # behind the trie: texts with a zero after each
+        return max(1.0, *map(len, made.split(b"\0")))
+    return 1.0
+
+
+def _refused(name: str, what: str) -> ModelError:
+    return ModelError(
+        f"the tokenizer of {name} {what}",
+        hint=UNTRUSTED,
+    )

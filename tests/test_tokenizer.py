@@ -1,0 +1,104 @@
+"""Texts as token sequences: how each begins and ends, and tokens that the model has no row for."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from factory.config import HealSettings, MeasureSettings, PlanSettings
+from factory.errors import ModelError
+from factory.heal_text import data_sets
+from factory.measure import take_samples
+from factory.resolve import resolve
+from factory.run import Texts, check_tokens
+from factory.search import SEARCH, take_sequences
+from factory.texts import open_text
+from factory.tokenizer import load_encoder, load_tokenizer
+from tests.test_measure import text_of
+from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
+
+AROUND = ["$A", f"{END} $A", f"{END} {END} $A", f"$A {END}", f"{END} $A {END}"]
+
+
+@given(st.text(max_size=60), st.integers(min_value=4, max_value=9), st.sampled_from(AROUND))
+def test_windows_hold_a_text_once_and_each_begins_as_a_text_does(text: str, length: int, around: str) -> None:
+    encoder = byte_encoder(around)
+    (tokens,) = encoder.encode([text])
+    pieces = list(encoder.windows(tokens, length=length))
+    begin = len(encoder.prefix)
+    assert all(piece[:begin] == encoder.prefix for piece in pieces)
+    joined = [token for piece in pieces for token in piece[begin:]]
+    # Of a piece of one token, nothing can be predicted without a prefix.
+    assert joined == (tokens[:-1] if not begin and len(tokens) % length == 1 else tokens)
+    assert all(begin < len(piece) <= length for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("around", "prefix", "end", "num_given"),
+    [("$A", 0, 1, 1), (f"{END} $A", 1, 1, 1), (f"{END} {END} $A", 2, 1, 2), (f"{END} $A {END}", 1, 1, 1)],
+)
+def test_a_document_begins_as_the_tokenizer_says_and_ends_once(
+    around: str, prefix: int, end: int, num_given: int
+) -> None:
+    encoder = byte_encoder(around)
+    assert (encoder.prefix, encoder.end, encoder.num_given) == ([0] * prefix, [0] * end, num_given)
+
+
+def test_every_use_of_a_text_sees_windows_that_begin_alike_and_end_tokens_only_behind_documents(
+    tmp_path: Path,
+) -> None:
+    encoder = byte_encoder(f"{END} $A {END}")
+    text = text_of([letter * 20 for letter in "abcdefgh"])
+    samples = take_samples(text, encoder, settings=MeasureSettings(sequence_length=8), seed=0)
+    searched = take_sequences(
+        text, encoder, settings=PlanSettings(sequence_length=8, num_documents=3), seed=0, half=SEARCH
+    )
+    settings = HealSettings(num_steps=2, batch_size=2, sequence_length=16)
+    guard, train = data_sets(text, encoder, settings=settings, seed=0, folder=tmp_path)
+    for sequence in [*(tokens for _, tokens in samples), *searched]:
+        assert sequence == [0, *sequence[1:2] * 7]  # one letter throughout, and no end behind a cut text
+    for sequence in [*guard["input_ids"], *train["input_ids"]]:
+        assert sequence[0] == 0
+        assert sequence[1:].count(0) == (len(sequence) < 16)  # behind the last window of a document only
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == tokenizer.eos_token
+
+
+def test_a_padding_token_without_a_row_in_the_embedding_is_not_used(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert load_encoder(tmp_path).pad_token_id == 0
+
+
+def test_a_text_with_a_token_that_the_embedding_lacks_is_refused_before_the_work(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text('{"text": "plain"}\n{"text": "one <extra> too many"}\n')
+    (tmp_path / "plain.jsonl").write_text('{"text": "plain"}\n{"text": "words"}\n')
+    plain, text = (open_text(str(tmp_path / f"{name}.jsonl"), split="train") for name in ("plain", "text"))
+    source = resolve(str(tmp_path / "model"))
+    check_tokens(source, Texts(plain, plain, plain))
+    for texts in (Texts(text, plain, plain), Texts(plain, text, plain), Texts(plain, plain, text)):
+        with pytest.raises(ModelError, match=r"holds '<extra>', token 257, but .* embedding has 257 rows"):
+            check_tokens(source, texts)
+    with pytest.raises(ModelError, match="holds '<extra>', token 257"):
+        load_encoder(tmp_path / "model").encode(["one <extra> too many"])
+
+
+def test_a_missing_or_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path)
