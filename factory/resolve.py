@@ -39,6 +39,7 @@ from factory.source_card import README, languages_of, one_license, read_card, sh
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' words for the types that transformers calls otherwise
 DTYPES = {
@@ -167,7 +168,7 @@ def _check_names(names: Collection[str], *, where: str) -> None:
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
-        if "adapter_config.json" in names:
+        if ADAPTER in names:
             raise CheckpointError(
                 f"{where} is an adapter, not a model", hint="give the model it was made for"
             )
@@ -186,6 +187,11 @@ def _check_names(names: Collection[str], *, where: str) -> None:
         )
     if CONFIG not in names:
         raise CheckpointError(f"{where} has no {CONFIG}", hint="give a model that transformers can load")
+    if ADAPTER in names:
+        raise CheckpointError(
+            f"{where} has an adapter ({ADAPTER}) beside its weights, which transformers would attach to them",
+            hint=f"merge the adapter into the weights, or give a copy without {ADAPTER}",
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -407,6 +413,7 @@ def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
     """The cache's folder of a commit, if a pull has completed it."""
     try:
         names = [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
+        _check_names(names, where=repo_id)
         weights = weight_files(repo_id, commit=commit, names=names)
         allowed = sorted(needed_files(names, weights, code=code))
         return Path(

@@ -187,6 +187,10 @@ def test_a_wrong_token_and_a_wrong_revision_are_told_apart(hub: Hub, xet: Client
         ({"pytorch_model.bin": b"x", "config.json": b"{}"}, "pytorch_model.bin"),
         ({"tiny.Q4_K_M.gguf": b"x"}, "GGUF"),
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "adapter"),
+        (
+            {"adapter_config.json": b"{}", "config.json": b"{}", "model.safetensors": b"x"},
+            "an adapter (adapter_config.json) beside its weights",
+        ),
         ({"model.safetensors": b"x"}, "no config.json"),
         ({"README.md": b"# nothing"}, "neither model.safetensors nor"),
         ({"model.safetensors": b"\0" * 4, "config.json": b'{"model_type": "llama"}'}, "only 4 bytes long"),

@@ -45,6 +45,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, field: str, value:
         resolve(str(edited(tmp_path, **{field: value})))
 
 
+def test_an_adapter_beside_whole_weights_is_refused_by_name(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    resolve(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"an adapter \(adapter_config\.json\) beside its weights"):
+        resolve(str(tmp_path))
+
+
 def test_layers_of_multi_token_prediction_may_follow_the_last(tmp_path: Path) -> None:
     folder = edited(tmp_path, num_hidden_layers=3, num_nextn_predict_layers=1)
     assert resolve(str(folder)).num_layers == 3
