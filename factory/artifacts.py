@@ -98,6 +98,8 @@ class Source(Artifact):
     model_type: str
     architecture: str  # "MistralForCausalLM"
     config: dict[str, Any]  # config.json as it stands
+    # Name → type, in safetensors' words, and shape.
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = Field(default_factory=dict, exclude=True, repr=False)
     num_layers: int = Field(ge=1)
     num_parameters: int = Field(ge=1)
     layer_parameters: tuple[int, ...]

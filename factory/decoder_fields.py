@@ -167,6 +167,20 @@ NUMBER_IN_PATTERN = re.compile(r"layers.*\d|^(?:re|[-+]):.*\.[(\[]*(?:\?:)?\d")
 LAYER_IN_NAME = re.compile(r"^(.*\b(?:layers|layer|h|blocks|block)\.)(\d+)(\b.*)$")
 
 
+def packing(config: Mapping[str, Any]) -> Any:
+    """What config.json says of weights that are packed already; None where they are not."""
+    parts = (config, *(config.get(name) for name in NESTED))
+    found = (part.get("quantization_config") for part in parts if isinstance(part, Mapping))
+    return next((settings for settings in found if settings), None)
+
+
+def packing_method(config: Mapping[str, Any]) -> str:
+    """How they are packed, for people: "gptq"."""
+    settings = packing(config)
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    return str(method or "quantised")
+
+
 def rewritten(
     values: Mapping[str, Any], *, kept: Sequence[int], num_layers: int, model_type: str
 ) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def check(config: dict[str, Any], *, num_parameters: int) -> None:
     """See `factory.decoder.check_decoder`."""
     model = on_meta(config)
     described = int(model.num_parameters())
-    packed = "quantization_config" in config  # several weights in a stored number
-    if described > (MOST_PACKED if packed else MOST_MADE_UP) * num_parameters:
+    most = MOST_PACKED if fields.packing(config) else MOST_MADE_UP  # several weights in a stored number
+    if described > most * num_parameters:
         raise CheckpointError(
             f"config.json describes {described:,} parameters, the weights hold {num_parameters:,}",
             hint="they are of two different models; download both again",

@@ -3,7 +3,7 @@
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,19 @@ def verify(folder: Path, *, source_folder: Path | None = None) -> None:
     Raises:
         VerificationError: Names the first tensors that are missing, left over or of another shape.
     """
-    with _told("be loaded"):
+    with told("be loaded"):
         config = _config(folder)
         if getattr(config, "quantization_config", None) is not None:
             return
-        report = _loading_report(folder, config)
+        report = _report(folder, config)
     unexpected = report["unexpected_keys"]
     if unexpected and source_folder:
-        with _told("be loaded"):
-            unused = _loading_report(source_folder, _config(source_folder))["unexpected_keys"]
+        with told("be loaded"):
+            unused = _report(source_folder, _config(source_folder))["unexpected_keys"]
         allowed = {_any_layer(name) for name in unused}
         unexpected = {name for name in unexpected if _any_layer(name) not in allowed}
     problems = [
-        f"{kind} {_some(names)}"
+        f"{kind} {some(names)}"
         for kind, names in (
             ("missing", report["missing_keys"]),
             ("unexpected", unexpected),
@@ -138,7 +138,7 @@ def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence
     Raises:
         VerificationError: Logits differ in one pass, or where a second pass goes on from a cache.
     """
-    with _quietly(), _told("be run"):  # transformers would remark on padding tokens among the random ones
+    with _quietly(), told("be run"):  # transformers would remark on padding tokens among the random ones
         with _loaded(source_folder, scratch=pruned_folder) as source, decoder.skip_layers(source, dropped):
             vocab_size = source.get_input_embeddings().weight.shape[0]
             tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
@@ -190,13 +190,23 @@ def _skeleton(config: Any) -> Any:
         )
 
 
-def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
-    """What `from_pretrained` finds wrong: sets missing_keys, unexpected_keys and mismatched_keys."""
-    state = {
-        name: torch.empty(tensor.shape, device="meta")
-        for name, tensor in checkpoint.read_checkpoint(folder).items()
-    }
-    skeleton = _skeleton(config)  # its own config: that of a multimodal model holds the text model's
+def _report(folder: Path, config: Any) -> dict[str, Any]:
+    tensors = checkpoint.read_checkpoint(folder)
+    return loading_report(_skeleton(config), {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def loading_report(skeleton: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What `from_pretrained` finds wrong: sets missing_keys, unexpected_keys and mismatched_keys.
+
+    Args:
+        skeleton: The model without values; its own configuration is taken, which of a multimodal model is
+            the text model's.
+        shapes: Of the stored tensors, by name.
+
+    Raises:
+        VerificationError: Parts of a fused weight that do not fit together.
+    """
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
     with _quietly():
         try:
             _, report = type(skeleton).from_pretrained(
@@ -209,9 +219,9 @@ def _loading_report(folder: Path, config: Any) -> dict[str, Any]:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are reported, not raised
             )
-        except RuntimeError as error:  # parts of a fused weight that do not fit together
+        except RuntimeError as error:
             raise VerificationError(
-                f"the weights in {folder} cannot be fused as this architecture needs them",
+                "the weights cannot be fused as this architecture needs them",
                 hint="the model disagrees with its own configuration",
             ) from error
     found: dict[str, Any] = report
@@ -233,7 +243,7 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Whatever transformers raises on a configuration that it accepted, as one line."""
     try:
         yield
@@ -254,7 +264,8 @@ def _any_layer(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names in order, and how many more there are."""
     ordered = sorted(names)
     shown = ", ".join(ordered[:NUM_NAMED])
     return shown if len(ordered) <= NUM_NAMED else f"{shown} and {len(ordered) - NUM_NAMED} more"

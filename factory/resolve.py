@@ -331,6 +331,7 @@ def _source(
         model_type=config["model_type"],
         architecture=(config.get("architectures") or [""])[0],
         config=config,
+        tensors={name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
         num_layers=stack.num_layers,
         num_parameters=sum(t.num_elements for t in tensors.values()),
         layer_parameters=tuple(sum(t.num_elements for t in layer) for layer in layers),

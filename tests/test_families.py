@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from factory.artifacts import PruningPlan
+from factory.complete import check_source
 from factory.decoder import skip_layers
 from factory.prune import prune
 from factory.resolve import resolve
@@ -29,7 +30,9 @@ def test_logits_and_cached_generation_equal_those_of_the_original_with_its_layer
     original.save_pretrained(tmp_path / "source")
     (tmp_path / "pruned").mkdir()
     plan = PruningPlan(criterion="test", num_layers=8, dropped=DROPPED)
-    made = prune(resolve(str(tmp_path / "source")), plan, folder=tmp_path / "pruned")
+    source = resolve(str(tmp_path / "source"))
+    check_source(source)
+    made = prune(source, plan, folder=tmp_path / "pruned")
     assert made.verified == ("names and shapes", "logits")
     pruned = AutoModelForCausalLM.from_pretrained(made.folder, attn_implementation="eager").eval()
     tokens = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -20,7 +20,7 @@ LAYERS = (
     ("transfer", "decoder_proof", "place", "store", "texts", "models", "plots", "demo.corpus", "processes"),
     ("checkpoint", "state", "program"),
     ("decoder", "resolve", "reload", "identity", "spread", "experts"),
-    ("trial",),
+    ("trial", "complete"),
     ("distill", "trainer", "lora", "attention", "micro_batch", "watch", "heal_text"),
     ("significance", "findings"),
     ("harness",),

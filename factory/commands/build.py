@@ -291,7 +291,7 @@ def check_apart(requests: list[Request], asked: list[Asked]) -> None:
 def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tuple["Run", tuple[str, ...]]:
     """The run and the stages that it still has to make, once everything that they need was looked at."""
     from factory import pipeline
-    from factory.decoder import check_decoder
+    from factory.complete import check_source
     from factory.identity import check_backend, check_tasks
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
@@ -307,8 +307,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     run.tracking = _tracking(asked, options)
     pending = pipeline.pending(run, asked.source)
-    if "prune" in pending and not asked.source.remote_code:
-        check_decoder(asked.source.config, num_parameters=asked.source.num_parameters)
+    if "prune" in pending:
+        check_source(asked.source)
     check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)

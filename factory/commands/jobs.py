@@ -105,7 +105,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
     from factory import pipeline
     from factory.artifacts import canonical_json
     from factory.commands.build import look_at_all
-    from factory.decoder import check_decoder
+    from factory.complete import check_source
     from factory.identity import check_tasks
     from factory.jobs import check_fits
     from factory.preview import preview
@@ -121,8 +121,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
             texts = open_texts(one.config)
             check_texts(texts)
             identities.append(_identity(one, texts, push_to=request.options["push_to"]))
-            if not one.source.remote_code:
-                check_decoder(one.source.config, num_parameters=one.source.num_parameters)
+            check_source(one.source)
             shown = preview(
                 one.source,
                 one.config,

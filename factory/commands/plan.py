@@ -205,8 +205,8 @@ def _start(
     model: str, drop: float, options: dict[str, Any], *, measures: bool = True
 ) -> "tuple[Source, Run, StageLines]":
     """What both commands begin with: the source, a run for it, and who is told."""
+    from factory.complete import check_source
     from factory.config import load_recipe
-    from factory.decoder import check_decoder
     from factory.identity import check_backend, check_tasks
     from factory.run import Run, check_texts, open_texts
     from factory.screen import StageLines, console
@@ -220,8 +220,7 @@ def _start(
     recipe = load_recipe(model) if model in references.aliases() else None
     source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     config = settle_options(model, drop, recipe, source, options)
-    if not source.remote_code:
-        check_decoder(source.config, num_parameters=source.num_parameters)
+    check_source(source)
     sweeps = "tasks" in options
     if sweeps:
         check_backend(config.evaluate)

@@ -84,12 +84,14 @@ def _checked(
     source: "Source", plan: "PruningPlan", out: Path, screen: "Console", *, dry_run: bool
 ) -> "Source":
     """Refuse what cannot be right or does not fit before the pull, unless code that is pulled must tell."""
+    from factory.complete import check_source
     from factory.decoder import prune_config
     from factory.removal import check_disk
     from factory.screen import StageLines
 
     if source.remote_code and not dry_run:
         source = pull_source(source, StageLines(screen))
+    check_source(source)
     if not (source.remote_code and dry_run):
         prune_config(source.config, kept=plan.kept)
     check_disk(source, plan, out=out)

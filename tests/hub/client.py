@@ -33,7 +33,8 @@ def pull(source):
     return {"folder": str(pulled.folder), "progress": seen}
 
 def resolve(reference, **options):
-    return json.loads(hub.resolve(reference, **options).model_dump_json())
+    source = hub.resolve(reference, **options)
+    return json.loads(source.model_dump_json()) | {"tensors": source.tensors}
 
 def read_text(reference):
     from factory.texts import open_text
