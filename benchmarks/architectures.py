@@ -38,6 +38,7 @@ import factory.decoder_proof  # loaded once, before the forks
 import factory.prune
 from factory import decoder
 from factory.artifacts import PruningPlan
+from factory.complete import check_source
 from factory.errors import FactoryError
 from factory.resolve import resolve
 
@@ -280,7 +281,9 @@ def examine(model_type: str) -> Outcome:
             pruned.mkdir()
             plan = PruningPlan(criterion="benchmark", num_layers=NUM_LAYERS, dropped=dropped)
             try:
-                factory.prune.prune(resolve(str(original)), plan, folder=pruned)
+                source = resolve(str(original))
+                check_source(source)
+                factory.prune.prune(source, plan, folder=pruned)
                 wrong = None if reason else compare(original, pruned, dropped, limit=limit)
             except FactoryError as error:
                 notes.append(f"{list(dropped)}: {type(error).__name__}: {error.message} ({error.hint})")

@@ -80,7 +80,8 @@ class _Weights:
                 f"make up {len(missing):,} parameters",
                 hint=f"take {wrapper!r} off the names: a wrapper of the model was saved, not the model",
             )
-        if self.model.get_submodule(first.rpartition(".")[0]) is self.model.get_output_embeddings():
+        module = self.model.get_submodule(first.rpartition(".")[0])
+        if len(missing) == 1 and module is self.model.get_output_embeddings():
             return CheckpointError(
                 f"the weights lack {first}, and config.json does not tie it to the embedding",
                 hint='set "tie_word_embeddings": true there if it was trained so; else download it again',

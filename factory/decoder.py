@@ -92,10 +92,11 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
     target = _at(pruned, path)
     values = {**values_of(text_config(config)), **target}
     target |= _rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
-    if "quantization_config" in pruned:
-        pruned["quantization_config"] = fields.renumber_module_names(
-            pruned["quantization_config"], kept=kept, num_layers=num_layers
-        )
+    for part in (pruned,) if target is pruned else (pruned, target):
+        if "quantization_config" in part:
+            part["quantization_config"] = fields.renumber_module_names(
+                part["quantization_config"], kept=kept, num_layers=num_layers
+            )
     verify_structure(config, pruned, kept)
     return pruned
 

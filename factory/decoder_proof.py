@@ -47,9 +47,13 @@ def full_config(config: dict[str, Any]) -> Any:
         return config_class.from_dict(_decode_floats(plain))
     except (*CONFIG_ERRORS, StrictDataclassError) as error:
         raise UnsupportedFieldError(
-            f"transformers refuses the configuration of {model_type}: {str(error).strip().splitlines()[-1]}",
-            hint="the kept layers cannot be described by this model type",
+            f"transformers refuses the configuration of {model_type}: {_last_line(error)}",
+            hint="the model's own config.json is wrong: correct it, or download it again",
         ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[-1].strip()
 
 
 def _check_sources(config: dict[str, Any]) -> None:
@@ -145,7 +149,14 @@ def check(config: dict[str, Any], *, num_parameters: int) -> None:
 
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
     """See `factory.decoder.verify_structure`."""
-    old, new = on_meta(config), on_meta(pruned_config)
+    old = on_meta(config)
+    try:
+        new = on_meta(pruned_config)
+    except (UnsupportedArchitectureError, UnsupportedFieldError) as error:
+        raise UnsupportedFieldError(
+            f"without the dropped layers, {error.message}",
+            hint="the kept layers cannot be described by this model type",
+        ) from error
     old_path, old_layers = find_layers(old)
     new_path, new_layers = find_layers(new)
     model_type = config["model_type"]
@@ -274,7 +285,7 @@ def on_meta(config: dict[str, Any]) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedArchitectureError(
             f"transformers cannot build {config['model_type']} as a causal language model: {reason}",
-            hint="only decoder-only language models can be pruned",
+            hint="the model's own config.json is wrong, or it is no decoder-only language model",
         ) from error
 
 

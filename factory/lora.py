@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from factory.decoder import decoder_layers
+from factory.decoder_fields import packing, packing_method
 from factory.decoder_proof import on_meta
 from factory.errors import UnsupportedArchitectureError
 from factory.experts import adaptable_experts, fused_experts
@@ -79,8 +80,8 @@ def check_targets(config: dict[str, Any], which: Modules) -> None:
     Raises:
         UnsupportedArchitectureError: As `find_targets`; or the weights are packed.
     """
-    if packed := config.get("quantization_config"):
-        method = packed.get("quant_method", "quantised") if isinstance(packed, dict) else "quantised"
+    if packing(config):
+        method = packing_method(config)
         raise UnsupportedArchitectureError(
             f"{config['model_type']}: its weights are packed ({method}); no LoRA can be merged into those",
             hint="start from the unquantised model, or build it without healing: --no-heal",

@@ -1,7 +1,8 @@
 """A checkpoint in memory: device, dtype, padded batches and their losses."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from factory.errors import ModelError
+from factory.packed import unpacking
 
 transformers_logging.disable_progress_bar()
 
 
 SHARE_FOR_WEIGHTS = 0.9  # of a GPU's free memory
 SHARE_FOR_TRAINED = 0.7  # the same, where activations, gradients and an optimiser need room
+UNPACKED_SIZE = 4  # times that of the files, at most: MXFP4's 4 bits become 16
 FOUR_BIT_BYTES = 0.6  # a parameter: NF4, its scales, and the embeddings in 16 bits
 
 
@@ -53,37 +56,77 @@ def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) 
         four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
         to_shard: Load into the host's memory, in a form that FSDP can divide among GPUs: NF4 weights are
             stored as if they were floating-point numbers.
+
+    Raises:
+        ModelError: transformers cannot load it, or would make up parameters that it lacks.
     """
     device = best_device()
     place = torch.device("cpu") if to_shard else device
     dtype = compute_dtype(device)
-    quantization = None
-    if four_bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
-        )
+    quantization = _nf4(dtype, to_shard=to_shard) if four_bit else unpacking(_config(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantization,
             device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told below
+            # Given as None, it would have packed weights read as if they were not.
+            **({"quantization_config": quantization} if quantization else {}),
         )
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise ModelError(
             f"transformers cannot load {folder}: {' '.join((str(error) or repr(error)).split())[:300]}",
             hint="its config.json or generation_config.json asks for what is not there",
         ) from error
-    if four_bit and device.type == "cpu":
+    _check_whole(found, folder)
+    if device.type == "cpu":
         _repair_four_bit_on_cpu(model)
+        _widen(model, dtype)
     if to_shard:
         _keep_scales_whole(model, device)
     return model.eval()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _nf4(dtype: torch.dtype, *, to_shard: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
+    )
+
+
+def _check_whole(found: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of which transformers has made up parameters.
+
+    Args:
+        found: What it says of the loading.
+    """
+    made_up = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if made_up:
+        more = f" and {len(made_up) - 1:,} more" if len(made_up) > 1 else ""
+        raise ModelError(
+            f"{folder} lacks {made_up[0]}{more}, which transformers fills with random values",
+            hint="the checkpoint is incomplete, or config.json is another model's; download both again",
+        )
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    """Compute in fp32 also where packed weights, or what was unpacked from them, ask for 16 bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
 
 
 def fits(folder: Path, device: torch.device) -> bool:
@@ -91,7 +134,10 @@ def fits(folder: Path, device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SHARE_FOR_WEIGHTS * free_bytes
+    size_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if unpacking(_config(folder)):
+        size_bytes *= UNPACKED_SIZE
+    return size_bytes < SHARE_FOR_WEIGHTS * free_bytes
 
 
 def training_processes(asked: int, *, batch_size: int) -> int:
@@ -146,7 +192,9 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
     packed = module.weight.data.view(torch.uint8).flatten().long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
     count = module.in_features * module.out_features
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset  # scales have scales
+    absmax = state.absmax
+    if state.nested:  # scales have scales
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     scales = absmax.repeat_interleave(state.blocksize)[:count]
     linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     linear.weight.data = (state.code[nibbles[:count]] * scales).view(module.out_features, module.in_features)

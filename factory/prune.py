@@ -9,6 +9,7 @@ from factory import checkpoint, decoder
 from factory.artifacts import Checkpoint, PruningPlan, Source
 from factory.checkpoint import Progress, TensorInfo
 from factory.decoder import DecoderStack
+from factory.decoder_fields import packing, packing_method
 from factory.errors import UsageError, VerificationError
 from factory.reload import verify, verify_logits, verify_values
 from factory.remote_code import point_to_source
@@ -25,9 +26,9 @@ def compares_logits(source: Source, *, thoroughness: Thoroughness) -> bool:
     Raises:
         UsageError: Asked for in full of a quantised source, which needs its own library and often a GPU.
     """
-    quantized = source.config.get("quantization_config")
+    quantized = packing(source.config)
     if quantized and thoroughness == "full":
-        method = quantized.get("quant_method", "quantised") if isinstance(quantized, dict) else "quantised"
+        method = packing_method(source.config)
         raise UsageError(
             f"--verify full cannot run {source.name}: its weights are packed ({method})",
             hint="without it, names, shapes and the architecture are compared",

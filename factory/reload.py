@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from factory import checkpoint, decoder
+from factory.decoder_fields import packing
 from factory.disk import no_room
 from factory.errors import VerificationError
 
@@ -47,7 +48,7 @@ def verify(folder: Path, *, source_folder: Path | None = None) -> None:
     """
     with told("be loaded"):
         config = _config(folder)
-        if getattr(config, "quantization_config", None) is not None:
+        if packing(config.to_dict()):
             return
         report = _report(folder, config)
     unexpected = report["unexpected_keys"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from factory.decoder import (
     DecoderStack,
+    check_decoder,
     decoder_layers,
     locate,
     prune_config,
@@ -103,6 +104,30 @@ def test_a_llama_changes_in_one_field_only() -> None:
     config = plain("llama")
     assert prune_config(config, kept=[0, 1, 5, 7]) == {**config, "num_hidden_layers": 4}
     assert config["num_hidden_layers"] == 8
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"layer_types": ["full_attention"] * 6}),
+        ("llama", {"layer_types": ["full_attention"] * 9}),
+        ("llama", {"hidden_size": "wide"}),
+        ("llama", {"hidden_act": "nonesuch"}),
+        ("smollm3", {"no_rope_layers": [1] * 6}),
+    ],
+)
+def test_a_configuration_that_was_wrong_before_the_cut_is_told_as_such(
+    model_type: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises((UnsupportedArchitectureError, UnsupportedFieldError)) as caught:
+        check_decoder({**config_of(model_type), **fields}, num_parameters=10**6)
+    assert "own config.json is wrong" in caught.value.hint
+
+
+def test_a_configuration_that_the_cut_alone_makes_impossible_blames_the_kept_layers() -> None:
+    with pytest.raises(UnsupportedFieldError, match="without the dropped layers") as caught:
+        verify_structure(plain("llama"), plain("llama", layer_types=["full_attention"]), [0, 1])
+    assert "the kept layers" in caught.value.hint
 
 
 def test_windows_that_follow_from_the_class_are_written_down() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from factory.models import fuse_norms, load_model, pad_batch
@@ -54,6 +55,19 @@ def test_four_bit_layers_compute_with_nf4_values_whatever_their_width(tmp_path: 
         # A value halfway between two codes may round either way.
         assert (actual - expected).norm() / expected.norm() < 1e-2
     assert any(isinstance(module, Linear4bit) for module in four.modules()) == (width % 32 == 0)
+
+
+def test_parameters_that_would_be_made_up_are_refused(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    whole = tensors.pop(lost)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks {lost}, which transformers fills with random values"):
+        load_model(folder)
+    save_file({**tensors, lost: whole[1:].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks {lost}"):
+        load_model(folder)
 
 
 SMALL = {

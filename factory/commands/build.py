@@ -293,6 +293,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory import pipeline
     from factory.complete import check_source
     from factory.identity import check_backend, check_tasks
+    from factory.packed import check_loads
     from factory.reproduce import check_same_texts
     from factory.run import Run, check_texts, open_texts
     from factory.store import Store, default_home
@@ -309,6 +310,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     pending = pipeline.pending(run, asked.source)
     if "prune" in pending:
         check_source(asked.source)
+    if {"measure", "evaluate", "speed"} & set(pending):
+        check_loads(asked.source.config, four_bit=config.measure.four_bit)
     check_tasks(config.evaluate, search="evaluate" in pending)
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)

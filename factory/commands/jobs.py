@@ -108,6 +108,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
     from factory.complete import check_source
     from factory.identity import check_tasks
     from factory.jobs import check_fits
+    from factory.packed import check_loads
     from factory.preview import preview
     from factory.run import check_texts, open_texts
 
@@ -122,6 +123,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
             check_texts(texts)
             identities.append(_identity(one, texts, push_to=request.options["push_to"]))
             check_source(one.source)
+            check_loads(one.source.config, four_bit=one.config.measure.four_bit)
             shown = preview(
                 one.source,
                 one.config,

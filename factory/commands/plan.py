@@ -208,6 +208,8 @@ def _start(
     from factory.complete import check_source
     from factory.config import load_recipe
     from factory.identity import check_backend, check_tasks
+    from factory.lora import check_targets
+    from factory.packed import check_loads
     from factory.run import Run, check_texts, open_texts
     from factory.screen import StageLines, console
     from factory.store import Store, default_home
@@ -221,7 +223,11 @@ def _start(
     source = resolve_model(model, recipe, trust_remote_code=options["trust_remote_code"])
     config = settle_options(model, drop, recipe, source, options)
     check_source(source)
+    if measures:
+        check_loads(source.config, four_bit=config.measure.four_bit)
     sweeps = "tasks" in options
+    if sweeps and config.heal_enabled and not source.remote_code:
+        check_targets(source.config, config.heal.modules)
     if sweeps:
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True)

@@ -96,7 +96,8 @@ def load(role: str, reference: str, revision: str | None, four_bit: bool = False
         revision=revision,
         dtype=dtype,
         device_map={"": "cuda" if on_gpu else "cpu"},
-        quantization_config=quantization if four_bit and on_gpu else None,
+        # Given as None, it would have packed weights read as if they were not.
+        **({"quantization_config": quantization} if four_bit and on_gpu else {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(reference, revision=revision)
     return Model(role, reference, revision, model.eval(), tokenizer)
