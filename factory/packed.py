@@ -1,11 +1,31 @@
 """Weights that are packed already: whether transformers loads them here, and into what."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from factory.decoder_fields import packing, packing_method
 from factory.decoder_proof import CONFIG_ERRORS
 from factory.errors import ModelError, UsageError
+from factory.header import DTYPE_BITS, TensorInfo
+
+# What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
+BESIDE = re.compile(
+    r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
+)
+WORDS = ("U8", "I32")  # hold several weights each
+
+
+def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
+    """How many parameters of the model a stored tensor holds."""
+    settings = packing(config)
+    if not settings:
+        return tensor.num_elements
+    if BESIDE.search(tensor.name):
+        return 0
+    bits = settings.get("bits") if isinstance(settings, Mapping) else None
+    each = DTYPE_BITS[tensor.dtype] // (bits if bits in (2, 4, 8) else 4) if tensor.dtype in WORDS else 1
+    return tensor.num_elements * each
 
 
 def unpacking(config: Mapping[str, Any]) -> Any:

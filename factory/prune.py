@@ -11,6 +11,7 @@ from factory.checkpoint import Progress, TensorInfo
 from factory.decoder import DecoderStack
 from factory.decoder_fields import packing, packing_method
 from factory.errors import UsageError, VerificationError
+from factory.packed import num_weights
 from factory.reload import verify, verify_logits, verify_values
 from factory.remote_code import point_to_source
 
@@ -86,7 +87,7 @@ def prune(
     return Checkpoint(
         folder=folder,
         num_layers=len(plan.kept),
-        num_parameters=sum(tensor.num_elements for _, tensor in kept),
+        num_parameters=sum(num_weights(tensor, source.config) for _, tensor in kept),
         size_bytes=sum((folder / name).stat().st_size for name in files),
         files=files,
         verified=("names and shapes", "logits" if logits else "values"),

@@ -32,6 +32,7 @@ from factory.decoder import locate
 from factory.errors import UNTRUSTED, CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json, check_sizes
+from factory.packed import num_weights
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
 from factory.remote_header import read_remote_headers
@@ -333,8 +334,8 @@ def _source(
         config=config,
         tensors={name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
         num_layers=stack.num_layers,
-        num_parameters=sum(t.num_elements for t in tensors.values()),
-        layer_parameters=tuple(sum(t.num_elements for t in layer) for layer in layers),
+        num_parameters=max(1, sum(num_weights(t, config) for t in tensors.values())),
+        layer_parameters=tuple(sum(num_weights(t, config) for t in layer) for layer in layers),
         size_bytes=size_bytes,
         layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
         vocab_size=_vocab_size(config),

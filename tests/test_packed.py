@@ -114,6 +114,17 @@ def test_weights_in_fp8_compute_with_their_scales(tmp_path: Path) -> None:
     check_loads(resolve(str(packed)).config, four_bit=False)
 
 
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}, {}])
+def test_packed_weights_count_as_the_parameters_that_they_hold(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    dense = save_dense(tmp_path / "dense")
+    packed = pack(dense, tmp_path / "m", **settings) if settings else pack_fp8(dense, tmp_path / "m")
+    expected, found = resolve(str(dense)), resolve(str(packed))
+    assert found.num_parameters == expected.num_parameters
+    assert found.layer_parameters == expected.layer_parameters
+
+
 def test_a_tensor_that_packed_weights_lack_is_refused_by_name(tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense")
     source = resolve(str(pack(dense, tmp_path / "packed", load_in_4bit=True)))
