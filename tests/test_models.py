@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from factory.errors import ModelError
 from factory.models import fuse_norms, load_model, pad_batch
 from tests.tiny import save_llama
 
