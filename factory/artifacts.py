@@ -108,12 +108,17 @@ class Source(Artifact):
     layer_bytes: tuple[int, ...]
     vocab_size: int = Field(ge=1)
     dtype: str  # "bfloat16": of most of the stored weights
-    license: str | None = None  # as on the source's card
+    license: str | tuple[str, ...] | None = None  # as on the source's card, which may name several
     license_name: str | None = None
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     has_chat_template: bool = False
     remote_code: bool = False  # transformers lacks this model type: code of the source, at `commit`, is run
+
+    @property
+    def licenses(self) -> tuple[str, ...]:
+        """Each licence that the card names; all of them hold."""
+        return (self.license,) if isinstance(self.license, str) else self.license or ()
 
     @property
     def download_bytes(self) -> int:
@@ -457,7 +462,7 @@ class Pruning(Artifact):
     source_name: str
     repo_id: str | None  # None for a folder
     commit: str  # a folder: its content hash
-    license: str | None
+    license: str | tuple[str, ...] | None
     num_layers: int  # before
     dropped: tuple[int, ...]  # 0-based, ascending
     source_parameters: int

@@ -112,6 +112,7 @@ def render(
             command=reproduction_command(build),
             without_option=_without_option(build),
             data=data_rows(build),
+            licenses=_license_names(build),
             license_url=_license_url(build),
             is_block=is_block(build.dropped),
             angular_figure=ANGULAR_FIGURE,
@@ -148,7 +149,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
     if build.adapter and build.shipped == "healed":
         used.append(build.adapter.data)
     fields: dict[str, Any] = {
-        "license": source.license,
+        "license": list(source.license) if isinstance(source.license, tuple) else source.license,
         "license_name": source.license_name,
         "license_link": _license_url(build) or source.license_link,
         "base_model": source.repo_id,
@@ -207,6 +208,12 @@ def _by_recovery(finding: dict[str, Any]) -> float:
 
 def _title(build: Build, *, repo_id: str | None) -> str:
     return repo_id.rpartition("/")[2] if repo_id else build.name
+
+
+def _license_names(build: Build) -> tuple[str, ...]:
+    """The source's licences for people: one that the Hub has no identifier for by its own name."""
+    own = build.source.license_name
+    return tuple(own if own and name == "other" else name for name in build.source.licenses)
 
 
 def _license_url(build: Build) -> str | None:

@@ -1,57 +1,75 @@
-"""What the licence of a model says about publishing what is made from it, as far as its identifier tells."""
+"""What the licences of a model say about publishing what is made from it, as far as its card tells."""
 
 import re
+from collections.abc import Iterator
 
 from factory.artifacts import Source
 from factory.errors import LicenseError
 
 # Identifiers: https://huggingface.co/docs/hub/repositories-licenses. In Creative Commons' names `nd` is
-# "no derivatives" (they may be made, but not shared) and `nc` is "no commercial use".
-CREATIVE_COMMONS = re.compile(r"cc-by(?P<nc>-nc)?(?:-sa|(?P<nd>-nd))?(?:-?[\d.]+)?(?:-[a-z]+)?")
-RESEARCH_ONLY = {"apple-amlr", "fair-noncommercial-research-license", "intel-research"}
-UNTOLD = {"", "unknown"}
+# "no derivatives" (they may be made, but not shared) and `nc` is "no commercial use"; its links end
+# on by-nc-nd/4.0.
+NO_DERIVATIVES = re.compile(r"(?<![a-z])by(-nc|-sa)*-nd(?![a-z])|(?<![a-z])no-?deriv")
+NOT_COMMERCIAL = re.compile(r"(?<![a-z])by(-nd|-sa)*-nc(?![a-z])|(?<![a-z])non-?commercial")
+RESEARCH_ONLY = {"apple-amlr", "intel-research"}
+UNTOLD = {"", "unknown", "none"}
 OWN_TERMS = "other"
 
 
-def _identifier(source: Source) -> str:
-    """The licence as the Hub spells it; where that is "other", a name that is one of Creative Commons'."""
-    spelled, name = (
-        "-".join((text or "").lower().replace("_", " ").replace("-", " ").split())
-        for text in (source.license, source.license_name)
-    )
-    return name if spelled == OWN_TERMS and CREATIVE_COMMONS.fullmatch(name) else spelled
+def _spelled(text: str) -> str:
+    """A licence as the Hub spells it."""
+    return "-".join(text.lower().replace("_", " ").replace("-", " ").split())
+
+
+def _named(source: Source) -> list[str]:
+    """The licences that the card names."""
+    return [name for name in map(_spelled, source.licenses) if name not in UNTOLD]
+
+
+def _all_terms(source: Source) -> Iterator[str]:
+    """The licences, and what the card says of those that the Hub has no identifier for."""
+    yield from _named(source)
+    if source.license_name:
+        yield _spelled(source.license_name)
+    if source.license_link and "creativecommons.org/" in source.license_link:
+        yield _spelled(source.license_link)
+
+
+def _forbidding(source: Source) -> str | None:
+    return next((terms for terms in _all_terms(source) if NO_DERIVATIVES.search(terms)), None)
 
 
 def forbids_sharing(source: Source) -> bool:
-    """Whether the licence forbids to share what is made from the model."""
-    match = CREATIVE_COMMONS.fullmatch(_identifier(source))
-    return bool(match and match["nd"])
+    """Whether one of the licences forbids to share what is made from the model."""
+    return _forbidding(source) is not None
 
 
 def remark(source: Source) -> str | None:
     """What to know before publishing what is made from a model, in one line; None if there is nothing."""
-    license_id, name = _identifier(source), source.repo_id or source.name
-    match = CREATIVE_COMMONS.fullmatch(license_id)
-    if forbids_sharing(source):
-        return f"the licence of {name}, {license_id}, forbids to share what is made from it"
-    if license_id in UNTOLD:
+    named, name = _named(source), source.repo_id or source.name
+    forbidding = _forbidding(source)
+    if forbidding:
+        return f"the licence of {name}, {forbidding}, forbids to share what is made from it"
+    own_terms = " ".join(filter(None, (source.license_name, source.license_link)))
+    if not named and not own_terms:
         return f"{name} names no licence, so nothing allows to publish what is made from it; ask its owner"
-    if license_id == OWN_TERMS:
-        terms = " ".join(filter(None, (source.license_name, source.license_link))) or "not named on its card"
+    limits = [t for t in _all_terms(source) if t in RESEARCH_ONLY or NOT_COMMERCIAL.search(t)]
+    if limits:
+        return f"the licence of {name}, {limits[0]}, allows no commercial use, also of what is made from it"
+    if OWN_TERMS in named or not named:
+        terms = own_terms or "not named on its card"
         return f"{name} has terms of its own ({terms}); they hold for what is made from it: read them first"
-    if license_id in RESEARCH_ONLY or (match and match["nc"]):
-        return f"the licence of {name}, {license_id}, allows no commercial use, also of what is made from it"
     return None
 
 
 def check_license(source: Source, *, accepted: bool) -> None:
-    """Refuse to publish what the source's licence forbids to share.
+    """Refuse to publish what a licence of the source forbids to share.
 
     Args:
         accepted: The user says that they may.
 
     Raises:
-        LicenseError: The licence allows no derivatives.
+        LicenseError: A licence allows no derivatives.
     """
     if forbids_sharing(source) and not accepted:
         raise LicenseError(

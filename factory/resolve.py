@@ -36,7 +36,7 @@ from factory.packed import num_weights
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
 from factory.remote_header import read_remote_headers
-from factory.source_card import README, languages_of, one_license, read_card, short_text
+from factory.source_card import README, languages_of, licenses_of, read_card, short_text, texts_of
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -340,8 +340,8 @@ def _source(
         layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
         vocab_size=_vocab_size(config),
         dtype=DTYPES.get(dtype, dtype.lower()),
-        license=one_license(card.get("license")),
-        license_name=short_text(card.get("license_name")),
+        license=licenses_of(card.get("license")),
+        license_name=", ".join(texts_of(card.get("license_name"))) or None,
         license_link=short_text(card.get("license_link")),
         languages=languages_of(card.get("language")),
         has_chat_template=has_chat_template,

@@ -11,6 +11,7 @@ from factory.errors import ModelError
 README = "README.md"
 MOST_LETTERS = 500  # of one text
 MOST_LANGUAGES = 10_000
+MOST_TEXTS = 100  # of one field
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -28,10 +29,26 @@ def short_text(value: object) -> str | None:
     return str(value)[:MOST_LETTERS] if isinstance(value, str | int | float) else None
 
 
-def one_license(value: object) -> str | None:
-    """One licence; a list of one, an old notation, is it too."""
-    only = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return only if isinstance(only, str) else None
+def texts_of(value: object) -> tuple[str, ...]:
+    """The short texts in a field, each once: in a list or a mapping, however deep."""
+    found: dict[str, None] = {}
+    left: list[object] = [value]
+    seen: set[int] = set()
+    while left and len(found) < MOST_TEXTS:
+        part = left.pop()
+        if isinstance(part, list | dict) and id(part) not in seen:  # YAML's aliases can name themselves
+            seen.add(id(part))
+            left += reversed(list(part.values() if isinstance(part, dict) else part))
+        text = None if isinstance(part, bool) else short_text(part)
+        if text and text.strip():
+            found[text.strip()] = None
+    return tuple(found)
+
+
+def licenses_of(value: object) -> str | tuple[str, ...] | None:
+    """What a card has as licence: one, several, or none."""
+    texts = texts_of(value)
+    return texts if len(texts) > 1 else next(iter(texts), None)
 
 
 def languages_of(value: object) -> tuple[str, ...]:

@@ -463,6 +463,16 @@ def chosen_by(criterion: str) -> Build:
     )
 
 
+def with_two_licences() -> Build:
+    build = demo_healed()
+    fields = {
+        "license": ("cc-by-nd-4.0", "other"),
+        "license_name": "own-1",
+        "license_link": "https://a.b/c",
+    }
+    return build.model_copy(update={"source": build.source.model_copy(update=fields)})
+
+
 def without_measurable_loss() -> Build:
     """A healed model whose loss is that of its source, as far as the documents can tell."""
     build = chat_with_other_licence()
@@ -547,6 +557,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     )
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
+    others.append(partial(render, with_two_licences(), has_healing_figure=False))
     head, *sections = re.split(r"(?m)^(?=## \w)", template)
     names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use
     # A section is tried without the others: to compile them all takes ten times as long.
@@ -731,6 +742,13 @@ def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> Non
     fields = front_matter(demo_healed(), repo_id=None)
     assert not {"base_model", "base_model_relation", "datasets"} & set(fields)
     assert fields["license"] == "apache-2.0"
+
+
+def test_each_of_several_licences_is_on_the_card() -> None:
+    build = with_two_licences()
+    assert front_matter(build, repo_id=None)["license"] == ["cc-by-nd-4.0", "other"]
+    said = "Those of the source, which all hold: cc-by-nd-4.0, own-1 ([text](https://a.b/c))."
+    assert said in render(build, has_healing_figure=False)
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:

@@ -27,10 +27,29 @@ def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: st
         ),
         *({"license": name} for name in ("cc-by-nd4.0", "cc-by-nc-nd-3.0-igo")),
         {"license": "other", "license_name": "CC-BY-ND-4.0"},
+        {"license": "other", "license_name": "Creative Commons Attribution-NoDerivs"},
+        {"license": "other", "license_link": "https://creativecommons.org/licenses/by-nc-nd/4.0/"},
+        {"license": None, "license_name": "cc-by-nd-4.0"},
+        {"license": "apache-2.0 OR cc-by-nd-4.0"},
     ],
 )
 def test_a_licence_is_known_however_it_is_spelled(fields: dict[str, Any]) -> None:
     assert forbids_sharing(a_source(**fields))
+
+
+@pytest.mark.parametrize(
+    "licenses", [("mit", "CC-BY-ND-4.0"), ("cc-by-nc-nd-3.0", "other"), ("cc-by-nd-2.0",)]
+)
+def test_of_several_licences_one_that_forbids_is_enough(licenses: tuple[str, ...]) -> None:
+    with pytest.raises(LicenseError, match=r"nd-\d\.0, forbids to share"):
+        check_license(a_source(license=licenses), accepted=False)
+
+
+def test_of_several_licences_the_one_with_conditions_is_told() -> None:
+    assert "cc-by-nc-4.0, allows no commercial use" in str(remark(a_source(license=("mit", "cc-by-nc-4.0"))))
+    assert "terms of its own" in str(remark(a_source(license=("mit", "other"))))
+    assert remark(a_source(license=("mit", "unknown"))) is None
+    assert "names no licence" in str(remark(a_source(license=("unknown", ""))))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +66,8 @@ def test_a_licence_is_known_however_it_is_spelled(fields: dict[str, Any]) -> Non
         ({"license": "cc-by-nc-4.0"}, "cc-by-nc-4.0, allows no commercial use"),
         ({"license": "cc-by-nc-sa-2.0"}, "allows no commercial use"),
         ({"license": "apple-amlr"}, "allows no commercial use"),
+        ({"license": "fair-noncommercial-research-license"}, "allows no commercial use"),
+        ({"license": None, "license_name": "own-1"}, "terms of its own (own-1)"),
     ],
 )
 def test_a_licence_with_conditions_is_told_and_not_refused(fields: dict[str, Any], words: str) -> None:
@@ -59,7 +80,7 @@ def test_a_licence_with_conditions_is_told_and_not_refused(fields: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "license_id", ["apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc0-1.0", "llama2"]
+    "license_id", ["apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc0-1.0", "llama2", "cc-by-ndebele"]
 )
 def test_of_other_licences_nothing_is_said(license_id: str) -> None:
     source = a_source(license=license_id)

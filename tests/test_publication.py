@@ -61,7 +61,7 @@ def build(built: Path, tmp_path: Path) -> Path:
     return tmp_path / "build"
 
 
-def licensed(build: Path, **fields: str | None) -> Path:
+def licensed(build: Path, **fields: str | list[str] | None) -> Path:
     """The build as if its source had another licence."""
     for path in (build / "build.json", build / "model" / "build.json"):
         value = json.loads(path.read_text())
@@ -177,7 +177,7 @@ def test_a_missing_licence_is_told_and_published(hub: Hub, commands: Forks, buil
 def test_a_build_that_is_to_be_published_hears_of_the_licence_before_it_starts(
     hub: Hub, commands: Forks, folder: Path, built: Path
 ) -> None:
-    (folder / "tiny" / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    (folder / "tiny" / "README.md").write_text("---\nlicense: [mit, cc-by-nd-4.0]\n---\n")
     hub.put_model("acme/strict", folder / "tiny")
     command = ["build", "acme/strict", *QUICK, "--push-to", "strict"]
     assert "forbids to share" in told(commands.run(*command, folder=folder))

@@ -65,6 +65,29 @@ def test_card_metadata_becomes_text(tmp_path: Path) -> None:
     assert (source.languages, source.license_name) == (("no", "en"), "3")
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("[cc-by-nd-4.0, other]", ("cc-by-nd-4.0", "other")),
+        ("[mit]", "mit"),
+        ("[mit, null, false, mit, [cc-by-nd-4.0]]", ("mit", "cc-by-nd-4.0")),
+        ("{name: CC-BY-ND-4.0, link: LICENSE}", ("CC-BY-ND-4.0", "LICENSE")),
+        ("&a [mit, *a]", "mit"),
+        ("[2.0, mit]", ("2.0", "mit")),
+        ("unknown", "unknown"),
+        ("[]", None),
+        ("''", None),
+        ("no", None),
+        ("2026-01-01", None),
+    ],
+)
+def test_every_licence_that_a_card_names_is_read(
+    tmp_path: Path, written: str, read: str | tuple[str, ...] | None
+) -> None:
+    (save_llama(tmp_path) / "README.md").write_text(f"---\nlicense: {written}\n---\n")
+    assert resolve(str(tmp_path)).license == read
+
+
 @pytest.mark.parametrize("name", ["a\u2028b.jinja", "a\nb", "a\udcff.txt"])
 def test_a_file_name_that_is_no_line_is_refused(tmp_path: Path, name: str) -> None:
     (save_llama(tmp_path) / name).touch()
