@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,19 +54,28 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space:
     return path
 
 
-def renew_card(build: Build, folder: Path, *, repo_id: str, space: str | None = None) -> bool:
-    """Write the card for a repository, unless somebody has edited it: whether it was kept as it is."""
+@contextmanager
+def renewed_card(build: Build, folder: Path, *, repo_id: str, space: str | None = None) -> Iterator[bool]:
+    """Name a repository on the card while it is published there; where that fails, the old card comes back.
+
+    Yields:
+        Whether the card is one that somebody has edited, which is kept as it is.
+    """
     path = folder / "README.md"
-    if path.is_file() and is_edited(path, build):
-        return True
-    write_card(build, folder, repo_id=repo_id, space=space)
-    return False
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    with ExitStack() as undo:
+        kept = path.is_file() and is_edited(path, build)
+        if not kept:
+            undo.callback(write_atomically, path, before) if before else undo.callback(path.unlink)
+            write_card(build, folder, repo_id=repo_id, space=space)
+        yield kept
+        undo.pop_all()
 
 
 def is_edited(path: Path, build: Build) -> bool:
     """Whether a card says something else than would be written, whichever repository and Space it names."""
     text = path.read_bytes().decode("utf-8", "replace")
-    named = re.search(rf'model="({HUB_NAME.pattern})"', text)
+    named = re.search(r'model="([^"\\\n]+)"', text)
     linked = re.search(rf"\({HUB}/spaces/({HUB_NAME.pattern})\)", text)
     has_figure = (path.parent / HEALING_FIGURE).is_file()
     return all(

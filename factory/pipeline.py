@@ -203,7 +203,7 @@ def publish(
         What lies on the Hub, and whether the card is an edited one.
     """
     from factory import hub
-    from factory.card import renew_card
+    from factory.card import renewed_card
     from factory.layout import check_nothing_added, check_whole
 
     build = Build.read(folder)
@@ -215,7 +215,8 @@ def publish(
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     if known and known.repo_id == repo_id:
         space = space or known.space
-    is_edited = renew_card(build, folder / "model", repo_id=repo_id, space=space)
-    publication = hub.push(folder / "model", repo_id=repo_id, **options).model_copy(update={"space": space})
+    with renewed_card(build, folder / "model", repo_id=repo_id, space=space) as is_edited:
+        pushed = hub.push(folder / "model", repo_id=repo_id, **options)
+    publication = pushed.model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited

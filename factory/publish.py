@@ -13,8 +13,9 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source
@@ -32,6 +33,7 @@ from factory.hub_errors import (
     not_logged_in,
     patiently,
 )
+from factory.references import HUB_NAME
 from factory.sums import sha256_once, visible_files
 
 README = "README.md"
@@ -47,16 +49,32 @@ def full_name(repo_id: str) -> str:
     """`owner/name`; `name` and `~/name` belong to whoever is logged in.
 
     Raises:
-        HubError: Nobody is logged in, or the Hub could not be asked who it is.
+        HubError: No repository can have that name, nobody is logged in, or the Hub could not be asked who.
     """
+    owner, _, name = repo_id.rpartition("/")
+    is_own = "/" not in repo_id or owner == "~"
+    _check_name(repo_id, f"{'me' if is_own else owner}/{name}")
     if get_token() is None:
         raise not_logged_in()
-    owner, _, name = repo_id.rpartition("/")
-    if owner not in ("", "~"):
+    if not is_own:
         return repo_id
     with hub_errors(repo_id, writing=True):
         api = hub_api()
         return f"{patiently(lambda: api.whoami(cache=True))['name']}/{name}"
+
+
+def _check_name(given: str, repo_id: str) -> None:
+    """Refuse, before anything is written, what the Hub would refuse as a name."""
+    try:
+        validate_repo_id(repo_id)
+        valid = bool(HUB_NAME.fullmatch(repo_id))
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise HubError(
+            f"{given[:200]!r} is no repository name",
+            hint="give owner/name: letters, digits and - _ . between them, 96 characters at most",
+        )
 
 
 def push(

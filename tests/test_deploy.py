@@ -14,7 +14,7 @@ from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.hub.storage import Repository
 from tests.test_card import demo_healed
-from tests.test_faults import LIGHT
+from tests.test_faults import LIGHT, content_of
 from tests.tiny import save_llama
 
 SOURCE = "acme/tiny"
@@ -90,6 +90,14 @@ def changes(hub: Hub) -> list[tuple[str, str]]:
         if request.method in ("POST", "PUT", "DELETE")
         and not request.path.startswith(("/api/validate-yaml", f"/api/models/{MODEL}/paths-info"))
     ]
+
+
+def test_a_name_that_no_space_can_have_is_refused_before_anything_is_written(
+    hub: Hub, commands: Forks, pushed: Path
+) -> None:
+    before, requests = content_of(pushed), len(hub.requests)
+    assert "'alice/two words' is no repository name" in refused(commands, pushed, "alice/two words")
+    assert (content_of(pushed), len(hub.requests)) == (before, requests)
 
 
 def test_the_space_gets_its_files_in_one_commit_and_its_variables_first(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from factory.artifacts import Build, DistanceProfile
+from factory.card import write_card
 from factory.errors import StoreError, VerificationError
 from factory.layout import (
     accept,
@@ -445,8 +446,11 @@ def test_an_edited_card_is_published_as_it_is_and_told(hub: Hub, commands: Forks
 def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(
     hub: Hub, commands: Forks, build: Path
 ) -> None:
+    card = build / "model" / "README.md"
+    before = card.read_bytes()
     refusal = hub.fail("POST", "/commit/", status=403)
     assert "may not write" in told(commands.run("push", str(build), "alice/never", folder=build.parent))
+    assert card.read_bytes() == before
     refusal.times = 0
     for name in ("alice/first", "alice/second"):
         done = commands.run("push", str(build), name, folder=build.parent)
@@ -454,6 +458,36 @@ def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(
         assert f'model="{name}"' in hub.files(name)["README.md"].decode()
 
 
-def test_an_empty_name_is_no_name(hub: Hub, commands: Forks, build: Path) -> None:
-    assert "is no repository name" in told(commands.run("push", str(build), "", folder=build.parent))
-    assert not hub.storage.repositories
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "alice/",
+        "/x",
+        "a/b/c",
+        "alice/two words",
+        "alice/a--b",
+        "a..b",
+        "~/x.git",
+        "alice/\u00e9",
+        "x" * 97,
+    ],
+)
+def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_written(
+    hub: Hub, commands: Forks, build: Path, name: str
+) -> None:
+    before = content_of(build)
+    refused = told(commands.run("push", str(build), name, folder=build.parent))
+    assert f"{name!r} is no repository name" in refused
+    assert not hub.requests
+    assert content_of(build) == before
+
+
+def test_a_name_that_was_refused_once_is_not_published_under_another(
+    hub: Hub, commands: Forks, build: Path
+) -> None:
+    card = build / "model" / "README.md"
+    write_card(Build.read(build), card.parent, repo_id="alice/two words")  # as earlier versions left it
+    done = commands.run("push", str(build), "alice/good", folder=build.parent)
+    assert (done.code, done.stderr) == (0, "")
+    assert "two words" not in hub.files("alice/good")["README.md"].decode()
