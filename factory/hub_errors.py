@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from factory import __version__
+from factory.bearer import guard_token
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, FactoryError, HubError
 
@@ -53,6 +54,7 @@ CLIENT_ERRORS = (
     CachedRepoTreeNotFoundError,
 )
 
+guard_token()  # here, as `datasets` and lm-eval ask the Hub too, of whichever process reads texts or tasks
 
 T = TypeVar("T")
 

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import settings
 
 from tests.hub import Hub, running_hub
@@ -36,3 +37,13 @@ def hub(served_hub: Hub) -> Hub:
     """An empty Hub on loopback, at the same address for the whole session."""
     served_hub.reset()
     return served_hub
+
+
+@pytest.fixture
+def own_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The same as the Hub of this process' client, so that tokens go to it."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return hub

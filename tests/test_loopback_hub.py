@@ -11,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from tests.hub import Hub
 from tests.hub.server import ALICE, BOB
 
+pytestmark = pytest.mark.usefixtures("own_hub")
+
 
 @pytest.fixture
 def alice(hub: Hub) -> HfApi:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
     ("__init__", "errors"),
-    ("references", "disk", "durable", "gpus", "tracking", "memory", "locks", "libraries"),
+    ("references", "disk", "durable", "gpus", "tracking", "memory", "locks", "libraries", "bearer"),
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),

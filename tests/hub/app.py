@@ -65,6 +65,7 @@ class Application:
         self.storage = storage
         self.url = url
         self.cdn_url = cdn_url
+        self.next_url = url  # that answers name for the request after this one
         self.users: dict[str, tuple[str, bool]] = {}  # token → name, may write
         self.requests: list[Request] = []
         self.faults: list[Fault] = []

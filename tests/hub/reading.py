@@ -114,7 +114,7 @@ def tree(
     first = int(request.query.get("cursor", 0))
     last = first + PAGE_SIZE
     following = urlencode(request.query | {"cursor": last})
-    link = {"Link": f'<{app.url}{request.path}?{following}>; rel="next"'} if last < len(entries) else {}
+    link = {"Link": f'<{app.next_url}{request.path}?{following}>; rel="next"'} if last < len(entries) else {}
     return JSONResponse(entries[first:last], headers=link)
 
 
@@ -143,7 +143,7 @@ def resolve(
     location = {"Location": f"{app.cdn_url}/blobs/{file.sha256}?signature=x"}
     xet = {}
     if xet_hash := app.storage.xet_hashes().get(file.sha256):
-        token = f"{app.url}/api/{kind or 'model'}s/{repo}/xet-read-token/{commit.oid}"
+        token = f"{app.next_url}/api/{kind or 'model'}s/{repo}/xet-read-token/{commit.oid}"
         xet = {"X-Xet-Hash": xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
     return Response(status_code=302, headers=headers | linked | location | xet)
 

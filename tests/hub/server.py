@@ -92,6 +92,7 @@ class Hub:
         self._generation += 1
         # A new folder each time: a client that is still alive keeps its xet store locked.
         self.storage = self.app.storage = Storage(self._folder / str(self._generation))
+        self.app.next_url = self.url
         self.app.requests.clear()
         self.app.faults.clear()
 

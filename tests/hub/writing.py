@@ -68,7 +68,7 @@ def lfs_batch(app: Application, request: Request, kind: str | None, repo: str) -
         if not app.storage.has_object(item["oid"]):
             answer["actions"] = {
                 "upload": {"href": f"{app.cdn_url}/upload/{item['oid']}?signature=x"},
-                "verify": {"href": f"{app.url}/{repo}.git/info/lfs/objects/verify"},
+                "verify": {"href": f"{app.next_url}/{repo}.git/info/lfs/objects/verify"},
             }
         objects.append(answer)
     return JSONResponse({"transfer": "basic", "objects": objects})
