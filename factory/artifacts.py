@@ -111,6 +111,7 @@ class Source(Artifact):
     license: str | tuple[str, ...] | None = None  # as on the source's card, which may name several
     license_name: str | None = None
     license_link: str | None = None
+    base_models: tuple[str, ...] = ()  # on the Hub, that it was made from by its card
     languages: tuple[str, ...] = ()
     has_chat_template: bool = False
     remote_code: bool = False  # transformers lacks this model type: code of the source, at `commit`, is run
@@ -484,6 +485,7 @@ class Publication(Artifact):
     private: bool
     files: dict[str, str]  # every file → sha256
     space: str | None = None  # the comparison Space that the card links to
+    pull_request: int | None = None  # number of the one that it was proposed in
 
 
 def is_block(layers: Sequence[int]) -> bool:

@@ -160,12 +160,12 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
     if build.adapter and build.shipped == "healed":
         used.append(build.adapter.data)
     fields: dict[str, Any] = {
-        "license": list(source.license) if isinstance(source.license, tuple) else source.license,
+        "license": _one_or_all(source.licenses),
         "license_name": source.license_name,
         "license_link": _license_url(build) or source.license_link,
-        "base_model": source.repo_id,
+        "base_model": source.repo_id or _one_or_all(source.base_models),
         # The Hub knows no "pruned"; of what it knows only this fits.
-        "base_model_relation": "finetune" if source.repo_id else None,
+        "base_model_relation": "finetune" if source.repo_id or source.base_models else None,
         "datasets": sorted({data.hub_id for data in used if data.hub_id}),
         "language": list(source.languages),
         "library_name": "transformers",
@@ -176,6 +176,10 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
         ],
     }
     return {key: clean(value) for key, value in fields.items() if value}
+
+
+def _one_or_all(texts: tuple[str, ...]) -> str | list[str] | None:
+    return list(texts) if len(texts) > 1 else next(iter(texts), None)
 
 
 def _results(evaluation: Evaluation) -> list[dict[str, Any]]:

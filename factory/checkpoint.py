@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from factory.artifacts import sha256_of_file
@@ -22,7 +23,9 @@ __all__ = [
     "are_equal",
     "auxiliary_files",
     "copy_auxiliary_files",
+    "is_auxiliary",
     "is_shard_name",
+    "names_in",
     "read_checkpoint",
     "read_header",
     "read_tensor_bytes",
@@ -40,8 +43,15 @@ AUXILIARY = (
     "tekken.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json",
     "chat_template.*", "additional_chat_templates/*.jinja",
-    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "License*", "license*", "Notice*",
 )  # fmt: skip
+# "LICENSE", "MODEL_LICENSE", "Tongyi Qianwen LICENSE AGREEMENT.txt", "Terms-of-use.md", "LICENSES/MIT.txt"
+LEGAL = re.compile(
+    r"[^/]*(licen[cs]e|(?<![a-z])(copying|copyrights?|notices?|terms|use[ _-]?policy)(?![a-z]))[^/]*"
+    r"|licen[cs]es/[^/]+",
+    re.IGNORECASE,
+)
+NEVER_LEGAL = (".py", ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".ipynb", ".sh")
+FOLDERS = re.compile("additional_chat_templates|licen[cs]es", re.IGNORECASE)  # that hold some of these files
 # Of tokenizer_config.json: transformers writes them and does without them.
 LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 
@@ -293,6 +303,20 @@ def _parts(
 # Beside the weights ------------------------------------------------------------------------------
 
 
+def is_auxiliary(name: str) -> bool:
+    """Whether a file of this name goes along with the weights, in a folder as on the Hub."""
+    if LEGAL.fullmatch(name) and not name.lower().endswith(NEVER_LEGAL):
+        return True
+    return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in AUXILIARY)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Files of a model's folder and of the folders in it that may hold a part of it, sorted."""
+    folders = [folder, *(path for path in folder.iterdir() if FOLDERS.fullmatch(path.name) and path.is_dir())]
+    files = [path for each in folders for path in each.iterdir() if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
 def auxiliary_files(folder: Path) -> dict[str, Path]:
     """Tokenizer, generation settings, chat templates and licence texts: name → the file itself.
 
@@ -303,14 +327,14 @@ def auxiliary_files(folder: Path) -> dict[str, Path]:
         CheckpointError: A file is a link to somewhere else.
     """
     found = {}
-    for path in (path for pattern in AUXILIARY for path in folder.glob(pattern) if path.is_file()):
-        target = path.resolve()
+    for name in filter(is_auxiliary, names_in(folder)):
+        target = (folder / name).resolve()
         if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
             raise CheckpointError(
-                f"{path.name} is a link to {target}, outside the model's folder",
+                f"{name} is a link to {target}, outside the model's folder",
                 hint="put the file itself there",
             )
-        found[path.relative_to(folder).as_posix()] = target
+        found[name] = target
     return found
 
 

@@ -213,10 +213,11 @@ def publish(
         repository = hub.default_repo_name(build.source, build.config["drop"])
     repo_id = hub.full_name(repository)
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    pull_request = None
     if known and known.repo_id == repo_id:
-        space = space or known.space
+        space, pull_request = space or known.space, known.pull_request
     with renewed_card(build, folder / "model", repo_id=repo_id, space=space) as is_edited:
-        pushed = hub.push(folder / "model", repo_id=repo_id, **options)
+        pushed = hub.push(folder / "model", repo_id=repo_id, pull_request=pull_request, **options)
     publication = pushed.model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited

@@ -1,6 +1,7 @@
 """Folder → Publication: one commit that holds everything, or none."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def push(
     private: bool = True,
     revision: str | None = None,
     create_pr: bool = False,
+    pull_request: int | None = None,
     message: str,
     force: bool = False,
 ) -> Publication:
@@ -98,7 +100,8 @@ def push(
         repo_id: `owner/name`; `name` and `~/name` mean the account that is logged in.
         private: Of a new repository; an existing one stays as it is, so that a public one is refused.
         revision: Branch to commit to; made from `main` if it is new. None: `main`.
-        create_pr: Propose the commit as a pull request.
+        create_pr: Propose the commit as a pull request, or add it to the own one that is still open.
+        pull_request: Number of the one that an earlier push opened; one with this message's title is too.
         message: Of the commit.
         force: Overwrite a repository that the factory did not make.
 
@@ -116,21 +119,20 @@ def push(
     local = _local_files(folder)
     with hub_errors(repo_id, revision=revision, writing=True):
         info, new_branch = _open_repository(api, repo_id, private=private, revision=revision)
-        head = str(info.sha)
-        remote = _remote_files(api, repo_id, commit=head)
-        others = _others_files(remote, repo_id=repo_id, commit=head)
+        target = _Target(revision, str(info.sha), _remote_files(api, repo_id, commit=str(info.sha)))
+        others = _others_files(target.files, repo_id=repo_id, commit=target.head)
         if others:
             _check_others(others, local, repo_id=repo_id, accepted=force or create_pr)
-        if private and not (info.private or create_pr):
-            raise HubError(
-                f"{repo_id} is there already and public",
-                hint="nothing was published; --public publishes there, or choose another name",
-            )
+        if private and not info.private:
+            raise _public(repo_id, create_pr=create_pr)
         if new_branch:
-            api.create_branch(repo_id, branch=new_branch, revision=head)
-    stale = [name for name in remote if _is_weight(name) and name not in local] if not others else []
-    changed = _differing(folder, local, remote)
-    commit, url = head, f"{endpoint()}/{repo_id}"
+            api.create_branch(repo_id, branch=new_branch, revision=target.head)
+        theirs = target.files.keys() if others else ()
+        if create_pr:
+            target = _pull_request(api, repo_id, target, known=pull_request, title=message)
+    changed = _differing(folder, local, target.files)
+    stale = [n for n in target.files if _is_weight(n) and n not in local and n not in theirs]
+    commit, number = target.head, target.pull_request
     if stale or changed:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, folder / name) for name in changed),
@@ -138,18 +140,38 @@ def push(
         ]
         request = {
             "commit_message": message,
-            "revision": revision,
-            "create_pr": create_pr,
-            "parent_commit": head,
+            "revision": target.revision,
+            "create_pr": create_pr and number is None,
+            "parent_commit": target.head,
         }
-        commit, proposal = _commit(api, repo_id, operations, request, folder=folder, local=local)
-        url = proposal or url
+        commit, opened = _commit(api, repo_id, operations, request, folder=folder, local=local)
+        number = opened or number
+    page = f"{endpoint()}/{repo_id}"
     return Publication(
         repo_id=repo_id,
-        url=url,
+        url=f"{page}/discussions/{number}" if number else page,
         commit=commit,
         private=bool(info.private),
         files=local,
+        pull_request=number,
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a commit goes on top of."""
+
+    revision: str | None  # branch, or reference of a pull request; None: main
+    head: str
+    files: dict[str, RepoFile]
+    pull_request: int | None = None
+
+
+def _public(repo_id: str, *, create_pr: bool) -> HubError:
+    shown = ", and everybody would see what is proposed to it" if create_pr else ""
+    return HubError(
+        f"{repo_id} is there already and public{shown}",
+        hint="nothing was published; --public publishes there, or choose another name",
     )
 
 
@@ -199,6 +221,28 @@ def _open_repository(
         return patiently(lambda: api.model_info(repo_id, revision=revision)), None
     except RevisionNotFoundError:
         return info, revision
+
+
+def _pull_request(api: HfApi, repo_id: str, target: _Target, *, known: int | None, title: str) -> _Target:
+    """The account's own pull request that an earlier push opened and that is still open; else main as before.
+
+    It is the one on record, or, as a record can be lost, the last one with this title.
+    """
+    author = patiently(lambda: api.whoami(cache=True))["name"]
+    found = patiently(
+        lambda: list(
+            api.get_repo_discussions(
+                repo_id, author=author, discussion_type="pull_request", discussion_status="open"
+            )
+        )
+    )
+    numbers = [each.num for each in found if each.num == known or each.title == title]
+    if not numbers:
+        return target
+    number = known if known in numbers else max(numbers)
+    revision = f"refs/pr/{number}"
+    head = str(patiently(lambda: api.model_info(repo_id, revision=revision)).sha)
+    return _Target(revision, head, _remote_files(api, repo_id, commit=head), number)
 
 
 def _remote_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFile]:
@@ -261,16 +305,16 @@ def _commit(
     *,
     folder: Path,
     local: dict[str, str],
-) -> tuple[str, str | None]:
+) -> tuple[str, int | None]:
     """Make the one commit and compare every file with what then lies on the Hub.
 
     Returns:
-        The commit's hash, and the address of the pull request if it is one.
+        The commit's hash, and the number of the pull request if it opened one.
     """
-    proposal = None
+    opened = None
     try:
         made: CommitInfo = api.create_commit(repo_id, operations, **request)
-        commit, proposal = made.oid, made.pr_url
+        commit, opened = made.oid, made.pr_num
     except CLIENT_ERRORS as error:
         # The commit may have been made although its answer was lost.
         landed = is_unknown(error) and _landed(api, repo_id, request, folder=folder, local=local)
@@ -293,7 +337,7 @@ def _commit(
                 f"{name} on {repo_id} at {commit[:12]} is not what was uploaded",
                 hint=f"{AGAIN}; if it happens twice, report it",
             )
-    return commit, proposal
+    return commit, opened
 
 
 def _landed(
@@ -308,7 +352,7 @@ def _landed(
     if request["create_pr"]:
         raise HubError(
             f"the connection was lost while a pull request to {repo_id} was on its way",
-            hint=f"look whether it is at {page}/discussions; if not, {AGAIN}",
+            hint=f"look at {page}/discussions, or {AGAIN}: it goes on with the one that is open there",
         )
     try:
         head = str(patiently(lambda: api.model_info(repo_id, revision=request["revision"])).sha)

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 
 from factory.artifacts import Source, canonical_json
 from factory.checkpoint import (
-    AUXILIARY,
     WEIGHTS,
     WEIGHTS_INDEX,
     TensorInfo,
     auxiliary_files,
+    is_auxiliary,
     is_shard_name,
+    names_in,
     read_checkpoint,
     sha256_of_files,
 )
@@ -36,7 +36,16 @@ from factory.packed import num_weights
 from factory.references import HUB_NAME, local_path, unknown_model
 from factory.remote_code import class_references
 from factory.remote_header import read_remote_headers
-from factory.source_card import README, languages_of, licenses_of, read_card, short_text, texts_of
+from factory.source_card import (
+    README,
+    base_models_of,
+    folder_name,
+    languages_of,
+    licenses_of,
+    read_card,
+    short_text,
+    texts_of,
+)
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -91,12 +100,7 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_c
 
 def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """The commit of a folder is a hash of the files that make the model, not of its card."""
-    names = [
-        path.relative_to(folder).as_posix()
-        for pattern in ("*", "additional_chat_templates/*")
-        for path in folder.glob(pattern)
-        if path.is_file()
-    ]
+    names = names_in(folder)
     _check_names(names, where=str(folder))
     needed = sorted(needed_files(names, ()))
     check_sizes({name: (folder / name).stat().st_size for name in needed})
@@ -108,7 +112,7 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     weights = sorted({tensor.file.name for tensor in tensors.values()})
     hashed = sha256_of_files(folder, sorted(needed_files(names, weights, code=remote_code) - {README}))
     source = _source(
-        name="".join(letter for letter in folder.resolve().name if letter.isprintable()) or "model",
+        name=folder_name(folder),
         repo_id=None,
         commit=sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40],
         config=config,
@@ -343,6 +347,7 @@ def _source(
         license=licenses_of(card.get("license")),
         license_name=", ".join(texts_of(card.get("license_name"))) or None,
         license_link=short_text(card.get("license_link")),
+        base_models=base_models_of(card.get("base_model")),
         languages=languages_of(card.get("language")),
         has_chat_template=has_chat_template,
         remote_code=remote_code,
@@ -403,12 +408,12 @@ def _has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:
 
 def needed_files(names: Collection[str], weights: Collection[str], *, code: bool = False) -> set[str]:
     """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for."""
-    patterns = (CONFIG, WEIGHTS_INDEX, README, *AUXILIARY, *(("*.py",) if code else ()))
+    always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
     return {
         name
         for name in names
-        if name in weights or any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
-    } - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
+        if name in always or is_auxiliary(name) or (code and name.endswith(".py") and "/" not in name)
+    }
 
 
 def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:

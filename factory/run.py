@@ -21,7 +21,7 @@ VERSIONS = {
     "plan": 2,
     "search": 3,
     "compare": 3,
-    "prune": 1,
+    "prune": 2,
     "heal": 9,
     "merge": 3,
     "evaluate": 5,

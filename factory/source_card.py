@@ -1,14 +1,21 @@
-"""The front matter of a source's card: what it says of licence and languages, as short texts."""
+"""What a source says of itself: its name, and of its card licences, languages and descent as short texts."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from factory.artifacts import Build, check_size
 from factory.errors import ModelError
+from factory.references import HUB_NAME
 
 README = "README.md"
+SNAPSHOT = re.compile(r"models--.+--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}")  # in the Hub's cache
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a trainer
+BUILD_NAME = re.compile(r"\w[\w. +-]{0,199}")
 MOST_LETTERS = 500  # of one text
 MOST_LANGUAGES = 10_000
 MOST_TEXTS = 100  # of one field
@@ -56,3 +63,33 @@ def languages_of(value: object) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     texts = ["no" if value is False else value for value in values[:MOST_LANGUAGES]]
     return tuple(text for text in texts if isinstance(text, str) and len(text) <= MOST_LETTERS)
+
+
+def base_models_of(value: object) -> tuple[str, ...]:
+    """The Hub's repositories in a field, which may also hold paths of whoever trained the model."""
+    return tuple(text for text in texts_of(value) if HUB_NAME.fullmatch(text) and text[0] != ".")
+
+
+def folder_name(folder: Path) -> str:
+    """What the model in a folder is called: as the folder, or where that says nothing, as what holds it."""
+    place = folder.resolve()
+    snapshot = SNAPSHOT.fullmatch("/".join(place.parts[-3:]))
+    if snapshot:
+        name = snapshot["name"]
+    elif CHECKPOINT.fullmatch(place.name):
+        name = f"{place.parent.name}-{place.name}"
+    else:
+        name = (_build_in(place) if place.name == "model" else None) or place.name
+    return "".join(letter for letter in name if letter.isprintable()) or "model"
+
+
+def _build_in(folder: Path) -> str | None:
+    """Name of the build whose model a folder holds, which may also be of another version."""
+    path = folder / Build.file_name
+    try:
+        check_size(path.stat().st_size)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = value.get("name") if isinstance(value, dict) and "factory_version" in value else None
+    return name if isinstance(name, str) and BUILD_NAME.fullmatch(name) else None

@@ -463,12 +463,13 @@ def chosen_by(criterion: str) -> Build:
     )
 
 
-def with_two_licences() -> Build:
+def with_a_full_card() -> Build:
     build = demo_healed()
     fields = {
         "license": ("cc-by-nd-4.0", "other"),
         "license_name": "own-1",
         "license_link": "https://a.b/c",
+        "base_models": ("org/base", "org/other"),
     }
     return build.model_copy(update={"source": build.source.model_copy(update=fields)})
 
@@ -557,7 +558,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     )
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
-    others.append(partial(render, with_two_licences(), has_healing_figure=False))
+    others.append(partial(render, with_a_full_card(), has_healing_figure=False))
     head, *sections = re.split(r"(?m)^(?=## \w)", template)
     names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use
     # A section is tried without the others: to compile them all takes ten times as long.
@@ -745,10 +746,17 @@ def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> Non
 
 
 def test_each_of_several_licences_is_on_the_card() -> None:
-    build = with_two_licences()
+    build = with_a_full_card()
     assert front_matter(build, repo_id=None)["license"] == ["cc-by-nd-4.0", "other"]
     said = "Those of the source, which all hold: cc-by-nd-4.0, own-1 ([text](https://a.b/c))."
     assert said in render(build, has_healing_figure=False)
+
+
+def test_what_a_folder_descends_from_is_on_the_card() -> None:
+    fields = front_matter(with_a_full_card(), repo_id=None)
+    assert (fields["base_model"], fields["base_model_relation"]) == (["org/base", "org/other"], "finetune")
+    said = "By its card, the source was itself made from [org/base](https://huggingface.co/org/base), [org/"
+    assert said in render(with_a_full_card(), has_healing_figure=False)
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:

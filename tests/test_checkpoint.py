@@ -554,19 +554,23 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(
 # Beside the weights ------------------------------------------------------------------------------
 
 COPIED = [
-    "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "additional_chat_templates/rag.jinja",
-    "chat_template.jinja", "generation_config.json", "merges.txt", "special_tokens_map.json",
+    "Copyright", "LICENCE-3RD-PARTY", "LICENSE", "LICENSE.txt", "LICENSES/Apache-2.0.txt", "MODEL_LICENSE",
+    "NOTICE", "THIRD_PARTY_NOTICES.md", "Terms-of-Use.pdf", "Tongyi Qianwen LICENSE AGREEMENT.txt",
+    "USE_POLICY.md", "additional_chat_templates/rag.jinja",
+    "chat_template.jinja", "gemma_license", "generation_config.json", "merges.txt", "special_tokens_map.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
 ]  # fmt: skip
 LEFT = [
     "README.md", "config.json", "consolidated.safetensors", "model.gguf", "model.onnx", "modeling_custom.py",
     "optimizer.pt", "pytorch_model.bin", "tokenization_custom.py", "trainer_state.json", "training_args.bin",
+    "license_check.py", "license.safetensors", "midterms.txt", "original/LICENSE", "noticeable.txt",
 ]  # fmt: skip
 
 
 def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    (source / "additional_chat_templates").mkdir(parents=True)
+    for folder in ("additional_chat_templates", "LICENSES", "original"):
+        (source / folder).mkdir(parents=True)
     target.mkdir()
     for name in COPIED + LEFT:
         (source / name).write_text(name)
@@ -575,6 +579,7 @@ def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: P
         sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()) == COPIED
     )
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
+    assert sorted(filter(checkpoint.is_auxiliary, COPIED + LEFT)) == COPIED  # as of a repository's files
 
 
 def test_paths_of_the_machine_that_saved_a_tokenizer_stay_behind(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_the_card_links_to_the_space_and_the_link_outlives_a_push(
     assert link in after["README.md"].decode()
     assert commands.run("card", str(pushed), folder=pushed.parent).code == 0
     again = commands.run("push", str(pushed), MODEL, "--public", folder=pushed.parent)
-    assert (again.code, again.stderr) == (0, "")
+    assert (again.code, again.stderr) == (0, "note: it was up to date\n")
     assert hub.files(MODEL) == after
     assert json.loads((pushed / "publication.json").read_text())["space"] == SPACE
 

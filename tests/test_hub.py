@@ -373,7 +373,8 @@ def test_a_text_whose_connection_breaks_in_between_is_read_on(
 def push(
     client: Client, folder: Path, repo_id: str, *, token: str | None = ALICE, **options: object
 ) -> Answer:
-    return client.call("push", str(folder), repo_id=repo_id, message="Publish", token=token, **options)
+    options = {"message": "Publish", **options}
+    return client.call("push", str(folder), repo_id=repo_id, token=token, **options)
 
 
 def num_commits(hub: Hub, repo_id: str) -> int:
@@ -429,7 +430,9 @@ def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client
         refused(push(xet, build, "alice/thesis", revision=branch), "thesis.txt", "nothing was published")
     assert hub.files("alice/thesis") == before
     assert hub.repository("alice/thesis").refs.keys() == {"main"}
-    proposal = push(xet, build, "alice/thesis", create_pr=True)
+    refused(push(xet, build, "alice/thesis", create_pr=True), "public", "proposed", "--public")
+    assert hub.count("POST", "/preupload/") == 0
+    proposal = push(xet, build, "alice/thesis", create_pr=True, private=False)
     assert hub.files("alice/thesis") == before
     assert hub.files("alice/thesis", revision=proposal.value["commit"]) == before | content_of(build)
     assert proposal.value["url"] == f"{hub.url}/alice/thesis/discussions/1"
@@ -441,10 +444,46 @@ def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client
 def test_somebody_elses_weights_are_never_deleted(hub: Hub, xet: Client, build: Path) -> None:
     theirs = {"theirs.safetensors": b"weeks", "build.json": b"[]", "README.md": b"theirs"}
     hub.storage.put("model", "alice/theirs", theirs)
-    proposal = push(xet, build, "alice/theirs", create_pr=True)
-    assert hub.files("alice/theirs", revision=proposal.value["commit"]) == theirs | content_of(build)
+    for text in (README, README + "newer\n"):  # the second time there is a build.json of ours beside them
+        (build / "README.md").write_text(text)
+        proposal = push(xet, build, "alice/theirs", create_pr=True, private=False)
+        assert hub.files("alice/theirs", revision=proposal.value["commit"]) == theirs | content_of(build)
     assert push(xet, build, "alice/theirs", force=True, private=False).error is None
     assert hub.files("alice/theirs") == theirs | content_of(build)
+
+
+def test_a_second_proposal_goes_into_the_pull_request_that_is_open(
+    hub: Hub, xet: Client, build: Path
+) -> None:
+    push(xet, build, "alice/pr")
+    repository = hub.repository("alice/pr")
+
+    def propose(text: str, **options: object) -> tuple[int, str]:
+        (build / "README.md").write_text(README + text)
+        value = push(xet, build, "alice/pr", create_pr=True, **options).value
+        assert value["url"] == f"{hub.url}/alice/pr/discussions/{value['pull_request']}"
+        assert hub.files("alice/pr", revision=f"refs/pr/{value['pull_request']}") == content_of(build)
+        return value["pull_request"], value["commit"]
+
+    first = propose("one\n")
+    assert propose("one\n") == first  # nothing to add
+    assert propose("two\n")[0] == 1
+    assert propose("three\n", message="Another title", pull_request=1)[0] == 1  # as recorded
+    assert propose("four\n", message="Another title")[0] == 2  # of that title there is none
+    repository.pull_requests[2].author = "bob"
+    assert propose("five\n", message="Another title", pull_request=2)[0] == 3  # not the account's own
+    for number, status in ((1, "merged"), (3, "closed")):
+        repository.pull_requests[number].status = status
+    assert propose("six\n", message="Another title", pull_request=3)[0] == 4
+    assert hub.files("alice/pr")["README.md"] == README.encode()
+
+
+def test_whose_repository_it_is_does_not_matter_to_a_proposal(hub: Hub, xet: Client, build: Path) -> None:
+    hub.storage.put("model", "org/theirs", {"README.md": b"theirs"})
+    for text in ("one\n", "two\n"):
+        (build / "README.md").write_text(README + text)
+        assert push(xet, build, "org/theirs", create_pr=True, private=False).value["pull_request"] == 1
+    assert hub.files("org/theirs", revision="refs/pr/1") == content_of(build)
 
 
 def test_weights_that_would_be_loaded_in_place_of_the_builds_stop_a_push(
@@ -540,8 +579,11 @@ def test_where_the_hub_is_gone_for_good_nothing_is_claimed(hub: Hub, xet: Client
 def test_a_lost_pull_request_is_not_made_twice_unasked(hub: Hub, xet: Client, build: Path) -> None:
     push(xet, build, "alice/pr")
     (build / "README.md").write_text(README + "newer\n")
-    hub.fail("POST", "/commit/", drop=True, after=True)
+    lost = hub.fail("POST", "/commit/", drop=True, after=True)
     refused(push(xet, build, "alice/pr", create_pr=True), "pull request", f"{hub.url}/alice/pr/discussions")
+    assert num_commits(hub, "alice/pr") == 2
+    lost.times = 0
+    assert push(xet, build, "alice/pr", create_pr=True).value["pull_request"] == 1
     assert num_commits(hub, "alice/pr") == 2
 
 

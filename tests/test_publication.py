@@ -123,7 +123,9 @@ def test_a_second_push_sends_nothing(hub: Hub, commands: Forks, build: Path) -> 
 
     assert commands.run("push", str(build), "twice", folder=build.parent).code == 0
     before = sent()
-    assert commands.run("push", str(build), "twice", folder=build.parent).code == 0
+    assert (
+        commands.run("push", str(build), "twice", folder=build.parent).stderr == "note: it was up to date\n"
+    )
     assert sent() == before
 
 
@@ -131,8 +133,12 @@ def test_a_branch_and_a_pull_request_are_where_they_were_asked_for(
     hub: Hub, commands: Forks, build: Path
 ) -> None:
     hub.storage.put("model", "alice/shared", {"thesis.txt": b"years of work"})
-    proposed = commands.run("push", str(build), "alice/shared", "--create-pr", folder=build.parent)
-    assert (proposed.code, proposed.stdout) == (0, f"{hub.url}/alice/shared/discussions/1\n"), proposed
+    proposal = ("push", str(build), "alice/shared", "--create-pr")
+    assert "--public" in told(commands.run(*proposal, folder=build.parent))
+    for note in ("", "note: it was up to date\n"):
+        proposed = commands.run(*proposal, "--public", folder=build.parent)
+        assert (proposed.code, proposed.stderr) == (0, note)
+        assert proposed.stdout == f"{hub.url}/alice/shared/discussions/1\n"
     assert "model.safetensors" in hub.files("alice/shared", revision="refs/pr/1")
     assert hub.files("alice/shared").keys() == {"thesis.txt"}
     branch = commands.run("push", str(build), "alice/own", "--revision", "v2", folder=build.parent)

@@ -88,6 +88,42 @@ def test_every_licence_that_a_card_names_is_read(
     assert resolve(str(tmp_path)).license == read
 
 
+def test_what_a_folder_descends_from_is_read_of_its_card_and_paths_are_not(tmp_path: Path) -> None:
+    card = "---\nbase_model: [org/base, /home/me/base, ./base, org/base, 3]\n---\n"
+    (save_llama(tmp_path) / "README.md").write_text(card)
+    assert resolve(str(tmp_path)).base_models == ("org/base",)
+
+
+def named(name: object) -> str:
+    return json.dumps({"factory_version": "0.0.1", "name": name})
+
+
+@pytest.mark.parametrize(
+    ("folder", "build", "name"),
+    [
+        ("builds/x/model", named("Llama-drop34"), "Llama-drop34"),
+        ("elsewhere", named("Llama-drop34"), "elsewhere"),
+        ("builds/x/model", '{"name": "no build of ours"}', "model"),
+        ("builds/x/model", "{", "model"),
+        ("builds/x/model", "[]", "model"),
+        ("builds/x/model", named("../../x"), "model"),
+        ("builds/x/model", named(".."), "model"),
+        ("builds/x/model", named("a/b"), "model"),
+        ("builds/x/model", named("x" * 300), "model"),
+        ("builds/x/model", named(3), "model"),
+        ("Llama-tuned/checkpoint-500", "", "Llama-tuned-checkpoint-500"),
+        (f"models--org--Llama-3/snapshots/{'0' * 40}", "", "Llama-3"),
+        (f"models--Llama-3/snapshots/{'0' * 40}", "", "0" * 40),
+    ],
+)
+def test_a_folder_whose_own_name_says_nothing_is_called_after_what_it_holds(
+    tmp_path: Path, folder: str, build: str, name: str
+) -> None:
+    save_llama(tmp_path / folder)
+    (tmp_path / folder / "build.json").write_text(build)
+    assert resolve(str(tmp_path / folder)).name == name
+
+
 @pytest.mark.parametrize("name", ["a\u2028b.jinja", "a\nb", "a\udcff.txt"])
 def test_a_file_name_that_is_no_line_is_refused(tmp_path: Path, name: str) -> None:
     (save_llama(tmp_path) / name).touch()

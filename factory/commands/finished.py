@@ -16,7 +16,7 @@ USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
 @click.argument("folder", type=Place(), metavar="BUILD")
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
 @click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--create-pr", is_flag=True, help="Propose it: open a pull request, or update yours.")
 @click.option("--revision", help="Branch to commit to.  [default: main]")
 @click.option("--message", help="Commit message.")
 @click.option("--force", is_flag=True, help="Also into a repository that holds other content.")

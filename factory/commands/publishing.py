@@ -47,9 +47,13 @@ def publish(folder: Path, repository: str | None, **options: Any) -> "Publicatio
         options: Of `pipeline.publish`.
     """
     from factory import pipeline
+    from factory.artifacts import Publication
     from factory.screen import printable
 
+    before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     publication, is_edited = pipeline.publish(folder, repository, **options)
+    if publication == before:
+        click.echo("note: it was up to date", err=True)
     if is_edited:
         told = "the edited card was kept; its model id may be stale"
         click.echo(f"note: {told} (`factory card {printable(str(folder))}` writes it anew)", err=True)

@@ -149,11 +149,16 @@ class Application:
             raise Refusal(403 if user else 401, f"Access to model {repo} is restricted.", "GatedRepo")
         return repository
 
-    def writable(self, request: Request, kind: str | None, repo: str, *, as_pr: bool = False) -> Repository:
-        """The repository, if whoever asks may write to it or propose a change."""
+    def writable(
+        self, request: Request, kind: str | None, repo: str, *, as_pr: bool = False, revision: str = "main"
+    ) -> Repository:
+        """The repository, if whoever asks may write to it, propose a change or add to their own proposal."""
         user = self.user(request, writes=True)
         repository = self.readable(request, kind, repo)
-        if user != repo.split("/")[0] and not as_pr:
+        number = revision.removeprefix("refs/pr/")
+        proposal = repository.pull_requests.get(int(number)) if number.isdigit() else None
+        is_own = proposal is not None and proposal.author == user and proposal.status == "open"
+        if user != repo.split("/")[0] and not as_pr and not is_own:
             raise Refusal(403, f"{user} may not write to {repo}")
         return repository
 

@@ -125,6 +125,26 @@ def paths_info(app: Application, request: Request, kind: str, repo: str, revisio
     return JSONResponse(_entries(app, {p: commit.files[p] for p in paths if p in commit.files}))
 
 
+@route("GET", KIND + "/discussions")
+def discussions(app: Application, request: Request, kind: str, repo: str) -> Response:
+    repository = app.readable(request, kind, repo)
+    found = [
+        {
+            "num": number,
+            "title": proposal.title,
+            "author": {"name": proposal.author},
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "status": proposal.status,
+            "repo": {"name": repo, "type": kind},
+            "isPullRequest": True,
+        }
+        for number, proposal in repository.pull_requests.items()
+        if request.query.get("author", proposal.author) == proposal.author
+        and request.query.get("status", proposal.status) == proposal.status
+    ]
+    return JSONResponse({"discussions": found, "count": len(found), "start": 0})
+
+
 @route("GET", PREFIX + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(
     app: Application, request: Request, kind: str | None, repo: str, revision: str, path: str

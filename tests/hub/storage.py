@@ -57,6 +57,15 @@ class Commit:
 
 
 @dataclass
+class PullRequest:
+    """A change that was proposed; its commits are those of refs/pr/N."""
+
+    author: str
+    title: str
+    status: str = "open"  # "merged", "closed"
+
+
+@dataclass
 class Repository:
     """Commits and the names that point to them."""
 
@@ -67,6 +76,7 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)  # in order
     fields: dict[str, Any] = field(default_factory=dict)  # what the creation asked for
+    pull_requests: dict[int, PullRequest] = field(default_factory=dict)
 
     def find(self, revision: str) -> Commit | None:
         """The commit that a branch, a pull request or a hash names."""

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from tests.hub.app import KIND, PREFIX, Application, Refusal, Request, find_commit, route
 from tests.hub.reading import card_errors
 from tests.hub.spaces import check_payment
-from tests.hub.storage import LFS_SUFFIXES, File, Storage, lfs_file, regular_file
+from tests.hub.storage import LFS_SUFFIXES, File, PullRequest, Storage, lfs_file, regular_file
 
 
 @route("POST", "/api/repos/create")
@@ -48,7 +48,7 @@ def create_branch(app: Application, request: Request, kind: str, repo: str, bran
 
 @route("POST", KIND + "/preupload/(?P<revision>[^/]+)")
 def preupload(app: Application, request: Request, kind: str, repo: str, revision: str) -> Response:
-    repository = app.writable(request, kind, repo, as_pr="create_pr" in request.query)
+    repository = app.writable(request, kind, repo, as_pr="create_pr" in request.query, revision=revision)
     files = find_commit(repository, revision).files
     answers = []
     for asked in json.loads(request.body)["files"]:
@@ -95,7 +95,7 @@ def xet_token(
     app: Application, request: Request, kind: str, repo: str, access: str, revision: str
 ) -> Response:
     if access == "write":
-        app.writable(request, kind, repo, as_pr="create_pr" in request.query)
+        app.writable(request, kind, repo, as_pr="create_pr" in request.query, revision=revision)
     else:
         app.readable(request, kind, repo, content=True)
     expiry, url = int(time.time()) + 3600, f"local://{app.storage.xet_folder}"
@@ -106,7 +106,7 @@ def xet_token(
 @route("POST", KIND + "/commit/(?P<revision>[^/]+)")
 def commit(app: Application, request: Request, kind: str, repo: str, revision: str) -> Response:
     as_pr = "create_pr" in request.query
-    repository = app.writable(request, kind, repo, as_pr=as_pr)
+    repository = app.writable(request, kind, repo, as_pr=as_pr, revision=revision)
     lines = [json.loads(line) for line in request.body.splitlines()]
     header = next(line["value"] for line in lines if line["key"] == "header")
     head = find_commit(repository, revision)
@@ -115,11 +115,15 @@ def commit(app: Application, request: Request, kind: str, repo: str, revision: s
     files = dict(head.files)
     for line in lines:
         _apply(app.storage, files, line["key"], line["value"])
-    ref = f"refs/pr/{1 + sum(r.startswith('refs/pr/') for r in repository.refs)}" if as_pr else revision
+    number = 1 + len(repository.pull_requests)
+    if as_pr:
+        author = str(app.user(request, writes=True))
+        repository.pull_requests[number] = PullRequest(author, header["summary"])
+    ref = f"refs/pr/{number}" if as_pr else revision
     made = repository.commit(ref, files, header["summary"])
     answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{app.url}/{repo}/commit/{made.oid}"}
     if as_pr:
-        answer["pullRequestUrl"] = f"{app.url}/{repo}/discussions/{ref.rsplit('/')[-1]}"
+        answer["pullRequestUrl"] = f"{app.url}/{repo}/discussions/{number}"
     return JSONResponse(answer)
 
 
