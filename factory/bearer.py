@@ -1,5 +1,7 @@
 """The token's way: to the Hub's own origin and nowhere else, whatever request the client makes."""
 
+from collections.abc import Callable
+
 import httpx2
 from huggingface_hub import constants, set_async_client_factory, set_client_factory
 from huggingface_hub.utils import parse_xet_file_data_from_response  # type: ignore[attr-defined]
@@ -30,24 +32,29 @@ def keep_refresh(response: httpx2.Response) -> None:
             del response.headers[XET_HASH]
 
 
-async def _keep_token(request: httpx2.Request) -> None:
-    keep_token(request)
+def guard_clients(bound: Callable[[httpx2.Request], None]) -> None:
+    """Have every client that huggingface_hub makes in this process keep the token to the Hub.
 
+    A hook on a client that is there would not outlive it: one that finds no connection is replaced.
 
-def _client() -> httpx2.Client:
-    client = default_client_factory()
-    client.event_hooks["request"].append(keep_token)
-    client.event_hooks["response"].append(keep_refresh)
-    return client
+    Args:
+        bound: Called with each request too, to bound its time.
+    """
 
+    async def both(request: httpx2.Request) -> None:
+        keep_token(request)
+        bound(request)
 
-def _async_client() -> httpx2.AsyncClient:
-    client = default_async_client_factory()
-    client.event_hooks["request"].append(_keep_token)
-    return client
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.event_hooks["request"] += [keep_token, bound]
+        made.event_hooks["response"].append(keep_refresh)
+        return made
 
+    def async_client() -> httpx2.AsyncClient:
+        made = default_async_client_factory()
+        made.event_hooks["request"].append(both)
+        return made
 
-def guard_token() -> None:
-    """Have every client that huggingface_hub makes in this process keep the token to the Hub."""
-    set_client_factory(_client)
-    set_async_client_factory(_async_client)
+    set_client_factory(client)
+    set_async_client_factory(async_client)

@@ -9,7 +9,7 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from factory import __version__
-from factory.bearer import guard_token
+from factory.bearer import guard_clients
 from factory.disk import no_room
 from factory.errors import DiskSpaceError, FactoryError, HubError
 
@@ -54,8 +54,6 @@ CLIENT_ERRORS = (
     CachedRepoTreeNotFoundError,
 )
 
-guard_token()  # here, as `datasets` and lm-eval ask the Hub too, of whichever process reads texts or tasks
-
 T = TypeVar("T")
 
 
@@ -66,9 +64,6 @@ def hub_api() -> HfApi:
     remarks = logging.getLogger("huggingface_hub")
     if remarks.level == logging.WARNING:  # not where the user asked for more
         remarks.setLevel(logging.ERROR)
-    hooks = get_session().event_hooks["request"]
-    if _bound_in_time not in hooks:
-        hooks.append(_bound_in_time)
     return HfApi(library_name="hf-factory", library_version=__version__)
 
 
@@ -77,6 +72,10 @@ def _bound_in_time(request: httpx2.Request) -> None:
     bounds = {"connect": CONNECT_SECONDS, "pool": None, "read": SILENCE_SECONDS, "write": SILENCE_SECONDS}
     asked = {key: value for key, value in request.extensions["timeout"].items() if value is not None}
     request.extensions["timeout"] = bounds | asked
+
+
+# At import, since `datasets` and lm-eval ask the Hub too, in whichever process reads texts or questions.
+guard_clients(_bound_in_time)
 
 
 def patiently(read: Callable[[], T]) -> T:
