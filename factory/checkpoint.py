@@ -312,8 +312,8 @@ def is_auxiliary(name: str) -> bool:
 
 def names_in(folder: Path) -> list[str]:
     """Files of a model's folder and of the folders in it that may hold a part of it, sorted."""
-    folders = [folder, *(path for path in folder.iterdir() if FOLDERS.fullmatch(path.name) and path.is_dir())]
-    files = [path for each in folders for path in each.iterdir() if path.is_file()]
+    folders = [folder, *(path for path in folder.glob("*") if FOLDERS.fullmatch(path.name) and path.is_dir())]
+    files = [path for each in folders for path in each.glob("*") if path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 

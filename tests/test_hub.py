@@ -275,11 +275,16 @@ def test_pull_brings_what_a_build_needs_and_nothing_else(hub: Hub, client: Clien
         "original/params.json": b"{}",
         "modeling_tiny.py": b"raise SystemExit",
         "LICENSE": b"Apache",
+        "MODEL LICENSE AGREEMENT.txt": b"terms",
+        "licenses/MIT.txt": b"MIT",
         "tokenizer.json": b"{}",
     }
     hub.put_model("org/much", model, **extra)
     answer = pulled(client, "org/much", token=None)
-    wanted = content_of(model) | {name: extra[name] for name in ("LICENSE", "tokenizer.json")}
+    wanted = content_of(model) | {
+        name: extra[name]
+        for name in ("LICENSE", "MODEL LICENSE AGREEMENT.txt", "licenses/MIT.txt", "tokenizer.json")
+    }
     assert content_of(Path(answer.value["folder"])) == wanted
     total = sum(map(len, wanted.values()))
     assert answer.value["progress"][-1] == [total, total]
