@@ -88,9 +88,8 @@ def answer(model: Path, tasks: Sequence[Path], *, limits: dict[str, int], into: 
         settings = EvaluateSettings(
             tasks=(str(task),), num_fewshot={str(task): SHOTS[task.stem]}, limit=limits.get(task.stem)
         )
-        write_answers(
-            into, index, *score_task(loaded, tokenizer, str(task), settings=settings, progress=_tell)
-        )
+        scored = score_task(loaded, tokenizer, str(task), settings=settings, progress=_tell)
+        write_answers(into, index, scored)
 
 
 def _tell(done: int, total: int, note: str) -> None:
@@ -108,7 +107,7 @@ def table(folders: dict[str, Path], num_tasks: int) -> str:
     ]
     for index in range(num_tasks):
         answered = {name: read_answers(folder, index) for name, folder in folders.items()}
-        source, *others = [found for found in answered.values() if found is not None]
+        source, *others = [found[0] for found in answered.values() if found is not None]
         cells = [_label(source[0]), f"{source[0].num_samples:,}", number(source[0].chance or 0)]
         cells.append(with_error(source[0].value, source[0].stderr))
         for score, answers in others:

@@ -45,10 +45,14 @@ def check_size(size_bytes: int) -> None:
         raise ValueError(f"it has {size_bytes:,} bytes, more than {MOST_BYTES:,}")
 
 
+# Pydantic asks each model, not the outermost one, how to write what is no number.
+FROZEN = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
 class Artifact(BaseModel):
     """A frozen value that lies in a folder as one JSON file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = FROZEN
     file_name: ClassVar[str]
     scratch: ClassVar[tuple[str, ...]] = ()  # patterns: of no use once the value is written
 
@@ -207,7 +211,7 @@ class PruningPlan(Artifact):
 class CutLoss(BaseModel):
     """Unhealed loss of one cut, in nats a token. Standard errors treat documents as independent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     dropped: tuple[int, ...]
     nats: float
@@ -271,7 +275,7 @@ class Checkpoint(Artifact):
 class LossPoint(BaseModel):
     """One point of the healing curve; losses in nats a token."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     step: int
     loss: float
@@ -310,7 +314,7 @@ class Adapter(Artifact):
 class TokenLoss(BaseModel):
     """Mean token loss on fixed sequences. `stderr` treats documents, not tokens, as independent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     nats: float
     stderr: float
@@ -329,7 +333,7 @@ class TokenLoss(BaseModel):
 class PartScore(BaseModel):
     """One task of a group: a subject of MMLU."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     label: str  # for people: "abstract_algebra"
     value: float
@@ -339,20 +343,37 @@ class PartScore(BaseModel):
 class TaskScore(BaseModel):
     """One lm-eval task and metric."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     task: str
     label: str  # for people: "MMLU"
     metric: str
     value: float
     stderr: float | None
-    num_fewshot: int
+    num_fewshot: int | None  # None: not the same in all tasks of a group
     num_samples: int
     chance: float | None  # the score without a look at the question; None where there is none to speak of
+    higher_is_better: bool | None = True  # as the harness says; None where it does not
+    is_share: bool = True  # of answers that are right, in [0, 1]; others have a scale of their own
     version: str  # the task's, as the harness gives it
     data: tuple[DataSource, ...] = ()  # Hub data sets that the questions come from
     answers: str | None = None  # how they were found in what the model wrote: "strict-match"
     parts: tuple[PartScore, ...] = ()  # of a group
+    runs_code: bool = False  # Python that a task file names
+
+    @property
+    def shots(self) -> str:
+        """Examples that each question was shown with: "5-shot"."""
+        return "shots differ" if self.num_fewshot is None else f"{self.num_fewshot}-shot"
+
+    @property
+    def arrow(self) -> str:
+        """Where better lies: "↑", "↓", or nothing where that is not known."""
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    def shown(self, value: float, *, sign: str = "") -> str:
+        """A value of this metric for the terminal: a share in per cent, another as a number."""
+        return format(value, f"{sign}.1%" if self.is_share else f"{sign},.3f")
 
 
 class Evaluation(Artifact):
@@ -369,7 +390,7 @@ class Evaluation(Artifact):
 class Comparison(BaseModel):
     """How one measure of a model differs from its source's, on the same documents or questions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     measure: str  # "loss", or the task
     difference: float  # model − source
@@ -390,7 +411,7 @@ class Comparison(BaseModel):
 class Speed(BaseModel):
     """Medians over alternating rounds; spread is half the interquartile range over the median."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = FROZEN
 
     prefill_tokens_per_second: float
     prefill_spread: float

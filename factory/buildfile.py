@@ -70,6 +70,7 @@ class BuildOptions(Settings):
     out: Name = Field(default=UNSET)
     processes: int = Field(default=UNSET, ge=1, le=MOST)
     trust_remote_code: bool = Field(default=UNSET)
+    run_task_code: bool = Field(default=UNSET)
     push_to: Name = Field(default=UNSET)
     report_to: Where = Field(default=UNSET)
     on: Name = Field(default=UNSET)

@@ -207,13 +207,11 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
         if len(score.data) == 1:
             data = score.data[0]
             dataset |= {"type": data.hub_id, "split": data.split, "revision": data.version}
-        dataset["args"] = {"num_few_shot": score.num_fewshot}
-        metric = {
-            "type": score.metric,
-            "value": score.value,
-            "name": f"{score.metric}, {score.num_fewshot}-shot",
-        }
-        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+        if score.num_fewshot is not None:
+            dataset["args"] = {"num_few_shot": score.num_fewshot}
+        metric = {"type": score.metric, "value": score.value, "name": f"{score.metric}, {score.shots}"}
+        if math.isfinite(score.value):
+            results.append({"task": task, "dataset": dataset, "metrics": [metric]})
     return results
 
 
@@ -276,6 +274,8 @@ def reproduction_command(build: Build) -> Markup:
     parts = [f"factory build {shlex.quote(plain(_reference(build)))} {cut}"]
     if build.source.remote_code:
         parts.append("--trust-remote-code")
+    if any(score.runs_code for score in build.evaluations["source"].tasks):
+        parts.append("--run-task-code")
     if config.seed:
         parts.append(f"--seed {config.seed}")
     if not config.heal_enabled:

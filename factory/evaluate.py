@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from factory import processes
-from factory.artifacts import Evaluation, TokenLoss
+from factory.artifacts import Evaluation, TaskScore, TokenLoss
 from factory.config import EvaluateSettings
 from factory.errors import DataError
 from factory.harness import load_tasks, score_task, vllm_model
@@ -48,7 +48,7 @@ def evaluate(
     model = load_model(folder)
     encoder = load_encoder(folder)
     loss = token_loss(model, encoder, text, settings=settings, into=into, progress=progress)
-    scores = []
+    scores: list[TaskScore] = []
     if settings.backend == "vllm" and any(read_answers(into, n) is None for n in range(len(settings.tasks))):
         model = None
         gc.collect()
@@ -59,8 +59,8 @@ def evaluate(
         if answered is None:
             answered = score_task(model, encoder.tokenizer, task, settings=settings, progress=progress)
             if processes.is_main():
-                write_answers(into, number, *answered)
-        scores.append(answered[0])
+                write_answers(into, number, answered)
+        scores += [score for score, _ in answered]
     return Evaluation(
         loss=loss,
         tasks=tuple(scores),

@@ -47,7 +47,7 @@ def quality_rows(build: Build) -> list[list[str]]:
 def _task_label(task: TaskScore) -> str:
     chance = "" if task.chance is None else f" (chance {number(task.chance)})"
     answers = "" if task.answers is None else f" by {task.answers}"
-    return f"{task.label}, {task.num_fewshot}-shot, {task.metric}{answers} ↑{chance}"
+    return f"{task.label}, {task.shots}, {task.metric}{answers} {task.arrow}".rstrip() + chance
 
 
 def _scores(build: Build, names: Sequence[str], task: TaskScore) -> list[str]:
@@ -78,11 +78,12 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
         shipped = _score_of(build.evaluations[build.shipped], source)
         compared = comparison(build, build.shipped, source.task)
         says_nothing = source.chance is not None and not is_above_chance(source)
+        sign = {True: 1, False: -1, None: 0}[source.higher_is_better]  # of what is gained
         if compared:
-            worse = compared.significant and not compared.difference > 0
+            worse = sign != 0 and compared.significant and not sign * compared.difference > 0
         else:  # no score a question: their errors alone, as if the questions were others
             error = math.hypot(source.stderr or 0, shipped.stderr or 0)
-            worse = source.value - shipped.value > SIGNIFICANT * error
+            worse = sign * (source.value - shipped.value) > SIGNIFICANT * error
         findings.append(
             {
                 "source": source,
@@ -91,28 +92,41 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
                 "recovery": recovery(source, shipped),
                 "at_chance": is_above_chance(source) and not is_above_chance(shipped),
                 "worse": worse,
-                "no_loss": compared is not None and not compared.significant and not says_nothing,
+                "no_loss": compared is not None
+                and bool(sign)
+                and not compared.significant
+                and not says_nothing,
+                "at_most": compared and (-compared.low if sign > 0 else compared.high),  # lost, at most
+                "no_direction": source.higher_is_better is None,
+                "fall": _fall(source),
                 "says_nothing": says_nothing,
             }
         )
     return findings
 
 
+def _fall(task: TaskScore) -> tuple[str, str]:
+    """How getting worse is called: ("fell", "fall")."""
+    return ("rose", "rise") if task.higher_is_better is False else ("fell", "fall")
+
+
 def worst_parts(build: Build) -> list[dict[str, Any]]:
-    """Of each group of tasks, the parts that fell most, worst first: label, both scores, questions."""
+    """Of each group of tasks, the parts that lost most, worst first: label, both scores, questions."""
     groups = []
     for source in build.evaluations["source"].tasks:
         after = {part.label: part for part in _score_of(build.evaluations[build.shipped], source).parts}
         pairs = [(part, after[part.label]) for part in source.parts if part.label in after]
-        fallen = sorted(
-            (pair for pair in pairs if pair[1].value < pair[0].value), key=lambda p: p[1].value - p[0].value
-        )
+        sign = {True: 1, False: -1, None: 0}[source.higher_is_better]
+        lost = [(sign * (a.value - b.value), a, b) for a, b in pairs]
+        fallen = [(a, b) for loss, a, b in sorted(lost, key=lambda one: -one[0]) if loss > 0]
         if fallen:
             rows = [
                 [a.label, number(a.value), number(b.value), signed(b.value - a.value), str(a.num_samples)]
                 for a, b in fallen[:NUM_WORST]
             ]
-            groups.append({"label": source.label, "num_parts": len(pairs), "rows": rows})
+            groups.append(
+                {"label": source.label, "num_parts": len(pairs), "rows": rows, "fall": _fall(source)}
+            )
     return groups
 
 

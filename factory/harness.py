@@ -1,35 +1,36 @@
 """lm-eval's tasks: found, loaded once for all models of a build, run in process, and scored."""
 
 import logging
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoConfig, set_seed
 
 from factory import processes
-from factory.artifacts import DataSource, PartScore, TaskScore
+from factory.artifacts import TaskScore
 from factory.config import EvaluateSettings
 from factory.errors import DataError, UsageError
 from factory.hub_errors import CLIENT_ERRORS, explain
-from factory.identity import EMBEDDED_TASKS, is_task_file, task_name
+from factory.identity import EMBEDDED_TASKS
 from factory.significance import Answers
+from factory.task_files import TaskFile, is_task_file, read_task_file
+from factory.task_scores import check_scored, rows_of, task_score
 
 TASK_BATCH_SIZE = 8
 HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with it
 HARNESS_FOLDERS = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq", "gsm8k": "gsm8k"}  # in lm-eval
-COMMIT = re.compile(r"[0-9a-f]{40}")
 BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
-WRONG_IN_A_TASK = (KeyError, ValueError, TypeError, TemplateError)  # a split, column or template it lacks
-METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
+# A split, column, template or function that it lacks.
+WRONG_IN_A_TASK = (LookupError, ValueError, TypeError, AttributeError, SyntaxError, TemplateError)
 
 
 def score_task(
@@ -39,11 +40,15 @@ def score_task(
     *,
     settings: EvaluateSettings,
     progress: Callable[[int, int, str], None],
-) -> tuple[TaskScore, Answers]:
-    """Run one lm-eval task or group, given by name or as a YAML file.
+) -> list[tuple[TaskScore, Answers]]:
+    """Run one lm-eval task, group or tag, given by name or as a YAML file.
 
     Returns:
-        The score, and that of each question; no questions where the score is not their mean.
+        For each row of `rows_of` the score and the answers that it is made of.
+
+    Raises:
+        DataError: Answers that lm-eval makes no number of.
+        UsageError: A task file that does not fit its data.
     """
     from lm_eval.evaluator import evaluate as run_harness
 
@@ -52,15 +57,20 @@ def score_task(
         part.set_fewshot_seed(seed=HARNESS_SEED)
     set_seed(HARNESS_SEED)
     # Not `simple_evaluate`, which also surveys the machine and asks git about the folder it runs in.
-    results = run_harness(
-        lm=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
-        task_dict=loaded,
-        limit=settings.limit,
-        bootstrap_iters=BOOTSTRAP_ROUNDS,
-        log_samples=True,
-    )
-    scored = _task_score(name, results, data=_question_data(loaded["tasks"].values())) if results else None
-    return processes.from_main(scored)  # type: ignore[return-value]  # other processes get no results
+    with _explained(task):
+        results = run_harness(
+            lm=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
+            task_dict=loaded,
+            limit=settings.limit,
+            bootstrap_iters=BOOTSTRAP_ROUNDS,
+            log_samples=True,
+        )
+    runs_code = is_task_file(task) and bool(read_task_file(Path(task)).code)
+    scored = results and [
+        task_score(row, [loaded["tasks"][part] for part in parts], results, runs_code=runs_code)
+        for row, parts in rows_of(name, loaded).items()
+    ]
+    return processes.from_main(scored)  # other processes get no results
 
 
 def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
@@ -129,10 +139,18 @@ def load_tasks(settings: EvaluateSettings) -> None:
     Raises:
         DataError: A task's questions that cannot be read.
         HubError: The questions could not be had from the Hub.
-        UsageError: An unknown task, or a task file that does not fit its data.
+        UsageError: An unknown task, a task file that does not fit its data, or one score asked for twice.
     """
+    asked: dict[str, str] = {}
     for task in settings.tasks:
-        load_task(task, shots=settings.num_fewshot.get(task))
+        name, loaded = load_task(task, shots=settings.num_fewshot.get(task))
+        for row in rows_of(name, loaded):
+            if row in asked:
+                raise UsageError(
+                    f"--tasks asks for {row!r} twice, by {asked[row]} and by {task}",
+                    hint="leave one of them out",
+                )
+            asked[row] = task
 
 
 @lru_cache
@@ -142,9 +160,22 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
     MMLU alone is 57 data sets, and asking whether each is up to date takes hundreds of requests.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
+    _sandbox_templates()
     name, manager = _find_task(task)
+    with _explained(task):
+        loaded = _with_data(task, name, manager)
+    check_scored(task, name, loaded)
+    for part in loaded["tasks"].values():
+        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
+            default = part.get_config("num_fewshot") or 0
+            part.set_config(key="num_fewshot", value=default if shots is None else shots)
+    return name, loaded
+
+
+def _with_data(task: str, name: str, manager: Any) -> Any:
+    """lm-eval's task or tasks of a name, with their questions."""
     try:
-        loaded = manager.load([name])
+        return manager.load([name])
     except (DatasetsError, *CLIENT_ERRORS) as error:
         # `datasets` also raises RuntimeError for a data set that is a program, which is no fault of the Hub.
         about_the_hub = not isinstance(error, RuntimeError)
@@ -153,18 +184,39 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",
         ) from error
+
+
+def _sandbox_templates() -> None:
+    """Have lm-eval fill in templates without the attributes through which one could run any Python."""
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.filters |= utils.env.filters
+        utils.env = sandbox
+
+
+@contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """Say in one line what is wrong with a task file, or with the numbers of any task."""
+    try:
+        yield
+    except ArithmeticError as error:
+        raise DataError(
+            f"lm-eval cannot compute the score of {task!r}: {error}",
+            hint="another metric may suit these texts; --tasks can leave the task out",
+        ) from error
+    except ImportError as error:
+        raise UsageError(
+            f"task {task!r} does not run here: {error}", hint="install what it imports"
+        ) from error
     except WRONG_IN_A_TASK as error:
-        if not is_task_file(task):  # lm-eval's own fault, which nobody can mend here
+        if not is_task_file(task):  # lm-eval's own fault, which cannot be corrected here
             raise
         raise UsageError(
             f"lm-eval cannot use the task file {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="compare its splits, columns and templates with the data that it names",
         ) from error
-    for part in loaded["tasks"].values():
-        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
-            default = part.get_config("num_fewshot") or 0
-            part.set_config(key="num_fewshot", value=default if shots is None else shots)
-    return name, loaded
 
 
 def _data_set_of(name: str, manager: Any) -> str:
@@ -180,8 +232,8 @@ def _find_task(task: str) -> tuple[str, Any]:
     from lm_eval.tasks import TaskManager
 
     if is_task_file(task):
-        folder = str(Path(task).parent)
-        return task_name(Path(task)), TaskManager(include_path=folder, include_defaults=False)
+        found = read_task_file(Path(task))
+        return found.name, _manager_of(found)
     if (EMBEDDED_TASKS / f"{task}.yaml").is_file():
         return task, TaskManager(include_path=str(EMBEDDED_TASKS), include_defaults=False)
     if task in HARNESS_FOLDERS:
@@ -195,86 +247,31 @@ def _find_task(task: str) -> tuple[str, Any]:
     return task, manager
 
 
-def _question_data(parts: Iterable[Any]) -> tuple[DataSource, ...]:
-    """Hub data sets of loaded tasks, at the commit that each was read at.
+def _manager_of(found: TaskFile) -> Any:
+    """A manager that knows a task file with what it names, and lm-eval's tasks where it names some.
 
-    lm-eval asks for no commit; `datasets` names the folder in its cache by the one it found.
+    lm-eval takes a folder, and of two files in it that define one name the first; so it gets one that
+    holds these files alone.
     """
-    found = set()
-    for part in parts:
-        split = part.config.test_split or part.config.validation_split
-        for file in getattr((part.dataset or {}).get(split), "cache_files", ()):
-            commit = Path(file["filename"]).parent.name
-            if COMMIT.fullmatch(commit):
-                found.add((part.config.dataset_path, split, commit))
-    return tuple(
-        DataSource(name=path, version=commit, hub_id=path, split=split)
-        for path, split, commit in sorted(found)
-    )
+    from lm_eval.tasks import TaskManager
 
-
-def _task_score(
-    name: str, results: dict[str, Any], *, data: tuple[DataSource, ...]
-) -> tuple[TaskScore, Answers]:
-    values = results["results"].get(name) or results["groups"][name]
-    keys = [key for key in values if "," in key and "_stderr," not in key]  # "acc,none": metric, filter
-    known = (key for metric in METRICS for key in keys if key.startswith(f"{metric},"))
-    key = next(known, keys[0])
-    metric, _, answers = key.partition(",")
-    stderr = values.get(f"{metric}_stderr,{answers}")
-    # A task with several ways to find an answer logs each question once for each of them.
-    # Several processes' rows stand one process after another.
-    rows = {
-        task: sorted((row for row in logged if row["filter"] == answers), key=lambda row: row["doc_id"])
-        for task, logged in results["samples"].items()
-    }
-    shots = [shot for task, shot in results["n-shot"].items() if task in rows]
-    samples = [row for task in rows.values() for row in task]
-    score = TaskScore(
-        task=name,
-        label=values.get("alias", name).strip(" -"),
-        metric=metric,
-        value=float(values[key]),
-        stderr=float(stderr) if isinstance(stderr, int | float) else None,
-        num_fewshot=int(shots[0]) if shots else 0,
-        num_samples=len(samples),
-        chance=_chance(samples) if metric.startswith("acc") else None,
-        version=str(results["versions"].get(name, "")),
-        data=data,
-        answers=None if answers == "none" else answers,
-        parts=tuple(
-            PartScore(
-                label=results["results"][task]["alias"].strip(" -"),
-                value=float(results["results"][task][key]),
-                num_samples=len(logged),
+    with TemporaryDirectory() as folder:
+        for number, path in enumerate(found.definitions):
+            (Path(folder) / f"{number}.yaml").symlink_to(path.resolve())
+        manager = TaskManager(include_path=folder, include_defaults=bool(found.missing))
+        for entry in manager.task_index.values():
+            entry.yaml_path = entry.yaml_path and entry.yaml_path.resolve()
+    taken = {entry.yaml_path for entry in manager.task_index.values()}
+    for path in found.definitions:
+        if path.resolve() not in taken:  # passed over without a word
+            raise UsageError(
+                f"lm-eval does not take {str(path)!r} for a task",
+                hint="compare its keys with lm-eval's guide",
             )
-            for task, logged in rows.items()
-            if len(rows) > 1 and key in results["results"].get(task, {})
-        ),
-    )
-    return score, _answers(rows, metric=metric, value=score.value)
-
-
-def _answers(rows: dict[str, list[dict[str, Any]]], *, metric: str, value: float) -> Answers:
-    """The score of each question, where their mean is the score of the task."""
-    found = [row.get(metric) for task in rows.values() for row in task]
-    numbers = [float(item) for item in found if isinstance(item, int | float)]
-    if not numbers or len(numbers) < len(found) or not math.isclose(math.fsum(numbers) / len(found), value):
-        return {}
-    return {task: [float(row[metric]) for row in logged] for task, logged in rows.items()}
-
-
-def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """The score without a look at the question: of a random guess, or of always the commonest answer.
-
-    The latter where all questions offer the same answers: 62 % of BoolQ's are "yes".
-    """
-    choices = [len(sample["filtered_resps"]) for sample in samples]
-    if not choices or min(choices) < 2:
-        return None
-    guessing = sum(1 / count for count in choices) / len(choices)
-    offered = {tuple(arguments[1] for arguments in sample["arguments"]) for sample in samples}
-    if len(offered) > 1:
-        return guessing
-    commonest = max(Counter(str(sample["target"]) for sample in samples).values())
-    return max(guessing, commonest / len(samples))
+    for name in found.missing:
+        if name not in manager.task_index:
+            raise UsageError(
+                f"{name!r}, of the group {found.name!r}, is neither in its folder nor one of lm-eval's tasks",
+                hint="a group's tasks are looked for in its folder by their names",
+            )
+    return manager

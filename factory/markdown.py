@@ -80,12 +80,16 @@ def _unbroken(cell: str) -> str:
 
 def number(value: float, *, digits: int = 3) -> str:
     """With a fixed number of decimals; past the float range it is infinite."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "∞"
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
 
 
 def signed(value: float, *, digits: int = 3) -> str:
     """A difference, with its sign: "+0.391", "−0.012", "0.000"."""
     shown = number(abs(value), digits=digits)
+    if math.isnan(value):
+        return shown
     return shown if float(shown.replace("∞", "1")) == 0 else ("−" if value < 0 else "+") + shown
 
 

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from factory.artifacts import Adapter, DistanceProfile, Evaluation, PruningPlan, is_block, layer_ranges
+from factory.artifacts import (
+    Adapter,
+    DistanceProfile,
+    Evaluation,
+    PruningPlan,
+    TaskScore,
+    is_block,
+    layer_ranges,
+)
 from factory.sweep import Sweep
 
 INK = "#1f2328"
@@ -104,27 +112,18 @@ def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
     """
-    tasks = sweep.source.tasks
+    tasks = _task_panels(sweep.source.tasks)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 3.6), dpi=DPI, facecolor="white", layout="constrained")
-        panels = figure.subplots(1, 2 if tasks else 1, squeeze=False)[0]
+        width = 4.1 * max(1 + len(tasks), 2)
+        figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor="white", layout="constrained")
+        panels = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
         _draw_sweep(panels[0], sweep, [_normalized_loss])
         panels[0].axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         _label_line(panels[0], 1.0, "guessing")
         panels[0].set_ylabel("loss / log V")
         panels[0].set_title("Loss on held-out text")
-        if tasks:
-            _draw_sweep(
-                panels[1],
-                sweep,
-                [partial(_task_score, index=index) for index in range(len(tasks))],
-                labels=[task.label for task in tasks],
-            )
-            for chance in sorted({task.chance for task in tasks if task.chance is not None}):
-                panels[1].axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-                _label_line(panels[1], chance, "chance")
-            panels[1].set_ylabel("score")
-            panels[1].set_title("Tasks")
+        for axes, (name, indices) in zip(panels[1:], tasks.items(), strict=True):
+            _draw_tasks(axes, sweep, name, indices)
         for axes in panels:
             if sweep.before_the_cliff is not None:
                 axes.axvline(sweep.before_the_cliff, color=ACCENT, linewidth=1.1)
@@ -133,10 +132,29 @@ def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
             axes.set_xlim(-0.03 * widest, 1.03 * widest)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlabel("layers dropped; line: the largest cut before the cliff")
-        panels[0].legend(frameon=False)
-        if tasks:
-            panels[1].legend(frameon=False)
+            axes.legend(frameon=False)
         return _save(figure, path_stem)
+
+
+def _task_panels(tasks: Sequence[TaskScore]) -> dict[str, list[int]]:
+    """What stands on one scale: the shares of right answers, and each other metric by itself."""
+    panels: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        panels.setdefault("score" if task.is_share else f"{task.metric} {task.arrow}".rstrip(), []).append(
+            index
+        )
+    return panels
+
+
+def _draw_tasks(axes: Axes, sweep: Sweep, name: str, indices: Sequence[int]) -> None:
+    tasks = [sweep.source.tasks[index] for index in indices]
+    values = [partial(_task_score, index=index) for index in indices]
+    _draw_sweep(axes, sweep, values, labels=[task.label for task in tasks])
+    for chance in sorted({task.chance for task in tasks if task.chance is not None}):
+        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        _label_line(axes, chance, "chance")
+    axes.set_ylabel(name)
+    axes.set_title("Tasks")
 
 
 def _label_line(axes: Axes, height: float, label: str) -> None:

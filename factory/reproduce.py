@@ -11,7 +11,6 @@ from factory import __version__
 from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
-from factory.identity import is_task_file
 from factory.references import (
     HUB_NAME,
     STANDARD_LIBRARY,
@@ -20,6 +19,7 @@ from factory.references import (
     unknown_model,
 )
 from factory.run import Texts
+from factory.task_files import is_task_file
 
 DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
 

@@ -18,7 +18,7 @@ from factory.errors import FactoryError
 from factory.findings import comparison
 from factory.markdown import p_value
 from factory.preview import Preview
-from factory.sweep import Sweep, share_kept
+from factory.sweep import Sweep, left_out, share_kept
 from factory.verify import Verified
 
 STAGE_WIDTH = 16
@@ -173,9 +173,9 @@ def result_table(build: Build) -> Table:
     for index, task in enumerate(evaluations[0].tasks):
         chance = f" (chance {task.chance:.1%})" if task.chance is not None else ""
         table.add_row(
-            f"{task.label}, {task.num_fewshot}-shot {task.metric}{chance}",
-            *(_score(e.tasks[index]) for e in evaluations),
-            _change(comparison(build, build.shipped, task.task), "+.1%"),
+            f"{task.label}, {task.shots} {task.metric}{' ↓' if task.arrow == '↓' else ''}{chance}",
+            *(_score(e.tasks[index], like=task) for e in evaluations),
+            _change(comparison(build, build.shipped, task.task), "+.1%" if task.is_share else "+,.3f"),
         )
     after, bytes_after = count(build.result_parameters), size(build.result_bytes)
     others = len(names) - 1
@@ -209,8 +209,9 @@ def _add_speed(table: Table, build: Build, names: list[str]) -> None:
         table.add_row(label, *(size(taken[name]) if name in taken else "" for name in names))
 
 
-def _score(task: TaskScore) -> str:
-    return f"{task.value:.1%}" + (f" ± {task.stderr:.1%}" if task.stderr is not None else "")
+def _score(task: TaskScore, *, like: TaskScore) -> str:
+    """A score with its error, in the unit of the source's."""
+    return like.shown(task.value) + (f" ± {like.shown(task.stderr)}" if task.stderr is not None else "")
 
 
 def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
@@ -294,10 +295,13 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
     names = ["dropped", "layers that go", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
-    names += [task.label for task in sweep.source.tasks]
+    names += [
+        task.label if task.is_share else f"{task.label} {task.metric} {task.arrow}".rstrip()
+        for task in sweep.source.tasks
+    ]
     for name in [*names, "kept"]:
         table.add_column(name, justify="left" if name == "layers that go" else "right")
-    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source), "100%")
+    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
         kept = share_kept(point.best, sweep.source)
         table.add_row(
@@ -305,7 +309,7 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
             *(_losses(point.healed) if point.healed else [""] * 2 * healed),
-            *_scores(point.best),
+            *_scores(point.best, sweep),
             "–" if math.isnan(kept) else f"{kept:.0%}",
             style="bold" if point.drop == sweep.before_the_cliff else "",
         )
@@ -317,6 +321,8 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     if math.isnan(share_kept(sweep.source, sweep.source)):
         found = "The source is no better than guessing, so there is no cliff to find"
     out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
+    if names := left_out(sweep.source):
+        out.print(f"Not counted, for want of a chance level: {printable(', '.join(names))}.", soft_wrap=True)
     for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
 
@@ -326,8 +332,9 @@ def _losses(evaluation: Evaluation) -> list[str]:
     return [f"{loss.nats:.3f} ± {loss.stderr:.3f}", f"{loss.normalized:.3f}"]
 
 
-def _scores(evaluation: Evaluation) -> list[str]:
-    return [_score(task) for task in evaluation.tasks]
+def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
+    pairs = zip(evaluation.tasks, sweep.source.tasks, strict=True)
+    return [_score(task, like=source) for task, source in pairs]
 
 
 def verdict(build: Build) -> str:

@@ -2,16 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from factory.artifacts import Comparison, TaskScore
 from factory.durable import write_atomically
 
+FLOAT_RANGE = 709.0  # of an exponent
 CONFIDENCE = 0.95  # of the interval
 LOSSES = "losses.json"
 Losses = Sequence[tuple[int, float]]  # predicted tokens and summed nats of each document
-Answers = Mapping[str, Sequence[float]]  # task → score of each of its questions, in their order
+Scores = Sequence[float]  # of each question: the score is their mean
+Answers = Mapping[str, Scores | Losses]  # task → what its score is made of, by question, in their order
 
 # What an evaluation leaves in its folder --------------------------------------------------------
 
@@ -27,23 +31,65 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
     return [(count, nats) for count, nats in json.loads(path.read_text())] if path.is_file() else []
 
 
-def write_answers(folder: Path, number: int, score: TaskScore, answers: Answers) -> None:
-    """Keep the result of one task, the `number`-th that was asked for."""
-    value = {"score": score.model_dump(mode="json"), "answers": answers}
+def write_answers(folder: Path, number: int, scored: Sequence[tuple[TaskScore, Answers]]) -> None:
+    """Keep what came of one task, the `number`-th that was asked for: a group can have several scores."""
+    value = [{"score": score.model_dump(mode="json"), "answers": answers} for score, answers in scored]
     write_atomically(_answers(folder, number), json.dumps(value))
 
 
-def read_answers(folder: Path, number: int) -> tuple[TaskScore, Answers] | None:
+def read_answers(folder: Path, number: int) -> list[tuple[TaskScore, Answers]] | None:
     """What `write_answers` left; None where that task was not finished."""
     path = _answers(folder, number)
     if not path.is_file():
         return None
     value = json.loads(path.read_text(encoding="utf-8"))
-    return TaskScore.model_validate(value["score"]), value["answers"]
+    return [(TaskScore.model_validate(one["score"]), one["answers"]) for one in value]
 
 
 def _answers(folder: Path, number: int) -> Path:
     return folder / f"task-{number}.json"
+
+
+def as_mean(found: Mapping[str, Sequence[Any]], value: float) -> Answers | None:
+    """Scores of the questions where the task's is their mean, else None."""
+    scores = [score for task in found.values() for score in task]
+    if not scores or not all(isinstance(score, Real) for score in scores):
+        return None
+    answers = {task: [float(score) for score in logged] for task, logged in found.items()}
+    mean = math.fsum(score for task in answers.values() for score in task) / len(scores)
+    return answers if math.isclose(mean, value) else None
+
+
+def as_perplexity(found: Mapping[str, Sequence[Any]], value: float) -> Answers | None:
+    """Counted units and nats of the texts where the score is a perplexity, or bits a unit, else None.
+
+    lm-eval gives the log-likelihood of a text, with the words or bytes that it has unless it counts as one.
+    """
+    answers: dict[str, Losses] = {}
+    for task, logged in found.items():
+        pairs = [pair if isinstance(pair, tuple) else (pair, 1) for pair in logged]
+        if not all(len(pair) == 2 and all(isinstance(part, Real) for part in pair) for pair in pairs):
+            return None
+        answers[task] = [(int(units), -float(likelihood)) for likelihood, units in pairs]
+    together = [pair for task in answers.values() for pair in task]
+    return answers if together and _scale(together, value) else None
+
+
+def _scale(losses: Losses, value: float) -> Callable[[float], float] | None:
+    """From a difference in nats a unit to one of a score that is made of them; None where it is not."""
+    units = sum(count for count, _ in losses)
+    if not units:
+        return None
+    nats = math.fsum(loss for _, loss in losses) / units
+    if math.isclose(_exp(nats), value, rel_tol=1e-6):
+        return lambda difference: value * (_exp(difference) - 1)
+    if math.isclose(nats / math.log(2), value, rel_tol=1e-6):
+        return lambda difference: difference / math.log(2)
+    return None
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < FLOAT_RANGE else math.inf
 
 
 # Two models -------------------------------------------------------------------------------------
@@ -60,14 +106,44 @@ def compare(before: Path, after: Path, *, num_tasks: int) -> tuple[Comparison, .
     pairs = [(a, b) for a, b in zip(read_losses(before), read_losses(after), strict=True) if a[0]]
     found = [compare_losses("loss", [a for a, _ in pairs], [b for _, b in pairs])]
     for number in range(num_tasks):
-        old, new = read_answers(before, number), read_answers(after, number)
-        if old and new and sum(map(len, old[1].values())) > 1:
-            found.append(compare_answers(old[0].task, _in_order(old[1]), _in_order(new[1])))
+        olds, news = read_answers(before, number), read_answers(after, number)
+        for old, new in zip(olds or (), news or ()):  # noqa: B905  one of them may not be there
+            first, second = _in_order(old[1]), _in_order(new[1])
+            if len(first) < 2 or len(first) != len(second):
+                continue
+            if isinstance(first[0], list):
+                found.append(compare_perplexities(old[0], first, second))
+            else:
+                found.append(compare_answers(old[0].task, first, second))
     return tuple(found)
 
 
-def _in_order(answers: Answers) -> list[float]:
+def _in_order(answers: Answers) -> list[Any]:
     return [score for task in sorted(answers) for score in answers[task]]
+
+
+def compare_perplexities(score: TaskScore, before: Losses, after: Losses) -> Comparison:
+    """Difference of two perplexities, or bits a unit, of the same texts, after − before.
+
+    The test and the interval are those of the nats a unit, brought to the scale of the score.
+
+    Args:
+        score: Of the model before.
+        before: Units and summed nats of each text, at least two.
+        after: The same texts in the same order.
+    """
+    scale = _scale(before, score.value)
+    assert scale is not None, "answers are kept only where the score follows from them"
+    nats = compare_losses(score.task, before, after)
+    difference = scale(nats.difference)
+    return nats.model_copy(
+        update={
+            "difference": difference,
+            "stderr": abs(scale(nats.difference + nats.stderr) - difference),
+            "low": scale(nats.low),
+            "high": scale(nats.high),
+        }
+    )
 
 
 def compare_answers(measure: str, before: Sequence[float], after: Sequence[float]) -> Comparison:

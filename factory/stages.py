@@ -354,7 +354,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
         },
         inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
         summary=lambda e: ", ".join(
-            [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.value:.1%}" for t in e.tasks)]
+            [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.shown(t.value)}" for t in e.tasks)]
         ),
     )
 
@@ -365,8 +365,8 @@ def compare_evaluations(run: Run, evaluations: Mapping[str, Evaluation]) -> dict
 
     before = run.folders["evaluate source"]
     return {
-        name: compare(before, run.folders[f"evaluate {name}"], num_tasks=len(evaluation.tasks))
-        for name, evaluation in evaluations.items()
+        name: compare(before, run.folders[f"evaluate {name}"], num_tasks=len(run.config.evaluate.tasks))
+        for name in evaluations
         if name != "source"
     }
 

@@ -63,6 +63,11 @@ def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
     return (1 - evaluation.loss.normalized) / advantage if advantage > 0 else math.nan
 
 
+def left_out(source: Evaluation) -> list[str]:
+    """Labels of the tasks that `share_kept` does not look at, as nothing says what guessing scores."""
+    return [task.label for task in source.tasks if task.chance is None]
+
+
 def before_the_cliff(points: Sequence[SweepPoint], source: Evaluation) -> float | None:
     """The largest fraction that `RULE` names, None where not even the first point keeps enough.
 

@@ -37,7 +37,7 @@ from factory.artifacts import (
 from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
 from factory.config import SLOWER, BuildConfig, load_recipe, settle
 from factory.errors import StoreError
-from factory.findings import recovery
+from factory.findings import recovery, worst_parts
 from factory.layout import read_if_same
 from factory.markdown import SMALLEST_P, markdown
 from tests.hub import Hub
@@ -442,6 +442,25 @@ def healing_discarded() -> Build:
     return build.model_copy(update=changes)
 
 
+def perplexities(rises: bool | None, *values: float, **changes: Any) -> Build:
+    """The demo with a word perplexity as its task."""
+    build = demo_healed()
+    numbers = dict(zip(build.evaluations, values or (410.5, 9_000.25, 502.25), strict=True))
+    evaluations = {
+        name: evaluation.model_copy(
+            update={
+                "tasks": (
+                    a_score("wiki", numbers[name], chance=None, metric="word_perplexity").model_copy(
+                        update={"higher_is_better": rises, "is_share": False, **changes}
+                    ),
+                )
+            }
+        )
+        for name, evaluation in build.evaluations.items()
+    }
+    return build.model_copy(update={"evaluations": evaluations, "comparisons": comparisons(evaluations)})
+
+
 def chosen_by(criterion: str) -> Build:
     """The demo with layers chosen otherwise, measured over all tokens in NF4."""
     build = demo_healed()
@@ -545,6 +564,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
         partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
     )
     others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
+    others.append(partial(render, perplexities(None), has_healing_figure=False))
     chat = chat_with_other_licence()
     seam = chat.adapter.model_copy(
         update={
@@ -694,6 +714,59 @@ def test_the_five_parts_of_a_group_that_fell_most_are_named_worst_first() -> Non
     named = re.findall(r"^\| ([a-z\\_]+) \|.*−.* (\d+) \|$", card, flags=re.MULTILINE)
     assert [name.replace("\\", "") for name, _ in named] == list(SUBJECTS)[:5]
     assert [int(count) for _, count in named] == [count for *_, count in SUBJECTS.values()][:5]
+
+
+def test_a_perplexity_that_rose_is_a_loss_and_one_that_fell_is_none() -> None:
+    card = render(perplexities(False), has_healing_figure=False)
+    assert "| wiki, 0-shot, word\\_perplexity ↓ | 410.500" in card
+    assert "- wiki rose from 410.500 to 502.250.\n" in card
+    better = render(perplexities(False, 410.5, 9_000.25, 402.25), has_healing_figure=False)
+    assert "- wiki" not in better
+    same = render(perplexities(False, 410.5, 9_000.25, 410.503), has_healing_figure=False)
+    assert "No measurable loss in wiki: +0.003" in same
+    assert "cannot rule out a rise of up to 0.017" in same
+
+
+def test_a_metric_without_a_direction_is_no_loss_and_no_gain() -> None:
+    card = render(perplexities(None), has_healing_figure=False)
+    assert "| wiki, 0-shot, word\\_perplexity | 410.500" in card
+    assert "Which way word\\_perplexity of wiki is better, the task does not say" in card
+    assert "rose from" not in card
+    assert "fell from" not in card
+
+
+def test_the_parts_of_a_group_that_rose_most_are_those_that_lost_where_less_is_better() -> None:
+    build = chat_with_other_licence()
+    evaluations = {
+        name: evaluation.model_copy(
+            update={
+                "tasks": tuple(t.model_copy(update={"higher_is_better": False}) for t in evaluation.tasks)
+            }
+        )
+        for name, evaluation in build.evaluations.items()
+    }
+    (group,) = worst_parts(build.model_copy(update={"evaluations": evaluations}))
+    assert [row[0] for row in group["rows"]] == ["sociology"]
+    assert group["fall"] == ("rose", "rise")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_kept_and_shown_but_not_sent_to_the_hub(
+    tmp_path: Path, value: float
+) -> None:
+    build = perplexities(False, 410.5, value, value)
+    build.write(tmp_path)
+    assert Build.read(tmp_path).model_dump_json() == build.model_dump_json()
+    shown = {math.nan: "n/a", math.inf: "∞", -math.inf: "−∞"}[value]
+    card = render(build, has_healing_figure=False)
+    assert f" | {shown} ± 0.008" in card
+    assert "word_perplexity" not in card.partition("\n---\n")[0]
+
+
+def test_the_command_on_the_card_lets_the_python_of_a_task_file_run() -> None:
+    assert "--run-task-code" not in reproduction_command(perplexities(False))
+    command = reproduction_command(perplexities(False, runs_code=True))
+    assert "--run-task-code" in command
 
 
 def test_recovery_counts_from_chance_and_is_unknown_where_the_source_is_at_chance() -> None:

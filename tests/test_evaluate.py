@@ -172,8 +172,8 @@ def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp
     assert score.parts == ()
     kept = read_answers(tmp_path / "into", 0)
     assert kept
-    assert kept[0] == score
-    assert sum(kept[1]["mine"]) / 6 == score.value
+    assert kept[0][0] == score
+    assert sum(kept[0][1]["mine"]) / 6 == score.value
 
 
 def test_a_group_tells_the_score_of_each_of_its_tasks(model: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_group_tells_the_score_of_each_of_its_tasks(model: Path, tmp_path: Pat
     assert score.value == pytest.approx(sum(part.value * part.num_samples for part in score.parts) / 8)
     kept = read_answers(tmp_path / "into", 0)
     assert kept
-    assert {task: len(answers) for task, answers in kept[1].items()} == {"first": 3, "second": 5}
+    assert {task: len(answers) for task, answers in kept[0][1].items()} == {"first": 3, "second": 5}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_question_whose_answer_is_looked_for_in_two_ways_counts_once(model: Pa
     assert score.chance is None
     kept = read_answers(tmp_path / "into", 0)
     assert kept
-    assert len(kept[1]["written"]) == 2
+    assert len(kept[0][1]["written"]) == 2
 
 
 class KilledError(Exception): ...

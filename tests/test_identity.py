@@ -8,6 +8,7 @@ from factory.artifacts import DataSource
 from factory.config import EvaluateSettings
 from factory.errors import UsageError
 from factory.identity import check_tasks, task_identity, text_identity
+from factory.task_files import read_task_file
 
 
 def test_configuration_and_split_of_a_data_set_count() -> None:
@@ -49,7 +50,7 @@ def test_a_task_file_counts_with_the_questions_that_it_names_elsewhere(tmp_path:
     questions.parent.mkdir()
     questions.write_text("1")
     task = tmp_path / "here" / "base.yaml"
-    task.write_text(named.replace("FOLDER", str(questions.parent)))
+    task.write_text("task: here\n" + named.replace("FOLDER", str(questions.parent)))
     first = task_identity(str(task))
     assert task_identity(str(task)) == first
     questions.write_text("2")
@@ -81,7 +82,7 @@ def test_a_task_file_that_cannot_run_is_refused(tmp_path: Path, content: str | N
     if content is not None:
         path.write_text(content)
     with pytest.raises(UsageError, match=problem):
-        check_tasks(EvaluateSettings(tasks=(str(path),)), search=False)
+        check_tasks(EvaluateSettings(tasks=(str(path),)), search=False, run_code=False)
 
 
 LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))
@@ -92,16 +93,123 @@ LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in ra
     ["date: 2020-99-99", "q: !!bool x", "[" * 5000, "dataset_kwargs: {data_files: &a [*a]}",
      f"a0: &a0 [x]\n{LAUGHS}\ndataset_kwargs: {{data_files: *a11}}"],
 )  # fmt: skip
-def test_what_lies_beside_a_task_and_is_no_task_counts_by_its_bytes(tmp_path: Path, content: str) -> None:
+def test_a_member_of_a_group_that_cannot_be_read_is_looked_for_in_vain(tmp_path: Path, content: str) -> None:
     task, beside = tmp_path / "mine.yaml", tmp_path / "other.yaml"
-    task.write_text("task: mine")
-    beside.write_text(content)
+    task.write_text("group: mine\ntask: [first]\n")
+    (tmp_path / "first.yaml").write_text("task: first\n")
     before = task_identity(str(task))
-    beside.write_text(content + " ")
+    beside.write_text(content)
+    assert task_identity(str(task)) == before
+    beside.rename(tmp_path / "first.yaml")
     assert task_identity(str(task)) != before
 
 
-def test_a_task_file_with_functions_is_accepted(tmp_path: Path) -> None:
+def test_what_lies_beside_a_task_and_is_not_named_does_not_count(tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("task: mine\ndataset_kwargs: {data_files: q*.jsonl}\n".replace("q*", f"{tmp_path}/q*"))
+    (tmp_path / "q1.jsonl").write_text("1")
+    before = task_identity(str(task))
+    for beside in ("copy.yaml", "other.py", "other.jsonl", "q.json"):
+        (tmp_path / beside).write_text("task: mine\n")
+    assert task_identity(str(task)) == before
+    (tmp_path / "q2.jsonl").write_text("2")
+    assert task_identity(str(task)) != before
+
+
+def test_python_that_a_task_names_counts_with_what_lies_beside_it(tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("task: mine\nprocess_docs: !function words.drawn\n")
+    (tmp_path / "words.py").write_text("x = 1\n")
+    identities = {task_identity(str(task))}
+    (tmp_path / "words.py").write_text("x = 2\n")
+    identities.add(task_identity(str(task)))
+    (tmp_path / "list.json").write_text("[]")
+    identities.add(task_identity(str(task)))
+    assert len(identities) == 3
+
+
+GROUP = """group: all
+task:
+  - mine
+  - {task: inline, dataset_path: json, doc_to_text: !function code.text}
+  - {group: sub, task: [tagged]}
+"""
+MINE = """task: mine
+include: common/base.yaml
+fewshot_config: {sampler: !function os.path.join}
+"""
+THIRD = """task: third
+tag: tagged
+metric_list: [{metric: acc}, {metric: nothing_of_the_kind}]
+"""
+
+
+def test_the_python_of_a_task_file_is_named_and_asks_to_be_let_run(tmp_path: Path) -> None:
+    files = {
+        "all.yaml": GROUP,
+        "mine.yaml": MINE,
+        "common/base.yaml": "process_docs: !function words.drawn\n",
+        "common/words.py": "raise SystemExit('this was run')\n",
+        "code.py": "raise SystemExit('this was run')\n",
+        "deep/other.yml": "task: other\ntag: [x, tagged]\nclass: !function lm_eval.api.task.Task\n",
+        "third.yaml": THIRD,
+        "unnamed.yaml": "task: unnamed\ndoc_to_text: !function never.named\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    tasks = EvaluateSettings(tasks=(str(tmp_path / "all.yaml"),))
+    with pytest.raises(UsageError) as refused:
+        check_tasks(tasks, search=False, run_code=False)
+    named = refused.value.message.partition("runs Python: ")[2].split(", ")
+    assert sorted(named) == sorted([
+        f"doc_to_text: code.text ({tmp_path}/code.py)",
+        f"process_docs: words.drawn ({tmp_path}/common/words.py)",
+        "sampler: os.path.join (module os.path)",
+        "metric: nothing_of_the_kind (fetched by the library evaluate)",
+    ])  # fmt: skip
+    assert "--run-task-code" in refused.value.hint
+    check_tasks(tasks, search=False, run_code=True)
+    found = read_task_file(tmp_path / "all.yaml")
+    assert {path.relative_to(tmp_path).as_posix() for path in found.parts} == set(files) - {"unnamed.yaml"}
+    assert found.missing == ()
+
+
+def test_two_files_of_one_name_are_refused_where_a_group_names_it(tmp_path: Path) -> None:
+    for name in ("good", "good (copy)"):
+        (tmp_path / f"{name}.yaml").write_text("task: good\n")
+    group = tmp_path / "group.yaml"
+    group.write_text("group: all\ntask: [good, elsewhere]\n")
+    with pytest.raises(UsageError, match=r"'good', of the group 'all', is what .*copy.* both define"):
+        read_task_file(group)
+    (tmp_path / "good (copy).yaml").unlink()
+    assert read_task_file(group).missing == ("elsewhere",)
+    assert read_task_file(tmp_path / "good.yaml").definitions == (tmp_path / "good.yaml",)
+
+
+@pytest.mark.parametrize("second", ["other/mine.yaml", "boolq"])
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path, second: str) -> None:
+    (tmp_path / "other").mkdir()
+    for place in ("", "other/"):
+        (tmp_path / f"{place}mine.yaml").write_text("task: mine\n")
+    first, second = (
+        ("boolq", second) if second == "boolq" else (f"{tmp_path}/mine.yaml", f"{tmp_path}/{second}")
+    )
+    with pytest.raises(UsageError, match="twice"):
+        check_tasks(EvaluateSettings(tasks=(first, second)), search=False, run_code=False)
+
+
+def test_what_a_task_file_includes_must_be_there(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("task: mine\ncustom_dataset: !function module.function\n")
-    check_tasks(EvaluateSettings(tasks=(str(path), "next_line", "mmlu")), search=False)
+    path.write_text("task: mine\ninclude: [base.yaml]\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml' includes '.*base\.yaml' does not exist"):
+        read_task_file(path)
+    (tmp_path / "base.yaml").write_text("include: mine.yaml\n")
+    assert read_task_file(path).parts == (tmp_path / "base.yaml", path)
+
+
+def test_the_name_of_a_task_may_come_from_what_its_file_includes(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("task: base\nnum_fewshot: 2\n")
+    path = tmp_path / "mine.yml"
+    path.write_text("include: base.yaml\n")
+    assert read_task_file(path).name == "base"

@@ -6,7 +6,7 @@ import pytest
 
 from factory.disk import size
 from factory.screen import console, count, duration, printable, result_table, show_stages, verdict
-from tests.test_card import a_comparison, chat_with_other_licence, healing_discarded
+from tests.test_card import a_comparison, chat_with_other_licence, healing_discarded, perplexities
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:
@@ -47,6 +47,16 @@ def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> No
     assert last["MMLU, 5-shot acc (chance 25.0%)"] == "-4.5% (-5.9% to -3.2%)"
     assert last["BoolQ, 0-shot acc (chance 50.0%)"] == "≈ -1.1% (-2.4% to +0.3%)"
     assert "memory, at its peak" in last
+
+
+def test_a_perplexity_is_shown_as_a_number_with_the_way_it_should_go(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console().print(result_table(perplexities(False)))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wiki" in line]
+    assert line.split() == ["wiki,", "0-shot", "word_perplexity", "↓", "410.500", "±", "0.008",
+                            "9,000.250", "±", "0.008", "502.250", "±", "0.008",
+                            "+91.750", "(+91.736", "to", "+91.764)"]  # fmt: skip
 
 
 def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,8 +109,8 @@ def test_two_evaluations_are_compared_from_their_folders(tmp_path: Path) -> None
     ):
         (tmp_path / name).mkdir()
         write_losses(tmp_path / name, losses)
-        write_answers(tmp_path / name, 0, score, answers[name])
-        write_answers(tmp_path / name, 1, score, {})  # its score is no mean over questions
+        write_answers(tmp_path / name, 0, [(score, answers[name])])
+        write_answers(tmp_path / name, 1, [(score, {})])  # its score is no mean over questions
     loss, task = compare(tmp_path / "source", tmp_path / "pruned", num_tasks=2)
     assert (loss.measure, loss.difference, loss.num_items) == ("loss", 1, 2)
     assert (task.measure, task.difference, task.num_items) == ("t", 0, 4)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from factory import hub
 from factory.artifacts import (
@@ -19,6 +20,7 @@ from factory.artifacts import (
 from factory.cli import main
 from factory.plan import read_profile
 from factory.plots import sweep_figure
+from factory.screen import console, show_sweep
 from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff, share_kept
 from tests.tiny import rhymes, save_llama
 
@@ -116,6 +118,29 @@ def test_equal_sweeps_give_equal_figures(tmp_path: Path, healed: bool, tasks: bo
     again = sweep_figure(a_sweep(healed=healed, tasks=tasks), path_stem=tmp_path / "b")
     assert [path.suffix for path in made] == [".png", ".svg"]
     assert [path.read_bytes() for path in made] == [path.read_bytes() for path in again]
+
+
+def test_each_scale_has_a_panel_and_what_does_not_count_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_perplexity(evaluation: Evaluation, value: float) -> Evaluation:
+        task = evaluation.tasks[0].model_copy(
+            update={"label": "wiki", "metric": "word_perplexity", "value": value, "chance": None,
+                    "is_share": False, "higher_is_better": False}
+        )  # fmt: skip
+        return evaluation.model_copy(update={"tasks": (*evaluation.tasks, task)})
+
+    made = a_sweep(healed=False, tasks=True)
+    points = [point(p.drop, with_perplexity(p.pruned, v)) for p, v in zip(made.points, (800, 9e4, math.inf))]  # noqa: B905
+    both = made.model_copy(update={"source": with_perplexity(made.source, 500.5), "points": tuple(points)})
+    assert share_kept(both.points[0].best, both.source) == share_kept(made.points[0].best, made.source)
+    show_sweep(console(), both, folder=tmp_path)
+    told = capsys.readouterr().out
+    assert "wiki word_perplexity ↓" in told
+    assert "500.500 ± 0.010" in told
+    assert "Not counted, for want of a chance level: wiki." in told
+    with Image.open(sweep_figure(both, path_stem=tmp_path / "sweep")[0]) as figure:
+        assert figure.width == 3 * 4.1 * 200
 
 
 # The commands -----------------------------------------------------------------------------------

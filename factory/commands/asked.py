@@ -9,8 +9,9 @@ from factory.errors import UsageError
 
 if TYPE_CHECKING:
     from factory.artifacts import Build, Source
-    from factory.config import BuildConfig, Recipe
+    from factory.config import BuildConfig, EvaluateSettings, Recipe
     from factory.run import Reporter
+    from factory.screen import StageLines
 
 
 def resolve_model(model: str, recipe: "Recipe | None", *, trust_remote_code: bool = False) -> "Source":
@@ -38,6 +39,19 @@ def pull_source(source: "Source", reporter: "Reporter") -> "Source":
     if source.remote_code:
         register(source)
     return source
+
+
+def open_tasks(settings: "EvaluateSettings", reporter: "StageLines") -> None:
+    """Load the questions that the models will answer: hours later is too late to hear that they are gone."""
+    if not settings.tasks:
+        return
+    from factory.harness import load_tasks
+
+    reporter.started("questions")
+    try:
+        load_tasks(settings)
+    finally:
+        reporter.stop()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory.commands.asked import Asked, ask, pull_source
+from factory.commands.asked import Asked, ask, open_tasks, pull_source
 from factory.commands.entries import Request, config_text, requests
 from factory.commands.options import (
     CONTEXT,
@@ -26,6 +26,7 @@ from factory.commands.options import (
     remark,
     report_option,
     state_option,
+    task_code_option,
     trust_option,
 )
 from factory.commands.publishing import check_publishable, license_option, publish
@@ -60,6 +61,7 @@ RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate
 @click.option("--heal-data", metavar="DATA", help="Text to heal on.")
 @click.option("--eval-data", metavar="DATA", help="Text for the loss; keep it apart from the other two.")
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
+@task_code_option
 @click.option("--limit", type=Count(1), help="Samples a task, for a quick look.")
 @click.option("--no-heal", "heal_enabled", flag_value=False, default=True, help="Leave the cut as it is.")
 @heal_option
@@ -152,27 +154,14 @@ def _build(requests: list[Request], options: dict[str, Any]) -> None:
         return
     for one in ready:
         with one.request.located("tasks"):
-            _open_tasks(one, reporter)
+            if "evaluate" in one.pending:
+                open_tasks(one.asked.config.evaluate, reporter)
     if len(ready) == 1:
         _, result = _make(ready[0], reporter)
         if as_json:
             print_json(result)
     else:
         _make_all(ready, reporter, as_json=as_json)
-
-
-def _open_tasks(ready: Ready, reporter: "StageLines") -> None:
-    """Load the questions that the models will answer: hours later is too late to hear that they are gone."""
-    settings = ready.asked.config.evaluate
-    if "evaluate" not in ready.pending or not settings.tasks:
-        return
-    from factory.harness import load_tasks
-
-    reporter.started("questions")
-    try:
-        load_tasks(settings)
-    finally:
-        reporter.stop()
 
 
 def look_at_all(requests: list[Request]) -> list[Asked]:
@@ -301,7 +290,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     config = asked.config
     store = Store((options["home"] or default_home()).absolute(), _bucket(options))
     check_backend(config.evaluate)
-    check_tasks(config.evaluate, search=False)
+    run_code = options["run_task_code"]
+    check_tasks(config.evaluate, search=False, run_code=run_code)
     texts = open_texts(config)
     if asked.repeats:
         check_same_texts(asked.repeats, texts)
@@ -312,7 +302,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
         check_source(asked.source)
     if {"measure", "evaluate", "speed"} & set(pending):
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
-    check_tasks(config.evaluate, search="evaluate" in pending)
+    check_tasks(config.evaluate, search="evaluate" in pending, run_code=run_code)
     if {"measure", "heal", "evaluate"} & set(pending):
         check_texts(texts)
     if pending or options["processes"]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import click
 from factory import references
 from factory.commands.entries import Request
 from factory.errors import UsageError
+from factory.references import local_path
 
 OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
 LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
 FILES = ("model", "calibration-data", "heal-data", "eval-data")
-PARTS_OF_A_TASK = (".yaml", ".yml", ".py")  # which a task file can include, beside it
 
 Files = dict[str, Path | bytes]  # name below the mount → what goes up
 
@@ -59,36 +59,54 @@ def _take(path: Path, files: Files) -> str:
 
 
 def _tasks(tasks: str, files: Files, *, upload: bool, bucket: str) -> str:
-    """--tasks for the job: a task file goes up with the questions that it names and what it may include."""
-    from factory.identity import is_task_file, task_name
+    """--tasks for the job: a task file goes up with all that it names, and lies there as it does here."""
+    from factory.task_files import is_task_file, read_task_file
 
     names = [name.strip() for name in tasks.split(",")]
     for index, name in enumerate(names):
         if not is_task_file(name):
             continue
-        task = Path(name)
-        task_name(task)  # that it is there, and a task
-        _check_upload(task, upload=upload, bucket=bucket)
-        place = _place(task.parent)
-        for part in sorted(task.parent.iterdir()):
-            if part.suffix in PARTS_OF_A_TASK and part.is_file():
-                files[f"{place}/{part.name}"] = _part(part, files, upload=upload, bucket=bucket)
-        names[index] = _mounted(f"{place}/{task.name}")
+        task, *parts = [_plain(part) for part in (Path(name), *read_task_file(Path(name)).parts)]
+        _check_upload(Path(name), upload=upload, bucket=bucket)
+        root = Path(os.path.commonpath([part.parent for part in parts]))
+        place = _place(root)
+        for part in parts:
+            inside = part.relative_to(root).as_posix()
+            files[f"{place}/{inside}"] = _part(part, files, upload=upload, bucket=bucket)
+        names[index] = _mounted(f"{place}/{task.relative_to(root).as_posix()}")
     return ",".join(names)
+
+
+def _plain(path: Path) -> Path:
+    """An absolute path without `..`; links stay, since what they are called is what others name."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
     """A file of a task; one that names local data, with the names that these have in the job."""
-    from factory.identity import local_data
+    from factory.task_files import local_data
 
     named = local_data(part)
     if not named:
         return part
     text = part.read_text(encoding="utf-8")
-    for data in named:
-        _check_upload(Path(data), upload=upload, bucket=bucket)
-        text = re.sub(rf"(?<![\w./-]){re.escape(data)}(?![\w./-])", _take(Path(data), files), text)
+    for data, paths in named.items():
+        for path in paths:
+            _check_upload(path, upload=upload, bucket=bucket)
+        text = re.sub(rf"(?<![\w./-]){re.escape(data)}(?![\w./-])", _taken(data, paths, files), text)
     return text.encode()
+
+
+def _taken(data: str, paths: Sequence[Path], files: Files) -> str:
+    """What a task file names instead of a local path, or of a pattern, once that goes up."""
+    from factory.task_files import root_of
+
+    root, pattern = root_of(data)
+    if not pattern or local_path(data).exists():
+        return _take(paths[0], files)
+    place = _place(local_path(str(root)))
+    files |= {f"{place}/{path.relative_to(local_path(str(root))).as_posix()}": path for path in paths}
+    return f"{_mounted(place)}/{pattern}"
 
 
 def _mounted(place: str) -> str:

@@ -28,6 +28,7 @@ WITH_REPRODUCE = {
         "public",
         "accept_license",
         "trust_remote_code",
+        "run_task_code",
         "rerun",
         "dry_run",
         "as_json",

@@ -116,7 +116,8 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
     previews, identities = [], []
     for request, one in zip(requests, asked, strict=True):
         with request.located(), _not_here():
-            check_tasks(one.config.evaluate, search=False)
+            run_code = request.options["run_task_code"]
+            check_tasks(one.config.evaluate, search=False, run_code=run_code)
             if one.config.evaluate.backend == "vllm" and not found.has_gpu:
                 raise UsageError(f"--eval-backend vllm on {found.name}, which has no GPU", hint=NEEDS_GPU)
             texts = open_texts(one.config)

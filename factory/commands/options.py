@@ -199,6 +199,11 @@ trust_option = click.option(
 )
 
 
+task_code_option = click.option(
+    "--run-task-code", is_flag=True, help="Run the Python that task files in --tasks name."
+)
+
+
 def output_folder(folder: Path) -> Path:
     """A folder for results, made before the work that they take.
 

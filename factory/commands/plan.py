@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from factory import references
-from factory.commands.asked import pull_source, resolve_model, settle_options
+from factory.commands.asked import open_tasks, pull_source, resolve_model, settle_options
 from factory.commands.options import (
     CONTEXT,
     Count,
@@ -21,6 +21,7 @@ from factory.commands.options import (
     output_folder,
     print_json,
     processes_option,
+    task_code_option,
     trust_option,
 )
 
@@ -133,6 +134,7 @@ def _build_command(chosen: "PruningPlan") -> str:
 @click.option("--eval-documents", type=Count(2), help="Documents for the loss.")
 @backend_option
 @click.option("--tasks", metavar="A,B", help="lm-eval tasks or YAML files; 'none' for none.")
+@task_code_option
 @click.option(
     "--limit",
     type=Count(1),
@@ -165,6 +167,7 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
     out = output_folder(options["out"] or Path("sweeps") / source.name)
     _preview_sweep(source, sorted(by_size), run, reporter)
+    open_tasks(run.config.evaluate, reporter)
     source = pull_source(source, reporter)
     check_tokens(source, run.texts)
     try:
@@ -230,7 +233,7 @@ def _start(
         check_targets(source.config, config.heal.modules)
     if sweeps:
         check_backend(config.evaluate)
-        check_tasks(config.evaluate, search=True)
+        check_tasks(config.evaluate, search=True, run_code=options["run_task_code"])
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
     check_texts(texts)
     store = Store((options["home"] or default_home()).absolute())
