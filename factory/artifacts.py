@@ -360,6 +360,7 @@ class TaskScore(BaseModel):
     answers: str | None = None  # how they were found in what the model wrote: "strict-match"
     parts: tuple[PartScore, ...] = ()  # of a group
     runs_code: bool = False  # Python that a task file names
+    writes: bool = False  # the model's own text is judged, not a choice of given ones
 
     @property
     def shots(self) -> str:

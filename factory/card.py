@@ -115,7 +115,10 @@ def render(
             tasks=sorted(task_findings(build), key=_by_recovery),
             loss=comparison(build, build.shipped, "loss"),
             groups=worst_parts(build),
-            writes=any(s.metric == "exact_match" for s in build.evaluations["source"].tasks),
+            writes=any(
+                s.writes or s.metric == "exact_match"  # of a build from before that was kept
+                for s in build.evaluations["source"].tasks
+            ),
             gap_closed=gap_closed(build),
             slower=SLOWER,
             precision=precision(build),

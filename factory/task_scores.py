@@ -127,6 +127,7 @@ def task_score(
         answers=None if answers == "none" else answers,
         parts=_part_scores(key, rows, results["results"]),
         runs_code=runs_code,
+        writes=any(part.OUTPUT_TYPE == "generate_until" for part in parts),
     )
     return score, _answers(rows, metric=metric, value=value)
 

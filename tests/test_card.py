@@ -759,8 +759,14 @@ def test_a_score_that_is_no_number_is_kept_and_shown_but_not_sent_to_the_hub(
     assert Build.read(tmp_path).model_dump_json() == build.model_dump_json()
     shown = {math.nan: "n/a", math.inf: "∞", -math.inf: "−∞"}[value]
     card = render(build, has_healing_figure=False)
-    assert f" | {shown} ± 0.008" in card
+    assert f" | {shown} ± 0.008" in card.replace("\u00a0", " ")
     assert "word_perplexity" not in card.partition("\n---\n")[0]
+
+
+def test_free_writing_is_unknown_only_where_no_task_asks_for_it() -> None:
+    unknown = "In none of these tasks does the model write freely"
+    assert unknown in render(perplexities(False), has_healing_figure=False)
+    assert unknown not in render(perplexities(True, metric="bleu", writes=True), has_healing_figure=False)
 
 
 def test_the_command_on_the_card_lets_the_python_of_a_task_file_run() -> None:

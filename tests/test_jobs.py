@@ -324,29 +324,38 @@ def test_a_task_file_goes_up_with_its_questions_and_what_it_includes(
 ) -> None:
     mine = folder / "mine"
     (mine / "data").mkdir(parents=True)
+    (folder / "both").mkdir()
     questions = b'{"q": "one and", "choices": ["one", "two"], "answer": 0}\n'
     (mine / "data" / "q.jsonl").write_bytes(questions)
-    (mine / "common.yaml").write_text("dataset_path: json\ndataset_kwargs: {data_files: mine/data/q.jsonl}\n")
+    (folder / "both" / "common.yaml").write_text(
+        "dataset_path: json\ndataset_kwargs: {data_files: mine/data/q.jsonl}\n"
+    )
     (mine / "words.py").write_text("def shown(row):\n    return row['q']\n")
-    (mine / "mine.yaml").write_text("task: mine\ninclude: common.yaml\ndoc_to_text: !function words.shown\n")
+    named = "task: mine\ninclude: ../both/common.yaml\ndoc_to_text: !function words.shown\n"
+    (mine / "mine.yaml").write_text(named)
+    (mine / "other.yaml").write_text("task: mine\n")
     (mine / "secret.json").write_text("{}")
     tasks = ["--tasks", "next_line, mine/mine.yaml", "--on", "cpu-basic"]
     told = refused(commands, rich, folder, *BUILD, *tasks)
     assert "'measured.jsonl' is on this machine" in told
-    submitted(commands, folder, *tasks)
+    told = refused(commands, rich, folder, *BUILD, *tasks, "--upload")
+    assert "runs Python: doc_to_text: words.shown (mine/words.py)" in told
+    submitted(commands, folder, *tasks, "--run-task-code")
     (volume,) = rich.job().spec["volumes"]
     up = {
         path.removeprefix(volume["path"] + "/"): content
         for path, content in rich.bucket(BUCKET).items()
         if path.startswith(volume["path"])
     }
-    next_line, task = yaml.safe_load(up["build.yaml"])["tasks"].split(",")
+    asked = yaml.safe_load(up["build.yaml"])
+    next_line, task = asked["tasks"].split(",")
+    assert asked["run-task-code"] is True
     assert next_line == "next_line"
-    place = PurePosixPath(task.removeprefix(f"{MOUNT}/")).parent
-    there = {PurePosixPath(path).name for path in up if PurePosixPath(path).parent == place}
-    assert there == {"mine.yaml", "common.yaml", "words.py"}
-    assert up[f"{place}/mine.yaml"] == (mine / "mine.yaml").read_bytes()
-    data = yaml.safe_load(up[f"{place}/common.yaml"])["dataset_kwargs"]["data_files"]
+    place = PurePosixPath(task.removeprefix(f"{MOUNT}/")).parent.parent
+    there = {path.removeprefix(f"{place}/") for path in up if path.startswith(f"{place}/")}
+    assert there == {"mine/mine.yaml", "both/common.yaml", "mine/words.py"}
+    assert up[f"{place}/mine/mine.yaml"] == (mine / "mine.yaml").read_bytes()
+    data = yaml.safe_load(up[f"{place}/both/common.yaml"])["dataset_kwargs"]["data_files"]
     assert data.startswith(f"{MOUNT}/local/")
     assert up[data.removeprefix(f"{MOUNT}/")] == questions
     told = commands.run(*BUILD, "--tasks", "none.yaml", *ON, folder=folder).stderr

@@ -217,6 +217,32 @@ def test_of_several_metrics_the_first_with_a_number_is_shown_and_no_score_is_a_c
         scores(model, tmp_path / "no", save_task(tmp_path, "unsized", texts(2), rolling + named + both))
 
 
+@pytest.mark.parametrize(
+    ("metric", "arrow"), [("bleu", "↑"), ("chrf", "↑"), ("ter", "↓"), ("exact_match", "↑")]
+)
+def test_a_metric_of_written_text_keeps_its_scale_and_direction(
+    model: Path, tmp_path: Path, metric: str, arrow: str
+) -> None:
+    written = (
+        "output_type: generate_until\ngeneration_kwargs: {until: ['x'], max_gen_toks: 4}\nmetric_list:\n"
+    )
+    task = save_task(tmp_path, "said", texts(2), f"{written}  - metric: {metric}\n")
+    task.write_text(task.read_text().replace("'{{q}}'", "'say: {{q}}'"))
+    (score,) = scores(model, tmp_path / "into", task, limit=1)
+    assert (score.metric, score.arrow, score.writes) == (metric, arrow, True)
+    assert score.is_share == (metric == "exact_match")
+    assert score.shown(score.value).endswith("%") == score.is_share
+
+
+@pytest.mark.parametrize(("metric", "arrow"), [("mcc", "↑"), ("f1", "↑"), ("brier_score", "↓")])
+def test_a_metric_over_all_choices_is_no_share_of_right_ones(
+    model: Path, tmp_path: Path, metric: str, arrow: str
+) -> None:
+    task = save_task(tmp_path, "chosen", questions(4), CHOICES.replace("acc", metric))
+    (score,) = scores(model, tmp_path / "into", task, limit=1)
+    assert (score.metric, score.arrow, score.is_share, score.chance) == (metric, arrow, False, None)
+
+
 def test_a_perplexity_beyond_the_float_range_is_a_clear_error(model: Path, tmp_path: Path) -> None:
     """A text of one word, as in languages that put no spaces between them."""
     task = save_task(
