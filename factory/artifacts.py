@@ -372,6 +372,11 @@ class TaskScore(BaseModel):
         """Where better lies: "↑", "↓", or nothing where that is not known."""
         return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
 
+    @property
+    def name(self) -> str:
+        """Its label, with the metric where that is not the share of right answers."""
+        return self.label if self.is_share else f"{self.label} {self.metric} {self.arrow}".rstrip()
+
     def shown(self, value: float, *, sign: str = "") -> str:
         """A value of this metric for the terminal: a share in per cent, another as a number."""
         return format(value, f"{sign}.1%" if self.is_share else f"{sign},.3f")

@@ -96,6 +96,9 @@ def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None
             self.done, self.total = 0, len(requests)
             return super().generate_until(requests, disable_tqdm=True)
 
+        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
+
         def _model_call(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._count(len(inputs))
             return super()._model_call(inputs, *args, **kwargs)

@@ -295,10 +295,7 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
     names = ["dropped", "layers that go", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
-    names += [
-        task.label if task.is_share else f"{task.label} {task.metric} {task.arrow}".rstrip()
-        for task in sweep.source.tasks
-    ]
+    names += [task.name for task in sweep.source.tasks]
     for name in [*names, "kept"]:
         table.add_column(name, justify="left" if name == "layers that go" else "right")
     table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")

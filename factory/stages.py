@@ -354,7 +354,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
         },
         inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
         summary=lambda e: ", ".join(
-            [f"loss {e.loss.nats:.3f}", *(f"{t.label} {t.shown(t.value)}" for t in e.tasks)]
+            [f"loss {e.loss.nats:.3f}", *(f"{t.name} {t.shown(t.value)}" for t in e.tasks)]
         ),
     )
 

@@ -168,7 +168,7 @@ def texts(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("metric", ["word_perplexity", "byte_perplexity", "bits_per_byte"])
 def test_a_perplexity_falls_and_is_compared_by_its_nats(
-    model: Path, other_model: Path, tmp_path: Path, metric: str
+    model: Path, other_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str
 ) -> None:
     task = save_task(tmp_path, "wiki", texts(6), f"{ROLLING}  - metric: {metric}\n")
     (before,) = scores(model, tmp_path / "source", task)
@@ -183,6 +183,8 @@ def test_a_perplexity_falls_and_is_compared_by_its_nats(
     assert compared.difference == pytest.approx(after.value - before.value, rel=1e-6)
     assert compared.low < compared.difference < compared.high
     assert compared.num_items == 6
+    assert "Running loglikelihood" not in capsys.readouterr().err
+    assert before.name == f"wiki {metric} ↓"
 
 
 def test_a_perplexity_is_worse_by_as_much_as_its_nats_say(tmp_path: Path) -> None:
