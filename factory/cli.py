@@ -1,6 +1,5 @@
 """The command line: its commands, and the one place where errors become lines and exit codes."""
 
-import io
 import logging
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from factory import __version__
+from factory import __version__, streams
 from factory.commands.build import build
 from factory.commands.card import card
 from factory.commands.entries import schema
@@ -25,18 +24,22 @@ from factory.disk import READ_ONLY, no_room
 from factory.errors import FactoryError, UsageError
 from factory.memory import no_memory
 
+ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # and leave nothing else that one would wait for
 LONG = re.compile(r"\S{400,}")  # no word of ours
 
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="factory")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Make a language model smaller: drop the layers it needs least, heal the cut, measure, publish.
 
     \b
     factory build demo --drop 0.3          a whole build on this machine, no network, minutes
     factory build mistral-7b --drop 0.3    the same for a model on the Hub
     """
+    if context.invoked_subcommand not in ONLY_PRINT:
+        streams.go_on()
     _check_environment()
 
 
@@ -50,22 +53,17 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; the one place where errors become lines and exit codes."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend need not exist here
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # the libraries' advice to programmers is not for our users
-    _settle_streams()
+    _hush_libraries()
+    streams.settle()
     try:
         _refuse_launcher()
         cli.main(prog_name=_typed_as(), standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where what goes wrong with it still becomes a line
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), "factory --help", code=2)
+    except click.UsageError as error:
+        _refuse(error)
     except FactoryError as error:
         _fail(error.message, error.hint, code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -83,21 +81,32 @@ def main() -> None:
         _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
 
 
-def _settle_streams() -> None:
-    """Make standard output and error take every text, whole or with an error."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: the next file would get its number, and what libraries print to that
-            os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):
-            continue
-        if isinstance(stream.buffer, io.RawIOBase):  # PYTHONUNBUFFERED: half a write would pass for a whole
-            stream = os.fdopen(stream.fileno(), "w", buffering=1, encoding=stream.encoding, closefd=False)
-            setattr(sys, name, stream)
-        stream.reconfigure(errors="replace")  # a terminal without ≠ or ✓ shows ? and goes on
+def _hush_libraries() -> None:
+    """Keep off the screen what libraries tell programmers at import and at work, unless it was asked for.
+
+    Must come before they are imported. Errors still show.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend need not exist here
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # those that print their log themselves
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if logging.lastResort:  # prints for all others: bitsandbytes, trl, peft, lm_eval, matplotlib …
+        logging.lastResort.setLevel(logging.ERROR)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that are started
+    warnings.simplefilter("ignore")
+
+
+def _refuse(error: click.UsageError) -> None:
+    """What click cannot make sense of; a group without a command prints its help, as with --help."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        streams.go_on()
+        error.show()
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "factory"
+    _fail(error.format_message(), f"{command} --help", code=error.exit_code)
 
 
 def _check_environment() -> None:
@@ -135,6 +144,7 @@ def _typed_as() -> str:
 
 def _fail(message: str, hint: str, *, code: int) -> None:
     """One line that says what is wrong, one that says what to do."""
+    streams.go_on()  # the exit code of the error counts, whether or not it is read
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
     sys.stderr.write(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n")
     try:

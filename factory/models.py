@@ -1,13 +1,10 @@
 """A checkpoint in memory: device, dtype, padded batches and their losses."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises on kernels not needed here
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise

@@ -211,6 +211,46 @@ def test_the_help_names_every_command_and_the_first_thing_to_try(tmp_path: Path)
         assert word in shown
 
 
+def test_the_command_alone_prints_its_help_as_it_is(tmp_path: Path) -> None:
+    alone = run(home=tmp_path)
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert alone.stderr == run("--help", home=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["build"], "factory build --help"),
+        (["help"], "factory --help"),
+        (["jobs", "follow"], "factory jobs follow --help"),
+        (["build", "demo", "--samples", "1"], "factory build --help"),
+    ],
+)
+def test_the_hint_is_the_help_of_the_command_that_was_typed(
+    tmp_path: Path, arguments: list[str], hint: str
+) -> None:
+    code, _, advice = error_of(*arguments, home=tmp_path)
+    assert (code, advice) == (2, hint)
+
+
+def test_advice_of_libraries_stays_off_the_screen_and_their_errors_do_not(tmp_path: Path) -> None:
+    program = """
+import logging, subprocess, sys, warnings
+from factory.cli import main
+sys.argv[1:] = ["schema"]
+main()
+import datasets, huggingface_hub
+for name in ("bitsandbytes.backends.cpu.ops", "peft", "trl", "matplotlib", "datasets.load", "huggingface_hub.x"):
+    logging.getLogger(name).warning("install another package")
+warnings.warn("deprecated")
+subprocess.run([sys.executable, "-c", "import warnings; warnings.warn('deprecated')"], check=True)
+logging.getLogger("bitsandbytes").error("no library")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == "no library\n"
+
+
 def test_an_empty_store_lists_and_collects_nothing(tmp_path: Path) -> None:
     assert run("ls", home=tmp_path).returncode == 0
     done = run("gc", home=tmp_path)

@@ -45,7 +45,7 @@ LAYERS = (
     ("pipeline",),
     ("deploy",),
     ("jobs",),
-    ("screen",),
+    ("screen", "streams"),
     ("commands.asked", "commands.options", "commands.publishing"),
     (
         "commands.build",
