@@ -1,15 +1,15 @@
 """What a source says of itself: its name, and of its card licences, languages and descent as short texts."""
 
+import codecs
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from factory.artifacts import Build, check_size
-from factory.errors import ModelError
 from factory.references import HUB_NAME
 
 README = "README.md"
@@ -19,16 +19,44 @@ BUILD_NAME = re.compile(r"\w[\w. +-]{0,199}")
 MOST_LETTERS = 500  # of one text
 MOST_LANGUAGES = 10_000
 MOST_TEXTS = 100  # of one field
+LONGEST_FRONT_MATTER = 1_000_000  # letters, which take seconds; the Hub's largest have a tenth
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)  # safe_load's
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Front matter of a folder's README.md; nothing where there is none."""
+    """Front matter of a folder's README.md; nothing where there is none, or none that can be read."""
+    return _front_matter(folder)[0]
+
+
+def unread_card(folder: Path) -> str | None:
+    """Why a folder's README.md counts for nothing, in one line; None where it is read or says nothing."""
+    return _front_matter(folder)[1]
+
+
+def _front_matter(folder: Path) -> tuple[dict[str, Any], str | None]:
+    path = folder / README
+    match = REGEX_YAML_BLOCK.search(_text(path.read_bytes())) if path.is_file() else None
+    if match is None:
+        return {}, None
+    if len(match[2]) > LONGEST_FRONT_MATTER:
+        return {}, f"its front matter has {len(match[2]):,} letters"
     try:
-        return (metadata_load(folder / README) if (folder / README).is_file() else None) or {}
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{folder / README}: {str(error).partition(chr(10))[0]}", hint="mend its front matter"
-        ) from error
+        values = yaml.safe_load(match[2])
+    except NOT_YAML as error:
+        return {}, f"its front matter is no YAML: {' '.join(str(error).split())[:200]}"
+    if values is not None and not isinstance(values, dict):
+        return {}, f"its front matter is of type {type(values).__name__}, no names with values"
+    return values or {}, None
+
+
+def _text(content: bytes) -> str:
+    """A text as its bytes say it was written; Latin-1, in which every byte is a letter, if it is no UTF."""
+    try:
+        text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def short_text(value: object) -> str | None:

@@ -240,7 +240,7 @@ from factory.cli import main
 sys.argv[1:] = ["schema"]
 main()
 import datasets, huggingface_hub
-for name in ("bitsandbytes.backends.cpu.ops", "peft", "trl", "matplotlib", "datasets.load", "huggingface_hub.x"):
+for name in ("bitsandbytes.backends", "peft", "trl", "matplotlib", "datasets.load", "huggingface_hub.x"):
     logging.getLogger(name).warning("install another package")
 warnings.warn("deprecated")
 subprocess.run([sys.executable, "-c", "import warnings; warnings.warn('deprecated')"], check=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factory import references
+from factory.commands.options import remark
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 def resolve_model(model: str, recipe: "Recipe | None", *, trust_remote_code: bool = False) -> "Source":
     """The source that an alias, a repository or a folder means; no weight is read."""
     from factory import hub
+    from factory.source_card import README, unread_card
 
     if recipe is None:
-        return hub.resolve(model, trust_remote_code=trust_remote_code)
+        source = hub.resolve(model, trust_remote_code=trust_remote_code)
+        if source.folder and (reason := unread_card(source.folder)):
+            remark(f"{source.folder / README} is not read, so no licence is known: {reason}")
+        return source
     if recipe.source == "embedded":
         found = hub.resolve(str(references.DEMO_MODEL))
         return found.model_copy(update={"name": recipe.alias, "license": "apache-2.0"})

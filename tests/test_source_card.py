@@ -1,0 +1,55 @@
+"""A source's card is read as far as it can be, and what is wrong with it never stops a build."""
+
+from pathlib import Path
+
+import pytest
+
+from factory.source_card import LONGEST_FRONT_MATTER, README, read_card, unread_card
+
+CARD = "---\nlicense: mit\nlanguage: fr\nauthor: Amélie\n---\n# Modèle\n"
+FIELDS = {"license": "mit", "language": "fr", "author": "Amélie"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_card_is_read_however_it_was_saved(tmp_path: Path, encoding: str, end: str) -> None:
+    (tmp_path / README).write_bytes(CARD.replace("\n", end).encode(encoding))
+    assert read_card(tmp_path) == FIELDS
+    assert unread_card(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "# A model\n", "---\n---\n", "---\n# only a comment\n---\n", "---\nlicense: mit\n"]
+)
+def test_a_card_that_says_nothing_is_no_fault(tmp_path: Path, content: str) -> None:
+    (tmp_path / README).write_text(content)
+    assert (read_card(tmp_path), unread_card(tmp_path)) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "reason"),
+    [
+        ("- license: mit", "of type list"),
+        ("mit", "of type str"),
+        ("3", "of type int"),
+        ("license: [mit", "is no YAML"),
+        ("license: mit\n\tlanguage: fr", "is no YAML"),
+        ("{license: mit", "is no YAML"),
+        ("? [a]\n: b", "is no YAML"),
+        ("date: 2024-13-45", "is no YAML"),
+        ("x: !!python/object:os.system {}", "is no YAML"),
+        ("x: \x00", "is no YAML"),
+        ("[" * 5000, "is no YAML"),
+        ("x: " + "y" * LONGEST_FRONT_MATTER, "has 1,000,003 letters"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_front_matter_that_is_none_counts_for_nothing_and_says_so(
+    tmp_path: Path, front_matter: str, reason: str
+) -> None:
+    (tmp_path / README).write_text(f"---\n{front_matter}\n---\n")
+    assert read_card(tmp_path) == {}
+    told = unread_card(tmp_path)
+    assert told is not None
+    assert reason in told
+    assert "\n" not in told
