@@ -1,5 +1,6 @@
 """lm-eval's tasks: found, loaded once for all models of a build, run in process, and scored."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import AutoConfig, set_seed
@@ -18,8 +20,9 @@ from transformers import AutoConfig, set_seed
 from factory import processes
 from factory.artifacts import TaskScore
 from factory.config import EvaluateSettings
+from factory.data_files import check_data_files
 from factory.errors import DataError, UsageError
-from factory.hub_errors import CLIENT_ERRORS, explain
+from factory.hub_errors import CLIENT_ERRORS, UNREACHABLE, explain
 from factory.identity import EMBEDDED_TASKS
 from factory.significance import Answers
 from factory.task_files import TaskFile, is_task_file, read_task_file
@@ -178,11 +181,13 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
 def _with_data(task: str, name: str, manager: Any) -> Any:
     """lm-eval's task or tasks of a name, with their questions."""
     try:
+        _check_data(name, manager)
         return manager.load([name])
     except (DatasetsError, *CLIENT_ERRORS) as error:
         # `datasets` also raises RuntimeError for a data set that is a program, which is no fault of the Hub.
         about_the_hub = not isinstance(error, RuntimeError)
-        told = explain(error, repo_id=f"datasets/{_data_set_of(name, manager)}") if about_the_hub else None
+        data_set = next(iter(_data_sets_of(name, manager)), name)
+        told = explain(error, repo_id=f"datasets/{data_set}") if about_the_hub else None
         raise told or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",
@@ -222,11 +227,19 @@ def _explained(task: str) -> Iterator[None]:
         ) from error
 
 
-def _data_set_of(name: str, manager: Any) -> str:
-    """The data set of a task, or of the first task of a group."""
+def _data_sets_of(name: str, manager: Any) -> list[str]:
+    """The data set of a task, or those of a group's tasks."""
     settings = {entry: known.cfg or {} for entry, known in manager.task_index.items() if name in entry}
     paths = [settings.get(name, {}), *settings.values()]
-    return next((str(found["dataset_path"]) for found in paths if "dataset_path" in found), name)
+    return list(dict.fromkeys(str(found["dataset_path"]) for found in paths if "dataset_path" in found))
+
+
+def _check_data(name: str, manager: Any) -> None:
+    """Refuse questions on the Hub whose card leads elsewhere; without the Hub they come from the cache."""
+    for path in _data_sets_of(name, manager):
+        if "/" in path and not Path(path).exists():  # else a format, a folder or a program
+            with contextlib.suppress(LocalEntryNotFoundError, *UNREACHABLE):
+                check_data_files(path, revision=None)
 
 
 def _find_task(task: str) -> tuple[str, Any]:

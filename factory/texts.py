@@ -275,13 +275,18 @@ def _rows(data: DataSource, *, config: str | None) -> Iterator[dict[str, Any]]:
     from datasets import config as settings
     from datasets import load_dataset
 
+    from factory.data_files import check_data_files
     from factory.hub_errors import CLIENT_ERRORS, patiently, wait_after
 
+    repo_id = str(data.hub_id)
+    patiently(lambda: check_data_files(repo_id, revision=data.version))
     settings.STREAMING_READ_MAX_RETRIES = settings.STREAMING_OPEN_MAX_RETRIES = 1
     revision = data.version
     rows = patiently(
         lambda: load_dataset(data.hub_id, config, split=data.split, revision=revision, streaming=True)
     )
+    if rows.features:
+        rows = rows.decode(False)  # or pictures and sounds are had from wherever a row says they are
     reached: dict[str, Any] | None = None
     waits: Iterator[float] = iter(())
     while True:

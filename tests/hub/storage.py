@@ -155,9 +155,12 @@ class Storage:
 
 
 def card_data(commit: Commit) -> dict[str, Any] | None:
-    """The front matter of a commit's README.md."""
+    """The front matter of a commit's README.md; None where it has none that can be read."""
     readme = commit.files.get("README.md")
-    return front_matter(readme.content.decode()) if readme else None
+    try:
+        return front_matter(readme.content.decode()) if readme else None
+    except (yaml.YAMLError, ValueError):
+        return None
 
 
 def front_matter(text: str) -> dict[str, Any] | None:

@@ -1,0 +1,70 @@
+"""The files that a Hub data set's card names: none but its own are read."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard, constants
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
+from factory.errors import UNTRUSTED, DataError
+from factory.hub_errors import hub_api
+
+CARDS = ("README.md", ".huggingface.yaml")  # where `datasets` looks for configurations
+NO_CARD = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
+
+
+def check_data_files(repo_id: str, *, revision: str | None) -> None:
+    """Refuse a data set whose card leads to an address, a file of this machine or another repository.
+
+    `datasets` would ask any address in the name of this machine, which may stand in a network that the
+    card's author cannot reach, and read local files.
+
+    Raises:
+        DataError: It does, or it cannot be read.
+    """
+    own = re.compile(
+        rf"hf://datasets/{re.escape(repo_id)}[@/]"
+        rf"|{re.escape(constants.ENDPOINT)}/datasets/{re.escape(repo_id)}/resolve/"
+    )
+    for name in CARDS:
+        for pattern in _patterns(repo_id, name, revision=revision):
+            path = pattern[found.end() :] if (found := own.match(pattern)) else pattern
+            if re.search(r"^/|\\|::|://|^\w+:|(^|/)\.\.(/|$)", path):
+                raise DataError(
+                    f"the card of data set {repo_id!r} names {pattern[:200]!r}, which is no file of its own",
+                    hint=UNTRUSTED.replace("model", "data set"),
+                )
+
+
+def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]:
+    """Whatever one of the cards gives as files or folders of its configurations."""
+    try:
+        path = hub_api().hf_hub_download(repo_id, name, repo_type="dataset", revision=revision)
+    except RemoteEntryNotFoundError:
+        return
+    try:
+        card = DatasetCard.load(path).data.to_dict() if path.endswith(".md") else _yaml(Path(path))
+    except NO_CARD as error:
+        raise DataError(
+            f"{name} of data set {repo_id!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}",
+            hint="take another revision (owner/name@revision) or another data set",
+        ) from error
+    configurations = card.get("configs")
+    for one in configurations if isinstance(configurations, list) else ():
+        if isinstance(one, dict):
+            yield from _texts([one.get("data_files"), one.get("data_dir")])
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
