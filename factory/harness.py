@@ -219,7 +219,9 @@ def _explained(task: str) -> Iterator[None]:
             f"task {task!r} does not run here: {error}", hint="install what it imports"
         ) from error
     except WRONG_IN_A_TASK as error:
-        if not is_task_file(task):  # lm-eval's own fault, which cannot be corrected here
+        if told := explain(error, repo_id=f"datasets/{task}"):
+            raise told from error
+        if not is_task_file(task):  # lm-eval's own fault, which has no remedy here
             raise
         raise UsageError(
             f"lm-eval cannot use the task file {task!r}: {(str(error) or repr(error)).splitlines()[0]}",

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -43,6 +44,14 @@ NOT_SENT = (UnicodeEncodeError, httpx2.LocalProtocolError)  # the request could 
 BROKEN = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
 UNANSWERED = (httpx2.RemoteProtocolError, httpx2.NetworkError, httpx2.TimeoutException)
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
+# What comes of an answer that is no Hub's: a page of a proxy, redirects without end, JSON of another service.
+STRANGE = (
+    *(httpx2.TooManyRedirects, httpx2.DecodingError, httpx2.InvalidURL),
+    *(JSONDecodeError, UnicodeDecodeError),
+)
+STUMBLES = (LookupError, TypeError, AttributeError, AssertionError)  # over JSON that lacks what it must hold
+NO_TIME = "Cannot parse"  # the client, of what should be a date
+CLIENT = ("huggingface_hub", "httpx2")
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
     httpx2.HTTPError,
@@ -52,6 +61,8 @@ CLIENT_ERRORS = (
     RevisionResolutionError,
     EntryNotFoundError,
     CachedRepoTreeNotFoundError,
+    httpx2.InvalidURL,
+    *STUMBLES,
 )
 
 T = TypeVar("T")
@@ -179,12 +190,33 @@ def not_logged_in() -> HubError:
 
 
 def is_unknown(error: BaseException) -> bool:
-    """Whether a request may have been carried out although it failed: no answer, or a gateway's."""
+    """Whether a request may have been carried out although it failed: no answer, or none of the Hub's."""
     return any(
-        isinstance(cause, httpx2.TransportError)
+        isinstance(cause, (httpx2.TransportError, *STRANGE, *STUMBLES))
         or (isinstance(cause, httpx2.HTTPStatusError) and cause.response.status_code >= 500)
         for cause in _causes(error)
     )
+
+
+def _within_client(error: BaseException) -> bool:
+    """Whether the client came to grief, and not what called it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
+    return next((name in CLIENT for name in packages if name in (*CLIENT, "factory")), False)
+
+
+def account_name() -> str:
+    """The name of the account that the token belongs to."""
+    answer = patiently(lambda: hub_api().whoami(cache=True))
+    name = answer.get("name") if isinstance(answer, dict) else None
+    if not isinstance(name, str):
+        raise no_hub()
+    return name
+
+
+def no_hub() -> HubError:
+    """The error for an answer that is not one of a Hub."""
+    return HubError(f"{endpoint()} does not answer like a Hub", hint="check HF_ENDPOINT and proxies")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -215,8 +247,9 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
         )
     if text.startswith(CUT_SHORT):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
-    if isinstance(error, JSONDecodeError):
-        return HubError(f"{endpoint()} does not answer like a Hub", hint="check HF_ENDPOINT and proxies")
+    stumbled = isinstance(error, STUMBLES) and _within_client(error)
+    if stumbled or isinstance(error, STRANGE) or text.startswith(NO_TIME):
+        return no_hub()
     if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError):
         status = re.search(r"\(([45]\d\d) [A-Z]", text)  # xet: "… client error (403 Forbidden), domain: …"
         if status:

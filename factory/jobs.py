@@ -17,7 +17,15 @@ from factory.artifacts import sha256_of_file
 from factory.disk import size
 from factory.errors import HubError, ModelError, UsageError
 from factory.gpus import peak_flops
-from factory.hub_errors import CLIENT_ERRORS, endpoint, hub_api, hub_errors, not_logged_in, patiently
+from factory.hub_errors import (
+    CLIENT_ERRORS,
+    account_name,
+    endpoint,
+    hub_api,
+    hub_errors,
+    not_logged_in,
+    patiently,
+)
 from factory.preview import Machine
 from factory.program import REQUIREMENTS, WHEEL, program
 from factory.state import open_bucket
@@ -68,7 +76,7 @@ def user_name() -> str:
     if not get_token():
         raise not_logged_in()
     with hub_errors("your account"):
-        return str(patiently(lambda: hub_api().whoami())["name"])
+        return account_name()
 
 
 def flavor(name: str) -> Flavor:
@@ -79,6 +87,8 @@ def flavor(name: str) -> Flavor:
     """
     with hub_errors("the hardware of Jobs"):
         offered = {h.name: h for h in patiently(lambda: hub_api().list_jobs_hardware())}
+    if not offered:
+        raise no_hub()
     if name not in offered:
         listed = ", ".join(f"{h.name} (${h.unit_cost_usd * 60:.2f}/h)" if h.unit_label == "minute" else h.name
                            for h in offered.values())  # fmt: skip

@@ -26,6 +26,7 @@ from factory.errors import HubError, UsageError
 from factory.hub_errors import (
     AGAIN,
     CLIENT_ERRORS,
+    account_name,
     endpoint,
     explain,
     hub_api,
@@ -60,8 +61,7 @@ def full_name(repo_id: str) -> str:
     if not is_own:
         return repo_id
     with hub_errors(repo_id, writing=True):
-        api = hub_api()
-        return f"{patiently(lambda: api.whoami(cache=True))['name']}/{name}"
+        return f"{account_name()}/{name}"
 
 
 def _check_name(given: str, repo_id: str) -> None:

@@ -41,6 +41,27 @@ def read_text(reference):
 
     return list(open_text(reference, split="train").documents())
 
+def user_name():
+    from factory.jobs import user_name
+
+    return user_name()
+
+def jobs_of(owner):
+    from factory.jobs import jobs_of
+
+    return [job.id for job in jobs_of(owner)]
+
+def flavor(name):
+    from factory.jobs import flavor
+
+    return flavor(name).title
+
+def fetch(bucket):
+    from factory.state import look_at_bucket, StageBucket
+
+    look_at_bucket(bucket)
+    StageBucket(bucket, print).fetch("measure", "0", Path("nowhere"))
+
 def default_repo_name(source, drop):
     return hub.default_repo_name(Source.model_validate(source), drop)
 
