@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from factory.artifacts import Source, sha256_of_file
 from factory.errors import HubError
-from factory.hub_errors import AGAIN, UNREACHABLE, hub_api, hub_errors, patiently
+from factory.hub_errors import AGAIN, UNREACHABLE, endpoint, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json
 from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
@@ -68,6 +68,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
                 )
             )
         )
+    _check_all_came(folder, needed, repo_id=repo_id)
     for name in needed:
         _verify(folder / name, files[name], repo_id=repo_id)
         _remove_begun(folder / name)
@@ -91,6 +92,17 @@ def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, Rep
             raise error from None
         files = [RepoSibling(file.path, size=file.size, blob_id=file.blob_id) for file in tree]
     return {file.rfilename: file for file in files}
+
+
+def _check_all_came(folder: Path, names: list[str], *, repo_id: str) -> None:
+    """Refuse a snapshot that lacks files: the client keeps a commit's list for good, also one cut short."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
+        raise HubError(
+            f"{endpoint()} lists {repo_id} without {missing[0]}",
+            hint=f"its list was removed from the cache; check HF_ENDPOINT and proxies, then {AGAIN}",
+        )
 
 
 def _verify(path: Path, file: RepoSibling, *, repo_id: str) -> None:

@@ -50,7 +50,7 @@ STRANGE = (
     *(JSONDecodeError, UnicodeDecodeError),
 )
 STUMBLES = (LookupError, TypeError, AttributeError, AssertionError)  # over JSON that lacks what it must hold
-NO_TIME = "Cannot parse"  # the client, of what should be a date
+OF_CARDS = "huggingface_hub.repocard"  # raises ValueError for what the Hub has against a card
 CLIENT = ("huggingface_hub", "httpx2")
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
@@ -199,10 +199,10 @@ def is_unknown(error: BaseException) -> bool:
 
 
 def _within_client(error: BaseException) -> bool:
-    """Whether the client came to grief, and not what called it."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
-    return next((name in CLIENT for name in packages if name in (*CLIENT, "factory")), False)
+    """Whether the client came to grief over an answer, and not what called it."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    last = next((m for m in reversed(modules) if m.partition(".")[0] in (*CLIENT, "factory")), "factory")
+    return not last.startswith(("factory", OF_CARDS))
 
 
 def account_name() -> str:
@@ -247,15 +247,13 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
         )
     if text.startswith(CUT_SHORT):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
-    stumbled = isinstance(error, STUMBLES) and _within_client(error)
-    if stumbled or isinstance(error, STRANGE) or text.startswith(NO_TIME):
-        return no_hub()
     if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError):
         status = re.search(r"\(([45]\d\d) [A-Z]", text)  # xet: "… client error (403 Forbidden), domain: …"
         if status:
             return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
         return HubError(f"the transfer with {repo_id} failed: {_line(text)}", hint=_later(writing))
-    return None
+    stumbled = isinstance(error, (*STUMBLES, ValueError)) and _within_client(error)
+    return no_hub() if stumbled or isinstance(error, STRANGE) else None
 
 
 def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:

@@ -23,6 +23,7 @@ from factory.hub_errors import (
     endpoint,
     hub_api,
     hub_errors,
+    no_hub,
     not_logged_in,
     patiently,
 )

@@ -1,6 +1,7 @@
 """Answers that are no Hub's, from a proxy's page to another service's JSON: one line and a hint each time."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.hub import Hub
 from tests.hub.client import Answer, Client
 from tests.hub.server import ALICE
+from tests.tiny import save_llama
 
 JSON = {"content-type": "application/json"}
 HTML = "<html><title>Sign in to this network</title></html>"
@@ -68,3 +70,56 @@ def test_wherever_an_answer_is_no_hub_s_it_is_told_in_one_line(
     told(client.call("jobs_of", "alice", token=ALICE))
     told(client.call("flavor", "a100-large", token=ALICE))
     told(client.call("fetch", "alice/state", token=ALICE))
+
+
+ROUTES = {
+    "the model": ("GET", "^/api/models/[^/]+/[^/]+(/revision/[^/]+)?$"),
+    "its tree": ("GET", "/tree/"),
+    "paths": ("POST", "/paths-info/"),
+    "a new repository": ("POST", "/api/repos/create"),
+    "the card": ("POST", "/api/validate-yaml"),
+    "what to upload": ("POST", "/preupload/"),
+    "where to": ("POST", "/info/lfs/objects/batch"),
+    "the upload": ("PUT", "/upload/"),
+    "the commit": ("POST", "/commit/"),
+    "a file": ("GET", "/resolve/"),
+}
+FEW = (
+    "a list of numbers",
+    "a text",
+    "null",
+    "an empty object",
+    "an object of wrong types",
+    "a page",
+    "nothing",
+)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_llama(tmp_path_factory.mktemp("build") / "model")
+    (folder / "build.json").write_text('{"factory_version": "0"}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_one_answer_that_is_no_hub_s_ends_no_command_with_a_traceback(
+    hub: Hub, client: Client, build: Path, route: tuple[str, str]
+) -> None:
+    commits = [hub.put_model("acme/model", build, **{f"notes-{n}": b"x"}) for n in range(len(FEW))]
+    source = client.call("resolve", "acme/model", token=ALICE).value
+    for number, how in enumerate(FEW):
+        hub.app.faults.clear()
+        hub.fail(*route, **{"status": 200} | ANSWERS[how])
+        answers = [
+            client.call("resolve", "acme/model", token=ALICE),
+            client.call("pull", source | {"commit": commits[number]}, token=ALICE),
+            client.call("push", str(build), repo_id=f"alice/m{number}", message="x", token=ALICE),
+        ]
+        for answer in answers:
+            assert answer.error != "traceback", f"{how}: {answer.message}"
+            assert "\n" not in answer.message
+    hub.app.faults.clear()
+    for commit in commits:  # and what was cached of them does no harm
+        assert client.call("pull", source | {"commit": commit}, token=ALICE).error is None
