@@ -127,6 +127,8 @@ main()
         (["build", "demo", "--drop", "0.3", "--tasks", "mmlu,"], "'mmlu,'", "--tasks"),
         (["build", "demo", "--drop", "0.3", "--tasks", "nix.yaml"], "'nix.yaml'", "YAML file"),
         (["build", "demo", "--drop", "0.3", "--sequence-length", "99999"], "99999", "or fewer"),
+        (["sweep", "demo", "--heal-data", "nix.jsonl"], "--heal-data without --heal", "add --heal"),
+        (["sweep", "demo", "--heal-steps", "3"], "--heal-steps without --heal", "add --heal"),
         (["bild"], "'bild'", "--help"),
         (["show", "nothing"], "'nothing'", "factory build"),
     ],

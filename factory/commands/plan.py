@@ -24,6 +24,7 @@ from factory.commands.options import (
     task_code_option,
     trust_option,
 )
+from factory.errors import UsageError
 
 if TYPE_CHECKING:
     from factory.artifacts import PruningPlan, Source
@@ -163,6 +164,10 @@ def sweep(model: str, drops: tuple[float, ...], **options: Any) -> None:
     from factory.screen import show_sweep
 
     options["heal_enabled"] = options["heal_objective"] is not None
+    for name in ("heal_data", "heal_steps"):
+        if options[name] is not None and not options["heal_enabled"]:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} without --heal: no cut is healed", hint="add --heal, or leave it out")
     source, run, reporter = _start(model, drops[0], options)
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(drops)}
     out = output_folder(options["out"] or Path("sweeps") / source.name)
