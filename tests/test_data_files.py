@@ -143,3 +143,14 @@ def test_a_card_that_cannot_be_read_is_an_error_of_one_line(hub: Hub, client: Cl
     answer = client.call("read_text", NAME, token=None)
     assert answer.error == "DataError"
     assert "\n" not in answer.message
+
+
+def test_questions_are_read_from_files_of_their_data_set_alone(
+    hub: Hub, client: Client, inside: socket.socket, tmp_path: Path
+) -> None:
+    put(hub, {"data_files": f"http://127.0.0.1:{inside.getsockname()[1]}/x.jsonl"})
+    task = tmp_path / "rhymes.yaml"
+    task.write_text(f"task: rhymes\ndataset_path: {NAME}\ntest_split: train\noutput_type: loglikelihood\n")
+    answer = client.call("load_task", str(task), token=None)
+    assert (answer.error, "no file of its own" in answer.message) == ("DataError", True), answer.message
+    assert not is_asked(inside)

@@ -41,6 +41,11 @@ def read_text(reference):
 
     return list(open_text(reference, split="train").documents())
 
+def load_task(task):
+    from factory.harness import load_task
+
+    return load_task(task, shots=None)[0]
+
 def user_name():
     from factory.jobs import user_name
 
