@@ -59,7 +59,10 @@ def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"it is of type {type(values).__name__}, no names with values")
+    return values
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -154,3 +154,9 @@ def test_questions_are_read_from_files_of_their_data_set_alone(
     answer = client.call("load_task", str(task), token=None)
     assert (answer.error, "no file of its own" in answer.message) == ("DataError", True), answer.message
     assert not is_asked(inside)
+
+
+def test_a_settings_file_that_holds_a_list_is_an_error_of_one_line(hub: Hub, client: Client) -> None:
+    hub.put_dataset(NAME, {"a.jsonl": LINES, ".huggingface.yaml": b"- configs\n"})
+    answer = client.call("read_text", NAME, token=None)
+    assert (answer.error, "of type list" in answer.message) == ("DataError", True), answer.message
