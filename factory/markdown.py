@@ -120,7 +120,8 @@ def duration(seconds: float) -> str:
 def text_name(data: DataSource) -> Markup:
     """A Hub data set as a link; Python's own sources with what they are."""
     split = f", {data.split} split" if data.split else ""
-    split += f", documents of part {data.part}" if data.part else ""
+    if data.part:
+        split += f", {data.part}" if data.part.startswith("without") else f", documents of part {data.part}"
     if data.hub_id:
         link = f"{HUB}/datasets/{quote(plain(data.hub_id))}"
         return Markup(f"[{markdown(data.name)}]({link}){markdown(split)}")

@@ -10,10 +10,16 @@ from factory.errors import DataError, UnknownModelError
 RECIPES = Path(__file__).parent / "recipes"
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"  # embedded
 DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
-DATA_NOTATION = f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][@revision]"
+DATA_NOTATION = (
+    f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][#column][@revision]"
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # other letters could look like another name
+HUB_DATA = re.compile(
+    rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@]*))?(#(?P<column>[^@]+))?(@(?P<revision>.*))?", re.ASCII
+)
 NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
 Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]  # how layers are chosen
+Split = Literal["train", "validation"]  # of a Hub data set
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
@@ -71,7 +77,6 @@ def check_data(reference: str) -> None:
         return
     if reference in STANDARD_LIBRARY:
         return
-    name = re.split("[:@]", reference)[0]
-    if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_NAME.fullmatch(name):
+    if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_DATA.fullmatch(reference):
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"data {reference[:200]!r} {problem}", hint=f"give {DATA_NOTATION}")

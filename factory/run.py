@@ -7,11 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
+from factory.apart import Contents, Hashes, keep_apart, look
 from factory.artifacts import Artifact, Checkpoint, DataSource, Source
 from factory.config import BuildConfig
 from factory.durable import sync_files, write_atomically
+from factory.references import STANDARD_LIBRARY, local_path
 from factory.store import StageSpec, Store, damage
-from factory.texts import Text, check_text, keep_apart, open_text
+from factory.texts import SHUFFLE_BUFFER, Text, open_text
 from factory.tokenizer import added_without_row, check_texts_for
 from factory.tracking import NOWHERE, Tracking
 
@@ -61,11 +63,13 @@ class Missing(Exception):  # noqa: N818  not an error: the answer to "what is le
 
 @dataclass(frozen=True)
 class Texts:
-    """The three texts of a build, opened: their versions are known, nothing is read yet."""
+    """The three texts of a build, opened: their versions are known, and that they share no document."""
 
     calibration: Text
     healing: Text
     evaluation: Text
+    remarks: tuple[str, ...] = ()  # on documents that were in two of them
+    whole: tuple[Text, ...] = ()  # the same three as they were opened, before they were kept apart
 
 
 @dataclass
@@ -184,6 +188,8 @@ class Run:
 
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)
+FEW = 32  # documents of a data set on the Hub, to see whether it can be read and how long they are
+LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # in this process: equal texts are read once
 
 
 def open_texts(
@@ -191,22 +197,27 @@ def open_texts(
 ) -> Texts:
     """Open the texts that a run reads; a missing or unknown one is an error here, before any work.
 
+    Files are read once from end to end, and so are the first documents of a data set on the Hub that could
+    share some with another text.
+
     Args:
         measures: Whether it reads the calibration text.
         heals: Whether it reads the healing text; one that does not heal opens none.
-        evaluates: Whether it reads the evaluation text. One that is also measured on is opened all the
-            same: the documents are divided as a build divides them.
+        evaluates: Whether it reads the evaluation text. A file, and one that is also measured on, is opened
+            all the same: the documents are divided as a build divides them.
     """
     heals = heals and config.heal_enabled
-    evaluates = evaluates or (measures and config.evaluate.data == config.measure.data)
-    evaluation, (calibration, healing) = keep_apart(
-        open_text(config.evaluate.data, split="validation") if evaluates else NOTHING,
-        (
-            open_text(config.measure.data, split="validation") if measures else NOTHING,
-            open_text(config.heal.data, split="train") if heals else NOTHING,
-        ),
-    )
-    return Texts(calibration, healing, evaluation)
+    data = config.evaluate.data
+    is_here = data in STANDARD_LIBRARY or local_path(data).is_file()
+    evaluates = evaluates or (measures and (is_here or data == config.measure.data))
+    evaluation = open_text(data, split="validation") if evaluates else NOTHING
+    calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
+    healing = open_text(config.heal.data, split="train") if heals else NOTHING
+    most = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents)
+    apart = keep_apart(evaluation, (calibration, healing), look=lambda text: _hashes(text, most=most))
+    whole = (calibration, healing, evaluation)
+    measured, healed = apart.others
+    return Texts(measured, healed, apart.evaluation, remarks=apart.remarks, whole=whole)
 
 
 def check_tokens(source: Source, texts: Texts) -> None:
@@ -223,7 +234,34 @@ def check_tokens(source: Source, texts: Texts) -> None:
             check_texts_for(added, text.documents(), vocab_size=source.vocab_size)
 
 
-def check_texts(texts: Texts) -> None:
-    """Read the local texts through once, so that a fault in them shows before the work."""
-    for text in {text.data: text for text in (texts.calibration, texts.healing, texts.evaluation)}.values():
-        check_text(text)
+def _hashes(text: Text, *, most: int) -> Hashes:
+    return _look(text, most=most if text.data.hub_id else None).hashes
+
+
+def _look(text: Text, *, most: int | None) -> Contents:
+    key = (text.data, most)
+    if key not in LOOKED_AT:
+        LOOKED_AT[key] = look(text, most=most)
+    return LOOKED_AT[key]
+
+
+def contents(text: Text) -> Contents:
+    """What a file holds, and the first documents of a data set on the Hub."""
+    return _look(text, most=FEW if text.data.hub_id else None)
+
+
+def check_texts(texts: Texts) -> tuple[str, ...]:
+    """Read files through, and the first documents of data sets: a fault in them shows before the work.
+
+    Returns:
+        Remarks on rows without text.
+
+    Raises:
+        DataError: A text that cannot be read, or holds none.
+    """
+    remarks = []
+    for text in {text.data: text for text in texts.whole if text is not NOTHING}.values():
+        if num_empty := contents(text).num_empty:
+            among = f" among the first of {text.data.name}" if text.data.hub_id else f" of {text.data.name}"
+            remarks.append(f"{num_empty:,} rows{among} hold no text and are passed over")
+    return tuple(remarks)

@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from factory.apart import Contents, keep_apart, look
 from factory.artifacts import DataSource
 from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UnknownModelError
+from factory.identity import text_identity
 from factory.references import check_model
-from factory.run import open_texts
-from factory.texts import Text, check_text, keep_apart, open_text
+from factory.run import check_texts, open_texts
+from factory.texts import Text, open_text
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
 LINES = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
@@ -60,7 +62,6 @@ def test_the_version_is_the_content_not_the_place(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ('{"txt": "x"}', 'no "text"'),
-        ('{"text": "  "}', 'no "text"'),
         ('{"text": 3}', 'no "text"'),
         ('["text"]', 'no "text"'),
         ('{"text": "a\\ud800"}', "half of a character"),
@@ -71,16 +72,41 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, problem: s
     path = tmp_path / "a.jsonl"
     path.write_text(LINES + line + "\n")
     with pytest.raises(DataError) as caught:
-        check_text(open_text(str(path), split="train"))
+        look(open_text(str(path), split="train"))
     assert "line 4" in caught.value.message
     assert problem in caught.value.message
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+def test_rows_without_text_are_passed_over_and_counted_in_every_format(tmp_path: Path, ending: str) -> None:
+    rows = ["first", None, "", "second", " \n"]
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        parquet.write_table(pyarrow.table({"text": rows}), path)
+    else:
+        path.write_bytes(gzip.compress(lines.encode()) if ending.endswith("gz") else lines.encode())
+    texts = open_texts(config_of(calibration=str(path), evaluation=str(write(tmp_path / "b.jsonl"))))
+    assert list(texts.calibration.documents()) == ["first", "second"]
+    assert check_texts(texts) == (f"3 rows of a.{ending} hold no text and are passed over",)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_file_of_rows_without_text_is_refused_with_their_number(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        parquet.write_table(pyarrow.table({"text": ["", "  "]}), path)
+    else:
+        path.write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(DataError, match="holds no text: its 2 rows are empty"):
+        look(open_text(str(path), split="train"))
 
 
 def test_a_file_of_blank_lines_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n")
     with pytest.raises(DataError, match="holds no text"):
-        check_text(open_text(str(path), split="train"))
+        look(open_text(str(path), split="train"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.gz", "a.parquet"])
@@ -88,7 +114,7 @@ def test_a_damaged_file_is_a_clear_error(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="cannot read"):
-        check_text(open_text(str(path), split="train"))
+        look(open_text(str(path), split="train"))
 
 
 def test_a_file_cut_short_is_damaged_rather_than_wrong_in_a_line(tmp_path: Path) -> None:
@@ -98,7 +124,7 @@ def test_a_file_cut_short_is_damaged_rather_than_wrong_in_a_line(tmp_path: Path)
     for content in (whole[: len(whole) // 2], whole[:500] + b"\xff" * 100 + whole[600:]):
         path.write_bytes(content)
         with pytest.raises(DataError, match="cannot read"):
-            check_text(open_text(str(path), split="train"))
+            look(open_text(str(path), split="train"))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -109,7 +135,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_a_parquet_column_that_is_no_text_is_named_by_its_type(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="type int64"):
-        check_text(open_text(str(tmp_path / "a.parquet"), split="train"))
+        look(open_text(str(tmp_path / "a.parquet"), split="train"))
 
 
 @pytest.mark.parametrize("reference", ["~nobody-here/x", "x" * 5000])
@@ -123,7 +149,7 @@ def test_what_can_be_no_path_is_refused_as_model_and_as_data(reference: str) -> 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match='no column "text" but body'):
-        check_text(open_text(str(tmp_path / "a.parquet"), split="train"))
+        look(open_text(str(tmp_path / "a.parquet"), split="train"))
 
 
 @pytest.mark.parametrize("reference", ["nix.jsonl", "./nix", "a/b/c", "stdlib:nix", "one word"])
@@ -154,16 +180,138 @@ def test_shuffling_loses_nothing_and_depends_on_the_seed_alone(documents: list[s
     assert list(text.shuffled(seed)) == list(text.shuffled(seed))
 
 
+def config_of(*, calibration: str, evaluation: str, healing: str | None = None) -> BuildConfig:
+    return BuildConfig(
+        reference="m",
+        drop=0.3,
+        heal_enabled=healing is not None,
+        measure=MeasureSettings(data=calibration),
+        heal=HealSettings(data=healing or calibration),
+        evaluate=EvaluateSettings(data=evaluation),
+    )
+
+
+def written(path: Path, documents: list[str]) -> str:
+    """A file of these documents, in the format of its name."""
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": documents}), path)
+    elif path.suffix == ".txt":
+        path.write_text("\n\n".join(documents))
+    else:
+        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(lines))
+    return str(path)
+
+
+MANY = [f"document {number}" for number in range(200)]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.jsonl.xz", "b.txt", "b.parquet"])
+def test_a_copy_under_another_name_or_in_another_format_is_divided(tmp_path: Path, name: str) -> None:
+    first, copy = written(tmp_path / "a.jsonl", MANY), written(tmp_path / name, MANY)
+    texts = open_texts(config_of(calibration=first, evaluation=copy, healing=copy))
+    measured, healed, evaluated = (
+        {document.strip() for document in text.documents()}
+        for text in (texts.calibration, texts.healing, texts.evaluation)
+    )
+    assert not evaluated & (measured | healed)
+    assert evaluated | measured == set(MANY)
+    assert min(len(measured), len(evaluated)) > 50
+    assert texts.remarks
+
+
+def test_a_text_that_holds_the_evaluation_s_leaves_its_documents_out(tmp_path: Path) -> None:
+    evaluation = written(tmp_path / "e.jsonl", MANY[:20])
+    healing = written(tmp_path / "t.parquet", [f" {document}\r\n" for document in MANY])
+    texts = open_texts(config_of(calibration="stdlib:train", evaluation=evaluation, healing=healing))
+    assert list(texts.evaluation.documents()) == MANY[:20]
+    assert [document.strip() for document in texts.healing.documents()] == MANY[20:]
+    assert texts.remarks == (
+        "20 documents of t.parquet are also in e.jsonl, which is evaluated on: they are left out",
+    )
+    assert texts.evaluation.data.part is None
+    assert texts.healing.data.part.startswith("without any of 20 documents that serve another use (")
+    other = written(tmp_path / "e.jsonl", MANY[1:21])
+    texts_of_other = open_texts(config_of(calibration="stdlib:train", evaluation=other, healing=healing))
+    assert text_identity(texts_of_other.healing.data) != text_identity(texts.healing.data)
+
+
+def test_texts_without_a_common_document_keep_their_names_in_the_keys(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "a.jsonl", MANY[:100]), written(tmp_path / "b.jsonl", MANY[100:])
+    texts = open_texts(config_of(calibration=first, evaluation=second, healing="stdlib:train"))
+    assert [text_identity(text.data) for text in (texts.calibration, texts.healing, texts.evaluation)] == [
+        text_identity(open_text(name, split="train").data) for name in (first, "stdlib:train", second)
+    ]
+    assert not texts.remarks
+
+
+def stream(documents: list[str], name: str = "acme/text", split: str = "train") -> Text:
+    data = DataSource(name=name, version="1", hub_id=name, split=split)
+    return Text(data, lambda: iter(documents))
+
+
+def first_ten(text: Text) -> Contents:
+    return look(text, most=10 if text.data.hub_id else None)
+
+
+def test_a_stream_leaves_out_documents_that_its_beginning_did_not_show() -> None:
+    evaluation = Text(DataSource(name="e.jsonl", version="2"), lambda: iter(["document 3", "document 150"]))
+    apart = keep_apart(evaluation, (stream(MANY),), look=lambda text: first_ten(text).hashes)
+    assert list(apart.others[0].documents()) == [m for m in MANY if m not in ("document 3", "document 150")]
+    assert list(apart.evaluation.documents()) == ["document 3", "document 150"]
+
+
+def test_a_stream_that_turns_out_to_hold_an_evaluated_document_is_refused_there() -> None:
+    evaluation = Text(DataSource(name="e.jsonl", version="2"), lambda: iter(["document 150"]))
+    apart = keep_apart(evaluation, (stream(MANY),), look=lambda text: first_ten(text).hashes)
+    assert apart.others[0].data.part is None
+    with pytest.raises(
+        DataError, match=r"acme/text holds a document that e\.jsonl holds too.*'document 150'"
+    ):
+        list(apart.others[0].documents())
+
+
+def test_splits_of_one_data_set_are_not_read_to_be_compared() -> None:
+    train, validation = stream(MANY), stream(MANY, split="validation")
+    apart = keep_apart(validation, (train,), look=lambda text: pytest.fail("read"))
+    assert (apart.evaluation, apart.others) == (validation, (train,))
+
+
+def test_one_split_under_two_configurations_is_divided_in_halves() -> None:
+    all_of_it, some = stream(MANY), stream(MANY[::2])
+    some = Text(some.data.model_copy(update={"name": "acme/text:some"}), some.rows)
+    apart = keep_apart(all_of_it, (some,), look=lambda text: pytest.fail("read"))
+    assert (apart.evaluation.data.part, apart.others[0].data.part) == ("2 of 2", "1 of 2")
+    assert not set(apart.evaluation.documents()) & set(apart.others[0].documents())
+
+
+@given(st.lists(st.text(), max_size=30), st.lists(st.text(), max_size=30))
+def test_whatever_two_texts_share_serves_one_use(ours: list[str], theirs: list[str]) -> None:
+    evaluation, other = (
+        Text(DataSource(name=name, version=name), lambda documents=documents: iter(documents))
+        for name, documents in (("x", ours), ("y", theirs))
+    )
+    apart = keep_apart(evaluation, (other,), look=lambda text: look(text).hashes)
+    evaluated, used = (
+        {" ".join(document.split()) for document in text.documents()}
+        for text in (apart.evaluation, apart.others[0])
+    )
+    assert not evaluated & used
+    assert evaluated | used == {" ".join(document.split()) for document in [*ours, *theirs]}
+
+
 @given(st.lists(st.text(), max_size=40))
 def test_no_document_is_evaluated_on_and_used_otherwise(documents: list[str]) -> None:
     same = Text(DataSource(name="x", version="1"), lambda: iter(documents))
     other = Text(DataSource(name="y", version="1"), lambda: iter(documents))
-    evaluation, (calibration, healing) = keep_apart(same, (same, other))
+    apart = keep_apart(same, (same, other), look=lambda text: look(text).hashes)
+    evaluation, (calibration, healing) = apart.evaluation, apart.others
     assert not set(evaluation.documents()) & set(calibration.documents())
     assert sorted([*evaluation.documents(), *calibration.documents()]) == sorted(documents)
-    assert healing is other
+    assert not {" ".join(d.split()) for d in evaluation.documents()} & {
+        " ".join(d.split()) for d in healing.documents()
+    }
     assert (evaluation.data.part, calibration.data.part) == ("2 of 2", "1 of 2")
-    assert keep_apart(same, (other, other)) == (same, (other, other))
 
 
 def test_a_build_that_does_not_heal_opens_no_text_for_it_and_keeps_none_apart(tmp_path: Path) -> None:

@@ -293,6 +293,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     run_code = options["run_task_code"]
     check_tasks(config.evaluate, search=False, run_code=run_code)
     texts = open_texts(config)
+    for message in texts.remarks:
+        remark(message)
     if asked.repeats:
         check_same_texts(asked.repeats, texts)
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
@@ -304,7 +306,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
     check_tasks(config.evaluate, search="evaluate" in pending, run_code=run_code)
     if {"measure", "heal", "evaluate"} & set(pending):
-        check_texts(texts)
+        for message in check_texts(texts):
+            remark(message)
     if pending or options["processes"]:
         from factory.spread import num_processes
 

@@ -121,7 +121,8 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
             if one.config.evaluate.backend == "vllm" and not found.has_gpu:
                 raise UsageError(f"--eval-backend vllm on {found.name}, which has no GPU", hint=NEEDS_GPU)
             texts = open_texts(one.config)
-            check_texts(texts)
+            for message in (*texts.remarks, *check_texts(texts)):
+                remark(message)
             identities.append(_identity(one, texts, push_to=request.options["push_to"]))
             check_source(one.source)
             check_loads(one.source.config, four_bit=one.config.measure.four_bit)

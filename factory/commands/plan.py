@@ -21,6 +21,7 @@ from factory.commands.options import (
     output_folder,
     print_json,
     processes_option,
+    remark,
     task_code_option,
     trust_option,
 )
@@ -240,7 +241,8 @@ def _start(
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True, run_code=options["run_task_code"])
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
-    check_texts(texts)
+    for message in (*texts.remarks, *check_texts(texts)):
+        remark(message)
     store = Store((options["home"] or default_home()).absolute())
     reporter = StageLines(console(stderr=options["as_json"]))
     run = Run(config, store, reporter, texts)
