@@ -6,6 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
 
 from factory import processes
 from factory.config import HealSettings
@@ -35,7 +36,7 @@ def data_sets(
     documents = _documents(text, encoder, length=settings.sequence_length, seed=seed)
     guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
     guard = take_guard(documents, num_tokens=guard_tokens)
-    sequences = chain.from_iterable(documents)
+    sequences = chain.from_iterable(not_in(guard, documents))
     first = next(sequences, None)
     if first is None:
         raise DataError(
@@ -45,13 +46,20 @@ def data_sets(
     scratch = folder / "tokens"
     if processes.is_main():
         shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
-    train = Dataset.from_generator(
-        lambda: ({"input_ids": tokens} for tokens in _until(chain([first], sequences), num_tokens=budget)),
-        features=Features({"input_ids": List(Value("int32"))}),
-        cache_dir=str(scratch),
-        fingerprint=f"heal-{seed}",
-    )
+    train = _on_disk(_until(chain([first], sequences), num_tokens=budget), scratch, name=f"heal-{seed}")
     return Dataset.from_dict({"input_ids": guard}), train
+
+
+def _on_disk(sequences: Iterator[list[int]], folder: Path, *, name: str) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            lambda: ({"input_ids": tokens} for tokens in sequences),
+            features=Features({"input_ids": List(Value("int32"))}),
+            cache_dir=str(folder),
+            fingerprint=name,
+        )
+    except DatasetGenerationError as error:  # hides what the text raised
+        raise error.__cause__ or error from None
 
 
 def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list[list[int]]:
@@ -67,6 +75,12 @@ def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list
             if sum(map(len, guard)) >= num_tokens:
                 return guard
     return guard
+
+
+def not_in(guard: list[list[int]], documents: Iterator[list[list[int]]]) -> Iterator[list[list[int]]]:
+    """Documents that do not begin as one of the guard's: a text may hold a document twice."""
+    held_back = {tuple(sequence) for sequence in guard}
+    return (document for document in documents if not document or tuple(document[0]) not in held_back)
 
 
 def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Iterator[list[list[int]]]:

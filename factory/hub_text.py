@@ -108,8 +108,7 @@ def _read_errors(name: str, *, repo_id: str, commit: str, hint: str) -> Iterator
     try:
         with hub_errors(repo_id, revision=commit):
             yield
-    # A data set that is a script ends in a RuntimeError.
-    except (ValueError, OSError, RuntimeError, DatasetsError, ArrowException, *DAMAGED) as error:
+    except (ValueError, OSError, DatasetsError, ArrowException, *DAMAGED) as error:
         raise DataError(
             f"cannot read data set {name!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint=DAMAGED_HINT if isinstance(error, DAMAGED) else hint,
@@ -120,7 +119,7 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
     """All splits of one configuration, of which nothing but the columns has been read.
 
     Raises:
-        DataError: No such configuration, or several and none is named.
+        DataError: No such configuration, or several and none is named; a script.
     """
     from datasets import get_dataset_config_names, load_dataset
 
@@ -135,6 +134,13 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
         problem = "has several configurations" if config is None else f"has no configuration {config!r}"
         raise DataError(
             f"data set {repo_id!r} {problem}", hint=_choices([f"{repo_id}:{each}" for each in names])
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Dataset scripts"):
+            raise
+        raise DataError(
+            f"data set {repo_id!r} is a script, which is not run",
+            hint=f"give another data set, or {repo_id}@refs/convert/parquet, if the Hub has converted it",
         ) from error
 
 

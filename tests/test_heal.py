@@ -5,7 +5,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,16 @@ from transformers import (
     TrainerState,
 )
 
-from factory import watch
+from factory import texts, watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.checkpoint import read_checkpoint, read_tensor_bytes
 from factory.config import HealSettings
 from factory.errors import DataError, HealingError
 from factory.heal import heal, last_whole_checkpoint
-from factory.heal_text import take_guard
+from factory.heal_text import data_sets, not_in, take_guard
 from factory.lora import find_targets
 from factory.merge import judge, merge
-from factory.models import load_model
+from factory.models import load_model, load_tokenizer
 from factory.stages import describe_healing
 from factory.texts import Text
 from tests.tiny import an_adapter, rhymes, save_llama
@@ -305,6 +305,37 @@ def test_no_document_is_partly_guard_and_partly_training_text(
     rest = {piece[0] for document in stream for piece in document}
     assert not seen & rest
     assert sum(map(len, guard)) < num_tokens + 4
+
+
+@given(st.lists(st.lists(pieces, max_size=4), min_size=1, max_size=9), st.integers(1, 40))
+def test_a_document_that_the_guard_has_is_not_trained_on_again(
+    documents: list[list[list[int]]], num_tokens: int
+) -> None:
+    numbered = [[[number] * len(piece) for piece in document] for number, document in enumerate(documents)]
+    guard = take_guard(iter(numbered), num_tokens=num_tokens)
+    rest = list(not_in(guard, iter(numbered)))
+    assert not {tuple(piece) for piece in guard} & {tuple(piece) for document in rest for piece in document}
+    begun = {piece[0] for piece in guard}
+    assert all(document in rest for document in numbered if document and document[0][0] not in begun)
+
+
+def test_what_a_text_raises_in_its_middle_is_raised_as_it_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "SHUFFLE_BUFFER", 4)
+
+    def rows() -> Iterator[str]:
+        yield from (f"{number} {rhyme}" for number, rhyme in enumerate(rhymes(70)))
+        raise DataError("row 71 cannot be read", hint="take another text")
+
+    with pytest.raises(DataError, match="row 71 cannot be read"):
+        data_sets(
+            Text(DataSource(name="x", version="1"), rows),
+            load_tokenizer(model),
+            settings=SETTINGS.model_copy(update={"num_steps": 300}),
+            seed=0,
+            folder=tmp_path,
+        )
 
 
 def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def fetch(bucket):
 
     look_at_bucket(bucket)
     StageBucket(bucket, print).fetch("measure", "0", Path("nowhere"))
+def open_text(reference, split):
+    from factory.texts import open_text
+
+    text = open_text(reference, split=split)
+    return {**text.data.model_dump(), "documents": list(text.documents())}
 
 def default_repo_name(source, drop):
     return hub.default_repo_name(Source.model_validate(source), drop)
