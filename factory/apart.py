@@ -31,6 +31,7 @@ class Contents:
     num_documents: int
     num_bytes: int  # of the documents in UTF-8
     num_empty: int  # rows without text, which are passed over
+    is_whole: bool = True  # else it holds more documents
 
 
 def look(text: Text, *, most: int | None = None) -> Contents:
@@ -51,7 +52,7 @@ def look(text: Text, *, most: int | None = None) -> Contents:
                 yield hash_of(row)
 
     found = numpy.fromiter(islice(hashes(), most), dtype=numpy.uint64)
-    return Contents(numpy.unique(found), len(found), num_bytes, num_empty)
+    return Contents(numpy.unique(found), len(found), num_bytes, num_empty, is_whole=len(found) != most)
 
 
 def hash_of(document: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from factory.apart import Contents
 from factory.artifacts import Source
 from factory.config import BuildConfig, num_dropped
 from factory.disk import Demand, check_room, demands
@@ -24,6 +25,7 @@ TASK_SIZES = {
     "next_line": (1_600, 200),
 }
 OTHER_TASK = (8_000, 120)
+BYTES_PER_TOKEN = 4.0  # of text in UTF-8, about: 4.4 of English, 3 of Chinese and of code
 
 MAX_WIDTH = 8192  # of the trial product: wider ones run no faster and fill memory
 
@@ -71,6 +73,8 @@ def preview(
     out: Path | None = None,
     processes: int = 1,
     machine: Machine | None = None,
+    calibration: Contents | None = None,
+    evaluation: Contents | None = None,
 ) -> Preview:
     """Work out the preview; imports torch only if there is something to run.
 
@@ -78,6 +82,8 @@ def preview(
         home: Where the stages lie.
         out: Where the build is laid out; None: on the same disk.
         machine: Another one than this.
+        calibration: What is known of the documents to measure on; None: each fills its sequence.
+        evaluation: What is known of the documents to evaluate on, of which every window is read.
 
     Layers are taken to be of mean size, since which ones go is known only after measuring.
 
@@ -128,7 +134,13 @@ def preview(
         host_total=machine.host_bytes,
         device=device,
         seconds=_seconds(
-            config, source.num_parameters, parameters_after, pending, device, machine.flops_per_second
+            config,
+            pending,
+            before=source.num_parameters,
+            after=parameters_after,
+            machine=machine,
+            calibration=calibration,
+            evaluation=evaluation,
         ),
     )
     check_room([disk, *others])
@@ -183,24 +195,45 @@ def _sharers(config: BuildConfig, num_parameters: int, *, num_unpacked: int, pro
     return number
 
 
+def _tokens(num_documents: int, of: Contents | None, *, unknown: int) -> tuple[int, float]:
+    """How many documents will be read, of so many that are asked for, and their mean length in tokens."""
+    if of is None or not of.num_documents:
+        return num_documents, unknown
+    number = min(num_documents, of.num_documents) if of.is_whole else num_documents
+    return number, of.num_bytes / of.num_documents / BYTES_PER_TOKEN
+
+
 def _seconds(
-    config: BuildConfig, before: int, after: int, pending: Sequence[str], device: str, rate: float
+    config: BuildConfig,
+    pending: Sequence[str],
+    *,
+    before: int,
+    after: int,
+    machine: Machine,
+    calibration: Contents | None,
+    evaluation: Contents | None,
 ) -> float:
     if not pending:
         return 0.0
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
-    backward = FORWARD_BACKWARD if _is_cpu(device) else WITH_RECOMPUTATION
+    backward = FORWARD_BACKWARD if _is_cpu(machine.device) else WITH_RECOMPUTATION
     taught = FORWARD * before if heal.objective == "distill" else 0
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
-    evaluated = evaluate.num_documents * evaluate.sequence_length + task_tokens
+    samples, length = _tokens(
+        measure.num_samples or measure.max_samples, calibration, unknown=measure.sequence_length
+    )
+    measured = samples * min(length, measure.sequence_length)  # the beginning of each document
+    documents, length = _tokens(evaluate.num_documents, evaluation, unknown=evaluate.sequence_length)
+    evaluated = documents * length + task_tokens  # every window of each document
     work = {
-        "measure": (measure.num_samples or measure.max_samples) * measure.sequence_length * FORWARD * before,
+        "measure": measured * FORWARD * before,
         "heal": heal.num_steps * heal.batch_size * heal.sequence_length * (backward * after + taught),
         "evaluate": evaluated * FORWARD * (before + 2 * after),
     }
     if not config.heal_enabled:
         work["heal"], work["evaluate"] = 0, evaluated * FORWARD * (before + after)
+    rate = machine.flops_per_second
     return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
 
 

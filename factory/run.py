@@ -1,11 +1,11 @@
 """One run: what was asked, the key of each stage, reuse of what is there, and who is told."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypedDict, TypeVar
 
 from factory.apart import Contents, Hashes, keep_apart, look
 from factory.artifacts import Artifact, Checkpoint, DataSource, Source
@@ -189,6 +189,7 @@ class Run:
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)
 FEW = 32  # documents of a data set on the Hub, to see whether it can be read and how long they are
+READS_TEXT = {"measure", "heal", "evaluate"}
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # in this process: equal texts are read once
 
 
@@ -248,6 +249,21 @@ def _look(text: Text, *, most: int | None) -> Contents:
 def contents(text: Text) -> Contents:
     """What a file holds, and the first documents of a data set on the Hub."""
     return _look(text, most=FEW if text.data.hub_id else None)
+
+
+class Known(TypedDict, total=False):
+    """What `preview` takes of the texts."""
+
+    calibration: Contents
+    evaluation: Contents
+
+
+def known_lengths(texts: Texts, pending: Sequence[str]) -> Known:
+    """How long the documents are, where stages that read them are pending: `check_texts` has read them."""
+    if not READS_TEXT & set(pending):
+        return {}
+    calibration, _, evaluation = texts.whole
+    return {"calibration": contents(calibration), "evaluation": contents(evaluation)}
 
 
 def check_texts(texts: Texts) -> tuple[str, ...]:

@@ -9,14 +9,15 @@ import pytest
 
 from benchmarks.needs import measured, rows
 from factory import hub
+from factory.apart import NONE, Contents
 from factory.artifacts import Source
-from factory.config import BuildConfig, HealSettings
+from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.disk import demands
 from factory.errors import DiskSpaceError, DropError, MachineError
 from factory.models import training_processes
 from factory.needs import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
 from factory.pipeline import STAGES
-from factory.preview import Machine, preview
+from factory.preview import BYTES_PER_TOKEN, STAGE_SECONDS, START_SECONDS, Machine, preview
 
 SOURCE = Source(
     name="m",
@@ -116,6 +117,45 @@ def test_a_teacher_takes_time_as_well(tmp_path: Path) -> None:
     }
     # Two operations a weight of the whole source, beside six of what is left of it.
     assert seconds["distill"] / seconds["sft"] == pytest.approx(1 + 2 / (6 * 0.6), abs=0.05)
+
+
+@pytest.mark.parametrize(("length", "passes"), [(64, 1), (250_000, 250_000 / 64)])
+def test_a_long_document_is_read_to_its_end_when_evaluated_and_only_begun_when_measured(
+    tmp_path: Path, length: int, passes: float
+) -> None:
+    held = Contents(NONE, num_documents=20, num_bytes=20 * int(length * BYTES_PER_TOKEN), num_empty=0)
+    config = BuildConfig(
+        reference="m",
+        drop=0.4,
+        heal_enabled=False,
+        measure=MeasureSettings(num_samples=16, sequence_length=64),
+        evaluate=EvaluateSettings(num_documents=16, sequence_length=64, tasks=()),
+    )
+
+    def seconds(stage: str, **known: Contents) -> float:
+        machine = Machine("H100", memory_bytes=10**12, flops_per_second=1e10, disk_bytes=10**13)
+        shown = preview(LLAMA_70B, config, pending=(stage,), home=tmp_path, machine=machine, **known)
+        return shown.seconds - START_SECONDS - STAGE_SECONDS
+
+    assert seconds("measure", calibration=held) == pytest.approx(seconds("measure"))
+    assert seconds("evaluate", evaluation=held) == pytest.approx(seconds("evaluate") * passes)
+
+
+def test_a_text_of_fewer_documents_than_asked_for_takes_no_longer_than_it_has(tmp_path: Path) -> None:
+    machine = Machine("H100", memory_bytes=10**12, flops_per_second=1e10, disk_bytes=10**13)
+    config = BuildConfig(reference="m", drop=0.4, heal_enabled=False, evaluate=EvaluateSettings(tasks=()))
+    tokens = config.evaluate.sequence_length * BYTES_PER_TOKEN
+    seconds = [
+        preview(
+            LLAMA_70B, config, pending=("evaluate",), home=tmp_path, machine=machine, evaluation=held
+        ).seconds
+        for held in (
+            Contents(NONE, num_documents=100, num_bytes=int(100 * tokens), num_empty=0),
+            Contents(NONE, num_documents=100, num_bytes=int(100 * tokens), num_empty=0, is_whole=False),
+        )
+    ]
+    few, all_asked = (second - START_SECONDS - STAGE_SECONDS for second in seconds)
+    assert all_asked == pytest.approx(few * config.evaluate.num_documents / 100)
 
 
 def healing_of(**fields: Any) -> BuildConfig:

@@ -193,6 +193,7 @@ def _ready(request: Request, asked: Asked, reporter: "Reporter") -> Ready:
     """Look at everything else that one build needs; no weight is read."""
     from factory.layout import check_out
     from factory.preview import preview
+    from factory.run import known_lengths
 
     check_out(asked.out)
     run, pending = _prepare(asked, request.options, reporter)
@@ -203,6 +204,7 @@ def _ready(request: Request, asked: Asked, reporter: "Reporter") -> Ready:
         home=run.store.home,
         out=asked.out,
         processes=run.processes,
+        **known_lengths(run.texts, pending),
     )
     return Ready(request, asked, run, pending, shown)
 
@@ -284,7 +286,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.identity import check_backend, check_tasks
     from factory.packed import check_loads
     from factory.reproduce import check_same_texts
-    from factory.run import Run, check_texts, open_texts
+    from factory.run import READS_TEXT, Run, check_texts, open_texts
     from factory.store import Store, default_home
 
     config = asked.config
@@ -305,7 +307,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     if {"measure", "evaluate", "speed"} & set(pending):
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
     check_tasks(config.evaluate, search="evaluate" in pending, run_code=run_code)
-    if {"measure", "heal", "evaluate"} & set(pending):
+    if READS_TEXT & set(pending):
         for message in check_texts(texts):
             remark(message)
     if pending or options["processes"]:

@@ -110,7 +110,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
     from factory.jobs import check_fits
     from factory.packed import check_loads
     from factory.preview import preview
-    from factory.run import check_texts, open_texts
+    from factory.run import check_texts, known_lengths, open_texts
 
     asked = look_at_all(requests)
     previews, identities = [], []
@@ -132,6 +132,7 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
                 pending=pipeline.STAGES,
                 home=Path(found.name),
                 machine=found.machine,
+                **known_lengths(texts, pipeline.STAGES),
             )
             check_fits(found, shown.memory_needed)
             previews.append(shown)
