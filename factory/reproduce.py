@@ -177,7 +177,7 @@ def check_same_texts(build: Build, texts: Texts) -> None:
     """Compare the texts that were opened with those of the build.
 
     Raises:
-        DataError: One is another text, or another version of it.
+        DataError: One is another text, another version of it, or other documents of it.
     """
     opened = {"measure": texts.calibration, "heal": texts.healing, "evaluate": texts.evaluation}
     for use, data in _used(build).items():
@@ -189,6 +189,12 @@ def check_same_texts(build: Build, texts: Texts) -> None:
                 hint="Python's standard library: run the Python version of its maker"
                 if data.name in STANDARD_LIBRARY
                 else f"give the same file with --{DATA_OPTIONS[use]}",
+            )
+        if found.part != data.part:
+            raise DataError(
+                f"{found.name} is divided otherwise here: {found.part or 'whole'}; "
+                f"{build.name} was made with {data.part or 'the whole'}",
+                hint=f"install hf-factory {build.factory_version}",
             )
 
 

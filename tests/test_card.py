@@ -39,7 +39,7 @@ from factory.config import SLOWER, BuildConfig, load_recipe, settle
 from factory.errors import StoreError
 from factory.findings import recovery, worst_parts
 from factory.layout import read_if_same
-from factory.markdown import SMALLEST_P, markdown
+from factory.markdown import SMALLEST_P, markdown, text_name
 from tests.hub import Hub
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -1067,3 +1067,10 @@ def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp
     assert path == tmp_path / "README.md"
     assert "](figures/healing.png)" in card
     assert 'model="me/demo-7-layers"' in card
+
+
+def test_the_card_says_of_a_text_what_another_use_has() -> None:
+    text = DataSource(name="t.jsonl", version="0" * 64, part="1 of 2")
+    assert text_name(text) == "t.jsonl, documents of part 1 of 2"
+    left = "without any of 20 documents that serve another use (0123456789abcdef)"
+    assert text_name(text.model_copy(update={"part": left})) == f"t.jsonl, {left}"

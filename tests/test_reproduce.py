@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from factory.artifacts import Build
-from factory.reproduce import comparison
+from factory.errors import DataError
+from factory.reproduce import check_same_texts, comparison
+from factory.run import Texts
+from factory.texts import Text
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_card import a_build, demo_healed
@@ -172,3 +175,20 @@ def test_what_a_strangers_record_claims_is_not_believed(world: Hub, commands: Fo
     assert "lacks the evaluation" in told(repeat(evaluations={}))
     world.storage.put("model", "mallory/deep", {"build.json": b"[" * 100_000})
     assert "damaged" in told(run(commands, folder, "build", "mallory/deep", "--reproduce"))
+
+
+@pytest.mark.parametrize(
+    "part", ["1 of 2", "without any of 3 documents that serve another use (0123456789abcdef)"]
+)
+def test_a_text_that_is_divided_otherwise_is_refused(part: str) -> None:
+    build = demo_healed()
+    assert build.adapter
+    calibration, healing, evaluation = (
+        Text(data, list[str]().__iter__)
+        for data in (build.calibration, build.adapter.data, build.evaluations["source"].loss.data)
+    )
+    check_same_texts(build, Texts(calibration, healing, evaluation))
+    other = Text(healing.data.model_copy(update={"part": part}), healing.rows)
+    with pytest.raises(DataError, match="stdlib:train is divided otherwise here") as caught:
+        check_same_texts(build, Texts(calibration, other, evaluation))
+    assert caught.value.hint == f"install hf-factory {build.factory_version}"

@@ -102,7 +102,7 @@ def build(model: str, **options: Any) -> None:
     """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], a folder, or a build file.
 
     DATA is a .jsonl, .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set
-    owner/name[:config][@revision]. The same command again goes on where it was cut short, and
+    owner/name[:config][#column][@revision]. The same command again goes on where it was cut short, and
     reuses whatever is finished.
 
     A build file, build.yaml, holds these flags by their names, for one build or for several;
