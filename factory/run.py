@@ -190,6 +190,7 @@ class Run:
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)
 FEW = 32  # documents of a data set on the Hub, to see whether it can be read and how long they are
 READS_TEXT = {"measure", "heal", "evaluate"}
+SPARE = 1_000  # documents
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # in this process: equal texts are read once
 
 
@@ -214,7 +215,8 @@ def open_texts(
     evaluation = open_text(data, split="validation") if evaluates else NOTHING
     calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
     healing = open_text(config.heal.data, split="train") if heals else NOTHING
-    most = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents)
+    # All that an evaluation can come to read where half of a data set is left out, and some to spare.
+    most = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
     apart = keep_apart(evaluation, (calibration, healing), look=lambda text: _hashes(text, most=most))
     whole = (calibration, healing, evaluation)
     measured, healed = apart.others
