@@ -190,7 +190,9 @@ def check_same_texts(build: Build, texts: Texts) -> None:
                 if data.name in STANDARD_LIBRARY
                 else f"give the same file with --{DATA_OPTIONS[use]}",
             )
-        if found.part != data.part:
+    for use, data in _used(build).items():
+        found = opened[use].data
+        if found.part != data.part:  # because of another text, if that is another
             raise DataError(
                 f"{found.name} is divided otherwise here: {found.part or 'whole'}; "
                 f"{build.name} was made with {data.part or 'the whole'}",

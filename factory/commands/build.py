@@ -295,10 +295,10 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     run_code = options["run_task_code"]
     check_tasks(config.evaluate, search=False, run_code=run_code)
     texts = open_texts(config)
-    for message in texts.remarks:
-        remark(message)
     if asked.repeats:
         check_same_texts(asked.repeats, texts)
+    for message in texts.remarks:
+        remark(message)
     run = Run(config, store, reporter, texts, rerun=frozenset(options["rerun"]))
     run.tracking = _tracking(asked, options)
     pending = pipeline.pending(run, asked.source)
