@@ -48,8 +48,7 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
         splits = _open(repo_id, config, commit=commit)
         found = _split(splits, split, name=name)
         column = _column(splits[found].features, column, name=name)
-    if column != DEFAULT_COLUMN and "#" not in name:
-        name = f"{name}#{column}"
+    name = name.partition("#")[0] + (f"#{column}" if column != DEFAULT_COLUMN else "")
     return DataSource(name=name, version=commit, hub_id=repo_id, split=found)
 
 

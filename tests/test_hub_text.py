@@ -48,8 +48,9 @@ def test_a_data_set_without_a_validation_split_gives_its_training_split(hub: Hub
 
 def test_one_with_a_validation_split_gives_that(hub: Hub, client: Client) -> None:
     hub.put_dataset(NAME, {"train.jsonl": lines(text=["a"]), "validation.jsonl": lines(text=["b"])})
-    value = opened(client, NAME).value
-    assert (value["split"], value["documents"]) == ("validation", ["b"])
+    for reference in (NAME, f"{NAME}#text"):
+        value = opened(client, reference).value
+        assert (value["name"], value["split"], value["documents"]) == (NAME, "validation", ["b"])
 
 
 def test_the_only_column_of_strings_is_read_and_becomes_part_of_the_name(hub: Hub, client: Client) -> None:
