@@ -194,7 +194,7 @@ def test_distances_of_pruneme_serve_the_command(
     for seed in (0, 1):
         save_llama(Path(f"m{seed}"), num_layers=8, seed=seed)
     given = ["--drop", "0.375", "--profile", "p.csv", "--save", "kept"]
-    monkeypatch.setattr("factory.texts._hub_data_set", None)  # the text is not even opened
+    monkeypatch.setattr("factory.texts.find_data_set", None)  # the text is not even opened
     run(monkeypatch, "plan", "m0", *given)
     assert "factory build m0 --layers 3,4,5\n" in capsys.readouterr().out
     assert read_profile(Path("kept"), source=hub.resolve("m0")).block_distances(3)[3] == pytest.approx(0.1)
