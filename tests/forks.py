@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import HUNG_SECONDS
+
 PROGRAM = """
 import gc, importlib, json, os, resource, signal, sys, traceback
 
@@ -117,7 +119,7 @@ class Forks:
                 self._process.stdin.write(json.dumps(call) + "\n")
                 self._process.stdin.flush()
             code = Path(into) / "code"
-            end = time.monotonic() + 300
+            end = time.monotonic() + HUNG_SECONDS
             patience = time.monotonic() + patience_seconds if patience_seconds else end
             while not code.exists():
                 if patience < min(time.monotonic(), end):
@@ -139,4 +141,4 @@ class Forks:
         """End the process; runs under way end by themselves."""
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=HUNG_SECONDS)

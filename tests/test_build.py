@@ -16,6 +16,7 @@ from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.kills import MODULES
 from tests.tiny import rhymes, save_llama
+from tests.waiting import HUNG_SECONDS
 
 QUICK = [
     "--samples",
@@ -65,7 +66,7 @@ def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedPro
         env=environment(home, **more),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HUNG_SECONDS,
     )
 
 
@@ -183,7 +184,7 @@ def test_the_model_loads_elsewhere_and_generates_the_same_with_and_without_a_cac
         env=environment(built),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_SECONDS,
         check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
@@ -208,7 +209,7 @@ def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path
         env=environment(built),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HUNG_SECONDS,
         check=True,
     )
     assert "nothing to do" in done.stdout

@@ -20,6 +20,7 @@ from factory import checkpoint, transfer
 from factory.checkpoint import TensorInfo
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS
+from tests.waiting import HUNG_SECONDS
 
 FILE = "model.safetensors"
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,7 +147,7 @@ MANY = ",".join(f'"{number:06x}":1' for number in range(1_400_000))
 def test_a_header_takes_no_more_memory_than_a_models(tmp_path: Path, header: bytes, told: str) -> None:
     path = raw_file(tmp_path / FILE, header)
     command = [sys.executable, "-c", BOUNDED, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_SECONDS)
     assert told in done.stdout, done.stderr
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HUNG_SECONDS
+
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "gradio", "lm_eval")
 
 
@@ -25,7 +27,7 @@ def run(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedPr
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_SECONDS,
     )
 
 
@@ -202,7 +204,7 @@ def test_help_and_usage_errors_import_no_heavy_library(tmp_path: Path, arguments
         f"finally: print(sorted(set(sys.modules) & set({HEAVY!r})))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=HUNG_SECONDS
     )
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -26,6 +26,7 @@ from factory.speed import _footprint, compare_speed
 from factory.texts import Text
 from factory.tokenizer import load_tokenizer
 from tests.tiny import END, byte_tokenizer, rhymes, save_llama
+from tests.waiting import HUNG_SECONDS
 
 DEMO = Path(__file__).parent.parent / "factory" / "demo"
 CHOICES = "output_type: multiple_choice\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
@@ -138,7 +139,7 @@ def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: P
         *("--tasks", "next_line", "--include_path", str(DEMO / "tasks"), "--limit", str(limit)),
         *("--output_path", str(tmp_path / "theirs.json"), "--batch_size", "8"),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=HUNG_SECONDS)
     (written,) = tmp_path.rglob("theirs*.json")
     theirs = json.loads(written.read_text())["results"]["next_line"]
     assert score.value == theirs["acc_norm,none"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from factory import __version__
+from tests.waiting import HUNG_SECONDS
 
 HF = Path(sys.executable).with_name("hf")
 
@@ -23,7 +24,7 @@ def home(tmp_path: Path) -> Path:
 def run(*command: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
     own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     return subprocess.run(
-        command, cwd=home, env={**os.environ, **own}, capture_output=True, text=True, timeout=120
+        command, cwd=home, env={**os.environ, **own}, capture_output=True, text=True, timeout=HUNG_SECONDS
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from factory.hub_errors import SILENCE_SECONDS
 from tests.hub import Hub
 from tests.hub.client import Answer, Client
 from tests.hub.server import ALICE, BOB
@@ -230,7 +231,9 @@ def test_a_token_that_cannot_be_sent_is_told_and_not_shown(
 def test_a_password_in_the_address_of_the_hub_is_not_shown(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.put_model("org/tiny", model)
     client = Client(hub, tmp_path, HF_ENDPOINT=hub.url.replace("//", "//me:s3cret@"))
-    for how in ({"status": 412}, {"status": 200, "body": "no"}, {"delay_seconds": 4}, {"drop": True}):
+    for how in ({"status": 412}, {"status": 200, "body": "no"}, {"drop": True}, {"delay_seconds": 4}):
+        if "delay_seconds" in how:
+            client.call("bear_silence", 0.5, token=None)
         fault = hub.fail("GET", "/api/models/org/tiny", **how)
         answer = client.call("resolve", "org/tiny", token=None)
         refused(answer, hub.url)
@@ -261,7 +264,9 @@ def test_a_refusal_while_reading_is_told_in_words(
 def test_a_silent_server_is_not_waited_for_for_ever(hub: Hub, xet: Client, model: Path) -> None:
     hub.put_model("org/slow", model)
     hub.fail("GET", "/api/models/org/slow", delay_seconds=4)
+    xet.call("bear_silence", 0.5, token=None)
     refused(xet.call("resolve", "org/slow", token=None), "did not answer in time")
+    xet.call("bear_silence", SILENCE_SECONDS, token=None)
 
 
 # Pull ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +27,7 @@ from tests.hub.buckets import Bucket
 from tests.hub.jobs import Job
 from tests.hub.server import ALICE, BOB
 from tests.tiny import rhymes, save_llama
+from tests.waiting import HUNG_SECONDS, until
 
 LIGHT = ("factory.hub", "factory.jobs", "factory.decoder", "transformers.models.llama.modeling_llama")
 TINY = "--drop 0.4 --tasks none --samples 2 --eval-documents 2 --sequence-length 32 --heal-steps 20"
@@ -140,13 +141,6 @@ def _pass_on(process: subprocess.Popen[str], job: Job) -> None:
         job.end("ERROR", f"exit code {process.returncode}")
 
 
-def until(condition: Callable[[], object], *, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def copies(hub: Hub) -> list[set[int]]:
     """Of each copy of the unfinished healing that went up: the steps of its checkpoints."""
     found = []
@@ -178,7 +172,7 @@ def test_a_job_that_runs_out_of_time_is_resumed_by_the_next_one_and_publishes(
 
     done = submitted(commands, folder, *push)
     assert "less what earlier jobs have finished" in done.stdout
-    assert started(rich, tmp_path / "second").wait(timeout=240) == 0, rich.job().lines
+    assert started(rich, tmp_path / "second").wait(timeout=HUNG_SECONDS) == 0, rich.job().lines
     until(lambda: rich.job().stage == "COMPLETED")
     log = "\n".join(rich.job().lines)
     for stage in ("measure", "plan", "prune"):
@@ -237,7 +231,7 @@ def test_a_build_is_followed_line_by_line_across_lost_connections(
     lines = [f"✓ stage {number}" for number in range(8)]
 
     def job() -> None:
-        until(lambda: rich.storage.jobs, seconds=20)
+        until(lambda: rich.storage.jobs)
         rich.job().cut_after += [2, 5]
         for line in lines:
             rich.job().lines.append(line)

@@ -1,10 +1,10 @@
 """Locks are freed by death, waited for with an end, refused where they do not work, and seen by `gc`."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from factory.errors import StoreError
 from factory.locks import is_held, locked, unless_locked
 from factory.place import laying_out
 from factory.store import MANIFEST, StageSpec, Store
+from tests.waiting import HUNG_SECONDS
 
 HOLDER = """
 import sys
@@ -122,28 +123,31 @@ def test_a_holder_without_a_sign_of_life_is_not_waited_for(tmp_path: Path) -> No
     assert waits == [1]
 
 
-def test_a_holder_that_lives_is_waited_for_however_long_it_takes(tmp_path: Path) -> None:
-    path = tmp_path / "x.lock"
+def test_a_holder_that_lives_is_waited_for_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, patience, looks = tmp_path / "x.lock", 0.4, itertools.count(1)
     with holder("lock", path) as process:
-        patience = 0.4
+        stdin = process.stdin
+        assert stdin
 
-        def live_on() -> None:
-            for _ in range(20):  # five times as long as anybody has patience
-                time.sleep(patience / 4)
-                os.utime(path)
-            assert process.stdin
-            process.stdin.close()
+        def clock() -> float:
+            """Each look at it finds a sign of life, after half of the time that the holder has for one."""
+            look = next(looks)
+            os.utime(path, (look, look))
+            if look == 10:
+                stdin.close()
+            return look * patience / 2
 
-        thread = threading.Thread(target=live_on)
-        thread.start()
+        monkeypatch.setattr(time, "monotonic", clock)
         with locked(path, patience_seconds=patience):
+            monkeypatch.undo()
             assert process.wait() == 0  # it let go by itself
-        thread.join()
 
 
 def told(program: str, home: Path) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", program, str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_SECONDS, check=True)
     return done.stdout.splitlines()
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from tests.hub import Hub
 from tests.hub.server import ALICE, BOB
+from tests.waiting import HUNG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("own_hub")
 
@@ -125,7 +126,7 @@ def test_a_spaces_variables_can_be_read_and_its_secrets_cannot(hub: Hub, alice: 
 # Faults -----------------------------------------------------------------------------------------
 
 
-def fetch(hub: Hub, *, timeout: float = 10.0) -> httpx2.Response:
+def fetch(hub: Hub, *, timeout: float = HUNG_SECONDS) -> httpx2.Response:
     return httpx2.get(f"{hub.url}/org/model/resolve/main/a.txt", timeout=timeout)
 
 
@@ -157,7 +158,7 @@ def test_a_damaged_body_has_the_same_length_and_a_short_one_seems_whole(filled: 
 
 
 def test_an_answer_can_be_late(filled: Hub) -> None:
-    filled.fail("GET", "a.txt", delay_seconds=1.0, times=1)
+    filled.fail("GET", "a.txt", delay_seconds=5.0, times=1)
     with pytest.raises(httpx2.ReadTimeout):
         fetch(filled, timeout=0.1)
     assert fetch(filled).content == b"0123456789"

@@ -20,6 +20,7 @@ from tests.hub import Hub, running_hub
 from tests.hub.app import Request
 from tests.hub.reading import card_errors
 from tests.production import BOOLQ, C4, GSM8K, MMLU, MODEL, NUM_LAYERS, mmlu_questions, mmlu_subjects, stock
+from tests.waiting import HUNG_SECONDS
 
 TOKEN = "hf_ThisTokenIsNowhereElse"
 USER = "jane.doe"
@@ -59,7 +60,9 @@ def run(hub: Hub, home: Path, *command: str, **more: str) -> Process:
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     own = {"HOME": str(home), "USER": USER, "LOGNAME": USER, "FACTORY_HOME": str(home.parent / "factory")}
     environment = inherited | own | hub.environment(home / "hf", token=TOKEN) | more
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=HUNG_SECONDS
+    )
 
 
 def factory(*arguments: str) -> tuple[str, ...]:

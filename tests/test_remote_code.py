@@ -12,6 +12,7 @@ from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK
 from tests.tiny import rhymes, save_llama
+from tests.waiting import HUNG_SECONDS
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -112,7 +113,7 @@ def test_pinned_and_trusted_it_is_built_and_the_result_names_the_code_instead_of
         env=hub.environment(folder / "elsewhere") | {"PATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_SECONDS,
     )
     assert loaded.stdout.splitlines()[-1] == "HomemadeForCausalLM 4", loaded.stderr
     again = commands.run("build", reference, "--trust-remote-code", *QUICK, folder=folder)

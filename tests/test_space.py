@@ -32,6 +32,7 @@ from factory.resolve import resolve
 from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
 from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
+from tests.waiting import HUNG_SECONDS
 
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
 
@@ -432,7 +433,7 @@ def test_on_zerogpu_the_page_starts_with_its_models_on_the_device(tmp_path: Path
         while page.poll() is None and not heard:
             time.sleep(0.1)
         page.terminate()
-        page.wait(timeout=20)
+        page.wait(timeout=HUNG_SECONDS)
         lender.shutdown()
     assert heard == ["/startup-report"], (tmp_path / "log").read_text()
 
@@ -504,16 +505,16 @@ def test_the_command_serves_the_page_and_ends_it_on_ctrl_c(tmp_path: Path, tiny:
     process = started(a_build_folder(tmp_path / "b", demo_build(), tiny), "--port", str(port))
     assert process.stdout is not None
     assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C ends it)\n"
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read().decode()
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=HUNG_SECONDS).read().decode()
     assert "demo and b" in page
     (child,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=HUNG_SECONDS)
     assert process.returncode == 0
     assert "Traceback" not in errors
     assert not child.is_running()
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=HUNG_SECONDS)
 
 
 def test_a_command_ended_while_it_starts_leaves_no_process(tmp_path: Path, tiny: Path) -> None:
@@ -521,7 +522,7 @@ def test_a_command_ended_while_it_starts_leaves_no_process(tmp_path: Path, tiny:
     while not (children := psutil.Process(process.pid).children()):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HUNG_SECONDS)
     assert process.returncode == 0
     assert not children[0].is_running()
 

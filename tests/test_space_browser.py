@@ -3,7 +3,7 @@
 import copy
 import re
 import shutil
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 PROMPT = "def read_lines(path):\n    "
 SHORT, LONG = 16, 64  # tokens of a reply
+PATIENCE_MS = 300_000  # for whatever the page is to do: a busy machine is no fault
 CARD = """# it
 
 ## Results
@@ -81,17 +82,27 @@ def chat_url(serve: Callable[..., str], models: Models) -> str:
 
 
 @pytest.fixture(scope="module")
-def long_url(serve: Callable[..., str], models: Models) -> str:
-    """A page whose models take two seconds for a reply on any machine: time enough to stop them."""
+def hurry() -> threading.Event:
+    """Lets the models of `long_url` write as fast as they can."""
+    return threading.Event()
+
+
+@pytest.fixture(scope="module")
+def long_url(serve: Callable[..., str], models: Models, hurry: threading.Event) -> str:
+    """A page whose models take a minute for a reply: time enough to stop them, on a busy machine as well."""
+
+    def linger(*_: Any) -> None:
+        hurry.wait(60 / LONG)
+
     tardy = tuple(replace(model, model=copy.deepcopy(model.model)) for model in models)
     for model in tardy:
-        model.model.register_forward_hook(lambda *_: time.sleep(2 / LONG))
+        model.model.register_forward_hook(linger)
     return serve(tardy, tokens=LONG)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=30_000)
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         # Chromium's sandbox does not run as root, as which machines that test often work.
         browser = playwright.chromium.launch(
@@ -112,6 +123,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
             viewport={"width": width, "height": 844}, color_scheme=scheme, is_mobile=phone, has_touch=phone
         )
         contexts.append(context)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
@@ -184,7 +196,9 @@ def test_one_prompt_goes_to_both_and_their_facts_are_shown(base_url: str, visit:
     assert (parameters, memory) == ("2.12 M", "8.47 MB")
 
 
-def test_both_stream_at_the_same_time_and_stop_halts_both(long_url: str, visit: Callable[..., Page]) -> None:
+def test_both_stream_at_the_same_time_and_stop_halts_both(
+    long_url: str, hurry: threading.Event, visit: Callable[..., Page]
+) -> None:
     page = visit(long_url)
     box(page).fill(PROMPT)
     box(page).press("Enter")
@@ -204,7 +218,9 @@ def test_both_stream_at_the_same_time_and_stop_halts_both(long_url: str, visit: 
     button(page, "Stop").click()
     done(page)
     halted = texts(page)
+    hurry.set()
     send(page)
+    hurry.clear()
     whole = texts(page)
     for start, stopped, all_of_it in zip(first, halted, whole, strict=True):
         assert len(start) < len(stopped) < len(all_of_it)

@@ -37,6 +37,7 @@ from factory.trainer import HealTrainer
 from tests.test_evaluate import questions, save_task
 from tests.test_experts import save
 from tests.tiny import rhymes, save_llama
+from tests.waiting import HUNG_SECONDS, until
 from tests.workers import fail_in_the_second, vanish
 
 ROOT = Path(__file__).parent.parent
@@ -260,18 +261,11 @@ def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) 
         "spread(work, processes=2, progress=print)"
     )
     started = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    until(lambda: len(list(tmp_path.iterdir())) == 2)
     started.kill()
     started.wait()
     numbers = [int(path.name) for path in tmp_path.iterdir()]
-    wait_until(lambda: not any(Path(f"/proc/{number}").exists() for number in numbers))
-
-
-def wait_until(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not any(Path(f"/proc/{number}").exists() for number in numbers))
 
 
 def test_shares_put_together_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +295,7 @@ def test_the_command_itself_under_accelerate_launch_is_refused_once() -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HUNG_SECONDS,
         )
         for rank in ("0", "1")
     ]

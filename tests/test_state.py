@@ -15,6 +15,7 @@ from factory.jobs import Flavor, check_fits
 from factory.preview import Machine
 from factory.store import Store
 from tests.hub import Hub
+from tests.waiting import HUNG_SECONDS
 
 BUCKET = "alice/stages"
 # A machine: its store has a home of its own. It does what the steps say, and prints what came of each.
@@ -69,7 +70,7 @@ def machine(hub: Hub, home: Path, *steps: str) -> list[Any]:
         env={**os.environ, **hub.environment(home / "hf")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HUNG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

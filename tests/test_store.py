@@ -20,6 +20,7 @@ from factory.layout import link_or_copy
 from factory.place import laying_out, restore
 from factory.store import StageSpec, Store, damage
 from factory.verify import changed_in
+from tests.waiting import HUNG_SECONDS, until
 
 
 def spec(**parameters: object) -> StageSpec:
@@ -204,7 +205,7 @@ def finished_build(folder: Path) -> Path:
 
 def slow_work(folder: Path) -> dict[str, str]:
     (folder / "started").write_text("")
-    time.sleep(30)
+    time.sleep(HUNG_SECONDS)
     return {}
 
 
@@ -213,13 +214,11 @@ def make_slowly(home: Path) -> None:
 
 
 def test_a_stage_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=make_slowly, args=(tmp_path,))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=make_slowly, args=(tmp_path,), daemon=True)
     process.start()
     started = tmp_path / "stages" / "prune" / f"{spec().key}.partial" / "started"
-    deadline = time.monotonic() + 20
-    while not started.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert started.exists()
+    until(started.exists)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     result = Store(tmp_path).make(spec(), write_hello)  # the dead one's lock is free
@@ -242,7 +241,7 @@ def test_four_at_once_make_a_stage_once(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(HUNG_SECONDS)
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "calls").read_text() == "x"
 
@@ -264,7 +263,7 @@ def test_builds_into_one_folder_take_turns_whatever_their_stores(tmp_path: Path)
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(HUNG_SECONDS)
     assert log.read_text() == "()()()"
     assert list((tmp_path / "builds").iterdir()) == []  # the lock went with the last of them
 

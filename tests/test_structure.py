@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HUNG_SECONDS
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
 LAYERS = (
@@ -127,7 +129,7 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
             str(ROOT),
         ],
         check=True,
-        timeout=120,
+        timeout=HUNG_SECONDS,
     )
     (wheel,) = tmp_path.glob("hf_factory-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

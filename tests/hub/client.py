@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hub.server import Hub
+from tests.waiting import HUNG_SECONDS
 
 SCRIPT = """
 import json, os, sys, time, traceback
@@ -24,8 +25,10 @@ if "HURRY" in os.environ:  # every wait, also the client's own, is over at once
     wait = time.sleep
     time.sleep = lambda seconds: wait(min(seconds, 0.01))
 
-hub_errors.SILENCE_SECONDS = 2.0
 hub_errors.WAITS_SECONDS = (0.05, 0.05, 0.05)
+
+def bear_silence(seconds):
+    hub_errors.SILENCE_SECONDS = seconds
 
 def pull(source):
     seen = []
@@ -132,4 +135,4 @@ class Client:
         """End the process."""
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=HUNG_SECONDS)
