@@ -300,7 +300,8 @@ def test_four_bit_weights_keep_their_gradient_after_a_pass_in_evaluation_mode(mo
         loaded(inputs_embeds=embeddings).logits.square().mean().backward()
         return embeddings.grad
 
-    assert torch.equal(input_gradient(evaluate_first=True), input_gradient(evaluate_first=False))
+    found, expected = (input_gradient(evaluate_first=first) for first in (True, False))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 pieces = st.lists(st.just(0), min_size=1, max_size=4)

@@ -140,7 +140,7 @@ def test_angles_have_their_known_values() -> None:
     states = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
     distances = angular_distances(states)[0]
     assert torch.allclose(distances[0], torch.tensor([0.0, 0.5, 1.0, 0.25], dtype=torch.float64))
-    assert torch.equal(distances, distances.T)
+    assert torch.allclose(distances, distances.T)
 
 
 def text_of(documents: list[str]) -> Text:

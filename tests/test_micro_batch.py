@@ -31,5 +31,7 @@ def test_a_backward_pass_that_computes_again_ends_where_the_first_adapter_lies()
         layer.register_forward_hook(lambda _module, _args, output: entered.append(output.requires_grad))
     again = gradients_of(model)
     assert entered == [False] * 5 + [True] * 3
-    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    assert all(
+        torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(kept, again, strict=True)
+    )
     assert model.is_activation_checkpointing

@@ -15,6 +15,7 @@ from tests.hub import buckets, jobs, reading, writing  # noqa: F401  registers t
 from tests.hub.app import Application, Request
 from tests.hub.faults import Fault
 from tests.hub.storage import Repository, Storage
+from tests.waiting import HUNG_SECONDS
 
 ALICE = "hf_alice_may_read_and_write"
 BOB = "hf_bob_may_only_read"
@@ -83,6 +84,8 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_ETAG_TIMEOUT": str(HUNG_SECONDS),
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(HUNG_SECONDS),
             "NO_PROXY": "127.0.0.1",
         }
         return variables | ({"HF_TOKEN": token} if token else {})
