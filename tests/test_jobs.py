@@ -232,12 +232,12 @@ def test_a_build_is_followed_line_by_line_across_lost_connections(
 
     def job() -> None:
         until(lambda: rich.storage.jobs)
-        rich.job().cut_after += [2, 5]
         for line in lines:
             rich.job().lines.append(line)
             time.sleep(0.05)
         rich.job().end()
 
+    rich.storage.log_cuts += [2, 5]
     writer = threading.Thread(target=job)
     writer.start()
     rich.fail("GET", "/api/jobs/alice/[^/]+$", status=503, times=1)  # on top of it, the client gives up once

@@ -29,7 +29,7 @@ class Job:
     stage: str = "RUNNING"
     message: str | None = None
     lines: list[str] = field(default_factory=list)
-    cut_after: list[int] = field(default_factory=list)  # events; each cuts one connection to the log
+    cut_after: list[int] = field(default_factory=list)  # see Storage.log_cuts
 
     def end(self, stage: str = "COMPLETED", message: str | None = None) -> None:
         """Let it run no further."""
@@ -107,7 +107,7 @@ def submit(app: Application, request: Request, owner: str) -> Response:
         raise Refusal(402, "Pre-paid credit balance is insufficient")
     if spec["flavor"] not in [row[0] for row in HARDWARE]:
         raise Refusal(400, "unknown flavor")
-    made = Job(f"6870{len(app.storage.jobs):020x}", owner, spec)
+    made = Job(f"6870{len(app.storage.jobs):020x}", owner, spec, cut_after=[*app.storage.log_cuts])
     app.storage.jobs[made.id] = made
     return JSONResponse(made.value())
 

@@ -103,6 +103,7 @@ class Storage:
         self.without_jobs: set[str] = set()  # accounts whose tokens may not use Jobs
         self.buckets: dict[str, Any] = {}
         self.jobs: dict[str, Any] = {}
+        self.log_cuts: list[int] = []  # events; each cuts one connection to the log of a job to come
         self.xet_folder = xet_folder
         self.xet_clients = 0  # of buckets, so far
         self.xet_uploads: list[Path] = []  # stores that clients of buckets were given to write to
