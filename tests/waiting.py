@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-HUNG_SECONDS = 900  # no process here works as long, even where many share its core
+HUNG_SECONDS = 3600  # no process here works as long, even where many share its core
 
 
 def until(condition: Callable[[], object]) -> None:
