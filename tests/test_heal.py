@@ -35,9 +35,10 @@ from factory.heal import heal, last_whole_checkpoint
 from factory.heal_text import data_sets, not_in, take_guard
 from factory.lora import find_targets
 from factory.merge import judge, merge
-from factory.models import load_model, load_tokenizer
+from factory.models import load_model
 from factory.stages import describe_healing
 from factory.texts import Text
+from factory.tokenizer import load_encoder
 from tests.tiny import an_adapter, rhymes, save_llama
 
 SETTINGS = HealSettings(
@@ -344,7 +345,7 @@ def test_what_a_text_raises_in_its_middle_is_raised_as_it_is(
     with pytest.raises(DataError, match="row 71 cannot be read"):
         data_sets(
             Text(DataSource(name="x", version="1"), rows),
-            load_tokenizer(model),
+            load_encoder(model),
             settings=SETTINGS.model_copy(update={"num_steps": 300}),
             seed=0,
             folder=tmp_path,
