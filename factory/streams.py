@@ -48,8 +48,8 @@ def settle() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):
-            continue
+        if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue  # one that the program around this one put there
         raw = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED: half a write would pass for a whole
         buffer = io.BufferedWriter(stream.buffer) if raw else stream.buffer
         lines = raw or stream.line_buffering
