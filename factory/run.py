@@ -14,7 +14,6 @@ from factory.durable import sync_files, write_atomically
 from factory.references import STANDARD_LIBRARY, local_path
 from factory.store import StageSpec, Store, damage
 from factory.texts import SHUFFLE_BUFFER, Text, open_text
-from factory.tokenizer import added_without_row, check_texts_for
 from factory.tracking import NOWHERE, Tracking
 
 # Raised when a stage's code gives other results for the same input; part of its key.
@@ -224,17 +223,17 @@ def open_texts(
 
 
 def check_tokens(source: Source, texts: Texts) -> None:
-    """Look in the local texts for tokens that the source's tokenizer has and its embedding lacks.
-
-    Costs nothing for a tokenizer without such tokens. A text on the Hub is checked as it is read.
+    """Refuse local texts with a token that the source's embedding lacks; one on the Hub fails as it is read.
 
     Raises:
-        ModelError: Names the token.
+        ModelError: Names the token; or the tokenizer cannot be loaded.
     """
-    added = added_without_row(source.local_folder, vocab_size=source.vocab_size)
+    from factory.tokenizer import load_encoder
+
+    encoder = load_encoder(source.local_folder)
     for text in (texts.calibration, texts.healing, texts.evaluation):
-        if added and not text.data.hub_id:
-            check_texts_for(added, text.documents(), vocab_size=source.vocab_size)
+        if not text.data.hub_id:
+            encoder.check(text.documents())
 
 
 def _hashes(text: Text, *, most: int) -> Hashes:

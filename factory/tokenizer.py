@@ -73,6 +73,21 @@ class Encoder:
                 raise self._without_row(max(tokens))
         return found
 
+    def check(self, texts: Iterable[str]) -> None:
+        """Refuse texts that hold a token which was added to the tokenizer, but not to the model.
+
+        Costs nothing for a tokenizer without such tokens.
+
+        Raises:
+            ModelError: Names the token.
+        """
+        added = self.tokenizer.get_added_vocab().items()
+        without_row = {token: number for token, number in added if number >= self.vocab_size}
+        for text in texts if without_row else ():
+            for token, number in without_row.items():
+                if token in text:
+                    raise self._without_row(number)
+
     def beginning(self, text: str, *, length: int) -> list[int]:
         """The beginning of a text as one sequence of at most `length` tokens, with the prefix."""
         (tokens,) = self.encode([text])
@@ -94,8 +109,13 @@ class Encoder:
         """Tokens at the start of a sequence that are not predicted: the prefix, or the first token."""
         return max(len(self.prefix), 1)
 
-    def _without_row(self, token: int) -> ModelError:
-        return _no_row(self.tokenizer.convert_ids_to_tokens(token), token, vocab_size=self.vocab_size)
+    def _without_row(self, number: int) -> ModelError:
+        token = self.tokenizer.convert_ids_to_tokens(number)
+        return ModelError(
+            f"a text holds {token!r}, token {number:,}, but the model's embedding has "
+            f"{self.vocab_size:,} rows",
+            hint="it was added to the tokenizer alone: resize the embedding, or remove it from the text",
+        )
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -136,49 +156,6 @@ def load_tokenizer(folder: Path) -> Any:
         pad = end if _has_row(end, vocab_size) else 0
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer
-
-
-def added_without_row(folder: Path, *, vocab_size: int) -> dict[str, int]:
-    """Tokens that were added to a tokenizer and not to the model: they break it wherever a text holds them.
-
-    Read from the tokenizer's files alone, so that it costs no import.
-
-    Args:
-        vocab_size: Rows of the model's embedding.
-    """
-    found: dict[str, int] = {}
-    for name, read in (("tokenizer.json", _added_tokens), ("tokenizer_config.json", _added_decoder)):
-        if (folder / name).is_file():
-            found |= read(json.loads((folder / name).read_text(encoding="utf-8")))
-    return {token: number for token, number in found.items() if number >= vocab_size}
-
-
-def check_texts_for(tokens: dict[str, int], texts: Iterable[str], *, vocab_size: int) -> None:
-    """Refuse texts that hold a token without a row in the embedding.
-
-    Raises:
-        ModelError: Names the token.
-    """
-    for text in texts if tokens else ():
-        for token, number in tokens.items():
-            if token in text:
-                raise _no_row(token, number, vocab_size=vocab_size)
-
-
-def _no_row(token: str, number: int, *, vocab_size: int) -> ModelError:
-    return ModelError(
-        f"a text holds {token!r}, token {number:,}, but the model's embedding has {vocab_size:,} rows",
-        hint="the token was added to the tokenizer alone: resize the embedding, or remove it from the text",
-    )
-
-
-def _added_tokens(tokenizer: Any) -> dict[str, int]:
-    return {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or ()}
-
-
-def _added_decoder(settings: Any) -> dict[str, int]:
-    added = settings.get("added_tokens_decoder") or {}
-    return {entry["content"]: int(number) for number, entry in added.items()}
 
 
 def _has_row(token: int | None, vocab_size: int) -> bool:
