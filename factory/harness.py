@@ -22,7 +22,7 @@ from factory.artifacts import TaskScore
 from factory.config import EvaluateSettings
 from factory.data_files import check_data_files
 from factory.errors import DataError, UsageError
-from factory.hub_errors import CLIENT_ERRORS, UNREACHABLE, explain
+from factory.hub_errors import CLIENT_ERRORS, STUMBLES, UNREACHABLE, explain
 from factory.identity import EMBEDDED_TASKS
 from factory.significance import Answers
 from factory.task_files import TaskFile, is_task_file, read_task_file
@@ -188,6 +188,8 @@ def _with_data(task: str, name: str, manager: Any) -> Any:
         about_the_hub = not isinstance(error, RuntimeError)
         data_set = next(iter(_data_sets_of(name, manager)), name)
         told = explain(error, repo_id=f"datasets/{data_set}") if about_the_hub else None
+        if told is None and isinstance(error, STUMBLES):
+            raise  # over the task's own settings
         raise told or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",

@@ -282,7 +282,6 @@ def check_apart(requests: list[Request], asked: list[Asked]) -> None:
 def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tuple["Run", tuple[str, ...]]:
     """The run and the stages that it still has to make, once everything that they need was looked at."""
     from factory import pipeline
-    from factory.complete import check_source
     from factory.identity import check_backend, check_tasks
     from factory.packed import check_loads
     from factory.reproduce import check_same_texts
@@ -303,6 +302,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     run.tracking = _tracking(asked, options)
     pending = pipeline.pending(run, asked.source)
     if "prune" in pending:
+        from factory.complete import check_source  # imports torch
+
         check_source(asked.source)
     if {"measure", "evaluate", "speed"} & set(pending):
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
