@@ -1,6 +1,5 @@
 """Kept apart: no document that is evaluated on is measured or healed on too, whatever its file is called."""
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,6 @@ import numpy
 from numpy.typing import NDArray
 
 from factory.artifacts import DataSource
-from factory.errors import DataError
 from factory.texts import Text
 
 Hashes = NDArray[numpy.uint64]  # [n], of documents: sorted, each once
@@ -77,7 +75,7 @@ def keep_apart(evaluation: Text, others: tuple[Text, ...], *, look: Look) -> Apa
     """Divide what is evaluated on and used otherwise too: no document then serves both.
 
     A block chosen, or a model trained, on the very documents it is judged by looks better than it is.
-    A text that serves both is divided in halves, by the checksums of its documents. Of documents that two
+    A text that serves both is divided in halves, by the hashes of its documents. Of documents that two
     texts share, the evaluation keeps all, unless they are most of the other text: then half, by their hashes.
 
     Args:
@@ -137,7 +135,7 @@ def _divide(evaluation: Text, other: Text, *, hashes: Hashes, others: Hashes) ->
     is_stream = other.data.hub_id is not None
     name = evaluation.data.name
     if not len(shared):
-        return _Divided(_watched(other, hashes, name) if is_stream else other)
+        return _Divided(without(other, hashes) if is_stream else other)
     told = f"{len(shared):,} documents of {other.data.name} are also in {name}, which is evaluated on"
     possible = hashes if is_stream else shared  # a stream may hold others further on
     if len(shared) <= MOST_LEFT_OUT * len(others):
@@ -170,22 +168,6 @@ def _is_among(document: str, hashes: Hashes) -> bool:
     return place < len(hashes) and bool(hashes[place] == key)
 
 
-def _watched(text: Text, hashes: Hashes, evaluated: str) -> Text:
-    """The same documents, up to one that is evaluated on, which the first of them did not show."""
-    return Text(text.data, partial(_rows_up_to, text, hashes, evaluated))
-
-
-def _rows_up_to(text: Text, hashes: Hashes, evaluated: str) -> Iterator[str | None]:
-    for row in text.rows():
-        if row is not None and _is_among(row, hashes):
-            raise DataError(
-                f"{text.data.name} holds a document that {evaluated} holds too, which is evaluated on: "
-                f"{row.strip()[:60]!r}",
-                hint="take that document out of one of them, or give other text",
-            )
-        yield row
-
-
 def _half(text: Text, number: int) -> Text:
     data = text.data.model_copy(update={"part": f"{number + 1} of 2"})
     return Text(data, partial(_rows_of_half, text, number))
@@ -193,5 +175,5 @@ def _half(text: Text, number: int) -> Text:
 
 def _rows_of_half(text: Text, number: int) -> Iterator[str | None]:
     for row in text.rows():
-        if row is None or zlib.crc32(row.encode("utf-8", "surrogatepass")) % 2 == number:
+        if row is None or hash_of(row) % 2 == number:
             yield row

@@ -57,7 +57,7 @@ def evaluate(
     for number, task in enumerate(settings.tasks):
         answered = read_answers(into, number)
         if answered is None:
-            answered = score_task(model, encoder.tokenizer, task, settings=settings, progress=progress)
+            answered = score_task(model, encoder.open_ended, task, settings=settings, progress=progress)
             if processes.is_main():
                 write_answers(into, number, answered)
         scores += [score for score, _ in answered]

@@ -166,6 +166,7 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
     MMLU alone is 57 data sets, and asking whether each is up to date takes hundreds of requests.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
+    _mute_metrics()
     _sandbox_templates()
     name, manager = _find_task(task)
     with _explained(task):
@@ -194,6 +195,13 @@ def _with_data(task: str, name: str, manager: Any) -> Any:
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="its data set must be there and within reach; --tasks can leave it out",
         ) from error
+
+
+def _mute_metrics() -> None:
+    """Keep lm-eval 0.4.13 from printing a line for each bootstrapped error between those of the build."""
+    from lm_eval.api import metrics
+
+    metrics.print = lambda *_args, **_kwargs: None
 
 
 def _sandbox_templates() -> None:

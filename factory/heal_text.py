@@ -88,7 +88,8 @@ def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Itera
     documents = text.shuffled(seed)
     while some := list(islice(documents, DOCUMENTS)):
         for tokens in encoder.encode(some):
-            yield list(encoder.windows([*tokens, *encoder.end], length=length))
+            pieces = encoder.windows([*tokens, *encoder.end], length=length)
+            yield [piece for piece in pieces if piece != [*encoder.prefix, *encoder.end]]
 
 
 def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:

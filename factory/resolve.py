@@ -397,6 +397,11 @@ def _vocab_size(config: Mapping[str, Any]) -> int:
     for part in (config, config.get("text_config") or {}):
         if isinstance(part.get("vocab_size"), int):
             return int(part["vocab_size"])
+    from factory.decoder_proof import text_config  # imports torch, for those that leave it to their class
+
+    size = getattr(text_config(dict(config)), "vocab_size", None)
+    if isinstance(size, int):
+        return size
     raise ModelError(f"{CONFIG} has no vocab_size", hint="give a text model that transformers can load")
 
 

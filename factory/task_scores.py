@@ -110,7 +110,7 @@ def task_score(
     shots = {results["n-shot"].get(task, 0) or 0 for task in rows}
     samples = [row for task in rows.values() for row in task]
     value, rises = float(values[key]), _direction(metric, parts)
-    is_share = (metric.startswith("acc") or metric == "exact_match") and not abs(value - 0.5) > 0.5
+    is_share = (metric.startswith("acc") or metric == "exact_match") and 0 <= value <= 1
     score = TaskScore(
         task=name,
         label=values.get("alias", name).strip(" -"),

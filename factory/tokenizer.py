@@ -1,18 +1,22 @@
 """A model's tokenizer: loaded and checked, and texts as sequences of tokens that the model knows."""
 
 import base64
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from tokenizers.processors import TemplateProcessing
 
 from factory.errors import UNTRUSTED, ModelError
 
 MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
 MOST_SPECIAL_TOKENS = 64  # around each text
-PROBE = "text"  # shows what a tokenizer puts around a text
+PROBES = ("text", "A", "1", "я", "文")  # show what a tokenizer puts around a text; some know few letters
 
 
 class Encoder:
@@ -31,15 +35,38 @@ class Encoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
+    @property
+    def open_ended(self) -> Any:
+        """The tokenizer without what it puts behind a text: a task's answer follows its question.
+
+        Raises:
+            ModelError: One in Python that puts tokens behind a text, which cannot be told not to.
+        """
+        if not self._around[1]:
+            return self.tokenizer
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise ModelError(
+                f"the tokenizer puts {self._around[1]} behind each text, also behind a task's question",
+                hint="set add_eos_token to false in its tokenizer_config.json, or give --tasks none",
+            )
+        names = tokenizer.convert_ids_to_tokens(self.prefix)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*names, "$A"], special_tokens=list(dict(zip(names, self.prefix, strict=True)).items())
+        )
+        return tokenizer
+
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        whole = list(self.tokenizer(PROBE).input_ids)
-        bare = list(self.tokenizer(PROBE, add_special_tokens=False).input_ids)
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
+        for probe in PROBES:
+            whole = list(self.tokenizer(probe).input_ids)
+            bare = list(self.tokenizer(probe, add_special_tokens=False).input_ids)
+            for start in range(len(whole) - len(bare) + 1):
+                if bare and whole[start : start + len(bare)] == bare:
+                    return whole[:start], whole[start + len(bare) :]
         raise ModelError(
-            f"the tokenizer splits a text otherwise where it adds special tokens: {whole} and {bare}",
+            f"cannot tell what the tokenizer puts around a text: of {probe!r} it makes {whole}, and {bare} "
+            "without special tokens",
             hint="give a model whose tokenizer adds special tokens around a text only",
         )
 
@@ -57,7 +84,7 @@ class Encoder:
     @property
     def pad_token_id(self) -> int:
         """A token that the embedding has, for padding that is masked."""
-        return int(self.tokenizer.pad_token_id)
+        return int(self.tokenizer.pad_token_id or 0)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, with nothing around them.
@@ -74,19 +101,21 @@ class Encoder:
         return found
 
     def check(self, texts: Iterable[str]) -> None:
-        """Refuse texts that hold a token which was added to the tokenizer, but not to the model.
+        """Refuse tokens that were added to the tokenizer, but not to the model, around or in these texts.
 
-        Costs nothing for a tokenizer without such tokens.
+        The texts are read only for a tokenizer that has such tokens.
 
         Raises:
             ModelError: Names the token.
         """
+        for number in (*self.prefix, *self.end):
+            if number >= self.vocab_size:
+                raise self._without_row(number, place="the tokenizer puts around a text")
         added = self.tokenizer.get_added_vocab().items()
         without_row = {token: number for token, number in added if number >= self.vocab_size}
         for text in texts if without_row else ():
-            for token, number in without_row.items():
-                if token in text:
-                    raise self._without_row(number)
+            if any(token in text for token in without_row):
+                self.encode([text])
 
     def beginning(self, text: str, *, length: int) -> list[int]:
         """The beginning of a text as one sequence of at most `length` tokens, with the prefix."""
@@ -109,11 +138,10 @@ class Encoder:
         """Tokens at the start of a sequence that are not predicted: the prefix, or the first token."""
         return max(len(self.prefix), 1)
 
-    def _without_row(self, number: int) -> ModelError:
+    def _without_row(self, number: int, place: str = "a text holds") -> ModelError:
         token = self.tokenizer.convert_ids_to_tokens(number)
         return ModelError(
-            f"a text holds {token!r}, token {number:,}, but the model's embedding has "
-            f"{self.vocab_size:,} rows",
+            f"{place} {token!r}, token {number:,}, but the model's embedding has {self.vocab_size:,} rows",
             hint="it was added to the tokenizer alone: resize the embedding, or remove it from the text",
         )
 
@@ -147,7 +175,7 @@ def load_tokenizer(folder: Path) -> Any:
             raise
         raise ModelError(
             f"cannot load the tokenizer of {folder}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="give a model with a whole tokenizer",
+            hint=_what_is_missing(folder),
         ) from error
     check_tokenizer(tokenizer, name=str(folder))
     vocab_size = _vocab_size(folder)
@@ -158,14 +186,27 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def _what_is_missing(folder: Path) -> str:
+    only_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if only_sentencepiece and find_spec("sentencepiece") is None:
+        return "its tokenizer.model needs sentencepiece: pip install sentencepiece"
+    return "give a model with a whole tokenizer"
+
+
 def _has_row(token: int | None, vocab_size: int) -> bool:
     return token is not None and token < vocab_size
 
 
 def _vocab_size(folder: Path) -> int:
-    """Rows of the embedding of the model in a folder."""
+    """Rows of the embedding of the model in a folder; some configurations leave them to their class."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    for part in (config, config.get("text_config") or {}):
+        if "vocab_size" in part:
+            return int(part["vocab_size"])
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return int(whole.get_text_config(decoder=True).vocab_size)
 
 
 def check_tokenizer(tokenizer: Any, *, name: str) -> None:

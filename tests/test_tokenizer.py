@@ -1,20 +1,23 @@
 """Texts as token sequences: how each begins and ends, and tokens that the model has no row for."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from factory.config import HealSettings, MeasureSettings, PlanSettings
 from factory.errors import ModelError
 from factory.heal_text import data_sets
 from factory.measure import take_samples
-from factory.resolve import resolve
+from factory.resolve import _vocab_size, resolve
 from factory.run import Texts, check_tokens
 from factory.search import SEARCH, take_sequences
 from factory.texts import open_text
-from factory.tokenizer import load_encoder, load_tokenizer
+from factory.tokenizer import Encoder, load_encoder, load_tokenizer
 from tests.test_measure import text_of
 from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
 
@@ -61,6 +64,62 @@ def test_every_use_of_a_text_sees_windows_that_begin_alike_and_end_tokens_only_b
     for sequence in [*guard["input_ids"], *train["input_ids"]]:
         assert sequence[0] == 0
         assert sequence[1:].count(0) == (len(sequence) < 16)  # behind the last window of a document only
+
+
+def test_a_task_s_question_is_not_ended() -> None:
+    encoder = byte_encoder(f"{END} $A {END}")
+    assert encoder.open_ended("abc").input_ids == [0, *byte_encoder().encode(["abc"])[0]]
+    assert encoder.tokenizer("abc").input_ids[-1] == 0
+    assert byte_encoder(f"{END} $A").open_ended.backend_tokenizer is not None
+
+
+def test_the_probe_is_of_letters_that_the_tokenizer_knows() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "A": 2, "C": 3}, merges=[]))
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    dna = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>")
+    encoder = Encoder(dna, vocab_size=4)
+    assert (encoder.prefix, encoder.end) == ([0], [1])
+    tokenizer.normalizer = normalizers.Replace("A", "")
+    with pytest.raises(ModelError, match="cannot tell what the tokenizer puts around a text"):
+        assert Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer), vocab_size=4).prefix
+
+
+def test_no_window_is_made_of_the_end_of_a_document_alone(tmp_path: Path) -> None:
+    text = text_of([letter * 14 for letter in "abcdefgh"])
+    settings = HealSettings(num_steps=2, batch_size=2, sequence_length=8)
+    encoder = byte_encoder(f"{END} $A")
+    guard, train = data_sets(text, encoder, settings=settings, seed=0, folder=tmp_path)
+    assert all(len(set(sequence)) == 2 for sequence in [*guard["input_ids"], *train["input_ids"]])
+
+
+def test_an_end_token_without_a_row_is_refused_before_the_work(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"puts around a text '<\|im_end\|>', token 257, but"):
+        load_encoder(tmp_path / "model").check([])
+
+
+def test_a_word_that_contains_an_added_token_is_not_taken_for_it(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("cat", single_word=True)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    encoder = load_encoder(tmp_path / "model")
+    encoder.check(["concatenate"])
+    with pytest.raises(ModelError, match="a text holds 'cat'"):
+        encoder.check(["concatenate", "a cat"])
+
+
+def test_the_rows_of_an_embedding_may_be_left_to_the_configuration_s_class(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_encoder(tmp_path).vocab_size == 32_000
+    assert _vocab_size(config) == 32_000
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:

@@ -225,8 +225,8 @@ def _begun(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """
     whole = list(tokenizer(text)["input_ids"])
     words = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    start = next(n for n in range(len(whole) + 1) if whole[n : n + len(words)] == words)
-    return whole[:start], words
+    starts = (n for n in range(len(whole) + 1) if whole[n : n + len(words)] == words)
+    return whole[: next(starts, 0)], words
 
 
 def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
