@@ -79,7 +79,9 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
         compared = comparison(build, build.shipped, source.task)
         says_nothing = source.chance is not None and not is_above_chance(source)
         sign = {True: 1, False: -1, None: 0}[source.higher_is_better]  # of what is gained
-        if compared:
+        if not (math.isfinite(source.value) and math.isfinite(shipped.value)):
+            worse, compared = False, None  # nothing follows from what is no number
+        elif compared:
             worse = sign != 0 and compared.significant and not sign * compared.difference > 0
         else:  # no score a question: their errors alone, as if the questions were others
             error = math.hypot(source.stderr or 0, shipped.stderr or 0)

@@ -1,5 +1,6 @@
 """Scores of lm-eval's tasks: which of its numbers are shown, what they are made of, and what they mean."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -129,7 +130,7 @@ def task_score(
         runs_code=runs_code,
         writes=any(part.OUTPUT_TYPE == "generate_until" for part in parts),
     )
-    return score, _answers(rows, metric=metric, value=value)
+    return score, _answers(rows, metric=metric, value=value) if math.isfinite(value) else {}
 
 
 def _shown(name: str, values: dict[str, Any]) -> str:
