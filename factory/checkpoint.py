@@ -15,6 +15,7 @@ from factory.disk import no_room, size
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.header import DTYPE_BITS, TensorInfo, check_count, damaged, read_header, unique_keys
 from factory.json_bounds import WEIGHTS_INDEX, check_json
+from factory.legal import LICENSE_FOLDER, is_legal
 from factory.transfer import assemble, read_blocks
 
 __all__ = [
@@ -44,14 +45,7 @@ AUXILIARY = (
     "preprocessor_config.json", "processor_config.json", "generation_config.json",
     "chat_template.*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-# "LICENSE", "MODEL_LICENSE", "Tongyi Qianwen LICENSE AGREEMENT.txt", "Terms-of-use.md", "LICENSES/MIT.txt"
-LEGAL = re.compile(
-    r"[^/]*(licen[cs]e|(?<![a-z])(copying|copyrights?|notices?|terms|use[ _-]?policy)(?![a-z]))[^/]*"
-    r"|licen[cs]es/[^/]+",
-    re.IGNORECASE,
-)
-NEVER_LEGAL = (".py", ".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".ipynb", ".sh")
-FOLDERS = re.compile("additional_chat_templates|licen[cs]es", re.IGNORECASE)  # that hold some of these files
+TEMPLATES = "additional_chat_templates"
 # Of tokenizer_config.json: transformers writes them and does without them.
 LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 
@@ -303,16 +297,17 @@ def _parts(
 # Beside the weights ------------------------------------------------------------------------------
 
 
-def is_auxiliary(name: str) -> bool:
+def is_auxiliary(name: str, size_bytes: int) -> bool:
     """Whether a file of this name goes along with the weights, in a folder as on the Hub."""
-    if LEGAL.fullmatch(name) and not name.lower().endswith(NEVER_LEGAL):
+    if is_legal(name, size_bytes):
         return True
     return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in AUXILIARY)
 
 
 def names_in(folder: Path) -> list[str]:
     """Files of a model's folder and of the folders in it that may hold a part of it, sorted."""
-    folders = [folder, *(path for path in folder.glob("*") if FOLDERS.fullmatch(path.name) and path.is_dir())]
+    inner = [p for p in folder.glob("*") if p.name == TEMPLATES or LICENSE_FOLDER.fullmatch(p.name)]
+    folders = [folder, *filter(Path.is_dir, inner)]
     files = [path for each in folders for path in each.glob("*") if path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
@@ -327,7 +322,9 @@ def auxiliary_files(folder: Path) -> dict[str, Path]:
         CheckpointError: A file is a link to somewhere else.
     """
     found = {}
-    for name in filter(is_auxiliary, names_in(folder)):
+    for name in names_in(folder):
+        if not is_auxiliary(name, (folder / name).stat().st_size):
+            continue
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
             raise CheckpointError(

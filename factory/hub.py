@@ -56,8 +56,9 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         api = hub_api()
         files = patiently(lambda: _repository_files(api, repo_id, commit=source.commit))
         weights = weight_files(repo_id, commit=source.commit, names=files)
-        needed = sorted(needed_files(files, weights, code=source.remote_code))
-        total = sum(files[name].size or 0 for name in needed)
+        sizes = {name: file.size or 0 for name, file in files.items()}
+        needed = sorted(needed_files(sizes, weights, code=source.remote_code))
+        total = sum(sizes[name] for name in needed)
         folder = Path(
             patiently(  # goes on where it broke: what is complete is not loaded again
                 lambda: snapshot_download(

@@ -102,15 +102,16 @@ def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """The commit of a folder is a hash of the files that make the model, not of its card."""
     names = names_in(folder)
     _check_names(names, where=str(folder))
-    needed = sorted(needed_files(names, ()))
-    check_sizes({name: (folder / name).stat().st_size for name in needed})
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    needed = sorted(needed_files(sizes, ()))
+    check_sizes({name: sizes[name] for name in needed})
     auxiliary_files(folder)  # refuses links that lead elsewhere
     check_json(folder, needed)
     config = _read_config(folder / CONFIG)
     remote_code = _needs_code(config, trusted=trust_remote_code)
     tensors = read_checkpoint(folder)
     weights = sorted({tensor.file.name for tensor in tensors.values()})
-    hashed = sha256_of_files(folder, sorted(needed_files(names, weights, code=remote_code) - {README}))
+    hashed = sha256_of_files(folder, sorted(needed_files(sizes, weights, code=remote_code) - {README}))
     source = _source(
         name=folder_name(folder),
         repo_id=None,
@@ -411,23 +412,31 @@ def _has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:
     return tokenizer_config.is_file() and '"chat_template"' in tokenizer_config.read_text(encoding="utf-8")
 
 
-def needed_files(names: Collection[str], weights: Collection[str], *, code: bool = False) -> set[str]:
-    """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for."""
+def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bool = False) -> set[str]:
+    """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for.
+
+    Args:
+        sizes: Bytes of each file.
+        weights: Names of the weight files to take.
+        code: Whether the model's own Python is needed.
+    """
     always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
     return {
         name
-        for name in names
-        if name in always or is_auxiliary(name) or (code and name.endswith(".py") and "/" not in name)
+        for name, size_bytes in sizes.items()
+        if name in always
+        or is_auxiliary(name, size_bytes)
+        or (code and name.endswith(".py") and "/" not in name)
     }
 
 
 def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
     """The cache's folder of a commit, if a pull has completed it."""
     try:
-        names = [file.path for file in get_cached_repo_tree(repo_id, revision=commit)]
-        _check_names(names, where=repo_id)
-        weights = weight_files(repo_id, commit=commit, names=names)
-        allowed = sorted(needed_files(names, weights, code=code))
+        sizes = {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
+        _check_names(sizes, where=repo_id)
+        weights = weight_files(repo_id, commit=commit, names=sizes)
+        allowed = sorted(needed_files(sizes, weights, code=code))
         return Path(
             snapshot_download(repo_id, revision=commit, allow_patterns=allowed, local_files_only=True)
         )

@@ -22,7 +22,7 @@ VERSIONS = {
     "plan": 2,
     "search": 3,
     "compare": 3,
-    "prune": 2,
+    "prune": 3,
     "heal": 9,
     "merge": 3,
     "evaluate": 5,

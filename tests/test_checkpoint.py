@@ -580,7 +580,45 @@ def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: P
         sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()) == COPIED
     )
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
-    assert sorted(filter(checkpoint.is_auxiliary, COPIED + LEFT)) == COPIED  # as of a repository's files
+    # As of a repository's files:
+    assert sorted(name for name in COPIED + LEFT if checkpoint.is_auxiliary(name, 1000)) == COPIED
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LICENSE-APACHE", "LICENSE.LESSER", "COPYING.LESSER", "LICENSE.MIT", "LICENSE-2.0", "license.html",
+        "LICENSE_LLAMA-3.1.txt", "ModelLicenseAgreement.pdf", "Third-Party-Notices.rst", "TERMS",
+        "licenses/LICENSE", "licenses/MIT", "LICENSES/Apache-2.0", "licences/BSD-3-Clause",
+    ],
+)  # fmt: skip
+def test_licence_texts_are_found_however_they_are_called(name: str) -> None:
+    assert checkpoint.is_auxiliary(name, 1_000_000)
+    assert not checkpoint.is_auxiliary(name, 1_000_001)  # no text is as long
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "licenses/id_rsa", "my_license.pkl", "license_plate.onnx", ".license_token", ".license",
+        "license.key", "license_key", "license-token.txt", "licenses/private.pem", "licenses/.env",
+        "licenses/.env.txt", "license.env", "license.h5", "license.parquet", "LICENSE.zip",
+        "license.npz", "notice.sqlite",
+        "license.safetensors.index.json", "license.so", "license.js", "licenses/secret.txt", "LICENSE.txt.gz",
+        "licenses/a/LICENSE", "licensee.txt", "license.mitm",
+    ],
+)  # fmt: skip
+def test_keys_programs_and_data_are_no_licence_texts(name: str) -> None:
+    assert not checkpoint.is_auxiliary(name, 1000)
+
+
+def test_a_licence_text_that_is_too_large_for_one_stays_behind(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "LICENSE").write_bytes(bytes(1_000_001))
+    (source / "NOTICE").write_bytes(b"notice")
+    assert checkpoint.copy_auxiliary_files(source, target) == ["NOTICE"]
 
 
 def test_paths_of_the_machine_that_saved_a_tokenizer_stay_behind(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "artifacts"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
-    ("sums", "json_bounds", "source_card", "remote_header", "tokenizer", "data_files"),
+    ("sums", "legal", "json_bounds", "source_card", "remote_header", "tokenizer", "data_files"),
     (
         "transfer",
         "decoder_proof",
