@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import DatasetCard, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from factory.errors import UNTRUSTED, DataError
+from factory.front_matter import NOT_YAML, front_matter, load
 from factory.hub_errors import hub_api
 
 CARDS = ("README.md", ".huggingface.yaml")  # where `datasets` looks for configurations
-NO_CARD = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)
 
 
 def check_data_files(repo_id: str, *, revision: str | None) -> None:
@@ -46,8 +45,9 @@ def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]
     except RemoteEntryNotFoundError:
         return
     try:
-        card = DatasetCard.load(path).data.to_dict() if path.endswith(".md") else _yaml(Path(path))
-    except NO_CARD as error:
+        text = Path(path).read_bytes().decode("utf-8")  # as `datasets` reads it
+        card = _fields(text) if path.endswith(".md") else _settings(text)
+    except NOT_YAML as error:
         raise DataError(
             f"{name} of data set {repo_id!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}",
             hint="take another revision (owner/name@revision) or another data set",
@@ -58,8 +58,15 @@ def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]
             yield from _texts([one.get("data_files"), one.get("data_dir")])
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _fields(text: str) -> dict[str, Any]:
+    fields, unread = front_matter(text)
+    if unread:
+        raise ValueError(unread)
+    return fields
+
+
+def _settings(text: str) -> dict[str, Any]:
+    values = load(text) or {}
     if not isinstance(values, dict):
         raise ValueError(f"it is of type {type(values).__name__}, no names with values")
     return values

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
 from factory.artifacts import Build, check_size
+from factory.front_matter import front_matter
 from factory.references import HUB_NAME
 
 README = "README.md"
@@ -19,9 +17,7 @@ BUILD_NAME = re.compile(r"\w[\w. +-]{0,199}")
 MOST_LETTERS = 500  # of one text
 MOST_LANGUAGES = 10_000
 MOST_TEXTS = 100  # of one field
-LONGEST_FRONT_MATTER = 1_000_000  # letters, which take seconds; the Hub's largest have a tenth
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError)  # safe_load's
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -36,18 +32,7 @@ def unread_card(folder: Path) -> str | None:
 
 def _front_matter(folder: Path) -> tuple[dict[str, Any], str | None]:
     path = folder / README
-    match = REGEX_YAML_BLOCK.search(_text(path.read_bytes())) if path.is_file() else None
-    if match is None:
-        return {}, None
-    if len(match[2]) > LONGEST_FRONT_MATTER:
-        return {}, f"its front matter has {len(match[2]):,} letters"
-    try:
-        values = yaml.safe_load(match[2])
-    except NOT_YAML as error:
-        return {}, f"its front matter is no YAML: {' '.join(str(error).split())[:200]}"
-    if values is not None and not isinstance(values, dict):
-        return {}, f"its front matter is of type {type(values).__name__}, no names with values"
-    return values or {}, None
+    return front_matter(_text(path.read_bytes())) if path.is_file() else ({}, None)
 
 
 def _text(content: bytes) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from factory.errors import UsageError
+from factory.front_matter import NOT_YAML, BoundedLoader
 from factory.references import local_path
 
 TASK_SUFFIXES = (".yaml", ".yml")
@@ -29,7 +30,7 @@ class _Function(str):
     __slots__ = ()
 
 
-class _Lenient(yaml.SafeLoader):
+class _Lenient(BoundedLoader):
     """Reads lm-eval's files: their tags (`!function`) stand for themselves."""
 
 
@@ -39,10 +40,7 @@ def _any_tag(_loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> str:
 
 _Lenient.add_multi_constructor("!", _any_tag)
 # What reading such a file raises: PyYAML takes `2020-99-99` for a date, `!!bool x` for a key, and so on.
-UNREADABLE = (
-    *(yaml.YAMLError, OSError, RecursionError),
-    *(ValueError, LookupError, AttributeError, TypeError),
-)
+UNREADABLE = (*NOT_YAML, OSError)
 
 
 @dataclass(frozen=True)

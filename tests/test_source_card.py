@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from factory.source_card import LONGEST_FRONT_MATTER, README, read_card, unread_card
+from factory.front_matter import LONGEST_FRONT_MATTER
+from factory.source_card import README, read_card, unread_card
 
 CARD = "---\nlicense: mit\nlanguage: fr\nauthor: Amélie\n---\n# Modèle\n"
+# Ten times as many parts per line with each alias written out:
+GROWING = "x0: &x0 x\n" + "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]\n" for n in range(1, 8))
 FIELDS = {"license": "mit", "language": "fr", "author": "Amélie"}
 
 
@@ -39,6 +42,9 @@ def test_a_card_that_says_nothing_is_no_fault(tmp_path: Path, content: str) -> N
         ("date: 2024-13-45", "is no YAML"),
         ("x: !!python/object:os.system {}", "is no YAML"),
         ("x: \x00", "is no YAML"),
+        ("x: &x {license: mit}\n<<: *x", "merge keys are not read"),
+        ("x: &x [*x]", "an alias names what it is part of"),
+        (GROWING, "its aliases make more than 1,000,000 parts"),
         ("[" * 5000, "is no YAML"),
         ("x: " + "y" * LONGEST_FRONT_MATTER, "has 1,000,003 letters"),
     ],
@@ -53,3 +59,8 @@ def test_front_matter_that_is_none_counts_for_nothing_and_says_so(
     assert told is not None
     assert reason in told
     assert "\n" not in told
+
+
+def test_an_alias_that_repeats_little_is_read(tmp_path: Path) -> None:
+    (tmp_path / README).write_text("---\nname: &name mit\nlicense: [*name, *name]\n---\n")
+    assert read_card(tmp_path) == {"name": "mit", "license": ["mit", "mit"]}

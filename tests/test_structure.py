@@ -15,7 +15,7 @@ STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "eva
 LAYERS = (
     ("__init__", "errors"),
     ("references", "disk", "durable", "gpus", "tracking", "memory", "locks", "libraries", "bearer"),
-    ("config", "artifacts"),
+    ("config", "artifacts", "front_matter"),
     ("buildfile",),
     ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
     ("sums", "legal", "json_bounds", "source_card", "remote_header", "tokenizer", "data_files"),
