@@ -45,8 +45,15 @@ def _text(content: bytes) -> str:
 
 
 def short_text(value: object) -> str | None:
-    """A short text; anything else may be as large as it likes once it is written out."""
-    return str(value)[:MOST_LETTERS] if isinstance(value, str | int | float) else None
+    """A short text that can be written down; anything else may be as large as it likes once it is."""
+    if not isinstance(value, str | int | float):
+        return None
+    try:
+        text = str(value)[:MOST_LETTERS]
+        text.encode("utf-8")
+    except ValueError:  # thousands of digits, or half a character
+        return None
+    return text
 
 
 def texts_of(value: object) -> tuple[str, ...]:
@@ -75,7 +82,7 @@ def languages_of(value: object) -> tuple[str, ...]:
     """The short texts in a field; YAML reads the code of Norwegian as false."""
     values = value if isinstance(value, list) else [value]
     texts = ["no" if value is False else value for value in values[:MOST_LANGUAGES]]
-    return tuple(text for text in texts if isinstance(text, str) and len(text) <= MOST_LETTERS)
+    return tuple(text for text in texts if isinstance(text, str) and text == short_text(text))
 
 
 def base_models_of(value: object) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from factory.front_matter import LONGEST_FRONT_MATTER
-from factory.source_card import README, read_card, unread_card
+from factory.source_card import README, languages_of, licenses_of, read_card, short_text, unread_card
 
 CARD = "---\nlicense: mit\nlanguage: fr\nauthor: Amélie\n---\n# Modèle\n"
 # Ten times as many parts per line with each alias written out:
@@ -64,3 +64,12 @@ def test_front_matter_that_is_none_counts_for_nothing_and_says_so(
 def test_an_alias_that_repeats_little_is_read(tmp_path: Path) -> None:
     (tmp_path / README).write_text("---\nname: &name mit\nlicense: [*name, *name]\n---\n")
     assert read_card(tmp_path) == {"name": "mit", "license": ["mit", "mit"]}
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", "mit \udfff", 10**5000, None], ids=["half", "half at the end", "digits", "none"]
+)
+def test_what_is_no_short_text_that_can_be_written_counts_as_none(value: object) -> None:
+    assert short_text(value) is None
+    assert licenses_of([value, "mit"]) == "mit"
+    assert languages_of([value, "fr"]) == ("fr",)
