@@ -263,20 +263,23 @@ def _make_all(ready: list[Ready], reporter: "StageLines", *, as_json: bool) -> N
 
 
 def check_apart(requests: list[Request], asked: list[Asked]) -> None:
-    """Refuse builds that would overwrite one another."""
-    taken: dict[str, int] = {}
+    """Refuse builds that would overwrite one another, however their places are written."""
+    from factory import hub
+
+    taken: dict[tuple[str, str], int] = {}
     for request, one in zip(requests, asked, strict=True):
-        line = request.entry.line if request.entry else 0
-        for key, place in (("out", one.out), ("push-to", request.options["push_to"])):
-            if place is None:
-                continue
-            if str(place) in taken:
+        line, repository = request.entry.line if request.entry else 0, request.options["push_to"]
+        places = [("out", str(one.out), str(one.out.resolve()))]
+        if repository is not None:
+            places.append(("push-to", repository, hub.full_name(repository).casefold()))
+        for key, written, place in places:
+            if (key, place) in taken:
                 with request.located(key):
                     raise UsageError(
-                        f"{place} is where the build in line {taken[str(place)]} goes",
+                        f"{written} is where the build in line {taken[key, place]} goes",
                         hint=f"give each build its own `{key}`",
                     )
-            taken[str(place)] = line
+            taken[key, place] = line
 
 
 def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tuple["Run", tuple[str, ...]]:
