@@ -17,8 +17,14 @@ OWN_TERMS = "other"
 
 
 def _spelled(text: str) -> str:
-    """A licence as the Hub spells it."""
-    return "-".join(text.lower().replace("_", " ").replace("-", " ").split())
+    """A licence as the Hub spells it, with hyphens between words and dots in versions alone."""
+    words = re.sub(r"([^\w.]|_|\.(?!\d)|(?<!\d)\.)+", "-", text.lower()).strip("-")
+    return re.sub(r"cc-?by((?:-?(?:nc|nd|sa))*)", _apart, words)
+
+
+def _apart(found: re.Match[str]) -> str:
+    """The terms of Creative Commons with a hyphen before each: "ccbyncnd" is "cc-by-nc-nd"."""
+    return "cc-by" + "".join(f"-{term}" for term in re.findall("nc|nd|sa", found[1]))
 
 
 def _named(source: Source) -> list[str]:
@@ -32,7 +38,7 @@ def _all_terms(source: Source) -> Iterator[str]:
     if source.license_name:
         yield _spelled(source.license_name)
     if source.license_link and "creativecommons.org/" in source.license_link:
-        yield _spelled(source.license_link)
+        yield source.license_link.lower()
 
 
 def _forbidding(source: Source) -> str | None:

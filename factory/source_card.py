@@ -57,7 +57,7 @@ def short_text(value: object) -> str | None:
 
 
 def texts_of(value: object) -> tuple[str, ...]:
-    """The short texts in a field, each once: in a list or a mapping, however deep."""
+    """The short texts in a field, each once, however deep; of a mapping with a name, the name alone."""
     found: dict[str, None] = {}
     left: list[object] = [value]
     seen: set[int] = set()
@@ -65,7 +65,8 @@ def texts_of(value: object) -> tuple[str, ...]:
         part = left.pop()
         if isinstance(part, list | dict) and id(part) not in seen:  # YAML's aliases can name themselves
             seen.add(id(part))
-            left += reversed(list(part.values() if isinstance(part, dict) else part))
+            inner = part.values() if isinstance(part, dict) else part
+            left += [part["name"]] if isinstance(part, dict) and "name" in part else reversed(list(inner))
         text = None if isinstance(part, bool) else short_text(part)
         if text and text.strip():
             found[text.strip()] = None

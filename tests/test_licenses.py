@@ -23,7 +23,17 @@ def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: st
     [
         *(
             {"license": name}
-            for name in ("CC-BY-ND-4.0", " cc-by-nd-4.0 ", "CC BY-NC-ND 4.0", "cc_by_nd_4.0")
+            for name in ("CC-BY-ND-4.0", " cc-by-nd-4.0 ", "CC BY-NC-ND 4.0", "cc_by_nd_4.0", "(cc.by.nd)")
+        ),
+        *(
+            {"license": name}
+            for name in (
+                "CC\u2010BY\u2011ND 4.0",
+                "cc\u2013by\u2014nc\u2015nd",
+                "CCBYND",
+                "ccby-ncnd 4.0",
+                "CC/BY/ND",
+            )
         ),
         *({"license": name} for name in ("cc-by-nd4.0", "cc-by-nc-nd-3.0-igo")),
         {"license": "other", "license_name": "CC-BY-ND-4.0"},
@@ -80,7 +90,8 @@ def test_a_licence_with_conditions_is_told_and_not_refused(fields: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "license_id", ["apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc0-1.0", "llama2", "cc-by-ndebele"]
+    "license_id",
+    ["apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc0-1.0", "llama2", "cc-by-ndebele", "ccby", "许可"],
 )
 def test_of_other_licences_nothing_is_said(license_id: str) -> None:
     source = a_source(license=license_id)

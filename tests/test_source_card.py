@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from factory.front_matter import LONGEST_FRONT_MATTER
-from factory.source_card import README, languages_of, licenses_of, read_card, short_text, unread_card
+from factory.source_card import (
+    README,
+    languages_of,
+    licenses_of,
+    read_card,
+    short_text,
+    texts_of,
+    unread_card,
+)
 
 CARD = "---\nlicense: mit\nlanguage: fr\nauthor: Amélie\n---\n# Modèle\n"
 # Ten times as many parts per line with each alias written out:
@@ -73,3 +81,8 @@ def test_what_is_no_short_text_that_can_be_written_counts_as_none(value: object)
     assert short_text(value) is None
     assert licenses_of([value, "mit"]) == "mit"
     assert languages_of([value, "fr"]) == ("fr",)
+
+
+def test_of_a_licence_with_its_name_and_link_the_name_is_taken() -> None:
+    value = [{"name": "mit", "link": "https://example.org/mit"}, {"link": "LICENSE", "name": "own-1"}]
+    assert texts_of(value) == ("mit", "own-1")
