@@ -47,8 +47,14 @@ EMBEDDED = "demo"  # the one alias that is no repository
 
 
 def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space: str | None = None) -> Path:
-    """Write README.md into the model folder; the healing curve is shown where its figure lies there."""
+    """Write README.md into the model folder; the healing curve is shown where its figure lies there.
+
+    Raises:
+        StoreError: A folder has that name.
+    """
     path = folder / "README.md"
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder, not a card", hint="move it elsewhere")
     has_figure = (folder / HEALING_FIGURE).is_file()
     write_atomically(path, render(build, repo_id=repo_id, space=space, has_healing_figure=has_figure))
     return path
@@ -62,24 +68,26 @@ def renewed_card(build: Build, folder: Path, *, repo_id: str, space: str | None 
         Whether the card is one that somebody has edited, which is kept as it is.
     """
     path = folder / "README.md"
-    before = path.read_text(encoding="utf-8") if path.is_file() else None
     with ExitStack() as undo:
         kept = path.is_file() and is_edited(path, build)
         if not kept:
-            undo.callback(write_atomically, path, before) if before else undo.callback(path.unlink)
+            before = path.read_text(encoding="utf-8") if path.is_file() else None
             write_card(build, folder, repo_id=repo_id, space=space)
+            undo.callback(write_atomically, path, before) if before else undo.callback(path.unlink)
         yield kept
         undo.pop_all()
 
 
 def is_edited(path: Path, build: Build) -> bool:
     """Whether a card says something else than would be written, whichever repository and Space it names."""
-    text = path.read_bytes().decode("utf-8", "replace")
+    content = path.read_bytes()
+    text = content.decode("utf-8", "replace")
     named = re.search(r'model="([^"\\\n]+)"', text)
     linked = re.search(rf"\({HUB}/spaces/({HUB_NAME.pattern})\)", text)
     has_figure = (path.parent / HEALING_FIGURE).is_file()
     return all(
-        text != render(build, repo_id=repo_id, space=linked and linked[1], has_healing_figure=has_figure)
+        content
+        != render(build, repo_id=repo_id, space=linked and linked[1], has_healing_figure=has_figure).encode()
         for repo_id in (None, named and named[1])
     )
 

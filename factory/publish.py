@@ -181,12 +181,13 @@ def _check_card(folder: Path, *, repo_id: str) -> None:
     if not path.is_file():
         raise HubError(f"{folder} has no {README}", hint="publish the model folder of a finished build")
     try:
+        card = ModelCard.load(path)
         with hub_errors(repo_id, writing=True):
-            patiently(ModelCard.load(path).validate)
+            patiently(card.validate)
     except (ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"the Hub refuses the card {path}: {_reasons(str(error))}",
-            hint="nothing was published; mend the card",
+            hint="nothing was published; correct the card",
         ) from error
 
 

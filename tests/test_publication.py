@@ -449,6 +449,42 @@ def test_an_edited_card_is_published_as_it_is_and_told(hub: Hub, commands: Forks
     assert 'model="alice/edited"' in hub.files("alice/edited")["README.md"].decode()
 
 
+@pytest.mark.parametrize("kind", ["latin-1", "folder"])
+def test_what_is_no_card_in_place_of_one_stops_a_push_in_one_line(
+    hub: Hub, commands: Forks, build: Path, kind: str
+) -> None:
+    card = build / "model" / "README.md"
+    before = card.read_bytes() + "Amélie".encode("latin-1")
+    card.unlink()
+    if kind == "folder":
+        card.mkdir()
+    else:
+        card.write_bytes(before)
+    line = told(commands.run("push", str(build), "alice/none", folder=build.parent))
+    assert ("is a folder" if kind == "folder" else "can't decode byte") in line
+    assert card.is_dir() or card.read_bytes() == before
+    assert ("model", "alice/none") not in hub.storage.repositories
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("{push-to: alice/x, out: a}", "{push-to: x, out: b}"),
+        ("{push-to: ~/x, out: a}", "{push-to: Alice/x, out: b}"),
+        ("{out: one}", "{out: two/../one}"),
+        ("{out: ./one}", "{out: link}"),
+    ],
+)
+def test_builds_of_one_file_that_take_one_place_are_refused(
+    commands: Forks, built: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    (tmp_path / "link").symlink_to("one")
+    lines = [f"model: {built.parent.parent / 'tiny'}", "drop: 0.4", "builds:", f"- {first}", f"- {second}"]
+    (tmp_path / "build.yaml").write_text("\n".join(lines))
+    ended = commands.run("build", "build.yaml", "--dry-run", folder=tmp_path)
+    assert (ended.code, "is where the build in line 4 goes" in ended.stderr) == (2, True), ended.stderr
+
+
 def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(
     hub: Hub, commands: Forks, build: Path
 ) -> None:
