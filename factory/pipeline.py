@@ -205,6 +205,7 @@ def publish(
     from factory import hub
     from factory.card import renewed_card
     from factory.layout import check_nothing_added, check_whole
+    from factory.publish import label
 
     build = Build.read(folder)
     check_nothing_added(folder)
@@ -217,7 +218,9 @@ def publish(
     if known and known.repo_id == repo_id:
         space, pull_request = space or known.space, known.pull_request
     with renewed_card(build, folder / "model", repo_id=repo_id, space=space) as is_edited:
-        pushed = hub.push(folder / "model", repo_id=repo_id, pull_request=pull_request, **options)
+        pushed = hub.push(
+            folder / "model", repo_id=repo_id, pull_request=pull_request, named=label(build), **options
+        )
     publication = pushed.model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited

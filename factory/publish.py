@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
-from factory.artifacts import Build, Publication, Source
+from factory.artifacts import Build, Publication, Source, canonical_json
 from factory.checkpoint import WEIGHTS
 from factory.config import build_name
 from factory.errors import HubError, UsageError
@@ -45,6 +46,11 @@ THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
 def default_repo_name(source: Source, drop: float) -> str:
     """Name of the repository for a source without some of its layers: "Mistral-7B-v0.1-drop30"."""
     return build_name(source.name, drop)
+
+
+def label(build: Build) -> str:
+    """The build's name and the start of a hash of its weights: other settings can give the same name."""
+    return f"{build.name} {sha256(canonical_json(build.files).encode()).hexdigest()[:8]}"
 
 
 def full_name(repo_id: str) -> str:
@@ -87,6 +93,7 @@ def push(
     create_pr: bool = False,
     pull_request: int | None = None,
     message: str,
+    named: str = "",
     force: bool = False,
 ) -> Publication:
     """Publish a folder exactly as it is, in one commit, and read back what the Hub then holds.
@@ -101,8 +108,9 @@ def push(
         private: Of a new repository; an existing one stays as it is, so that a public one is refused.
         revision: Branch to commit to; made from `main` if it is new. None: `main`.
         create_pr: Propose the commit as a pull request, or add it to the own one that is still open.
-        pull_request: Number of the one that an earlier push opened; one with this message's title is too.
-        message: Of the commit.
+        pull_request: Number of the one that an earlier push opened.
+        message: Of the commit; a pull request with this title is one of an earlier push, too.
+        named: What such a title has to name.
         force: Overwrite a repository that the factory did not make.
 
     Raises:
@@ -129,7 +137,7 @@ def push(
             api.create_branch(repo_id, branch=new_branch, revision=target.head)
         theirs = target.files.keys() if others else ()
         if create_pr:
-            target = _pull_request(api, repo_id, target, known=pull_request, title=message)
+            target = _pull_request(api, repo_id, target, known=pull_request, title=message, named=named)
     changed = _differing(folder, local, target.files)
     stale = [n for n in target.files if _is_weight(n) and n not in local and n not in theirs]
     commit, number = target.head, target.pull_request
@@ -224,10 +232,12 @@ def _open_repository(
         return info, revision
 
 
-def _pull_request(api: HfApi, repo_id: str, target: _Target, *, known: int | None, title: str) -> _Target:
+def _pull_request(
+    api: HfApi, repo_id: str, target: _Target, *, known: int | None, title: str, named: str
+) -> _Target:
     """The account's own pull request that an earlier push opened and that is still open; else main as before.
 
-    It is the one on record, or, as a record can be lost, the last one with this title.
+    It is the one on record, or, as a record can be lost, the last one with this title that names the build.
     """
     author = patiently(lambda: api.whoami(cache=True))["name"]
     found = patiently(
@@ -237,7 +247,7 @@ def _pull_request(api: HfApi, repo_id: str, target: _Target, *, known: int | Non
             )
         )
     )
-    numbers = [each.num for each in found if each.num == known or each.title == title]
+    numbers = [each.num for each in found if each.num == known or (each.title == title and named in title)]
     if not numbers:
         return target
     number = known if known in numbers else max(numbers)

@@ -485,6 +485,10 @@ def test_a_second_proposal_goes_into_the_pull_request_that_is_open(
     for number, status in ((1, "merged"), (3, "closed")):
         repository.pull_requests[number].status = status
     assert propose("six\n", message="Another title", pull_request=3)[0] == 4
+    assert propose("seven\n", message="Publish a", named="a")[0] == 5
+    assert propose("eight\n", message="Publish b", named="b")[0] == 6  # of another build
+    assert propose("nine\n", message="Publish a", named="a")[0] == 5
+    assert propose("ten\n", message="Another title", named="a")[0] == 7  # nothing says whose that title is
     assert hub.files("alice/pr")["README.md"] == README.encode()
 
 

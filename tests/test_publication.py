@@ -22,6 +22,7 @@ from factory.layout import (
     take_sums,
 )
 from factory.place import leftovers
+from factory.publish import label
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of
@@ -129,6 +130,13 @@ def test_a_second_push_sends_nothing(hub: Hub, commands: Forks, build: Path) -> 
     assert sent() == before
 
 
+def test_builds_of_one_name_and_other_weights_are_told_apart(build: Path) -> None:
+    one = Build.read(build)
+    other = one.model_copy(update={"files": {"model.safetensors": 64 * "0"}})
+    assert label(one) != label(other)
+    assert {name.split()[0] for name in (label(one), label(other))} == {one.name}
+
+
 def test_a_branch_and_a_pull_request_are_where_they_were_asked_for(
     hub: Hub, commands: Forks, build: Path
 ) -> None:
@@ -140,6 +148,7 @@ def test_a_branch_and_a_pull_request_are_where_they_were_asked_for(
         assert (proposed.code, proposed.stderr) == (0, note)
         assert proposed.stdout == f"{hub.url}/alice/shared/discussions/1\n"
     assert "model.safetensors" in hub.files("alice/shared", revision="refs/pr/1")
+    assert hub.repository("alice/shared").pull_requests[1].title == f"Publish {label(Build.read(build))}"
     assert hub.files("alice/shared").keys() == {"thesis.txt"}
     branch = commands.run("push", str(build), "alice/own", "--revision", "v2", folder=build.parent)
     assert branch.code == 0, branch.stderr

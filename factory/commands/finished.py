@@ -28,9 +28,11 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     repository is private unless --public is said; one that is there already stays as it is.
     """
     from factory.artifacts import Build
+    from factory.publish import label
 
-    message = options.pop("message") or "Publish a model without some of its layers"
-    check_publishable(Build.read(build_folder(folder)).source, accepted=options.pop("accept_license"))
+    build = Build.read(build_folder(folder))
+    message = options.pop("message") or f"Publish {label(build)}"
+    check_publishable(build.source, accepted=options.pop("accept_license"))
     click.echo(publish(folder, repository, message=message, **options).url)
 
 
