@@ -198,10 +198,10 @@ def is_unknown(error: BaseException) -> bool:
     )
 
 
-def _within_client(error: BaseException) -> bool:
-    """Whether the client came to grief over an answer, and not what called it."""
+def within(error: BaseException, packages: tuple[str, ...]) -> bool:
+    """Whether one of these packages came to grief over what it was given, and not what called it."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = next((m for m in reversed(modules) if m.partition(".")[0] in (*CLIENT, "factory")), "factory")
+    last = next((m for m in reversed(modules) if m.partition(".")[0] in (*packages, "factory")), "factory")
     return not last.startswith(("factory", OF_CARDS))
 
 
@@ -252,7 +252,7 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
         if status:
             return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
         return HubError(f"the transfer with {repo_id} failed: {_line(text)}", hint=_later(writing))
-    stumbled = isinstance(error, (*STUMBLES, ValueError)) and _within_client(error)
+    stumbled = isinstance(error, (*STUMBLES, ValueError)) and within(error, CLIENT)
     return no_hub() if stumbled or isinstance(error, STRANGE) else None
 
 

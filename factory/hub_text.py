@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STREAM_WAITS_SECONDS = (5.0, 15.0, 60.0, 120.0, 240.0)
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 DAMAGED_HINT = "a file of it is damaged: take another revision (owner/name@revision) or another data set"
+READERS = ("datasets", "huggingface_hub", "pandas", "pyarrow")  # which stumble over settings of a card
 DEFAULT_COLUMN = "text"
 STRINGS = ("string", "large_string", "string_view")
 
@@ -102,12 +103,14 @@ def _read_errors(name: str, *, repo_id: str, commit: str, hint: str) -> Iterator
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
-    from factory.hub_errors import hub_errors
+    from factory.hub_errors import STUMBLES, hub_errors, within
 
     try:
         with hub_errors(repo_id, revision=commit):
             yield
-    except (ValueError, OSError, DatasetsError, ArrowException, *DAMAGED) as error:
+    except (ValueError, OSError, DatasetsError, ArrowException, *DAMAGED, *STUMBLES) as error:
+        if isinstance(error, STUMBLES) and not within(error, READERS):
+            raise
         raise DataError(
             f"cannot read data set {name!r}: {(str(error) or repr(error)).splitlines()[0]}",
             hint=DAMAGED_HINT if isinstance(error, DAMAGED) else hint,

@@ -111,6 +111,29 @@ def test_a_data_set_without_text_is_one_line_before_any_work(
     assert answer.hint.startswith("give another data set")
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        "configs: [5]",
+        "configs: [[5]]",
+        "dataset_info: {features: 5}",
+        "dataset_info: [5]",
+        "dataset_info: {features: [{name: text, dtype: nonsense}]}",
+        "configs: [{config_name: default, data_files: '*.csv', names: 7}]",
+        "configs: [{config_name: default, data_files: '*.csv', encoding: nonsense}]",
+        "configs: [{config_name: default, data_files: '*.csv', chunksize: abc}]",
+    ],
+)
+def test_a_card_whose_settings_make_no_sense_is_an_error_of_one_line(
+    hub: Hub, client: Client, card: str
+) -> None:
+    hub.put_dataset(NAME, {"a.csv": b"text\none\n", "README.md": f"---\n{card}\n---\n".encode()})
+    answer = opened(client, NAME)
+    assert answer.error == "DataError", answer.message
+    assert answer.message.startswith(f"cannot read data set '{NAME}': "), answer.message
+    assert "\n" not in answer.message
+
+
 @pytest.mark.parametrize("reference", ["a/b#", "a/b#@main", "a/b:c#", "a#b", "#b"])
 def test_a_column_without_a_name_or_a_data_set_is_no_reference(reference: str) -> None:
     with pytest.raises(DataError, match="does not exist") as caught:
