@@ -5,7 +5,9 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -58,8 +60,7 @@ def main() -> None:
     try:
         _refuse_launcher()
         cli.main(prog_name=_typed_as(), standalone_mode=False)
-        if sys.stdout:
-            sys.stdout.flush()  # here, where what goes wrong with it still becomes a line
+        sys.stdout.flush()  # here, where what goes wrong with it still becomes a line
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.UsageError as error:
@@ -102,9 +103,7 @@ def _hush_libraries() -> None:
 def _refuse(error: click.UsageError) -> None:
     """What click cannot make sense of; a group without a command prints its help, as with --help."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        streams.go_on()
-        error.show()
-        sys.exit(error.exit_code)
+        _end(f"{error.format_message()}\n", code=error.exit_code)
     command = error.ctx.command_path if error.ctx else "factory"
     _fail(error.format_message(), f"{command} --help", code=error.exit_code)
 
@@ -144,14 +143,16 @@ def _typed_as() -> str:
 
 def _fail(message: str, hint: str, *, code: int) -> None:
     """One line that says what is wrong, one that says what to do."""
-    streams.go_on()  # the exit code of the error counts, whether or not it is read
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
-    sys.stderr.write(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n")
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError:  # told by now; what is left in the buffer would be tried once more, with a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _end(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n", code=code)
+
+
+def _end(text: str, *, code: int) -> NoReturn:
+    """Print to standard error and exit; the code counts, whether or not the text is read."""
+    streams.go_on()
+    with suppress(OSError):
+        sys.stderr.write(text)
+    streams.finish()
     sys.exit(code)
 
 
