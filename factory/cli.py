@@ -19,7 +19,7 @@ from factory.commands.extension import extension
 from factory.commands.finished import push, show, space, verify
 from factory.commands.house import collect_garbage, list_stages
 from factory.commands.jobs import jobs_group
-from factory.commands.options import CONTEXT
+from factory.commands.options import CONTEXT, Group
 from factory.commands.plan import plan, sweep
 from factory.commands.prune import prune
 from factory.disk import READ_ONLY, no_room
@@ -30,7 +30,7 @@ ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # and leave nothing else 
 LONG = re.compile(r"\S{400,}")  # no word of ours
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="factory")
 @click.pass_context
 def cli(context: click.Context) -> None:

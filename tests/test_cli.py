@@ -228,6 +228,12 @@ def test_the_command_alone_prints_its_help_as_it_is(tmp_path: Path) -> None:
         (["help"], "factory --help"),
         (["jobs", "follow"], "factory jobs follow --help"),
         (["build", "demo", "--samples", "1"], "factory build --help"),
+        (["build", "demo", "--drop"], "factory build --help"),
+        (["build", "demo", "--drop", "0.3", "--dry-run=1"], "factory build --help"),
+        (["push", "B", "R", "--message"], "factory push --help"),
+        (["jobs", "--json=1"], "factory jobs --help"),
+        (["jobs", "follow", "--help=1"], "factory jobs follow --help"),
+        (["--version=1"], "factory --help"),
     ],
 )
 def test_the_hint_is_the_help_of_the_command_that_was_typed(

@@ -12,6 +12,7 @@ from factory.commands.asked import Asked, ask, open_tasks, pull_source
 from factory.commands.entries import Request, config_text, requests
 from factory.commands.options import (
     CONTEXT,
+    Command,
     Count,
     Fraction,
     Layers,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--drop", type=Fraction(), help="Fraction of the decoder layers to drop.")
 @click.option(

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from factory.commands.options import CONTEXT, Place, build_folder
+from factory.commands.options import CONTEXT, Command, Place, build_folder
 from factory.errors import UsageError
 
 PAGE = "card.html"
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @click.option("--preview", is_flag=True, help=f"Also write it as a page, BUILD/{PAGE}, and open that.")
 @click.option("--no-browser", is_flag=True, help="With --preview: only print where the page is.")

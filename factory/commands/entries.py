@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from factory import references
-from factory.commands.options import CONTEXT, print_json
+from factory.commands.options import CONTEXT, Command, print_json
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def config_text(given: list[dict[str, Any]]) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 def schema() -> None:
     """Print the JSON schema of a build file, for editors.
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from factory.commands.options import CONTEXT
+from factory.commands.options import CONTEXT, Command
 from factory.errors import StoreError
 
 NAME = "factory"
 NOBODY = "(installed here)"  # where `hf` looks for updates; no account can be called so
 
 
-@click.command("extension", context_settings=CONTEXT)
+@click.command("extension", cls=Command, context_settings=CONTEXT)
 def extension() -> None:
     """Let the Hub's command line run this program: `hf factory build …`.
 

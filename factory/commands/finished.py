@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from factory.commands.options import CONTEXT, Place, build_folder, home_option
+from factory.commands.options import CONTEXT, Command, Place, build_folder, home_option
 from factory.commands.publishing import check_publishable, license_option, publish
 from factory.errors import UsageError
 
 USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
 @click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
@@ -36,7 +36,7 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     click.echo(publish(folder, repository, message=message, **options).url)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 def show(folder: Path) -> None:
     """Show the result of a finished BUILD again."""
@@ -51,7 +51,7 @@ def show(folder: Path) -> None:
     show_result(screen, found, folder=folder, url=None)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @home_option
 @click.option("--accept", is_flag=True, help="Take the files as they are now: you changed them yourself.")
@@ -74,7 +74,7 @@ def verify(folder: Path, home: Path | None, accept: bool) -> None:
     check_all(found)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of the page.  [default: one that is free]")
 @click.option("--source", type=Place(), help="Folder of the model that BUILD was made from.")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from factory.commands.options import CONTEXT, home_option
+from factory.commands.options import CONTEXT, Command, home_option
 
 
-@click.command("ls", context_settings=CONTEXT)
+@click.command("ls", cls=Command, context_settings=CONTEXT)
 @home_option
 def list_stages(home: Path | None) -> None:
     """List finished stages and the builds that use them."""
@@ -18,7 +18,7 @@ def list_stages(home: Path | None) -> None:
     show_stages(console(), list(store.stages()), store.builds())
 
 
-@click.command("gc", context_settings=CONTEXT)
+@click.command("gc", cls=Command, context_settings=CONTEXT)
 @home_option
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")

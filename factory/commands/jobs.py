@@ -12,7 +12,7 @@ import click
 
 from factory.commands.carried import carried
 from factory.commands.entries import Request, config_text
-from factory.commands.options import CONTEXT, print_json, remark
+from factory.commands.options import CONTEXT, Group, print_json, remark
 from factory.errors import DiskSpaceError, HubError, UsageError
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _values(job: "JobInfo") -> dict[str, Any]:
     }
 
 
-@click.group("jobs", context_settings=CONTEXT, invoke_without_command=True)
+@click.group("jobs", cls=Group, context_settings=CONTEXT, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON, for programs.")
 @click.pass_context
 def jobs_group(context: click.Context, as_json: bool) -> None:

@@ -15,6 +15,24 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
 
 
+class Command(click.Command):
+    """A command that refuses words by its own name: click's parser says what is wrong, but not always where."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the words, or refuse them as those of this command."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+
+class Group(Command, click.Group):
+    """A command with commands of its own."""
+
+    command_class = Command
+
+
 class Fraction(click.ParamType[float]):
     """A number strictly between 0 and 1."""
 

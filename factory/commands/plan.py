@@ -10,6 +10,7 @@ from factory import references
 from factory.commands.asked import open_tasks, pull_source, resolve_model, settle_options
 from factory.commands.options import (
     CONTEXT,
+    Command,
     Count,
     Fraction,
     Fractions,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from factory.screen import StageLines
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--drop", type=Fraction(), required=True, help="Fraction of the decoder layers to drop.")
 @click.option(
@@ -120,7 +121,7 @@ def _build_command(chosen: "PruningPlan") -> str:
     return shlex.join(words)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
     "--drop",

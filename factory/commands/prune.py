@@ -8,7 +8,7 @@ import click
 
 from factory import references
 from factory.commands.asked import pull_source, resolve_model
-from factory.commands.options import CONTEXT, Layers, Place, home_option, print_json, trust_option
+from factory.commands.options import CONTEXT, Command, Layers, Place, home_option, print_json, trust_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from factory.prune import Thoroughness
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.option(
     "--layers", type=Layers(), required=True, metavar="3,7,21-24", help="Layers that go, counted from 0."
