@@ -137,6 +137,7 @@ def test_no_picture_that_a_row_names_is_asked_for(hub: Hub, client: Client, insi
         b"---\nconfigs: a\n---\n",
         b"---\nname: \xe9\n---\n",
         b"---\nx: &x {configs: a}\n<<: *x\n---\n",
+        b"---\nconfigs:\n- config_name: a\n  data_files: &a [*a]\n---\n",
     ],
 )
 def test_a_card_that_cannot_be_read_is_an_error_of_one_line(hub: Hub, client: Client, card: bytes) -> None:
