@@ -16,7 +16,7 @@ LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
 
 
 class Command(click.Command):
-    """A command that refuses words by its own name: click's parser says what is wrong, but not always where."""
+    """A command that refuses words by its own name: click's parser does not always say whose they are."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the words, or refuse them as those of this command."""
