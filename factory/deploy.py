@@ -16,7 +16,7 @@ from factory import pipeline
 from factory.artifacts import Build, Publication
 from factory.errors import HubError, UsageError
 from factory.hub import full_name
-from factory.hub_errors import endpoint, hub_api, hub_errors, patiently
+from factory.hub_errors import endpoint, files_of, hub_api, hub_errors, patiently
 from factory.space import check_loadable, space_folder
 
 USUAL_HARDWARE = "zero-a10g"  # a GPU, and free for two Spaces of any account
@@ -168,7 +168,7 @@ def _open_space(api: HfApi, repo_id: str, *, private: bool, hardware: str | None
 
 def _check_ours(info: SpaceInfo) -> None:
     """Refuse a Space that somebody made for something else."""
-    others = {file.rfilename for file in info.siblings or ()} - THE_HUBS_OWN
+    others = files_of(info).keys() - THE_HUBS_OWN
     tags = (info.card_data.get("tags") or ()) if info.card_data else ()
     if others and MARK not in tags:
         raise HubError(

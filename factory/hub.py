@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from factory.artifacts import Source, sha256_of_file
 from factory.errors import HubError
-from factory.hub_errors import AGAIN, UNREACHABLE, endpoint, hub_api, hub_errors, patiently
+from factory.hub_errors import AGAIN, UNREACHABLE, endpoint, files_of, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json
 from factory.publish import default_repo_name, full_name, push
 from factory.resolve import needed_files, resolve, weight_files
@@ -85,14 +85,13 @@ def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, Rep
     Not the tree call, which retries for 23 s where nobody answers.
     """
     try:
-        files = api.model_info(repo_id, revision=commit, files_metadata=True).siblings or []
+        return files_of(api.model_info(repo_id, revision=commit, files_metadata=True))
     except UNREACHABLE as error:
         try:
             tree = get_cached_repo_tree(repo_id, revision=commit)
         except CachedRepoTreeNotFoundError:
             raise error from None
-        files = [RepoSibling(file.path, size=file.size, blob_id=file.blob_id) for file in tree]
-    return {file.rfilename: file for file in files}
+    return {file.path: RepoSibling(file.path, size=file.size, blob_id=file.blob_id) for file in tree}
 
 
 def _check_all_came(folder: Path, names: list[str], *, repo_id: str) -> None:

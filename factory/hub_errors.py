@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, ModelInfo, SpaceInfo, constants, get_token
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from factory import __version__
@@ -49,7 +50,8 @@ STRANGE = (
     *(httpx2.TooManyRedirects, httpx2.DecodingError, httpx2.InvalidURL),
     *(JSONDecodeError, UnicodeDecodeError),
 )
-STUMBLES = (LookupError, TypeError, AttributeError, AssertionError)  # over JSON that lacks what it must hold
+# Over JSON that lacks what it must hold, or is nested without end.
+STUMBLES = (LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 OF_CARDS = "huggingface_hub.repocard"  # raises ValueError for what the Hub has against a card
 CLIENT = ("huggingface_hub", "httpx2")
 # Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
@@ -198,11 +200,10 @@ def is_unknown(error: BaseException) -> bool:
     )
 
 
-def within(error: BaseException, packages: tuple[str, ...]) -> bool:
-    """Whether one of these packages came to grief over what it was given, and not what called it."""
+def stumbled_in(error: BaseException, packages: tuple[str, ...]) -> str:
+    """The innermost module, of these packages and ours, that an error came through."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = next((m for m in reversed(modules) if m.partition(".")[0] in (*packages, "factory")), "factory")
-    return not last.startswith(("factory", OF_CARDS))
+    return next((m for m in reversed(modules) if m.partition(".")[0] in (*packages, "factory")), "factory")
 
 
 def account_name() -> str:
@@ -212,6 +213,22 @@ def account_name() -> str:
     if not isinstance(name, str):
         raise no_hub()
     return name
+
+
+def files_of(info: ModelInfo | SpaceInfo) -> dict[str, RepoSibling]:
+    """Every file of a repository by name; the client passes on whatever types an answer has.
+
+    Raises:
+        HubError: The answer is not one of a Hub.
+    """
+    files = {file.rfilename: file for file in info.siblings or () if isinstance(file.rfilename, str)}
+    for file in files.values():
+        hashed = file.lfs is None or isinstance(file.lfs.sha256, str)
+        if not isinstance(file.size, int | None) or not isinstance(file.blob_id, str | None) or not hashed:
+            raise no_hub()
+    if len(files) < len(info.siblings or ()):
+        raise no_hub()
+    return files
 
 
 def no_hub() -> HubError:
@@ -247,13 +264,18 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
         )
     if text.startswith(CUT_SHORT):
         return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
-    if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError):
+    if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError) and not isinstance(
+        error, RecursionError
+    ):
         status = re.search(r"\(([45]\d\d) [A-Z]", text)  # xet: "… client error (403 Forbidden), domain: …"
         if status:
             return _by_status(int(status[1]), "", repo_id=repo_id, writing=writing)
         return HubError(f"the transfer with {repo_id} failed: {_line(text)}", hint=_later(writing))
-    stumbled = isinstance(error, (*STUMBLES, ValueError)) and within(error, CLIENT)
-    return no_hub() if stumbled or isinstance(error, STRANGE) else None
+    if isinstance(error, STRANGE):
+        return no_hub()
+    if isinstance(error, (*STUMBLES, ValueError)):  # the client's over an answer, or its caller's own
+        return None if stumbled_in(error, CLIENT).startswith(("factory", OF_CARDS)) else no_hub()
+    return None
 
 
 def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:

@@ -103,13 +103,13 @@ def _read_errors(name: str, *, repo_id: str, commit: str, hint: str) -> Iterator
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
-    from factory.hub_errors import STUMBLES, hub_errors, within
+    from factory.hub_errors import STUMBLES, hub_errors, stumbled_in
 
     try:
         with hub_errors(repo_id, revision=commit):
             yield
     except (ValueError, OSError, DatasetsError, ArrowException, *DAMAGED, *STUMBLES) as error:
-        if isinstance(error, STUMBLES) and not within(error, READERS):
+        if isinstance(error, STUMBLES) and stumbled_in(error, READERS).startswith("factory"):
             raise
         raise DataError(
             f"cannot read data set {name!r}: {(str(error) or repr(error)).splitlines()[0]}",

@@ -30,7 +30,7 @@ from factory.checkpoint import (
 )
 from factory.decoder import locate
 from factory.errors import UNTRUSTED, CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
-from factory.hub_errors import UNREACHABLE, hub_api, hub_errors, patiently
+from factory.hub_errors import UNREACHABLE, files_of, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json, check_sizes
 from factory.packed import num_weights
 from factory.references import HUB_NAME, local_path, unknown_model
@@ -139,7 +139,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         cached = _resolve_folder(folder, trust_remote_code=trust_remote_code and revision == commit)
         update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
         return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    sizes = {name: file.size or 0 for name, file in files_of(info).items()}
     _check_names(sizes, where=repo_id)
     check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
     config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))

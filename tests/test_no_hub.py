@@ -23,6 +23,15 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "an object of wrong types": {"body": '{"name": 3, "id": 3, "sha": [], "siblings": 3}', "headers": JSON},
     "no date": {"body": '{"id": "a/b", "sha": "0", "lastModified": "soon"}', "headers": JSON},
     "siblings of numbers": {"body": '{"id": "a/b", "sha": "0", "siblings": [1]}', "headers": JSON},
+    "siblings with a number for a name": {
+        "body": '{"id": "a/b", "sha": "0", "siblings": [{"rfilename": 5}]}',
+        "headers": JSON,
+    },
+    "siblings of wrong sizes": {
+        "body": '{"id": "a/b", "sha": "0", "siblings": [{"rfilename": "config.json", "size": "5"}]}',
+        "headers": JSON,
+    },
+    "a list in a list, and so on": {"body": "[" * 100_000 + "]" * 100_000, "headers": JSON},
     "half an object": {"body": '{"id": ', "headers": JSON},
     "a page": {"body": HTML, "headers": {"content-type": "text/html"}},
     "nothing": {"body": ""},
@@ -70,6 +79,14 @@ def test_wherever_an_answer_is_no_hub_s_it_is_told_in_one_line(
     told(client.call("jobs_of", "alice", token=ALICE))
     told(client.call("flavor", "a100-large", token=ALICE))
     told(client.call("fetch", "alice/state", token=ALICE))
+
+
+@pytest.mark.parametrize("how", ["siblings with a number for a name", "a list in a list, and so on"])
+def test_names_that_are_none_and_lists_without_end_are_no_answer_of_a_hub(
+    hub: Hub, client: Client, how: str
+) -> None:
+    hub.fail("GET", "/api/models/", status=200, **ANSWERS[how])
+    assert "does not answer like a Hub" in client.call("resolve", "acme/model", token=ALICE).message
 
 
 ROUTES = {
