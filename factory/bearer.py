@@ -12,9 +12,10 @@ XET_HASH = constants.HUGGINGFACE_HEADER_X_XET_HASH
 
 
 def is_hub(url: httpx2.URL) -> bool:
-    """Whether an address is the Hub's: the same scheme, host and port."""
+    """Whether an address is the Hub's: the same scheme, host and port, or the step from http to https."""
     hub = httpx2.URL(constants.ENDPOINT)
-    return (url.scheme, url.host, url.port) == (hub.scheme, hub.host, hub.port)
+    upgraded = (hub.scheme, url.scheme) == ("http", "https") and url.port is None  # the usual port
+    return (url.host, url.port) == (hub.host, hub.port) and (url.scheme == hub.scheme or upgraded)
 
 
 def keep_token(request: httpx2.Request) -> None:

@@ -120,3 +120,22 @@ def test_a_client_that_replaces_another_is_bound_in_time_too(
 def test_an_origin_is_scheme_host_and_port(monkeypatch: pytest.MonkeyPatch, url: str, same: bool) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     assert is_hub(httpx2.URL(url)) is same
+
+
+@pytest.mark.parametrize(
+    ("hub", "url", "same"),
+    [
+        ("http://hub.example", "https://hub.example/x", True),
+        ("http://hub.example:80", "https://hub.example:443/x", True),
+        ("http://hub.example", "https://hub.example:8443/x", False),
+        ("http://hub.example:8080", "https://hub.example:8080/x", False),
+        ("http://hub.example:8080", "https://hub.example/x", False),
+        ("http://hub.example", "https://other.example/x", False),
+        ("https://hub.example", "http://hub.example/x", False),
+    ],
+)
+def test_the_token_may_step_up_to_https_and_never_down(
+    monkeypatch: pytest.MonkeyPatch, hub: str, url: str, same: bool
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    assert is_hub(httpx2.URL(url)) is same
