@@ -280,7 +280,7 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
 
 def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:
     """Errors that the Hub itself sent."""
-    page = f"{endpoint()}/{repo_id}"
+    page = _page(error.response.url, repo_id)
     message = error.server_message or ""
     refused_token = "credentials" in (error.response.headers.get("X-Error-Message") or "")
     if isinstance(error, GatedRepoError):
@@ -310,6 +310,13 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
     retry = error.response.headers.get("Retry-After", "")
     wait = f"{retry} s" if retry.isdigit() else ""
     return _by_status(error.response.status_code, _line(message), repo_id=repo_id, writing=writing, wait=wait)
+
+
+def _page(asked: httpx2.URL, repo_id: str) -> str:
+    """Where a repository is shown, with the kind that the address asked for has."""
+    path = asked.path.removeprefix(httpx2.URL(constants.ENDPOINT).path.rstrip("/"))
+    kind = re.match(r"(?:/api)?(/datasets|/spaces)/", path)
+    return f"{endpoint()}{kind[1] if kind else ''}/{repo_id}"
 
 
 def _nothing(writing: bool) -> str:

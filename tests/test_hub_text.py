@@ -111,6 +111,16 @@ def test_a_data_set_without_text_is_one_line_before_any_work(
     assert answer.hint.startswith("give another data set")
 
 
+def test_a_gated_data_set_and_a_wrong_revision_name_the_page_of_the_data_set(
+    hub: Hub, client: Client
+) -> None:
+    hub.put_dataset(NAME, {"train.jsonl": lines(text=["a"]), "README.md": b"# Text\n"})
+    page = f"{hub.url}/datasets/{NAME}"
+    assert opened(client, f"{NAME}@v9").hint == f"its branches and commits: {page}/commits"
+    hub.repository(NAME, kind="dataset").gated_to = {"alice"}
+    assert opened(client, NAME).hint.startswith(f"accept its terms at {page}, ")
+
+
 @pytest.mark.parametrize(
     "card",
     [
