@@ -391,7 +391,7 @@ def test_many_visitors_at_once_each_have_their_own_conversation(chatting: tuple[
     _, url, _ = demo.launch(**app.LOOK, server_name=space.HOST, prevent_thread_lock=True, quiet=True)
 
     def visit(number: int) -> list[str]:
-        client = Client(url, verbose=False)
+        client = Client(url, verbose=False, httpx_kwargs={"timeout": HUNG_SECONDS})
         for turn in ("first", "second"):
             job = client.submit(f"{turn} of {number}", 0, False, num_tokens, 0.0, 1.0, api_name="/send")
             job.result()
