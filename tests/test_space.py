@@ -101,6 +101,20 @@ def test_a_length_that_is_no_number_is_named() -> None:
             app.most_tokens_of({"MAX_NEW_TOKENS": text})
 
 
+def test_ticking_blind_takes_no_prompt_away_that_was_sent_right_after(models: tuple[Any, Any]) -> None:
+    def generate(*_: Any) -> Iterator[Any]:
+        yield pair.Reply("a"), pair.Reply("b")
+
+    desk, session = app.Desk(models, generate), app.Session()
+    run = desk.answer(session, "import", GREEDY, blind=True)
+    assert next(run)
+    desk.hide(session, True)  # the server gets to it late
+    assert list(run)[-1] is False
+    assert [turn.prompt for turn in session.turns] == ["import"]
+    desk.hide(session, False)
+    assert not session.turns
+
+
 def test_a_prompt_that_is_cut_begins_as_a_text_does_and_does_not_end(models: tuple[Any, Any]) -> None:
     model = replace(models[1], tokenizer=byte_tokenizer(f"{END} $A {END}"))
     (text,) = byte_encoder().encode(["the end"])

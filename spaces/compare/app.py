@@ -150,6 +150,12 @@ class Desk:
         session.start_round(blind=blind)
         return self.view(session, False)
 
+    def hide(self, session: Session, blind: bool) -> list[Any]:
+        """Clear both sides where blind mode changes, unless a prompt sent right after has done so."""
+        if blind != session.blind:
+            session.start_round(blind=blind)
+        return self.view(session, session.halt is not None)
+
     def vote(self, session: Session, choice: int) -> list[Any]:
         """Count the vote and show the names."""
         vote(session, choice)
@@ -245,7 +251,8 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
     retry.click(desk.retry, asked, [*shown, box, seed], **again, **quiet)
     stop.click(desk.stop, session, None, queue=False, **quiet)
     emptied = [part.clear for part in panes if isinstance(part, gr.Chatbot)]
-    gr.on([clear.click, blind.input, *emptied], desk.restart, [session, blind], shown, **quiet)
+    gr.on([clear.click, *emptied], desk.restart, [session, blind], shown, **quiet)
+    blind.input(desk.hide, [session, blind], shown, **quiet)
     for choice, button in enumerate(choices):
         button.click(partial(desk.vote, choice=choice), session, shown, api_name=f"vote_{choice}", **quiet)
 
