@@ -35,7 +35,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
-    @property
+    @cached_property
     def open_ended(self) -> Any:
         """The tokenizer without what it puts behind a text: a task's answer follows its question.
 
@@ -52,7 +52,7 @@ class Encoder:
             )
         names = tokenizer.convert_ids_to_tokens(self.prefix)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=[*names, "$A"], special_tokens=list(dict(zip(names, self.prefix, strict=True)).items())
+            single=[*names, "$A"], special_tokens=list(set(zip(names, self.prefix, strict=True)))
         )
         return tokenizer
 
