@@ -167,6 +167,12 @@ NUMBER_IN_PATTERN = re.compile(r"layers.*\d|^(?:re|[-+]):.*\.[(\[]*(?:\?:)?\d")
 LAYER_IN_NAME = re.compile(r"^(.*\b(?:layers|layer|h|blocks|block)\.)(\d+)(\b.*)$")
 
 
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """What config.json says of the vocabulary's size; None where it leaves that to its class."""
+    parts = (config, config.get("text_config") or {})
+    return next((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), None)
+
+
 def packing(config: Mapping[str, Any]) -> Any:
     """What config.json says of weights that are packed already; None where they are not."""
     parts = (config, *(config.get(name) for name in NESTED))

@@ -29,6 +29,7 @@ from factory.checkpoint import (
     sha256_of_files,
 )
 from factory.decoder import locate
+from factory.decoder_fields import vocab_size
 from factory.errors import UNTRUSTED, CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub_errors import UNREACHABLE, files_of, hub_api, hub_errors, patiently
 from factory.json_bounds import check_json, check_sizes
@@ -395,9 +396,8 @@ def _check_weights(
 
 
 def _vocab_size(config: Mapping[str, Any]) -> int:
-    for part in (config, config.get("text_config") or {}):
-        if isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
+    if (stated := vocab_size(config)) is not None:
+        return stated
     from factory.decoder_proof import text_config  # imports torch, for those that leave it to their class
 
     size = getattr(text_config(dict(config)), "vocab_size", None)

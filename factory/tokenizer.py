@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 
+from factory.decoder_fields import vocab_size
 from factory.errors import UNTRUSTED, ModelError
 
 MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
@@ -178,10 +179,10 @@ def load_tokenizer(folder: Path) -> Any:
             hint=_what_is_missing(folder),
         ) from error
     check_tokenizer(tokenizer, name=str(folder))
-    vocab_size = _vocab_size(folder)
-    if not _has_row(tokenizer.pad_token_id, vocab_size):
+    rows = _vocab_size(folder)
+    if not _has_row(tokenizer.pad_token_id, rows):
         end = tokenizer.eos_token_id
-        pad = end if _has_row(end, vocab_size) else 0
+        pad = end if _has_row(end, rows) else 0
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer
 
@@ -200,9 +201,8 @@ def _has_row(token: int | None, vocab_size: int) -> bool:
 def _vocab_size(folder: Path) -> int:
     """Rows of the embedding of the model in a folder; some configurations leave them to their class."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for part in (config, config.get("text_config") or {}):
-        if "vocab_size" in part:
-            return int(part["vocab_size"])
+    if (size := vocab_size(config)) is not None:
+        return size
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
