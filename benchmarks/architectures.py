@@ -28,19 +28,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
+import factory.decoder_proof  # loaded once, before the forks
+import factory.prune
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import factory.decoder_proof  # loaded once, before the forks
-import factory.prune
-from factory import decoder
 from factory.artifacts import PruningPlan
-from factory.complete import check_source
 from factory.errors import FactoryError
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
+from factory.model.architecture import prune_config
+from factory.model.completeness import check_source
+from factory.model.layers import skip_layers
 
 NUM_LAYERS = 8
 CUTS = ((3, 4), (1, 3, 6))
@@ -249,7 +250,7 @@ def compare(original: Path, pruned: Path, dropped: tuple[int, ...], *, limit: fl
     source, result = load(original), load(pruned)
     tokens, prompt = _inputs()
     whole = source(tokens).logits  # [b, s, V]
-    with decoder.skip_layers(source, dropped):
+    with skip_layers(source, dropped):
         expected = source(tokens).logits
         words = source.generate(**prompt, **GENERATE)
     actual = result(tokens).logits
@@ -308,7 +309,7 @@ def _config_type(folder: Path) -> str:
 def _refusal(model_type: str) -> Outcome | None:
     """The refusal of a type whose tiny model does not run, if it is refused by its configuration."""
     try:
-        decoder.prune_config(tiny_config(model_type).to_dict(), kept=range(NUM_LAYERS - 1))
+        prune_config(tiny_config(model_type).to_dict(), kept=range(NUM_LAYERS - 1))
     except FactoryError as error:
         return Outcome(model_type, "refused", f"{type(error).__name__}: {error.message} ({error.hint})")
     except Exception:  # noqa: BLE001  whatever a model raises is its outcome

@@ -7,22 +7,25 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from factory import hub, pipeline
 from factory.artifacts import Plans, layer_ranges
-from factory.config import BuildConfig, MeasureSettings, PlanSettings
-from factory.references import CRITERIA
-from factory.run import Run, open_texts
-from factory.screen import StageLines, console
-from factory.store import Store
+from factory.cli.console import StageLines, console
+from factory.config.choices import CRITERIA
+from factory.config.settings import BuildConfig, MeasureSettings, PlanSettings
+from factory.hub.pull import pull
+from factory.hub.resolve import resolve
+from factory.pipeline.plans import make_plans
+from factory.pipeline.run import Run
+from factory.pipeline.texts import open_texts
+from factory.store.store import Store
 
 
 def plans_for(run: Run, model: str, sizes: list[int]) -> list[Plans]:
     """Plans of every criterion for each number of layers."""
-    source = hub.pull(hub.resolve(model))
+    source = pull(resolve(model))
     found = []
     for size in sizes:
         run.config = run.config.model_copy(update={"drop": size / source.num_layers})
-        found.append(pipeline.make_plans(run, source, CRITERIA)[1])
+        found.append(make_plans(run, source, CRITERIA)[1])
     return found
 
 

@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from factory import hub
 from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
-from factory.commands.options import Layers
-from factory.config import HealSettings
-from factory.heal import heal
-from factory.merge import merge
-from factory.models import load_model, token_loss
-from factory.prune import prune
-from factory.texts import Text, open_text
-from factory.tokenizer import load_encoder
+from factory.cli.options import Layers
+from factory.config.settings import HealSettings
+from factory.healing.heal import heal
+from factory.healing.merge import merge
+from factory.hub.pull import pull
+from factory.hub.resolve import resolve
+from factory.model.loading import load_model
+from factory.model.losses import token_loss
+from factory.model.tokenizer import load_encoder
+from factory.pruning.prune import prune
+from factory.text.text import Text, open_text
 
 WARMUP_SHARE = 0.1
 BATCH = 32  # sequences evaluated at once
@@ -102,7 +104,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the adapters of the first seed")
     options = parser.parse_args()
-    source = hub.pull(hub.resolve(options.model))
+    source = pull(resolve(options.model))
     dropped = Layers().convert(options.layers, None, None)
     data = [options.heal_data, options.eval_data, *([options.dev_data] if options.dev_data else [])]
     texts = [open_text(reference, split="train") for reference in data]

@@ -27,16 +27,16 @@ from shapes import SHAPES, random_model
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from factory.config import HealSettings
-from factory.decoder import decoder_layers
-from factory.gpus import peak_flops
-from factory.heal import begin
-from factory.heal_text import data_sets
-from factory.lora import find_targets
-from factory.models import device_name, matrix_weights
-from factory.references import DEMO_MODEL
-from factory.texts import open_text
-from factory.tokenizer import load_encoder
+from factory.config.settings import HealSettings
+from factory.healing.data import data_sets
+from factory.healing.heal import begin
+from factory.healing.lora import find_targets
+from factory.model.devices import device_name, peak_flops
+from factory.model.layers import decoder_layers
+from factory.model.loading import matrix_weights
+from factory.model.tokenizer import load_encoder
+from factory.resources import DEMO_MODEL
+from factory.text.text import open_text
 
 WARM_STEPS = 2  # of every run, not timed
 LAST = 5  # steps whose mean loss is shown

@@ -28,18 +28,22 @@ from accelerate.utils import find_executable_batch_size
 from shapes import SHAPES, random_model
 
 from factory.artifacts import layer_ranges
-from factory.config import MeasureSettings
-from factory.decoder import decoder_layers
-from factory.measure import CERTAIN, CHUNK, FIRST_BATCH_SIZE, Sample, Sums, measure_batches, take_samples
-from factory.models import (
-    device_name,
-    fuse_norms,
-    load_model,
-    matrix_weights,
-    pad_batch,
+from factory.config.settings import MeasureSettings
+from factory.model.devices import device_name
+from factory.model.layers import decoder_layers
+from factory.model.loading import fuse_norms, load_model, matrix_weights
+from factory.model.losses import pad_batch
+from factory.model.tokenizer import load_encoder
+from factory.pruning.measure import (
+    CERTAIN,
+    CHUNK,
+    FIRST_BATCH_SIZE,
+    Sample,
+    Sums,
+    measure_batches,
+    take_samples,
 )
-from factory.texts import open_text
-from factory.tokenizer import load_encoder
+from factory.text.text import open_text
 
 PAPER_SAMPLES = 10_000  # arXiv 2403.17887, section 3.2
 PRUNEME_SAMPLES = 4_000  # its run_layer_similarity.sh
@@ -113,7 +117,7 @@ class Ways:
                 module.forward = forward
 
     def ours(self, samples: list[Sample], batch_size: int) -> None:
-        """As `factory.measure.measure` does a chunk."""
+        """As `factory.pruning.measure.measure` does a chunk."""
         self.use_fused(True)
         measured = measure_batches(
             self.model, samples, pad_token_id=self.pad_token_id, max_tokens=batch_size * self.length

@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from shapes import write_random
 from transformers import MistralConfig
 
-from factory import merge
 from factory.artifacts import Adapter, Checkpoint
-from factory.durable import sync_files
+from factory.healing.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
+from factory.healing.merge import merge as merge_merge
+from factory.store.files import sync_files
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -39,11 +40,11 @@ def write_adapter(folder: Path, shapes: dict[str, torch.Size], *, rank: int) -> 
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module.endswith(FFN):
-            tensors[f"{merge.PEFT_PREFIX}{module}.lora_A.weight"] = torch.randn(rank, shape[1]) * 0.01
-            tensors[f"{merge.PEFT_PREFIX}{module}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
-    save_file(tensors, folder / merge.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.randn(rank, shape[1]) * 0.01
+            tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": FFN}
-    (folder / merge.ADAPTER_CONFIG).write_text(json.dumps(config))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
@@ -51,7 +52,7 @@ def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
     pruned = Checkpoint(folder=source, num_layers=1, num_parameters=1, size_bytes=1, files={})
     start = time.perf_counter()
     trained = Adapter.model_construct(folder=adapter, quantization="none", num_steps=1, experts=())
-    merge.merge(pruned, trained, folder=target)
+    merge_merge(pruned, trained, folder=target)
     returned = time.perf_counter() - start
     sync_files(target)
     synced = time.perf_counter() - start

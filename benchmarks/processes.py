@@ -17,13 +17,14 @@ from statistics import median
 import torch
 from heal import settings_of
 
-from factory import hub
 from factory.artifacts import PruningPlan
-from factory.commands.options import Layers
-from factory.heal import heal
-from factory.prune import prune
-from factory.spread import Case, num_processes, spread
-from factory.texts import open_text
+from factory.cli.options import Layers
+from factory.healing.heal import heal
+from factory.hub.pull import pull
+from factory.hub.resolve import resolve
+from factory.parallel.launch import Case, num_processes, spread
+from factory.pruning.prune import prune
+from factory.text.text import open_text
 
 WARM_STEPS = 3
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     options = parser.parse_args()
     several = num_processes(options.processes)
-    source = hub.pull(hub.resolve(options.model))
+    source = pull(resolve(options.model))
     dropped = Layers().convert(options.layers, None, None)
     text = open_text(options.heal_data, split="train")
     settings = settings_of(

@@ -24,10 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from factory import checkpoint, decoder
 from factory.artifacts import layer_ranges
-from factory.checkpoint import TensorInfo
-from factory.durable import sync_files
+from factory.checkpoint.auxiliary import WEIGHTS_INDEX
+from factory.checkpoint.header import TensorInfo
+from factory.checkpoint.read import read_checkpoint, sha256_of_files
+from factory.checkpoint.write import write_checkpoint
+from factory.model.architecture import locate, renumber
+from factory.store.files import sync_files
 
 NUM_LAYERS = 32
 NUM_SHARDS = 4
@@ -105,16 +108,16 @@ def write_source(folder: Path, *, size_bytes: int) -> None:
                 file.write(noise[: end - start])
         weight_map |= dict.fromkeys(chosen, file_name)
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / checkpoint.WEIGHTS_INDEX).write_text(json.dumps(index))
+    (folder / WEIGHTS_INDEX).write_text(json.dumps(index))
 
 
 def kept_tensors(source: Path) -> list[tuple[str, TensorInfo]]:
     """Names in the result and where their values lie."""
-    tensors = checkpoint.read_checkpoint(source)
-    stack = decoder.locate({"model_type": "llama", "num_hidden_layers": NUM_LAYERS}, tensors)
+    tensors = read_checkpoint(source)
+    stack = locate({"model_type": "llama", "num_hidden_layers": NUM_LAYERS}, tensors)
     kept = [index for index in range(NUM_LAYERS) if index not in DROPPED]
     kept_index = {old: new for new, old in enumerate(kept)}
-    names = ((decoder.renumber(name, stack=stack, kept_index=kept_index), name) for name in tensors)
+    names = ((renumber(name, stack=stack, kept_index=kept_index), name) for name in tensors)
     return [(new, tensors[old]) for new, old in names if new is not None]
 
 
@@ -149,7 +152,7 @@ def copy_works(source: Path, reference: Path) -> dict[str, Callable[[Path], obje
     """`cp` of the pruned files and the copy that makes them, each alone and followed by the checksums."""
     kept = kept_tensors(source)
     reference.mkdir()
-    checkpoint.write_checkpoint(kept, folder=reference)
+    write_checkpoint(kept, folder=reference)
     files = sorted(reference.iterdir())
 
     def cp(target: Path) -> None:
@@ -157,10 +160,10 @@ def copy_works(source: Path, reference: Path) -> dict[str, Callable[[Path], obje
 
     def cp_and_sum(target: Path) -> None:
         cp(target)
-        checkpoint.sha256_of_files(target, [file.name for file in files])
+        sha256_of_files(target, [file.name for file in files])
 
     def prune(target: Path) -> None:
-        checkpoint.write_checkpoint(kept, folder=target)
+        write_checkpoint(kept, folder=target)
 
     return {"cp": cp, "prune": prune, "cp, sha256": cp_and_sum}
 

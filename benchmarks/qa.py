@@ -18,13 +18,14 @@ import lm_eval.tasks
 import yaml
 
 from factory.artifacts import Comparison, TaskScore
-from factory.config import EvaluateSettings
-from factory.findings import recovery
-from factory.harness import score_task
-from factory.markdown import number, p_value, percent, signed, with_error
-from factory.models import load_model
-from factory.significance import compare_answers, read_answers, write_answers
-from factory.tokenizer import load_tokenizer
+from factory.config.settings import EvaluateSettings
+from factory.evaluation.answers import read_answers, write_answers
+from factory.evaluation.harness import score_task
+from factory.evaluation.significance import compare_answers
+from factory.model.loading import load_model
+from factory.model.tokenizer import load_tokenizer
+from factory.report.markdown import number, p_value, percent, signed, with_error
+from factory.report.tables import recovery
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
 SHOTS = {"mmlu": 5, "boolq": 0, "blimp": 0}

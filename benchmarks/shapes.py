@@ -14,9 +14,9 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from factory.checkpoint import WEIGHTS_INDEX
-from factory.models import best_device, compute_dtype
-from factory.references import DEMO_MODEL
+from factory.checkpoint.auxiliary import WEIGHTS_INDEX
+from factory.model.devices import best_device, compute_dtype
+from factory.resources import DEMO_MODEL
 
 NUM_SHARDS = 4
 SHAPES: dict[str, PreTrainedConfig] = {

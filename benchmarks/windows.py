@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from factory.models import load_model
-from factory.texts import open_text
-from factory.tokenizer import Encoder, load_encoder
+from factory.model.loading import load_model
+from factory.model.tokenizer import Encoder, load_encoder
+from factory.text.text import open_text
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 def main() -> None:
     """Load the command line and run it; Ctrl-C before it can answer is no traceback."""
     try:
-        from factory.cli import main as run
+        from factory.cli.main import main as run
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     run()

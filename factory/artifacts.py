@@ -1,6 +1,5 @@
 """What stages hand on: frozen values, each written to and read from one folder."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,20 +12,12 @@ from factory import __version__
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
-
-
 MOST_BYTES = 2**26  # of one value's file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
 
 
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal bytes on every machine."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_problem(error: ValidationError) -> str:
@@ -529,3 +520,34 @@ def layer_ranges(layers: Sequence[int]) -> str:
         else:
             ranges.append([layer, layer])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
+
+
+class SweepPoint(BaseModel):
+    """One cut of a sweep, measured on the files of the pruned and the healed model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop: float  # dropped layers over all layers
+    plan: PruningPlan
+    pruned: Evaluation
+    healed: Evaluation | None
+
+    @property
+    def best(self) -> Evaluation:
+        """Of the model that one would take: healed if it was."""
+        return self.healed or self.pruned
+
+
+class Sweep(Artifact):
+    """Quality against the fraction of layers that are dropped."""
+
+    file_name = "sweep.json"
+
+    source_name: str
+    source_commit: str
+    num_layers: int
+    criterion: str
+    source: Evaluation
+    points: tuple[SweepPoint, ...]  # by rising fraction
+    before_the_cliff: float | None  # largest fraction that still keeps enough; None: not even the first
+    rule: str

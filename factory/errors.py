@@ -26,9 +26,6 @@ class FactoryError(Exception):
         return partial(type(self), hint=self.hint), (self.message,)
 
 
-# What was typed (exit code 2) ------------------------------------------------------------------
-
-
 class UsageError(FactoryError):
     """The command line or a configuration value cannot mean anything."""
 
@@ -41,9 +38,6 @@ class UnknownModelError(UsageError):
 
 class DropError(UsageError):
     """`--drop` or a set of layers that leaves no usable model."""
-
-
-# What was found (exit code 1) ------------------------------------------------------------------
 
 
 class DataError(FactoryError):

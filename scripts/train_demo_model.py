@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from factory.demo.corpus import documents
+from factory.text.standard_library import documents
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 # Line ends and the indentation after them are pieces of their own, so that an indentation is one token;

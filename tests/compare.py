@@ -4,9 +4,8 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from factory.space import space_folder
+from factory.resources import SPACE
 
-SPACE = space_folder()
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

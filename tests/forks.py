@@ -55,9 +55,9 @@ def supervise(call):  # the code of a run that a signal ends is told as well
     os.rename(f"{call['into']}/draft", f"{call['into']}/code")
     os._exit(0)
 
-for module in ("factory.screen", *sys.argv[1:]):  # what nearly every command imports, and rich with it
+for module in ("factory.cli.tables", *sys.argv[1:]):  # what nearly every command imports, and rich with it
     importlib.import_module(module)
-from factory.cli import main
+from factory.cli.main import main
 gc.freeze()  # or each run looks through, and so copies, all that was imported whenever it collects
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:

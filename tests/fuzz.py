@@ -25,10 +25,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from factory import checkpoint, decoder
+from factory.checkpoint.auxiliary import WEIGHTS_INDEX, copy_auxiliary_files
+from factory.checkpoint.read import read_checkpoint
+from factory.checkpoint.write import write_checkpoint
 from factory.errors import FactoryError
-from factory.plan import plan_without
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
+from factory.model.architecture import locate, renumber
+from factory.pruning.criteria import plan_without
 
 SECONDS = 60  # per case, of which none takes a tenth of one
 MEMORY_BYTES = 6 << 30  # of the process, which maps much more than it uses
@@ -121,7 +124,7 @@ def write_folder(folder: Path, rng: random.Random) -> str:
             "weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part},
         }
         text = damaged_json(index, rng, HOSTILE_NAMES) if target == "index" else dumped(index)
-        (folder / checkpoint.WEIGHTS_INDEX).write_bytes(text)
+        (folder / WEIGHTS_INDEX).write_bytes(text)
     text = damaged_json(CONFIG, rng, HOSTILE_VALUES) if target == "config" else dumped(CONFIG)
     (folder / "config.json").write_bytes(text)
     return target
@@ -227,19 +230,19 @@ def attempt(source: Path, target: Path) -> str:
     """Resolve, read and copy, as a build does; returns "pruned" or the name of the error."""
     try:
         resolved = resolve(str(source))
-        found = checkpoint.read_checkpoint(source)
-        stack = decoder.locate(resolved.config, found)
+        found = read_checkpoint(source)
+        stack = locate(resolved.config, found)
         plan = plan_without([1], num_layers=stack.num_layers)
         kept_index = {old: new for new, old in enumerate(plan.kept)}
-        names = ((decoder.renumber(name, stack=stack, kept_index=kept_index), name) for name in found)
+        names = ((renumber(name, stack=stack, kept_index=kept_index), name) for name in found)
         kept = [(new, found[old]) for new, old in names if new is not None]
-        checkpoint.write_checkpoint(kept, folder=target, max_shard_bytes=40)
-        checkpoint.copy_auxiliary_files(source, target)
+        write_checkpoint(kept, folder=target, max_shard_bytes=40)
+        copy_auxiliary_files(source, target)
     except FactoryError as error:
         if not (error.message and error.hint):
             raise AssertionError("an error that says nothing") from error
         return type(error).__name__
-    assert checkpoint.read_checkpoint(target).keys() == {name for name, _ in kept}
+    assert read_checkpoint(target).keys() == {name for name, _ in kept}
     for path in target.glob("*.safetensors"):
         with safe_open(path, "np") as file:  # what is written, the library reads
             assert file.keys()

@@ -20,18 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factory.artifacts import sha256_of_file
-from factory.durable import PARTIAL
-from factory.place import whole_beside
-from factory.store import MANIFEST, Store, damage
+from factory.builds.garbage import collect_garbage
+from factory.builds.swap import whole_beside
+from factory.store.files import PARTIAL, sha256_of_file
+from factory.store.store import MANIFEST, damage
 from tests.forks import Ended, Forks
 from tests.tiny import rhymes, save_llama
 
 MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",
-    "factory.measure", "factory.prune", "factory.heal", "factory.merge", "factory.evaluate",
-    "factory.speed", "factory.card", "factory.hub", "factory.layout", "factory.preview", "factory.plots",
-    "factory.pipeline", "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
+    "factory.pruning.measure", "factory.pruning.prune", "factory.healing.heal", "factory.healing.merge",
+    "factory.evaluation.evaluate", "factory.evaluation.speed", "factory.report.card", "factory.hub.pull",
+    "factory.builds.folder", "factory.pipeline.preview", "factory.report.figures", "factory.pipeline.build",
+    "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
 )  # fmt: skip
 COMMAND = (
     "build", "tiny", "--drop", "0.4", "--tasks", "none", "--samples", "4", "--eval-documents", "2",
@@ -271,7 +272,7 @@ def _check_garbage(home: Path) -> list[str]:
     build = home.parent / BUILD
     if not home.is_dir() or (build / "build.json").is_file() or whole_beside(build):
         return []
-    listed = {folder for folder, _ in Store(home).collect_garbage(recent=True, dry_run=True)}
+    listed = {folder for folder, _ in collect_garbage(home, recent=True, dry_run=True)}
     return [f"gc does not find {path.name}" for path in home.glob("stages/*/*/") if path not in listed]
 
 
@@ -292,7 +293,7 @@ def _compare(
 def _check_nothing_left(place: Path, scratch: Path) -> list[str]:
     """Once its build is gone, gc leaves locks and records alone; temporary files are gone as well."""
     shutil.rmtree(place / BUILD, ignore_errors=True)
-    list(Store(place / "home").collect_garbage(recent=True))
+    list(collect_garbage(place / "home", recent=True))
     left = [path for path in (place / "home").rglob("*") if path.is_file() and path.suffix != ".lock"]
     left = [path for path in left if path.parent.name != "builds"]
     left += list((place / "builds").iterdir()) if (place / "builds").is_dir() else []

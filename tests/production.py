@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import MistralConfig, MistralForCausalLM
 
-from factory.texts import SHUFFLE_BUFFER
+from factory.text.text import SHUFFLE_BUFFER
 from tests.hub import Hub
 
 MODEL = "mistralai/Mistral-7B-v0.1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from factory.attention import use_packed_attention
-from factory.heal_text import data_sets
-from factory.tokenizer import load_encoder
+from factory.healing.data import data_sets
+from factory.healing.packing import use_packed_attention
+from factory.model.tokenizer import load_encoder
 from tests.families import build, config_of
 from tests.test_heal import SETTINGS, run, text_of
 from tests.tiny import byte_tokenizer

@@ -16,8 +16,8 @@ from huggingface_hub import (
     hf_hub_download,
 )
 
-import factory.hub_errors  # guards the clients of this process
-from factory.bearer import is_hub
+import factory.hub.client  # guards the clients of this process
+from factory.hub.client import is_hub
 from tests.hub import Hub
 from tests.hub.app import Request
 from tests.hub.server import ALICE
@@ -95,7 +95,7 @@ def test_neither_of_the_clients_forgets_it_after_a_lost_connection(
 def test_a_client_that_replaces_another_is_bound_in_time_too(
     hub: Hub, elsewhere: Callable[[], list[Request]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factory.hub_errors, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(factory.hub.client, "SILENCE_SECONDS", 0.05)
     hub.fail("GET", "/api/whoami-v2", delay_seconds=5.0)
     for _ in range(2):
         with pytest.raises(httpx2.ReadTimeout):

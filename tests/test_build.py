@@ -73,7 +73,7 @@ def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedPro
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """For most builds: what they import takes longer than what they do."""
-    harness = ("lm_eval.evaluator", "lm_eval.models.huggingface", "factory.harness")
+    harness = ("lm_eval.evaluator", "lm_eval.models.huggingface", "factory.evaluation.harness")
     process = Forks(environment(tmp_path_factory.mktemp("forks")), modules=(*MODULES, *harness))
     yield process
     process.close()

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from factory import buildfile, cli
-from factory.buildfile import BuildOptions
-from factory.commands.build import build
-from factory.commands.entries import ONCE, Request, flag_of, requests
-from factory.identity import task_identity
+from factory.cli.build import build
+from factory.cli.build_file import BuildOptions
+from factory.cli.build_file import read as buildfile_read
+from factory.cli.main import main
+from factory.cli.request import ONCE, Request, flag_of, requests
+from factory.errors import UsageError
+from factory.evaluation.tasks import task_identity
 
 SCHEMA = Path(__file__).parent / "golden" / "build.schema.json"
 
@@ -86,7 +88,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """The command line in this process: it imports pydantic once for all files."""
     monkeypatch.setattr("sys.argv", ["factory", *arguments])
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return int(str(stop.code or 0))
     return 0
@@ -126,8 +128,8 @@ def test_forty_files_are_wrong_in_different_ways() -> None:
 def test_an_unknown_key_offers_the_nearest(tmp_path: Path, key: str, near: str) -> None:
     path = tmp_path / "build.yaml"
     path.write_text(f"model: demo\n{key}: 1\n")
-    with pytest.raises(buildfile.UsageError) as caught:
-        buildfile.read(path)
+    with pytest.raises(UsageError) as caught:
+        buildfile_read(path)
     assert f"did you mean {near!r}?" in caught.value.hint
 
 
@@ -142,13 +144,13 @@ def test_an_unknown_key_offers_the_nearest(tmp_path: Path, key: str, near: str) 
 def test_a_file_that_is_no_text_or_a_trap_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "build.yaml"
     path.write_bytes(content)
-    with pytest.raises(buildfile.UsageError, match=said):
-        buildfile.read(path)
+    with pytest.raises(UsageError, match=said):
+        buildfile_read(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(buildfile.UsageError, match=r"nix\.yaml: No such file"):
-        buildfile.read(tmp_path / "nix.yaml")
+    with pytest.raises(UsageError, match=r"nix\.yaml: No such file"):
+        buildfile_read(tmp_path / "nix.yaml")
 
 
 def asked(*arguments: str) -> list[Request]:
@@ -205,7 +207,7 @@ def test_a_file_asks_for_the_same_as_its_flags(
     ],
 )
 def test_no_flag_is_passed_over_in_silence(words: list[str], said: str) -> None:
-    with pytest.raises(buildfile.UsageError, match=said):
+    with pytest.raises(UsageError, match=said):
         asked("demo", "--drop", "0.3", *words)
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from factory import cli as command_line
 from factory.artifacts import (
     Adapter,
     Build,
@@ -34,12 +33,15 @@ from factory.artifacts import (
     TaskScore,
     TokenLoss,
 )
-from factory.card import TEMPLATES, front_matter, render, reproduction_command, write_card
-from factory.config import SLOWER, BuildConfig, load_recipe, settle
+from factory.builds.folder import read_if_same
+from factory.cli.build import build as command_line_build
+from factory.config.settings import SLOWER, BuildConfig, load_recipe, settle
 from factory.errors import StoreError
-from factory.findings import recovery, worst_parts
-from factory.layout import read_if_same
-from factory.markdown import SMALLEST_P, markdown, text_name
+from factory.report.card import front_matter, render, write_card
+from factory.report.command import reproduction_command
+from factory.report.markdown import SMALLEST_P, markdown, text_name
+from factory.report.tables import recovery, worst_parts
+from factory.resources import CARD_TEMPLATES
 from tests.hub import Hub
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -526,7 +528,7 @@ def test_the_card_is_the_golden_one(name: str) -> None:
 
 def test_the_card_of_the_demo_that_people_are_shown_is_the_one_of_today() -> None:
     """After a wanted change: `factory build demo --drop 0.3`, or `factory card` where only words changed."""
-    folder = TEMPLATES / "demo-drop30"
+    folder = CARD_TEMPLATES / "demo-drop30"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card == render(Build.read(folder), has_healing_figure=True)
 
@@ -551,8 +553,8 @@ def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> N
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template = (TEMPLATES / "card.md.j2").read_text(encoding="utf-8")
-    monkeypatch.setattr("factory.card.TEMPLATES", tmp_path)
+    template = (CARD_TEMPLATES / "card.md.j2").read_text(encoding="utf-8")
+    monkeypatch.setattr("factory.report.card.CARD_TEMPLATES", tmp_path)
     words = {"if", "else", "elif", "endif", "for", "endfor", "in", "set", "and", "or", "not", "none", "is"}
     survivors, tried = [], 0
     others = [
@@ -613,7 +615,7 @@ def _fails(card: Callable[[], str]) -> bool:
 # Numbers ----------------------------------------------------------------------------------------
 
 
-THE_DEMO = Build.read(TEMPLATES / "demo-drop30")
+THE_DEMO = Build.read(CARD_TEMPLATES / "demo-drop30")
 
 
 @pytest.mark.parametrize(
@@ -688,7 +690,7 @@ def _derived(build: Build) -> set[str]:
 
 
 def test_the_template_itself_holds_no_numbers_but_the_ends_of_scales() -> None:
-    template = (TEMPLATES / "card.md.j2").read_text(encoding="utf-8").split("## Citation")[0]
+    template = (CARD_TEMPLATES / "card.md.j2").read_text(encoding="utf-8").split("## Citation")[0]
     prose = re.sub(r"```python.*?```|\{[{%].*?[%}]\}", "", template, flags=re.DOTALL)
     assert set(re.findall(r"\d+", prose)) <= {"0", "1"}
 
@@ -972,7 +974,7 @@ def test_the_card_says_how_the_layers_were_chosen(criterion: str, said: str) -> 
 def _options(build: Build) -> dict[str, Any]:
     words = shlex.split(str(reproduction_command(build)).replace("\\\n", " "))
     assert words[:2] == ["factory", "build"]
-    return dict(command_line.build.make_context("build", words[2:]).params)
+    return dict(command_line_build.make_context("build", words[2:]).params)
 
 
 def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from factory import checkpoint, transfer
-from factory.checkpoint import TensorInfo
+from factory.checkpoint.auxiliary import copy_auxiliary_files, is_auxiliary
+from factory.checkpoint.header import DTYPE_BITS, TensorInfo, read_header
+from factory.checkpoint.read import BLOCK_BYTES, read_checkpoint, read_tensor_bytes, sha256_of_files
+from factory.checkpoint.write import write_checkpoint
 from factory.errors import CheckpointError, DiskSpaceError
-from factory.header import DTYPE_BITS
 from tests.waiting import HUNG_SECONDS
 
 FILE = "model.safetensors"
@@ -48,7 +49,7 @@ def test_a_header_gives_absolute_offsets_in_the_order_of_the_bytes(tmp_path: Pat
         "s": torch.tensor(3),
     }
     save_file(tensors, tmp_path / FILE)
-    header = checkpoint.read_header(tmp_path / FILE)
+    header = read_header(tmp_path / FILE)
     assert {name: info.shape for name, info in header.items()} == {"b": (2, 3), "a": (4,), "s": ()}
     assert header["b"].dtype == "BF16"
     assert (header["b"].num_elements, header["b"].size_bytes) == (6, 12)
@@ -56,7 +57,7 @@ def test_a_header_gives_absolute_offsets_in_the_order_of_the_bytes(tmp_path: Pat
     content = (tmp_path / FILE).read_bytes()
     for name, info in header.items():
         assert content[info.start : info.end] == tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert bytes(checkpoint.read_tensor_bytes(info)) == content[info.start : info.end]
+        assert bytes(read_tensor_bytes(info)) == content[info.start : info.end]
     starts = [info.start for info in header.values()]
     assert starts == sorted(starts)
 
@@ -64,13 +65,13 @@ def test_a_header_gives_absolute_offsets_in_the_order_of_the_bytes(tmp_path: Pat
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / FILE)
     with pytest.raises(CheckpointError, match="is no regular file"):
-        checkpoint.read_header(tmp_path / FILE)
+        read_header(tmp_path / FILE)
 
 
 @pytest.mark.parametrize(("dtype", "size_bytes"), [("F4", 2), ("F6_E2M3", 3), ("F8_E8M0", 4), ("C64", 32)])
 def test_packed_and_wide_dtypes_have_their_size(tmp_path: Path, dtype: str, size_bytes: int) -> None:
     path = raw_file(tmp_path / FILE, {"a": entry(dtype, [4], [0, size_bytes])}, data=bytes(size_bytes))
-    assert checkpoint.read_header(path)["a"].size_bytes == size_bytes
+    assert read_header(path)["a"].size_bytes == size_bytes
 
 
 HOSTILE = {
@@ -120,7 +121,7 @@ BOUNDED = """
 import resource, sys
 from pathlib import Path
 from factory.errors import CheckpointError
-from factory.header import read_header
+from factory.checkpoint.header import read_header
 with open("/proc/self/statm") as file:
     mapped = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28,) * 2)
@@ -155,18 +156,18 @@ def test_a_header_takes_no_more_memory_than_a_models(tmp_path: Path, header: byt
 def test_a_hostile_header_is_refused_with_what_is_wrong(tmp_path: Path, case: str) -> None:
     header, options, message = HOSTILE[case]
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.read_header(raw_file(tmp_path / FILE, header, **options))
+        read_header(raw_file(tmp_path / FILE, header, **options))
 
 
 def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\x01\x02")
     with pytest.raises(CheckpointError, match="only 2 bytes"):
-        checkpoint.read_header(tmp_path / FILE)
+        read_header(tmp_path / FILE)
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=FILE):
-        checkpoint.read_header(tmp_path / FILE)
+        read_header(tmp_path / FILE)
 
 
 def library_reads(path: Path) -> dict[str, tuple[int, ...]] | None:
@@ -180,7 +181,7 @@ def library_reads(path: Path) -> dict[str, tuple[int, ...]] | None:
 
 def our_reading(path: Path) -> dict[str, tuple[int, ...]] | None:
     try:
-        return {name: info.shape for name, info in checkpoint.read_header(path).items()}
+        return {name: info.shape for name, info in read_header(path).items()}
     except CheckpointError:
         return None
 
@@ -242,7 +243,7 @@ def test_whatever_the_library_writes_is_read(
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64}
     save_file({name: torch.zeros(shape, dtype=dtypes[dtype]) for name, (dtype, shape) in layout.items()},
               tmp_path / FILE)  # fmt: skip
-    header = checkpoint.read_header(tmp_path / FILE)
+    header = read_header(tmp_path / FILE)
     assert {name: (info.dtype, list(info.shape)) for name, info in header.items()} == layout
 
 
@@ -260,7 +261,7 @@ def save_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]], *, ind
 
 def test_all_shards_are_read(tmp_path: Path) -> None:
     save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}, "x-2.safetensors": {"b": torch.ones(3)}})
-    tensors = checkpoint.read_checkpoint(tmp_path)
+    tensors = read_checkpoint(tmp_path)
     assert {name: info.file.name for name, info in tensors.items()} == {
         "a": "x-1.safetensors",
         "b": "x-2.safetensors",
@@ -275,28 +276,28 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, shard: objec
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     save_shards(tmp_path / "model", {}, index={"weight_map": {"a": shard}})
     with pytest.raises(CheckpointError, match="beside it"):
-        checkpoint.read_checkpoint(tmp_path / "model")
+        read_checkpoint(tmp_path / "model")
 
 
 @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {}}, 3, "text"])
 def test_an_index_without_a_map_is_refused(tmp_path: Path, index: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="no weight_map"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_missing_shard_is_an_error_with_its_name(tmp_path: Path) -> None:
     save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}, "x-2.safetensors": {"b": torch.ones(2)}})
     (tmp_path / "x-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"x-2\.safetensors"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_tensor_that_the_index_promises_but_no_shard_has_is_an_error(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "x-1.safetensors", "b": "x-1.safetensors"}}
     save_shards(tmp_path, {"x-1.safetensors": {"a": torch.ones(2)}}, index=index)
     with pytest.raises(CheckpointError, match="'b'"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
@@ -305,18 +306,18 @@ def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"'a' is in x-1\.safetensors and in x-2\.safetensors"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither"):
-        checkpoint.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     save_file({"a": torch.ones(2)}, blobs / "etag")
     (snapshot / FILE).symlink_to("../../blobs/etag")
-    assert list(checkpoint.read_checkpoint(snapshot)) == ["a"]
+    assert list(read_checkpoint(snapshot)) == ["a"]
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -354,11 +355,11 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 def test_any_choice_of_tensors_is_copied_byte_for_byte(tmp_path: Path, data: st.DataObject) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     values = some_tensors(source)
-    tensors = checkpoint.read_checkpoint(source)
+    tensors = read_checkpoint(source)
     chosen = data.draw(st.lists(st.sampled_from(sorted(tensors)), unique=True, min_size=1))
     max_shard_bytes = data.draw(st.sampled_from([1, 64, 200, 10**9]))
     target.mkdir(exist_ok=True)
-    files = checkpoint.write_checkpoint(
+    files = write_checkpoint(
         [(f"new.{name}", tensors[name]) for name in chosen], folder=target, max_shard_bytes=max_shard_bytes
     )
     result = written(target)
@@ -366,8 +367,8 @@ def test_any_choice_of_tensors_is_copied_byte_for_byte(tmp_path: Path, data: st.
     assert all(torch.equal(result[f"new.{name}"], values[name]) for name in chosen)
     assert sorted(files) == sorted(path.name for path in target.glob("*.safetensors"))
     assert files == {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in files}
-    assert checkpoint.sha256_of_files(target, files) == files
-    again = checkpoint.read_checkpoint(target)
+    assert sha256_of_files(target, files) == files
+    again = read_checkpoint(target)
     assert sum(info.size_bytes for info in again.values()) == sum(tensors[name].size_bytes for name in chosen)
 
 
@@ -378,9 +379,7 @@ def write(folder: Path, sizes: list[int], *, max_shard_bytes: int) -> Path:
     save_file(
         {f"t{i:02d}": torch.ones(size, dtype=torch.uint8) for i, size in enumerate(sizes)}, source / FILE
     )
-    checkpoint.write_checkpoint(
-        checkpoint.read_checkpoint(source).items(), folder=target, max_shard_bytes=max_shard_bytes
-    )
+    write_checkpoint(read_checkpoint(source).items(), folder=target, max_shard_bytes=max_shard_bytes)
     return target
 
 
@@ -401,13 +400,13 @@ def test_one_byte_more_makes_two_shards_and_an_index(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
     target = write(tmp_path, [10, 500, 10], max_shard_bytes=100)
-    tensors = checkpoint.read_checkpoint(target)
+    tensors = read_checkpoint(target)
     assert [tensors[name].file.name[6:11] for name in ("t00", "t01", "t02")] == ["00001", "00002", "00003"]
 
 
 def test_the_data_begins_at_a_multiple_of_eight_and_the_file_says_pt(tmp_path: Path) -> None:
     target = write(tmp_path, [3, 5], max_shard_bytes=100)
-    assert min(info.start for info in checkpoint.read_checkpoint(target).values()) % 8 == 0
+    assert min(info.start for info in read_checkpoint(target).values()) % 8 == 0
     with safe_open(target / FILE, "np") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -422,32 +421,32 @@ def test_tensors_stay_aligned_to_their_type_in_a_file_that_mixes_types(tmp_path:
         "h": entry("BF16", [1], [11, 13]),
     }
     raw_file(source / FILE, header, data=bytes(range(13)))
-    tensors = checkpoint.read_checkpoint(source)
-    checkpoint.write_checkpoint(tensors.items(), folder=target)
-    for name, info in checkpoint.read_checkpoint(target).items():
+    tensors = read_checkpoint(source)
+    write_checkpoint(tensors.items(), folder=target)
+    for name, info in read_checkpoint(target).items():
         assert info.start % (DTYPE_BITS[info.dtype] // 8) == 0
-        assert checkpoint.read_tensor_bytes(info) == checkpoint.read_tensor_bytes(tensors[name])
+        assert read_tensor_bytes(info) == read_tensor_bytes(tensors[name])
 
 
 def test_equal_input_gives_equal_bytes_in_any_order(tmp_path: Path) -> None:
     some_tensors(tmp_path / "source")
-    tensors = list(checkpoint.read_checkpoint(tmp_path / "source").items())
+    tensors = list(read_checkpoint(tmp_path / "source").items())
     digests = []
     for name, pairs in (("a", tensors), ("b", tensors[::-1])):
         (tmp_path / name).mkdir()
-        digests.append(checkpoint.write_checkpoint(iter(pairs), folder=tmp_path / name, max_shard_bytes=300))
+        digests.append(write_checkpoint(iter(pairs), folder=tmp_path / name, max_shard_bytes=300))
     assert digests[0] == digests[1]
 
 
 def test_new_values_replace_some_tensors_and_leave_the_rest(tmp_path: Path) -> None:
     values = some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     (tmp_path / "target").mkdir()
 
     def transform(name: str, info: TensorInfo) -> list[bytes] | None:
         return [bytes(1), bytes(info.size_bytes - 1)] if name == "layers.3.w" else None
 
-    checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=transform)
+    write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=transform)
     result = written(tmp_path / "target")
     assert not result.pop("layers.3.w").any()
     assert all(torch.equal(tensor, values[name]) for name, tensor in result.items())
@@ -455,44 +454,42 @@ def test_new_values_replace_some_tensors_and_leave_the_rest(tmp_path: Path) -> N
 
 def test_new_values_of_another_size_are_an_error(tmp_path: Path) -> None:
     some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     (tmp_path / "target").mkdir()
     with pytest.raises(CheckpointError, match="was given 1 bytes"):
-        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=lambda *_: [b"x"])
+        write_checkpoint(tensors.items(), folder=tmp_path / "target", transform=lambda *_: [b"x"])
 
 
 def test_two_tensors_with_one_name_are_an_error(tmp_path: Path) -> None:
     some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     (tmp_path / "target").mkdir()
     with pytest.raises(CheckpointError, match="2 tensors would be named 'same'"):
-        checkpoint.write_checkpoint(
-            [("same", tensors["mask"]), ("same", tensors["scalar"])], folder=tmp_path / "target"
-        )
+        write_checkpoint([("same", tensors["mask"]), ("same", tensors["scalar"])], folder=tmp_path / "target")
 
 
 def test_weights_of_an_earlier_attempt_do_not_stay(tmp_path: Path) -> None:
     target = write(tmp_path, [50, 51], max_shard_bytes=100)
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
-    checkpoint.write_checkpoint(tensors.items(), folder=target)
+    tensors = read_checkpoint(tmp_path / "source")
+    write_checkpoint(tensors.items(), folder=target)
     assert [path.name for path in target.iterdir()] == [FILE]
 
 
 def test_the_source_is_never_written_over(tmp_path: Path) -> None:
     values = some_tensors(tmp_path / "source")
     (tmp_path / "link").symlink_to(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     with pytest.raises(CheckpointError, match="holds the source's weights"):
-        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "link")
+        write_checkpoint(tensors.items(), folder=tmp_path / "link")
     assert all(torch.equal(tensor, values[name]) for name, tensor in written(tmp_path / "source").items())
 
 
 def test_progress_ends_at_the_size_of_the_tensors(tmp_path: Path) -> None:
     some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     (tmp_path / "target").mkdir()
     calls: list[tuple[int, int]] = []
-    checkpoint.write_checkpoint(
+    write_checkpoint(
         tensors.items(),
         folder=tmp_path / "target",
         max_shard_bytes=300,
@@ -505,18 +502,18 @@ def test_progress_ends_at_the_size_of_the_tensors(tmp_path: Path) -> None:
 
 def test_a_source_that_is_cut_during_the_copy_is_an_error(tmp_path: Path) -> None:
     some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     os.truncate(tmp_path / "source" / "s-2.safetensors", 300)
     (tmp_path / "target").mkdir()
     with pytest.raises(CheckpointError, match="changed during the build"):
-        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target")
+        write_checkpoint(tensors.items(), folder=tmp_path / "target")
 
 
 def test_a_tensor_of_many_blocks_is_copied_whole(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    values = torch.arange(3 * transfer.BLOCK_BYTES // 4 + 1, dtype=torch.int32)
+    values = torch.arange(3 * BLOCK_BYTES // 4 + 1, dtype=torch.int32)
     save_file({"a": torch.ones(3), "b": values}, tmp_path / FILE)
-    checkpoint.write_checkpoint(checkpoint.read_checkpoint(tmp_path).items(), folder=tmp_path / "target")
+    write_checkpoint(read_checkpoint(tmp_path).items(), folder=tmp_path / "target")
     assert torch.equal(written(tmp_path / "target")["b"], values)
 
 
@@ -524,7 +521,7 @@ def test_where_the_kernel_does_not_copy_plain_reads_write_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some_tensors(tmp_path / "source")
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
 
     def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -534,7 +531,7 @@ def test_where_the_kernel_does_not_copy_plain_reads_write_the_same_bytes(
         if copy:
             monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
         (tmp_path / name).mkdir()
-        digests.append(checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / name))
+        digests.append(write_checkpoint(tensors.items(), folder=tmp_path / name))
     assert digests[0] == digests[1] == digests[2]
 
 
@@ -547,9 +544,9 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     some_tensors(tmp_path / "source")
     (tmp_path / "target").mkdir()
-    tensors = checkpoint.read_checkpoint(tmp_path / "source")
+    tensors = read_checkpoint(tmp_path / "source")
     with pytest.raises(DiskSpaceError, match=r"full: \d+\.\d kB to write to .*B free"):
-        checkpoint.write_checkpoint(tensors.items(), folder=tmp_path / "target")
+        write_checkpoint(tensors.items(), folder=tmp_path / "target")
 
 
 # Beside the weights ------------------------------------------------------------------------------
@@ -575,13 +572,13 @@ def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: P
     target.mkdir()
     for name in COPIED + LEFT:
         (source / name).write_text(name)
-    assert checkpoint.copy_auxiliary_files(source, target) == COPIED
+    assert copy_auxiliary_files(source, target) == COPIED
     assert (
         sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()) == COPIED
     )
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
     # As of a repository's files:
-    assert sorted(name for name in COPIED + LEFT if checkpoint.is_auxiliary(name, 1000)) == COPIED
+    assert sorted(name for name in COPIED + LEFT if is_auxiliary(name, 1000)) == COPIED
 
 
 @pytest.mark.parametrize(
@@ -593,8 +590,8 @@ def test_tokenizer_templates_and_licence_come_along_and_nothing_else(tmp_path: P
     ],
 )  # fmt: skip
 def test_licence_texts_are_found_however_they_are_called(name: str) -> None:
-    assert checkpoint.is_auxiliary(name, 1_000_000)
-    assert not checkpoint.is_auxiliary(name, 1_000_001)  # no text is as long
+    assert is_auxiliary(name, 1_000_000)
+    assert not is_auxiliary(name, 1_000_001)  # no text is as long
 
 
 @pytest.mark.parametrize(
@@ -609,7 +606,7 @@ def test_licence_texts_are_found_however_they_are_called(name: str) -> None:
     ],
 )  # fmt: skip
 def test_keys_programs_and_data_are_no_licence_texts(name: str) -> None:
-    assert not checkpoint.is_auxiliary(name, 1000)
+    assert not is_auxiliary(name, 1000)
 
 
 def test_a_licence_text_that_is_too_large_for_one_stays_behind(tmp_path: Path) -> None:
@@ -618,7 +615,7 @@ def test_a_licence_text_that_is_too_large_for_one_stays_behind(tmp_path: Path) -
     target.mkdir()
     (source / "LICENSE").write_bytes(bytes(1_000_001))
     (source / "NOTICE").write_bytes(b"notice")
-    assert checkpoint.copy_auxiliary_files(source, target) == ["NOTICE"]
+    assert copy_auxiliary_files(source, target) == ["NOTICE"]
 
 
 def test_paths_of_the_machine_that_saved_a_tokenizer_stay_behind(tmp_path: Path) -> None:
@@ -627,7 +624,7 @@ def test_paths_of_the_machine_that_saved_a_tokenizer_stay_behind(tmp_path: Path)
     target.mkdir()
     settings = {"bos_token": "‹s›", "model_max_length": 10**30, "name_or_path": "/home/alice/x"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_file": "/home/alice/t"}))
-    checkpoint.copy_auxiliary_files(source, target)
+    copy_auxiliary_files(source, target)
     del settings["name_or_path"]
     assert json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8")) == settings
 
@@ -637,7 +634,7 @@ def test_tokenizer_settings_without_paths_are_copied_byte_for_byte(tmp_path: Pat
     source.mkdir()
     target.mkdir()
     (source / "tokenizer_config.json").write_bytes(b'{ "bos_token":"x"}')
-    checkpoint.copy_auxiliary_files(source, target)
+    copy_auxiliary_files(source, target)
     assert (target / "tokenizer_config.json").read_bytes() == b'{ "bos_token":"x"}'
 
 
@@ -647,7 +644,7 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (source / "LICENSE").symlink_to("../secret")
     with pytest.raises(CheckpointError, match="outside the model's folder"):
-        checkpoint.copy_auxiliary_files(source, tmp_path)
+        copy_auxiliary_files(source, tmp_path)
 
 
 HASH = "ab" + 62 * "0"
@@ -673,7 +670,7 @@ def test_blobs_that_are_not_of_the_snapshots_repository_are_not_copied(
     (tmp_path / target).write_text("key")
     (tmp_path / folder / "NOTICE").symlink_to(tmp_path / target)
     with pytest.raises(CheckpointError, match="outside the model's folder"):
-        checkpoint.copy_auxiliary_files(tmp_path / folder, tmp_path)
+        copy_auxiliary_files(tmp_path / folder, tmp_path)
 
 
 @pytest.mark.parametrize("blob", ["models--o--n/blobs/etag", f"blobs/ab/{HASH}"])
@@ -684,6 +681,6 @@ def test_a_link_into_the_hub_cache_is_copied_as_a_file(tmp_path: Path, blob: str
     (tmp_path / blob).parent.mkdir(parents=True)
     (tmp_path / blob).write_text("{}")
     (snapshot / "tokenizer.json").symlink_to(tmp_path / blob)
-    checkpoint.copy_auxiliary_files(snapshot, target)
+    copy_auxiliary_files(snapshot, target)
     assert not (target / "tokenizer.json").is_symlink()
     assert (target / "tokenizer.json").read_text() == "{}"

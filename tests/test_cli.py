@@ -99,7 +99,7 @@ def test_a_current_folder_that_is_gone_is_told_in_one_line(tmp_path: Path) -> No
 def test_a_closed_output_is_no_place_for_the_next_file(tmp_path: Path) -> None:
     program = """
 import atexit, os, pathlib, sys
-from factory.cli import main
+from factory.cli.main import main
 atexit.register(lambda: pathlib.Path("seen").write_text(os.readlink("/proc/self/fd/2")))
 sys.argv[1:] = ["schema"]
 main()
@@ -246,7 +246,7 @@ def test_the_hint_is_the_help_of_the_command_that_was_typed(
 def test_advice_of_libraries_stays_off_the_screen_and_their_errors_do_not(tmp_path: Path) -> None:
     program = """
 import logging, subprocess, sys, warnings
-from factory.cli import main
+from factory.cli.main import main
 sys.argv[1:] = ["schema"]
 main()
 import datasets, huggingface_hub

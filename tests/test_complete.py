@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from factory.artifacts import Source
-from factory.cli import main
-from factory.complete import check_source
+from factory.cli.main import main
 from factory.errors import CheckpointError
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
+from factory.model.completeness import check_source
 from tests.families import build, config_of
 from tests.tiny import rhymes
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from factory.config import (
+from factory.config.settings import (
     MOST_TOKENS,
     BuildConfig,
     HealSettings,

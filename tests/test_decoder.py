@@ -10,17 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.decoder import (
+from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.model.architecture import (
     DecoderStack,
     check_decoder,
-    decoder_layers,
     locate,
     prune_config,
     renumber,
-    skip_layers,
     verify_structure,
 )
-from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.model.layers import decoder_layers, skip_layers
 from tests.families import FAMILIES, assert_same_logits, build, config_of, plain
 
 # Names --------------------------------------------------------------------------------------------

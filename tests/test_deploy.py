@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from factory.artifacts import sha256_of_file
-from factory.layout import take_sums
-from factory.space import space_folder
+from factory.builds.integrity import take_sums
+from factory.resources import SPACE as APP
+from factory.store.files import sha256_of_file
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.hub.storage import Repository
@@ -25,7 +25,7 @@ SPACE = f"{MODEL}-compare"
 @pytest.fixture(scope="module")
 def commands(served_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     variables = served_hub.environment(tmp_path_factory.mktemp("hf")) | {"HF_HUB_DISABLE_XET": "1"}
-    process = Forks(variables, modules=(*LIGHT, "factory.deploy"))
+    process = Forks(variables, modules=(*LIGHT, "factory.builds.deploy_space"))
     yield process
     process.close()
 
@@ -106,7 +106,7 @@ def test_the_space_gets_its_files_in_one_commit_and_its_variables_first(
     done = deployed(commands, pushed)
     assert (done.stdout, done.stderr) == (f"{hub.url}/spaces/{SPACE}\n", "")
     repository, files = space(hub), hub.files(SPACE, kind="space")
-    own = {path.name: path.read_bytes() for path in space_folder().iterdir() if path.is_file()}
+    own = {path.name: path.read_bytes() for path in APP.iterdir() if path.is_file()}
     assert files.keys() == own.keys()
     assert {name for name in own if files[name] != own[name]} == {"README.md"}
     assert front_matter(files["README.md"]) == front_matter(own["README.md"]) | {
@@ -163,7 +163,7 @@ def test_a_space_is_brought_up_to_date_where_it_differs(hub: Hub, commands: Fork
     hub.requests.clear()
     deployed(commands, pushed)
     files = hub.files(SPACE, kind="space")
-    assert files["app.py"] == (space_folder() / "app.py").read_bytes()
+    assert files["app.py"] == (APP / "app.py").read_bytes()
     assert files["notes.txt"] == b"mine"
     assert variables(hub)["SOURCE_REVISION"] == hub.repository(SOURCE).refs["main"]
     assert variables(hub)["MAX_NEW_TOKENS"] == "64"

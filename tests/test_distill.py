@@ -12,15 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
-from factory import hub
 from factory.artifacts import Adapter, Checkpoint, PruningPlan
-from factory.config import HealSettings
-from factory.distill import CHUNK_VALUES, DistillTrainer, SummedDivergence, head_of
-from factory.heal import heal
-from factory.merge import merge
-from factory.models import load_model
-from factory.prune import prune
-from factory.trial import bypassed, record_forms
+from factory.config.settings import HealSettings
+from factory.healing.heal import heal
+from factory.healing.merge import merge
+from factory.healing.trainers import CHUNK_VALUES, DistillTrainer, SummedDivergence, head_of
+from factory.hub.resolve import resolve
+from factory.model.layers import bypassed, record_forms
+from factory.model.loading import load_model
+from factory.pruning.prune import prune
 from tests.test_heal import text_of
 from tests.tiny import byte_tokenizer, rhymes, save_llama
 
@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     plan = PruningPlan(criterion="angular", num_layers=6, dropped=DROPPED)
     folder = tmp_path_factory.mktemp("pruned")
-    return prune(hub.resolve(str(source)), plan, folder=folder, progress=lambda *_: None)
+    return prune(resolve(str(source)), plan, folder=folder, progress=lambda *_: None)
 
 
 def run(
@@ -165,7 +165,7 @@ def test_a_student_without_the_first_layers_does_not_start_from_the_teachers_sta
 ) -> None:
     plan = PruningPlan(criterion="chosen", num_layers=6, dropped=(0, 1))
     (tmp_path / "pruned").mkdir()
-    cut = prune(hub.resolve(str(source)), plan, folder=tmp_path / "pruned", progress=lambda *_: None)
+    cut = prune(resolve(str(source)), plan, folder=tmp_path / "pruned", progress=lambda *_: None)
     settings = SETTINGS.model_copy(update={"layers": layers, "bits": 16, "num_steps": 2})
     adapter = run(source, cut, tmp_path / "adapter", settings=settings, dropped=(0, 1))
     assert adapter.curve[0].loss > 0.001  # the divergence of a model without its first layers

@@ -15,16 +15,16 @@ import torch
 from transformers import LlamaForCausalLM
 
 from factory.artifacts import DataSource, Evaluation
-from factory.config import EvaluateSettings
+from factory.config.settings import EvaluateSettings
 from factory.errors import DataError, UsageError
-from factory.evaluate import evaluate
-from factory.harness import vllm_arguments
-from factory.identity import check_backend
-from factory.models import load_model
-from factory.significance import LOSSES, read_answers, read_losses
-from factory.speed import _footprint, compare_speed
-from factory.texts import Text
-from factory.tokenizer import load_tokenizer
+from factory.evaluation.answers import LOSSES, read_answers, read_losses
+from factory.evaluation.evaluate import evaluate
+from factory.evaluation.harness import vllm_arguments
+from factory.evaluation.speed import _footprint, compare_speed
+from factory.evaluation.tasks import check_backend
+from factory.model.loading import load_model
+from factory.model.tokenizer import load_tokenizer
+from factory.text.text import Text
 from tests.tiny import END, byte_tokenizer, rhymes, save_llama
 from tests.waiting import HUNG_SECONDS
 

@@ -9,17 +9,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from factory import hub
 from factory.artifacts import PruningPlan
-from factory.config import HealSettings
-from factory.decoder_proof import on_meta
+from factory.config.settings import HealSettings
 from factory.errors import UnsupportedArchitectureError
-from factory.heal import heal
-from factory.lora import as_named, check_targets, find_targets
-from factory.merge import merge
-from factory.models import load_model
-from factory.prune import prune
-from factory.stages import describe_healing
+from factory.healing.heal import heal
+from factory.healing.lora import as_named, check_targets, find_targets
+from factory.healing.merge import merge
+from factory.hub.resolve import resolve
+from factory.model.config_proof import on_meta
+from factory.model.loading import load_model
+from factory.pipeline.stages import describe_healing
+from factory.pruning.prune import prune
 from tests.families import assert_same_logits, config_of
 from tests.test_heal import text_of
 from tests.tiny import an_adapter, byte_tokenizer, rhymes
@@ -69,7 +69,7 @@ def test_experts_are_healed_and_the_merged_model_is_the_one_in_training(
     for name in ("pruned", "adapter", "merged"):
         (tmp_path / name).mkdir()
     plan = PruningPlan(criterion="chosen", num_layers=6, dropped=dropped)
-    pruned = prune(hub.resolve(str(source)), plan, folder=tmp_path / "pruned")
+    pruned = prune(resolve(str(source)), plan, folder=tmp_path / "pruned")
     adapter = heal(
         pruned,
         text_of(rhymes(60)),
@@ -150,7 +150,7 @@ def test_other_experts_are_refused_by_name_and_attention_is_offered() -> None:
 
 def test_experts_that_are_fused_in_a_way_not_known_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_targets(config_of("mixtral"), "ffn")
-    monkeypatch.setattr("factory.experts.PLAIN_CONVERSIONS", ())
+    monkeypatch.setattr("factory.model.experts.PLAIN_CONVERSIONS", ())
     with pytest.raises(UnsupportedArchitectureError, match=r"\(mlp\.experts\.down_proj\)"):
         check_targets(config_of("mixtral"), "ffn")
     check_targets(config_of("gpt_oss"), "ffn")  # nothing is fused

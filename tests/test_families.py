@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from factory.artifacts import PruningPlan
-from factory.complete import check_source
-from factory.decoder import skip_layers
-from factory.prune import prune
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
+from factory.model.completeness import check_source
+from factory.model.layers import skip_layers
+from factory.pruning.prune import prune
 from tests.families import FAMILIES, assert_same_logits, build, config_of
 
 DROPPED = (1, 3, 4)

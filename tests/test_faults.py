@@ -18,21 +18,22 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from factory.artifacts import Build, sha256_of_file
-from factory.layout import take_sums
+from factory.artifacts import Build
+from factory.builds.integrity import take_sums
+from factory.store.files import sha256_of_file
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.hub.server import ALICE
 from tests.tiny import rhymes, save_llama
 
-LIGHT = ("factory.hub", "factory.card")
+LIGHT = ("factory.hub.pull", "factory.report.card")
 HEAVY = (
     *LIGHT,
     "torch",
     "transformers.models.llama.modeling_llama",
-    "factory.measure",
-    "factory.prune",
-    "factory.evaluate",
+    "factory.pruning.measure",
+    "factory.pruning.prune",
+    "factory.evaluation.evaluate",
 )
 SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
 TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"

@@ -26,19 +26,20 @@ from transformers import (
     TrainerState,
 )
 
-from factory import texts, watch
 from factory.artifacts import Adapter, Checkpoint, DataSource
-from factory.checkpoint import read_checkpoint, read_tensor_bytes
-from factory.config import SLOWER, HealSettings
+from factory.checkpoint.read import read_checkpoint, read_tensor_bytes
+from factory.config.settings import SLOWER, HealSettings
 from factory.errors import DataError, HealingError
-from factory.heal import heal, last_whole_checkpoint
-from factory.heal_text import data_sets, not_in, take_guard
-from factory.lora import find_targets
-from factory.merge import judge, merge
-from factory.models import load_model
-from factory.stages import describe_healing
-from factory.texts import Text
-from factory.tokenizer import load_encoder
+from factory.healing.callbacks import DivergedError, EarlyStop, refuse_run_away
+from factory.healing.data import data_sets, not_in, take_guard
+from factory.healing.heal import heal, last_whole_checkpoint
+from factory.healing.lora import find_targets
+from factory.healing.merge import judge, merge
+from factory.model.loading import load_model
+from factory.model.tokenizer import load_encoder
+from factory.pipeline.stages import describe_healing
+from factory.text import text as texts
+from factory.text.text import Text
 from tests.tiny import an_adapter, rhymes, save_llama
 
 SETTINGS = HealSettings(
@@ -196,8 +197,8 @@ def test_a_loss_that_runs_away_starts_again_at_a_lower_rate_and_says_so(
 def test_a_loss_has_run_away_at_twice_the_first_and_a_nat_above_it(
     loss: float, first: float, runs_away: bool
 ) -> None:
-    with pytest.raises(watch.DivergedError) if runs_away else nullcontext():
-        watch.refuse_run_away("loss", loss, first=first, step=7)
+    with pytest.raises(DivergedError) if runs_away else nullcontext():
+        refuse_run_away("loss", loss, first=first, step=7)
 
 
 def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
@@ -260,7 +261,7 @@ def test_training_ends_where_the_guard_goes_on_rising_in_the_second_half(
     history = [{"step": 10 * place, "eval_loss": loss} for place, loss in enumerate(losses)]
     state = TrainerState(max_steps=60, log_history=history)
     control = TrainerControl()
-    watch.EarlyStop().on_evaluate(None, state, control)
+    EarlyStop().on_evaluate(None, state, control)
     assert control.should_training_stop is stops
 
 
@@ -450,7 +451,7 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("factory.heal.adapter_tensors", kill)
+        patch.setattr("factory.healing.heal.adapter_tensors", kill)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "killed", settings=settings)
     (tmp_path / "killed").rename(tmp_path / "elsewhere")

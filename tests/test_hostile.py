@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from factory.artifacts import Build
-from factory.header import MOST_TENSORS
-from factory.json_bounds import check_json, check_sizes
-from factory.layout import take_sums
+from factory.builds.integrity import take_sums
+from factory.checkpoint.auxiliary import check_json, check_sizes
+from factory.checkpoint.header import MOST_TENSORS
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from factory.hub_errors import SILENCE_SECONDS
+from factory.hub.client import SILENCE_SECONDS
 from tests.hub import Hub
 from tests.hub.client import Answer, Client
 from tests.hub.server import ALICE, BOB
@@ -322,7 +322,7 @@ def test_what_an_interrupted_pull_left_whole_is_not_counted_again(
     program = """
 from pathlib import Path
 from huggingface_hub import hf_hub_download
-from factory.hub import resolve
+from factory.hub.resolve import resolve
 before = resolve("org/part")
 shard = Path(hf_hub_download("org/part", "model-00002-of-00003.safetensors")).stat().st_size
 after = resolve("org/part")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from factory.config.references import check_data
 from factory.errors import DataError
-from factory.references import check_data
 from tests.hub import Hub
 from tests.hub.client import Answer, Client
 

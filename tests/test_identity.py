@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from factory.artifacts import DataSource
-from factory.config import EvaluateSettings
+from factory.config.settings import EvaluateSettings
 from factory.errors import UsageError
-from factory.identity import check_tasks, task_identity, text_identity
-from factory.task_files import read_task_file
+from factory.evaluation.task_files import read_task_file
+from factory.evaluation.tasks import check_tasks, task_identity
+from factory.text.text import text_identity
 
 
 def test_configuration_and_split_of_a_data_set_count() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
-from factory.jobs import MOUNT
+from factory.jobs.submit import MOUNT
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.hub.buckets import Bucket
@@ -29,7 +29,12 @@ from tests.hub.server import ALICE, BOB
 from tests.tiny import rhymes, save_llama
 from tests.waiting import HUNG_SECONDS, until
 
-LIGHT = ("factory.hub", "factory.jobs", "factory.decoder", "transformers.models.llama.modeling_llama")
+LIGHT = (
+    "factory.hub.pull",
+    "factory.jobs.submit",
+    "factory.model.architecture",
+    "transformers.models.llama.modeling_llama",
+)
 TINY = "--drop 0.4 --tasks none --samples 2 --eval-documents 2 --sequence-length 32 --heal-steps 20"
 TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
 BUILD = ["build", "acme/tiny", *TINY.split(), *TEXTS.split()]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from factory.errors import LicenseError
-from factory.licenses import check_license, forbids_sharing, remark
+from factory.hub.source_card import check_license, forbids_sharing, remark
 from tests.test_card import a_source
 
 

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from factory.builds.garbage import collect_garbage, register
+from factory.builds.swap import laying_out
 from factory.errors import StoreError
-from factory.locks import is_held, locked, unless_locked
-from factory.place import laying_out
-from factory.store import MANIFEST, StageSpec, Store
+from factory.store.locks import is_held, locked, unless_locked
+from factory.store.stage import StageSpec
+from factory.store.store import MANIFEST, Store
 from tests.waiting import HUNG_SECONDS
 
 HOLDER = """
 import sys
 from pathlib import Path
-from factory.locks import hold, locked
+from factory.store.locks import hold, locked
 path = Path(sys.argv[2])
 if sys.argv[1] == "use":
     file = hold(path)
@@ -40,13 +42,15 @@ def refuse(event, arguments):
     if event == "fcntl.flock":
         raise OSError(errno.ENOSYS, "Function not implemented")
 sys.addaudithook(refuse)
+from factory.builds.garbage import collect_garbage, register
 from factory.errors import StoreError
-from factory.place import laying_out
-from factory.store import StageSpec, Store
+from factory.builds.swap import laying_out
+from factory.store.stage import StageSpec
+from factory.store.store import Store
 home = Path(sys.argv[1])
 for work in (
     lambda: Store(home).make(StageSpec("prune", 1, {}, {}), lambda folder: {}),
-    lambda: list(Store(home).collect_garbage(recent=True)),
+    lambda: list(collect_garbage(home, recent=True)),
     lambda: laying_out(home / "builds" / "mine").__enter__(),
 ):
     try:
@@ -58,11 +62,13 @@ for work in (
 READ_ONLY = """
 import errno, os, sys
 from pathlib import Path
+from factory.builds.garbage import collect_garbage, register
 from factory.errors import StoreError
-from factory.place import laying_out
-from factory.store import StageSpec, Store
+from factory.builds.swap import laying_out
+from factory.store.stage import StageSpec
+from factory.store.store import Store
 home = Path(sys.argv[1])
-Store(home).register(home / "mine", {})
+register(home, home / "mine", {})
 def refuse(event, arguments):
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
     if writes and str(arguments[0]).startswith(str(home)):
@@ -70,8 +76,8 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 for work in (
     lambda: Store(home).make(StageSpec("prune", 1, {}, {}), lambda folder: {}),
-    lambda: list(Store(home).collect_garbage(recent=True)),
-    lambda: Store(home).register(home / "mine", {}),
+    lambda: list(collect_garbage(home, recent=True)),
+    lambda: register(home, home / "mine", {}),
     lambda: laying_out(home / "mine").__enter__(),
 ):
     try:
@@ -189,10 +195,10 @@ def test_gc_leaves_what_a_run_under_way_uses_however_old_it_is(tmp_path: Path) -
     with holder("use", folder / MANIFEST) as process:
         os.utime(folder, (0, 0))
         assert is_held(folder / MANIFEST)
-        assert list(store.collect_garbage(recent=True)) == []
+        assert list(collect_garbage(store.home, recent=True)) == []
         process.kill()
         process.wait()
-        assert [found for found, _ in store.collect_garbage()] == [folder]
+        assert [found for found, _ in collect_garbage(store.home)] == [folder]
     assert not folder.exists()
 
 
@@ -215,14 +221,14 @@ def test_gc_reads_what_builds_use_once_however_much_it_removes(tmp_path: Path) -
     program = """
 import sys
 from pathlib import Path
-from factory.store import Store
+from factory.builds.garbage import collect_garbage, register
 home, reads = Path(sys.argv[1]), []
 for number in range(20):
     (home / "stages" / "prune" / f"{number:016x}").mkdir(parents=True)
-    Store(home).register(home / f"build-{number}", {})
+    register(home, home / f"build-{number}", {})
 sys.addaudithook(lambda event, arguments: reads.append(1) if event == "open" and
                  str(arguments[0]).startswith(str(home / "builds")) else None)
-print(len(list(Store(home).collect_garbage(recent=True))), len(reads))
+print(len(list(collect_garbage(home, recent=True))), len(reads))
 """
     assert told(program, tmp_path) == ["20 40"]  # once for what is used, once for what killed layouts left
     assert list((tmp_path / "stages" / "prune").iterdir()) == []  # no lock is left for a stage that is gone
@@ -234,8 +240,8 @@ def test_gc_finds_what_a_killed_layout_left_beside_a_build(tmp_path: Path) -> No
     left = [build.with_name(".mine.partial"), build.with_name(".mine.old")]
     for folder in (build, *left):
         folder.mkdir(parents=True)
-    store.register(build, {})
+    register(store.home, build, {})
     with laying_out(build):
-        assert list(store.collect_garbage(recent=True)) == []
-    assert [folder for folder, _ in store.collect_garbage(recent=True)] == left
+        assert list(collect_garbage(store.home, recent=True)) == []
+    assert [folder for folder, _ in collect_garbage(store.home, recent=True)] == left
     assert not any(folder.exists() for folder in left)

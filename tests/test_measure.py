@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from factory.artifacts import DataSource, DistanceProfile, Source
-from factory.config import MeasureSettings
+from factory.config.settings import MeasureSettings
 from factory.errors import DataError, ModelError
-from factory.measure import Moments, Sums, angular_distances, measure, measure_batches, take_samples
-from factory.plan import plan
-from factory.references import DEMO_MODEL
-from factory.texts import Text
+from factory.pruning.criteria import plan
+from factory.pruning.measure import Moments, Sums, angular_distances, measure, measure_batches, take_samples
+from factory.resources import DEMO_MODEL
+from factory.text.text import Text
 from tests.families import build, config_of
 from tests.tiny import byte_encoder
 
@@ -216,9 +216,9 @@ def test_a_block_that_is_equal_in_every_sample_does_not_keep_the_choice_open() -
 
 @pytest.fixture(scope="module")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    from factory import hub
+    from factory.hub.resolve import resolve
 
-    return hub.resolve(str(DEMO_MODEL)).model_copy(update={"folder": DEMO_MODEL})
+    return resolve(str(DEMO_MODEL)).model_copy(update={"folder": DEMO_MODEL})
 
 
 def measured(source: Source, folder: Path, *, documents: int = 200, **settings: Any) -> DistanceProfile:
@@ -239,7 +239,7 @@ def measured(source: Source, folder: Path, *, documents: int = 200, **settings: 
 def test_a_killed_measurement_goes_on_where_it_was(
     tiny_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("factory.measure.SAVE_EVERY", 64)
+    monkeypatch.setattr("factory.pruning.measure.SAVE_EVERY", 64)
     whole = measured(tiny_source, tmp_path, num_samples=160)
     assert not (tmp_path / "measuring.pt").exists()
 

@@ -17,15 +17,17 @@ from transformers import (
     LlamaConfig,
 )
 
-from factory import checkpoint
 from factory.artifacts import Adapter, Checkpoint
-from factory.config import BuildConfig
+from factory.checkpoint.read import read_checkpoint
+from factory.config.settings import BuildConfig
 from factory.errors import CheckpointError, OverflowedError, VerificationError
-from factory.merge import judge, merge
-from factory.models import load_model, token_loss
-from factory.run import NOTHING, Run, Texts
-from factory.stages import merge_stage
-from factory.store import Store
+from factory.healing.merge import judge, merge
+from factory.model.loading import load_model
+from factory.model.losses import token_loss
+from factory.pipeline.run import Run
+from factory.pipeline.stages import merge_stage
+from factory.store.store import Store
+from factory.text.text import NOTHING, Texts
 from tests.families import config_of
 from tests.tiny import an_adapter
 
@@ -51,7 +53,7 @@ def save_model(folder: Path, config: Any = LLAMA, *, max_shard_size: str = "20KB
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tensors = checkpoint.read_checkpoint(folder)
+    tensors = read_checkpoint(folder)
     return Checkpoint(
         folder=folder,
         num_layers=config.get_text_config().num_hidden_layers,

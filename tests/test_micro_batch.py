@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from factory.micro_batch import _recompute
+from factory.healing.batch_size import _recompute
 from tests.families import build, config_of
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from factory.errors import ModelError
-from factory.models import fuse_norms, load_model, pad_batch
+from factory.model.loading import fuse_norms, load_model
+from factory.model.losses import pad_batch
 from tests.tiny import save_llama
 
 # The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).

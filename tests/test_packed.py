@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from factory.cli import main
-from factory.complete import check_source
+from factory.cli.main import main
 from factory.errors import CheckpointError, ModelError, UsageError
-from factory.models import load_model
-from factory.packed import check_loads
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
+from factory.model.completeness import check_source
+from factory.model.loading import load_model
+from factory.model.quantization import check_loads
 from tests.test_models import nearest_nf4
 from tests.tiny import byte_tokenizer, rhymes
 

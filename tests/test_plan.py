@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factory import hub
 from factory.artifacts import (
     CutLoss,
     CutLosses,
@@ -17,10 +16,12 @@ from factory.artifacts import (
     Source,
     layer_ranges,
 )
-from factory.config import num_dropped
+from factory.config.settings import num_dropped
 from factory.errors import DataError, DropError, ModelError
-from factory.plan import choose, plan, read_profile
-from factory.references import DEMO_MODEL
+from factory.hub.resolve import resolve
+from factory.pruning.criteria import choose, plan
+from factory.pruning.profile_files import read_profile
+from factory.resources import DEMO_MODEL
 
 DATA = DataSource(name="x", version="1")
 
@@ -139,7 +140,7 @@ def test_the_least_loss_is_taken_but_among_level_ones_the_simplest(
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return hub.resolve(str(DEMO_MODEL))
+    return resolve(str(DEMO_MODEL))
 
 
 def write_pruneme(path: Path, *, n: int, num_layers: int) -> Path:

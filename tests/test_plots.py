@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from factory.artifacts import DataSource, DistanceProfile, LossPoint, PruningPlan
-from factory.plan import plan
-from factory.plots import best_starts, distance_figure, healing_figure, terminal_heatmap
+from factory.pruning.criteria import plan
+from factory.report.figures import best_starts, distance_figure, healing_figure, terminal_heatmap
 from tests.tiny import an_adapter
 
 

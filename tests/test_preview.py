@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from benchmarks.needs import measured, rows
-from factory import hub
-from factory.apart import NONE, Contents
 from factory.artifacts import Source
-from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.disk import demands
+from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DiskSpaceError, DropError, MachineError
-from factory.models import training_processes
-from factory.needs import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
-from factory.pipeline import STAGES
-from factory.preview import BYTES_PER_TOKEN, STAGE_SECONDS, START_SECONDS, Machine, preview
+from factory.hub import pull
+from factory.model.devices import training_processes
+from factory.pipeline.build import STAGES
+from factory.pipeline.preview import BYTES_PER_TOKEN, STAGE_SECONDS, START_SECONDS, Machine, preview
+from factory.pipeline.requirements import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
+from factory.store.capacity import demands
+from factory.text.overlap import NONE, Contents
 
 SOURCE = Source(
     name="m",
@@ -324,7 +324,7 @@ def test_what_goes_to_one_file_system_is_counted_together(tmp_path: Path) -> Non
 def test_each_disk_is_asked_for_what_it_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = SOURCE.model_copy(update={"folder": None})
     together = preview_of(elsewhere, pending=STAGES, home=tmp_path, out=tmp_path / "out")
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(OTHER_DISK / "hub"))
+    monkeypatch.setattr(pull, "HF_HUB_CACHE", str(OTHER_DISK / "hub"))
     apart = preview_of(elsewhere, pending=STAGES, home=tmp_path, out=OTHER_DISK / "out")
     assert together.other_disks == ()
     assert together.disk_needed == apart.disk_needed + 2_400

@@ -17,11 +17,11 @@ from transformers import (
     SmolLM3Config,
 )
 
-from factory import checkpoint
 from factory.artifacts import Checkpoint, PruningPlan, Source
+from factory.checkpoint.read import read_checkpoint
 from factory.errors import VerificationError
-from factory.prune import prune
-from factory.reload import verify, verify_logits, verify_values
+from factory.pruning.prune import prune
+from factory.pruning.verify import verify, verify_logits, verify_values
 from tests.families import assert_same_logits
 
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ def save_source(
 
 def describe(folder: Path) -> Source:
     config = json.loads((folder / "config.json").read_text())
-    tensors = checkpoint.read_checkpoint(folder)
+    tensors = read_checkpoint(folder)
     num_layers = config.get("num_hidden_layers") or config["n_layer"]
     return Source(
         name="toy",

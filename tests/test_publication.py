@@ -10,19 +10,12 @@ import pytest
 import yaml
 
 from factory.artifacts import Build, DistanceProfile
-from factory.card import write_card
+from factory.builds.folder import check_out, kept_aside, lay_out
+from factory.builds.integrity import accept, added_since_laid_out, check_whole, take_sums
+from factory.builds.swap import leftovers
 from factory.errors import StoreError, VerificationError
-from factory.layout import (
-    accept,
-    added_since_laid_out,
-    check_out,
-    check_whole,
-    kept_aside,
-    lay_out,
-    take_sums,
-)
-from factory.place import leftovers
-from factory.publish import label
+from factory.hub.push import label
+from factory.report.card import write_card
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_faults import HEAVY, QUICK, content_of

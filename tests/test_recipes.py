@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 import yaml
 
-from factory.config import RECIPES, aliases, load_recipe
+from factory.config.references import aliases
+from factory.config.settings import load_recipe
 from factory.errors import UnknownModelError
+from factory.resources import RECIPES
 
 # arXiv 2403.17887v1, appendix A: sequence length, peak learning rate, LoRA rank.
 PAPER = {

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-import factory.prune
-import factory.reload
-from factory import removal
+import factory.pruning.prune
+import factory.pruning.verify
 from factory.artifacts import layer_ranges
-from factory.cli import cli
-from factory.commands.options import Layers
+from factory.builds import pruned_folder as removal
+from factory.builds.garbage import collect_garbage
+from factory.cli.main import cli
+from factory.cli.options import Layers
 from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
-from factory.store import Store
 from tests.hub import Hub
 from tests.tiny import save_llama
 
@@ -251,7 +251,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(
     out = tmp_path / "out"
     prune(model, "2", out)
     before = (out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(factory.reload, "RELATIVE_LIMIT", -1.0)
+    monkeypatch.setattr(factory.pruning.verify, "RELATIVE_LIMIT", -1.0)
     with pytest.raises(FactoryError, match="logits differ"):
         prune(model, "3", out, "--force")
     assert (out / "model.safetensors").read_bytes() == before
@@ -260,9 +260,9 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(
 
 KILLED = """
 import os, signal, sys
-import factory.removal
-from factory.cli import cli
-factory.removal.sync_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+import factory.builds.pruned_folder
+from factory.cli.main import cli
+factory.builds.pruned_folder.sync_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 cli.main(sys.argv[1:], standalone_mode=False)
 """
 
@@ -285,7 +285,7 @@ def test_a_run_killed_between_two_names_leaves_the_old_result_to_be_replaced_by_
     prune(model, "3,4", tmp_path / "new")
     out.rename(tmp_path / ".out.old")
     (tmp_path / "new").rename(tmp_path / ".out.partial")
-    left = [folder for folder, _ in Store(tmp_path / "home").collect_garbage(recent=True)]
+    left = [folder for folder, _ in collect_garbage(tmp_path / "home", recent=True)]
     assert left == []  # the only copies
     with pytest.raises(StoreError, match="holds another model: model without 1 layers"):
         prune(model, "3,4", out)
@@ -324,7 +324,7 @@ def test_too_little_disk_is_said_before_the_work(
 def test_a_large_model_s_logits_are_compared_where_asked(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factory.prune, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(factory.pruning.prune, "SMALL_PARAMETERS", 0)
     prune(model, "2", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["verified"] == [
         "names and shapes",
@@ -344,7 +344,7 @@ def test_models_that_do_not_fit_into_memory_are_run_from_disk(
             num_key_value_heads=2, num_local_experts=4,
         )  # fmt: skip
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(model)
-    monkeypatch.setattr(factory.reload, "get_max_memory", lambda: {"cpu": 400_000})
+    monkeypatch.setattr(factory.pruning.verify, "get_max_memory", lambda: {"cpu": 400_000})
     seen: list[Any] = []
     forward = torch.nn.Module.__call__
 

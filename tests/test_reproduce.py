@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from factory.artifacts import Build
+from factory.builds.reproduce import check_same_texts, comparison
 from factory.errors import DataError
-from factory.reproduce import check_same_texts, comparison
-from factory.run import Texts
-from factory.texts import Text
+from factory.text.text import Text, Texts
 from tests.forks import Ended, Forks
 from tests.hub import Hub
 from tests.test_card import a_build, demo_healed
@@ -29,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def commands(served_hub: Hub, folder: Path) -> Iterator[Forks]:
     variables = served_hub.environment(folder / "hf") | {"HF_HUB_DISABLE_XET": "1"}
-    process = Forks(variables, modules=(*HEAVY, "factory.heal", "factory.merge", "datasets"))
+    process = Forks(variables, modules=(*HEAVY, "factory.healing.heal", "factory.healing.merge", "datasets"))
     yield process
     process.close()
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from factory.checkpoint.header import TensorInfo
 from factory.errors import CheckpointError
-from factory.header import TensorInfo
-from factory.resolve import _by_layer, resolve
+from factory.hub.inspect import _by_layer
+from factory.hub.resolve import resolve
 from tests.tiny import save_llama
 
 

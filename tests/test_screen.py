@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from factory.disk import size
-from factory.screen import console, count, duration, printable, result_table, show_stages, verdict
+from factory.cli.console import console, printable
+from factory.cli.tables import result_table, show_stages, verdict
+from factory.units import count, duration, size
 from tests.test_card import a_comparison, chat_with_other_licence, healing_discarded, perplexities
 
 

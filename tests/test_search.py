@@ -11,14 +11,22 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from factory.artifacts import DataSource
-from factory.config import PlanSettings
-from factory.decoder import decoder_layers, skip_layers
+from factory.config.settings import PlanSettings
 from factory.errors import ModelError
-from factory.measure import Sums, measure_batches
-from factory.plan import plan
-from factory.search import COMPARE, SEARCH, best_candidate, search_block, search_greedily, take_sequences
-from factory.texts import Text
-from factory.trial import Trial, mean_loss
+from factory.model.layers import decoder_layers, skip_layers
+from factory.pruning.criteria import plan
+from factory.pruning.measure import Sums, measure_batches
+from factory.pruning.search import (
+    COMPARE,
+    SEARCH,
+    Trial,
+    best_candidate,
+    mean_loss,
+    search_block,
+    search_greedily,
+    take_sequences,
+)
+from factory.text.text import Text
 from tests.test_measure import profile_from
 from tests.tiny import byte_encoder, save_llama
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from factory.artifacts import TaskScore
-from factory.significance import (
-    compare,
-    compare_answers,
-    compare_losses,
-    read_answers,
-    write_answers,
-    write_losses,
-)
+from factory.evaluation.answers import read_answers, write_answers, write_losses
+from factory.evaluation.significance import compare, compare_answers, compare_losses
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=200)
 

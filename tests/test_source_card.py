@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from factory.front_matter import LONGEST_FRONT_MATTER
-from factory.source_card import (
+from factory.hub.front_matter import LONGEST_FRONT_MATTER
+from factory.hub.source_card import (
     README,
     languages_of,
     licenses_of,

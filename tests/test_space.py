@@ -26,10 +26,10 @@ import torch
 import yaml
 from gradio_client import Client
 
-from factory import space
 from factory.artifacts import Build
+from factory.builds.space import DEMO, HOST, _held_back, free_port, pair_environment, serve
 from factory.errors import FactoryError, HubError, ModelError, UsageError
-from factory.resolve import resolve
+from factory.hub.resolve import resolve
 from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
 from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tiny: Path) -> tuple[Any, Any]:
-    loaded: tuple[Any, Any] = pair.load_pair({"SOURCE_MODEL": str(space.DEMO), "PRUNED_MODEL": str(tiny)})
+    loaded: tuple[Any, Any] = pair.load_pair({"SOURCE_MODEL": str(DEMO), "PRUNED_MODEL": str(tiny)})
     return loaded
 
 
@@ -402,7 +402,7 @@ def generated(model: Any, messages: list[dict[str, str]], num_tokens: int) -> st
 def test_many_visitors_at_once_each_have_their_own_conversation(chatting: tuple[Any, Any]) -> None:
     visitors, num_tokens = 20, 4
     demo = app.page(chatting, most_tokens=64)
-    _, url, _ = demo.launch(**app.LOOK, server_name=space.HOST, prevent_thread_lock=True, quiet=True)
+    _, url, _ = demo.launch(**app.LOOK, server_name=HOST, prevent_thread_lock=True, quiet=True)
 
     def visit(number: int) -> list[str]:
         client = Client(url, verbose=False, httpx_kwargs={"timeout": HUNG_SECONDS})
@@ -439,14 +439,14 @@ def test_on_zerogpu_the_page_starts_with_its_models_on_the_device(tmp_path: Path
         def log_message(self, *_: Any) -> None: ...
 
     heard: list[str] = []
-    with ThreadingHTTPServer((space.HOST, 0), Lender) as lender:
+    with ThreadingHTTPServer((HOST, 0), Lender) as lender:
         threading.Thread(target=lender.serve_forever, daemon=True).start()
         variables = {
             "SPACES_ZERO_GPU": "true",
-            "SPACES_ZERO_DEVICE_API_URL": f"http://{space.HOST}:{lender.server_port}",
-            "SOURCE_MODEL": str(space.DEMO),
+            "SPACES_ZERO_DEVICE_API_URL": f"http://{HOST}:{lender.server_port}",
+            "SOURCE_MODEL": str(DEMO),
             "PRUNED_MODEL": str(tiny),
-            "GRADIO_SERVER_PORT": str(space.free_port(None)),
+            "GRADIO_SERVER_PORT": str(free_port(None)),
             "HOME": str(tmp_path),
         }
         with (tmp_path / "log").open("w") as log:
@@ -475,33 +475,33 @@ def a_build_folder(folder: Path, build: Build, model: Path) -> Path:
 
 
 def demo_build(**changes: Any) -> Build:
-    source = resolve(str(space.DEMO)).model_copy(update={"name": "demo"})
+    source = resolve(str(DEMO)).model_copy(update={"name": "demo"})
     return demo_healed().model_copy(update={"source": source, **changes})
 
 
 def test_the_source_of_the_demo_is_the_embedded_model(tmp_path: Path, tiny: Path) -> None:
     build = a_build_folder(tmp_path / "b", demo_build(), tiny)
-    variables = space.pair_environment(build, source=None)
-    assert variables["SOURCE_MODEL"] == str(space.DEMO.resolve())
+    variables = pair_environment(build, source=None)
+    assert variables["SOURCE_MODEL"] == str(DEMO.resolve())
     assert variables["PRUNED_MODEL"] == str(build / "model")
 
 
 def test_a_folder_source_has_to_be_given_and_has_to_be_the_right_one(tmp_path: Path, tiny: Path) -> None:
     build = a_build_folder(tmp_path / "b", demo_build(reference="mine"), tiny)
     with pytest.raises(UsageError) as needed:
-        space.pair_environment(build, source=None)
+        pair_environment(build, source=None)
     assert "--source FOLDER" in needed.value.hint
     with pytest.raises(UsageError, match="is not the source of demo-drop30: content hash"):
-        space.pair_environment(build, source=tiny)
+        pair_environment(build, source=tiny)
     with pytest.raises(UsageError, match="is no folder"):
-        space.pair_environment(build, source=tmp_path / "gone")
-    assert space.pair_environment(build, source=space.DEMO)["SOURCE_MODEL"] == str(space.DEMO.resolve())
+        pair_environment(build, source=tmp_path / "gone")
+    assert pair_environment(build, source=DEMO)["SOURCE_MODEL"] == str(DEMO.resolve())
 
 
 def test_a_hub_source_that_is_not_cached_is_an_error(tmp_path: Path, tiny: Path) -> None:
     build = a_build_folder(tmp_path / "b", healing_discarded(), tiny)
     with pytest.raises(HubError, match="is not in the Hub's cache"):
-        space.pair_environment(build, source=None)
+        pair_environment(build, source=None)
 
 
 def test_models_that_need_code_of_their_own_are_refused(tmp_path: Path, tiny: Path) -> None:
@@ -509,16 +509,16 @@ def test_models_that_need_code_of_their_own_are_refused(tmp_path: Path, tiny: Pa
     foreign = build.source.model_copy(update={"remote_code": True})
     folder = a_build_folder(tmp_path / "b", build.model_copy(update={"source": foreign}), tiny)
     with pytest.raises(ModelError, match="demo comes with code of its own"):
-        space.pair_environment(folder, source=None)
+        pair_environment(folder, source=None)
 
 
 def test_a_taken_port_is_an_error() -> None:
-    port = space.free_port(None)
+    port = free_port(None)
     with socket.socket() as taken:
-        taken.bind((space.HOST, port))
+        taken.bind((HOST, port))
         taken.listen()
         with pytest.raises(UsageError, match=f"port {port} cannot be used"):
-            space.free_port(port)
+            free_port(port)
 
 
 def started(build: Path, *options: str) -> subprocess.Popen[str]:
@@ -527,7 +527,7 @@ def started(build: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_serves_the_page_and_ends_it_on_ctrl_c(tmp_path: Path, tiny: Path) -> None:
-    port = space.free_port(None)
+    port = free_port(None)
     process = started(a_build_folder(tmp_path / "b", demo_build(), tiny), "--port", str(port))
     assert process.stdout is not None
     assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C ends it)\n"
@@ -557,7 +557,7 @@ def test_a_signal_while_a_process_starts_waits_until_it_is_known() -> None:
     known: list[str] = []
 
     def start() -> None:
-        with space._held_back():
+        with _held_back():
             signal.raise_signal(signal.SIGINT)
             known.append("the process")
 
@@ -573,4 +573,4 @@ def test_a_page_that_cannot_start_is_an_error(
     (tmp_path / "gradio.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(FactoryError, match="ended by itself with exit code 3"):
-        space.serve(build, source=None, port=None, ready=lambda url: None)
+        serve(build, source=None, port=None, ready=lambda url: None)

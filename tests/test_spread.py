@@ -18,22 +18,24 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import trainer
 
-from factory import processes
 from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
-from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
+from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, MachineError, UsageError, WorkerError
-from factory.evaluate import evaluate
-from factory.heal import heal
-from factory.measure import measure
-from factory.models import trains_on_one
-from factory.resolve import resolve
-from factory.run import Run, open_texts
-from factory.significance import read_answers, read_losses
-from factory.spread import CONFIGS, check_sharding, num_processes, spread
-from factory.stages import in_processes
-from factory.store import Store
-from factory.texts import open_text
-from factory.trainer import HealTrainer
+from factory.evaluation.answers import read_answers, read_losses
+from factory.evaluation.evaluate import evaluate
+from factory.healing.heal import heal
+from factory.healing.trainers import HealTrainer
+from factory.hub.resolve import resolve
+from factory.model.devices import trains_on_one
+from factory.parallel import processes
+from factory.parallel.launch import check_sharding, num_processes, spread
+from factory.pipeline.run import Run
+from factory.pipeline.stages import in_processes
+from factory.pipeline.texts import open_texts
+from factory.pruning.measure import measure
+from factory.resources import ACCELERATE_CONFIGS
+from factory.store.store import Store
+from factory.text.text import open_text
 from tests.test_evaluate import questions, save_task
 from tests.test_experts import save
 from tests.tiny import rhymes, save_llama
@@ -196,7 +198,7 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
         patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
         as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
         patch.setattr(PartialState, "_prepare_backend", as_if)
-        patch.setattr("factory.heal.HealTrainer", Watching)
+        patch.setattr("factory.healing.heal.HealTrainer", Watching)
         save = trainer.save_fsdp_model
         late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
         patch.setattr(trainer, "save_fsdp_model", late)
@@ -236,7 +238,7 @@ def test_a_torch_that_cannot_divide_a_model_in_training_is_refused() -> None:
 
 @pytest.mark.parametrize("case", ["cpu", "gpus", "fsdp"])
 def test_each_shipped_configuration_is_one_that_accelerate_reads(case: str) -> None:
-    read = load_config_from_file(str(CONFIGS / f"{case}.yaml"))
+    read = load_config_from_file(str(ACCELERATE_CONFIGS / f"{case}.yaml"))
     assert read.distributed_type == {"fsdp": "FSDP"}.get(case, "MULTI_GPU")
     assert read.use_cpu == (case == "cpu")
     assert read.main_process_port == 0

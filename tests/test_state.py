@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from factory.builds.garbage import collect_garbage
 from factory.errors import ModelError
-from factory.gpus import peak_flops
-from factory.jobs import Flavor, check_fits
-from factory.preview import Machine
-from factory.store import Store
+from factory.jobs.hardware import Flavor, check_fits
+from factory.model.devices import peak_flops
+from factory.pipeline.preview import Machine
 from tests.hub import Hub
 from tests.waiting import HUNG_SECONDS
 
@@ -23,8 +23,9 @@ MACHINE = """
 import json, sys
 from pathlib import Path
 from factory.errors import HubError
-from factory.state import open_bucket
-from factory.store import StageSpec, Store
+from factory.hub.bucket import open_bucket
+from factory.store.stage import StageSpec
+from factory.store.store import Store
 
 remarks = []
 home = Path(sys.argv[1])
@@ -153,7 +154,7 @@ def test_a_failed_download_leaves_nothing_to_resume_from(hub: Hub, tmp_path: Pat
         assert BUCKET in told
         (left,) = [path for path in (home / "stages" / "heal").iterdir() if path.is_dir()]
         assert left.name.endswith(".coming.partial")
-    assert [found for found, _ in Store(home).collect_garbage(recent=True)] == [left]
+    assert [found for found, _ in collect_garbage(home, recent=True)] == [left]
     refused.times = 0
     assert machine(hub, home, "resumed")[0] == ["checkpoint"]
 

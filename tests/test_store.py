@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factory.artifacts import Build, Publication, Source
+from factory.builds.folder import link_or_copy
+from factory.builds.garbage import collect_garbage, register, registered_builds
+from factory.builds.integrity import changed_in
+from factory.builds.swap import laying_out, restore
 from factory.errors import DiskSpaceError, StoreError, VerificationError
-from factory.layout import link_or_copy
-from factory.place import laying_out, restore
-from factory.store import StageSpec, Store, damage
-from factory.verify import changed_in
+from factory.store.stage import StageSpec
+from factory.store.store import Store, damage
 from tests.waiting import HUNG_SECONDS, until
 
 
@@ -33,7 +35,7 @@ def write_hello(folder: Path) -> dict[str, str]:
 
 
 def garbage(store: Store, *, recent: bool = False) -> list[Path]:
-    return [folder for folder, _ in store.collect_garbage(recent=recent, dry_run=True)]
+    return [folder for folder, _ in collect_garbage(store.home, recent=recent, dry_run=True)]
 
 
 json_values = st.recursive(
@@ -186,7 +188,7 @@ def test_a_stage_in_use_is_kept_aside_when_it_is_made_again(tmp_path: Path) -> N
     (old,) = first.folder.parent.glob("*.old-*.partial")
     assert [(path / "hello.txt").read_text() for path in (old, second.folder)] == ["x", "xx"]
     assert second.folder == first.folder
-    store.register(finished_build(tmp_path / "build"), {"prune": second.key})
+    register(store.home, finished_build(tmp_path / "build"), {"prune": second.key})
     assert garbage(store, recent=True) == []  # both are held
     assert first.in_use
     assert second.in_use
@@ -274,8 +276,8 @@ def test_a_build_can_lie_in_a_folder_whose_name_is_no_text(tmp_path: Path, name:
     build.mkdir()
     (build / "build.json").write_text("{}")
     store = Store(tmp_path / "home")
-    store.register(build, {})
-    assert store.builds() == [build]
+    register(store.home, build, {})
+    assert registered_builds(store.home) == [build]
 
 
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
@@ -286,10 +288,10 @@ def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     build = tmp_path / "build"
     build.mkdir()
     (build / "build.json").write_text("{}")
-    store.register(build, {"prune": used.key})
+    register(store.home, build, {"prune": used.key})
     assert garbage(store) == []  # younger than a day
     assert sorted(garbage(store, recent=True)) == sorted([unused.folder, partial])
-    assert store.builds() == [build]
+    assert registered_builds(store.home) == [build]
     (build / "build.json").unlink()  # the user deleted the build
     assert used.folder in garbage(store, recent=True)
 
@@ -298,13 +300,13 @@ def test_garbage_is_nothing_of_a_build_that_was_killed_between_its_two_names(tmp
     store = Store(tmp_path / "home")
     used = replace(store.make(spec(n=1), write_hello), in_use=None)
     build = tmp_path / "build"
-    store.register(build, {"prune": used.key})
+    register(store.home, build, {"prune": used.key})
     for name in (".build.old", ".build.partial"):
         (tmp_path / name / "model").mkdir(parents=True)
         for file in ("build.json", "profile.json"):
             (tmp_path / name / file).write_text("{}")
     assert garbage(store, recent=True) == []
-    assert store.builds() == []
+    assert registered_builds(store.home) == []
     restore(build)
     assert (build / "build.json").is_file()
     assert garbage(store, recent=True) == [tmp_path / ".build.partial"]
@@ -318,10 +320,10 @@ def test_garbage_passes_over_what_went_away_and_what_is_used_meanwhile(tmp_path:
     build = tmp_path / "build"
     build.mkdir()
     (build / "build.json").write_text("{}")
-    found = store.collect_garbage(recent=True)
+    found = collect_garbage(store.home, recent=True)
     assert next(found)[0] == first.folder
     gone.folder.rename(tmp_path / "gone")
-    store.register(build, {"prune": used.key})
+    register(store.home, build, {"prune": used.key})
     assert list(found) == []
     assert used.folder.is_dir()
 
@@ -337,7 +339,7 @@ def test_a_manifest_without_sums_is_damage(tmp_path: Path) -> None:
 def test_a_stage_that_cannot_be_is_not_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str
 ) -> None:
-    monkeypatch.setattr("factory.verify.changed_since_laid_out", lambda *_: [])
+    monkeypatch.setattr("factory.builds.integrity.changed_since_laid_out", lambda *_: [])
     build = Build.model_construct(stages={name: key})
     with pytest.raises(VerificationError, match="no stage"):
         changed_in(build, tmp_path, store=Store(tmp_path))

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,62 +12,16 @@ import pytest
 from tests.waiting import HUNG_SECONDS
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("publish", "measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed", "card")
-LAYERS = (
-    ("__init__", "errors"),
-    ("references", "disk", "durable", "gpus", "tracking", "memory", "locks", "libraries", "bearer"),
-    ("config", "artifacts", "front_matter"),
-    ("buildfile",),
-    ("header", "licenses", "remote_code", "decoder_fields", "markdown", "webpage", "hub_errors", "sweep"),
-    ("sums", "legal", "json_bounds", "source_card", "remote_header", "tokenizer", "data_files"),
-    (
-        "transfer",
-        "decoder_proof",
-        "place",
-        "store",
-        "hub_text",
-        "texts",
-        "models",
-        "packed",
-        "plots",
-        "demo.corpus",
-        "processes",
-    ),
-    ("checkpoint", "state", "program", "apart"),
-    ("decoder", "resolve", "reload", "identity", "task_files", "spread", "experts"),
-    ("trial", "complete"),
-    ("distill", "trainer", "lora", "attention", "micro_batch", "watch", "heal_text"),
-    ("significance", "findings"),
-    ("harness", "task_scores"),
-    (*STAGES, "demo.next_line"),
-    ("needs",),
-    ("hub", "layout", "space"),
-    ("preview", "removal", "verify"),
-    ("run",),
-    ("reproduce",),
-    ("stages",),
-    ("pipeline",),
-    ("deploy",),
-    ("jobs",),
-    ("screen", "streams"),
-    ("commands.asked", "commands.options", "commands.publishing"),
-    (
-        "commands.build",
-        "commands.carried",
-        "commands.entries",
-        "commands.extension",
-        "commands.jobs",
-        "commands.prune",
-        "commands.finished",
-        "commands.house",
-        "commands.plan",
-        "commands.card",
-    ),
-    ("cli",),
-    ("__main__",),
+# A folder imports from those in the rows before it; only the values of the first row import each other.
+LEVELS = (
+    ("errors", "resources", "units", "artifacts", "config"),
+    *(("store",), ("checkpoint",), ("model",), ("hub",), ("text", "parallel")),
+    ("pruning", "healing", "evaluation", "report", "serving", "demo"),
+    *(("builds",), ("pipeline",), ("jobs",), ("cli",), ("__main__",)),
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))
+MOST_MODULES = 11  # of a folder
 
 
 def name_of(path: Path) -> str:
@@ -75,29 +30,34 @@ def name_of(path: Path) -> str:
 
 
 def imported_by(path: Path) -> set[str]:
-    """Modules of ours that a file imports when it is loaded or when it works, but not for types alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+    """Modules of ours that a file imports: when it is loaded, when it works, or for types alone."""
+    names = {name_of(other) for other in MODULES}
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "factory":
-            found |= {alias.name for alias in node.names if not alias.name.startswith("__")}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("factory."):
-            module = (node.module or "").removeprefix("factory.")
-            found |= {f"demo.{alias.name}" for alias in node.names} if module == "demo" else {module}
-    return found
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "factory":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".removeprefix("factory.")
+                found.add(whole if whole in names else whole.rpartition(".")[0])
+    return found - {""}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_from_the_command_line_to_the_values(path: Path) -> None:
-    name = name_of(path)
-    if name in ("demo", "commands"):
-        return
-    assert name in RANK, "a new module needs its place in LAYERS"
+    room = name_of(path).split(".")[0]
     for other in imported_by(path):
-        assert RANK[other] < RANK[name] or (RANK[other] == RANK[name] and name not in STAGES), other
+        below = other.split(".")[0]
+        assert room in ("__init__", below) or LEVEL[below] < LEVEL[room] or LEVEL[room] == 0, other
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {name_of(path): imported_by(path) for path in MODULES if name_of(path) != "__init__"}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_no_folder_holds_more_than_one_can_take_in() -> None:
+    for folder in {path.parent for path in MODULES}:
+        assert len([path for path in folder.glob("*.py") if path.stem != "__init__"]) <= MOST_MODULES, folder
+    assert len([path for path in (ROOT / "factory").iterdir() if path.name != "__pycache__"]) <= 26
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -111,7 +71,7 @@ def test_the_first_line_of_a_module_says_what_belongs_there(path: Path) -> None:
 def test_only_the_command_line_prints_or_exits(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    if name_of(path).split(".")[0] not in ("cli", "commands", "screen"):
+    if name_of(path).split(".")[0] != "cli":
         assert not calls & {"print", "sys.exit", "exit", "click.echo"}
 
 
@@ -139,8 +99,8 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
         "factory/_resources/spaces/compare/pair.py",
         "factory/_resources/spaces/compare/session.py",
         "factory/_resources/spaces/compare/style.css",
-        "factory/recipes/mistral-7b.yaml",
-        "factory/accelerate/gpus.yaml",
+        "factory/config/recipes/mistral-7b.yaml",
+        "factory/parallel/accelerate/gpus.yaml",
         "factory/demo/model/model.safetensors",
         "factory/demo/model/tokenizer.json",
         "factory/demo/tasks/next_line.yaml",

@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from factory.libraries import installed_libraries
+from factory.builds.record import installed_libraries
 from scripts.lock import BUILDS_US, OF_TORCH, entries
 
 ROOT = Path(__file__).parent.parent

@@ -8,20 +8,23 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from factory import hub
 from factory.artifacts import (
     DataSource,
     Evaluation,
     Plans,
     PruningPlan,
+    Sweep,
+    SweepPoint,
     TaskScore,
     TokenLoss,
 )
-from factory.cli import main
-from factory.plan import read_profile
-from factory.plots import sweep_figure
-from factory.screen import console, show_sweep
-from factory.sweep import RULE, Sweep, SweepPoint, before_the_cliff, share_kept
+from factory.cli.console import console
+from factory.cli.main import main
+from factory.cli.tables import show_sweep
+from factory.hub.resolve import resolve
+from factory.pipeline.sweep import RULE, before_the_cliff, share_kept
+from factory.pruning.profile_files import read_profile
+from factory.report.figures import sweep_figure
 from tests.tiny import rhymes, save_llama
 
 DATA = DataSource(name="x", version="1")
@@ -194,10 +197,10 @@ def test_distances_of_pruneme_serve_the_command(
     for seed in (0, 1):
         save_llama(Path(f"m{seed}"), num_layers=8, seed=seed)
     given = ["--drop", "0.375", "--profile", "p.csv", "--save", "kept"]
-    monkeypatch.setattr("factory.texts.find_data_set", None)  # the text is not even opened
+    monkeypatch.setattr("factory.text.text.find_data_set", None)  # the text is not even opened
     run(monkeypatch, "plan", "m0", *given)
     assert "factory build m0 --layers 3,4,5\n" in capsys.readouterr().out
-    assert read_profile(Path("kept"), source=hub.resolve("m0")).block_distances(3)[3] == pytest.approx(0.1)
+    assert read_profile(Path("kept"), source=resolve("m0")).block_distances(3)[3] == pytest.approx(0.1)
     monkeypatch.undo()
     monkeypatch.setenv("FACTORY_HOME", str(there / "home"))
     monkeypatch.chdir(there)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from factory.artifacts import Comparison, TaskScore
-from factory.config import EvaluateSettings
+from factory.config.settings import EvaluateSettings
 from factory.errors import DataError, FactoryError, UsageError
-from factory.harness import load_tasks
-from factory.significance import compare, compare_losses, write_losses
+from factory.evaluation.answers import write_losses
+from factory.evaluation.harness import load_tasks
+from factory.evaluation.significance import compare, compare_losses
 from tests.test_evaluate import CHOICES, evaluation_of, questions, save_task
 from tests.tiny import rhymes, save_llama
 

@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from factory.apart import Contents, keep_apart, look
 from factory.artifacts import DataSource
-from factory.config import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
+from factory.config.references import check_model
+from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UnknownModelError
-from factory.identity import text_identity
-from factory.references import check_model
-from factory.run import check_texts, open_texts
-from factory.texts import Text, open_text
+from factory.pipeline.texts import check_texts, open_texts
+from factory.text.overlap import Contents, keep_apart, look
+from factory.text.text import Text, open_text, text_identity
 
 DOCUMENTS = ["one", "two\nlines", "drei äöü"]
 LINES = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)

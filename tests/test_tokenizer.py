@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from factory.config import HealSettings, MeasureSettings, PlanSettings
+from factory.config.settings import HealSettings, MeasureSettings, PlanSettings
 from factory.errors import ModelError
-from factory.heal_text import data_sets
-from factory.measure import take_samples
-from factory.resolve import _vocab_size, resolve
-from factory.run import Texts, check_tokens
-from factory.search import SEARCH, take_sequences
-from factory.texts import open_text
-from factory.tokenizer import Encoder, load_encoder, load_tokenizer
+from factory.healing.data import data_sets
+from factory.hub.inspect import _vocab_size
+from factory.hub.resolve import resolve
+from factory.model.tokenizer import Encoder, load_encoder, load_tokenizer
+from factory.pipeline.texts import check_tokens
+from factory.pruning.measure import take_samples
+from factory.pruning.search import SEARCH, take_sequences
+from factory.text.text import Texts, open_text
 from tests.test_measure import text_of
 from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
 

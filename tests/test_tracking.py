@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
-from factory.commands.asked import ask
-from factory.commands.build import _tracking
+from factory.cli.build import _tracking
+from factory.cli.request import ask
 from factory.errors import UsageError
-from factory.tracking import Tracking, choose
-from factory.watch import Told
+from factory.healing.callbacks import Told
+from factory.healing.tracking import Tracking, choose
 from tests.test_buildfile import asked
 
 # As much of trackio as is used, for a machine without it: what it is told lands in a file.

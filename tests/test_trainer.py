@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from factory import hub
 from factory.artifacts import PruningPlan
-from factory.lora import GUARD
-from factory.models import load_model, token_loss
-from factory.prune import prune
+from factory.healing.lora import GUARD
+from factory.hub.resolve import resolve
+from factory.model.loading import load_model
+from factory.model.losses import token_loss
+from factory.pruning.prune import prune
 from tests.test_experts import save
 from tests.test_heal import SETTINGS, run
 
@@ -31,7 +32,7 @@ def test_the_loss_is_of_next_tokens_by_the_models_own_head(
     source, dropped = save(tmp_path / "source", model_type, **fields), (2, 3)
     (tmp_path / "pruned").mkdir()
     plan = PruningPlan(criterion="chosen", num_layers=6, dropped=dropped)
-    pruned = prune(hub.resolve(str(source)), plan, folder=tmp_path / "pruned")
+    pruned = prune(resolve(str(source)), plan, folder=tmp_path / "pruned")
     settings = {"bits": 16, "modules": "all-linear", "num_steps": 6, "dropout": 0.0, "objective": objective}
     adapter = run(
         pruned.folder,

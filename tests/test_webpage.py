@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factory.artifacts import Publication
-from factory.card import render
-from factory.cli import cli
+from factory.cli.main import cli
 from factory.errors import UsageError
-from factory.webpage import webpage
+from factory.report.card import render
+from factory.report.html import webpage
 from tests.test_card import chat_with_other_licence
 
 PIXEL = base64.b64decode(

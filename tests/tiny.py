@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from factory.artifacts import Adapter, DataSource
-from factory.tokenizer import Encoder
+from factory.model.tokenizer import Encoder
 
 END = "<|end|>"
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from factory import processes
 from factory.errors import DataError
+from factory.parallel import processes
 
 Progress = Callable[[int, int, str], None]
 

@@ -19,7 +19,7 @@ import tokenize
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from factory.demo import corpus
+from factory.text.standard_library import modules
 
 NUM_ITEMS = 400
 NUM_CHOICES = 4
@@ -28,7 +28,6 @@ NEAR_LINES = 24  # lines this close to the place are no wrong answers: they migh
 SHORTEST, LONGEST = 16, 100  # characters without indentation; `else:` says too little
 CLOSEST = 12  # the wrong lines are drawn from this many that are closest in length
 MOST_UNLIKE = 0.25  # and differ by no more than this share of the right line's length
-
 NOT_CODE = {
     tokenize.STRING,
     tokenize.COMMENT,
@@ -60,7 +59,7 @@ def dataset(**_: object) -> Any:
     """
     from datasets import Dataset, DatasetDict
 
-    return DatasetDict({"test": Dataset.from_list(items(corpus.modules()))})
+    return DatasetDict({"test": Dataset.from_list(items(modules()))})
 
 
 def items(sources: Mapping[str, str], *, count: int = NUM_ITEMS) -> list[Item]:

@@ -17,7 +17,8 @@ from tests.waiting import HUNG_SECONDS
 SCRIPT = """
 import json, os, sys, time, traceback
 from pathlib import Path
-from factory import hub, hub_errors, publish
+import factory.hub.pull, factory.hub.push, factory.hub.resolve
+from factory.hub import client
 from factory.artifacts import Source
 from factory.errors import FactoryError
 
@@ -25,61 +26,62 @@ if "HURRY" in os.environ:  # every wait, also the client's own, is over at once
     wait = time.sleep
     time.sleep = lambda seconds: wait(min(seconds, 0.01))
 
-hub_errors.WAITS_SECONDS = (0.05, 0.05, 0.05)
+client.WAITS_SECONDS = (0.05, 0.05, 0.05)
 
 def bear_silence(seconds):
-    hub_errors.SILENCE_SECONDS = seconds
+    client.SILENCE_SECONDS = seconds
 
 def pull(source):
     seen = []
-    pulled = hub.pull(Source.model_validate(source), progress=lambda done, total: seen.append((done, total)))
+    source = Source.model_validate(source)
+    pulled = factory.hub.pull.pull(source, progress=lambda done, total: seen.append((done, total)))
     return {"folder": str(pulled.folder), "progress": seen}
 
 def resolve(reference, **options):
-    source = hub.resolve(reference, **options)
+    source = factory.hub.resolve.resolve(reference, **options)
     return json.loads(source.model_dump_json()) | {"tensors": source.tensors}
 
 def read_text(reference):
-    from factory.texts import open_text
+    from factory.text.text import open_text
 
     return list(open_text(reference, split="train").documents())
 
 def load_task(task):
-    from factory.harness import load_task
+    from factory.evaluation.harness import load_task
 
     return load_task(task, shots=None)[0]
 
 def user_name():
-    from factory.jobs import user_name
+    from factory.jobs.submit import user_name
 
     return user_name()
 
 def jobs_of(owner):
-    from factory.jobs import jobs_of
+    from factory.jobs.submit import jobs_of
 
     return [job.id for job in jobs_of(owner)]
 
 def flavor(name):
-    from factory.jobs import flavor
+    from factory.jobs.hardware import flavor
 
     return flavor(name).title
 
 def fetch(bucket):
-    from factory.state import look_at_bucket, StageBucket
+    from factory.hub.bucket import look_at_bucket, StageBucket
 
     look_at_bucket(bucket)
     StageBucket(bucket, print).fetch("measure", "0", Path("nowhere"))
 def open_text(reference, split):
-    from factory.texts import open_text
+    from factory.text.text import open_text
 
     text = open_text(reference, split=split)
     return {**text.data.model_dump(), "documents": list(text.documents())}
 
 def default_repo_name(source, drop):
-    return hub.default_repo_name(Source.model_validate(source), drop)
+    return factory.hub.push.default_repo_name(Source.model_validate(source), drop)
 
 def push(folder, **options):
-    return json.loads(publish.push(Path(folder), **options).model_dump_json())
+    return json.loads(factory.hub.push.push(Path(folder), **options).model_dump_json())
 
 for line in sys.stdin:
     call = json.loads(line)

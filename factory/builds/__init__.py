@@ -1,0 +1,1 @@
+"""The build folder: its record, its layout, its integrity, and publishing it."""

@@ -1,0 +1,45 @@
+"""Publishing a build: its card names the repository, then everything goes up in one commit."""
+
+from pathlib import Path
+from typing import Any
+
+from factory.artifacts import Build, Publication
+
+
+def publish(
+    folder: Path, repository: str | None, *, space: str | None = None, **options: Any
+) -> tuple[Publication, bool]:
+    """Publish a finished build: its card names the repository, then everything goes up in one commit.
+
+    A card that somebody has edited is published as it is.
+
+    Args:
+        folder: The build.
+        repository: `owner/name`; None: the source's name and the fraction, under who is logged in.
+        space: The comparison Space that the card links to; None: the one it links to already, if any.
+        options: Of `hub.push`.
+
+    Returns:
+        What lies on the Hub, and whether the card is an edited one.
+    """
+    from factory.builds.integrity import check_nothing_added, check_whole
+    from factory.hub.push import default_repo_name, full_name, label, push
+    from factory.report.card import renewed_card
+
+    build = Build.read(folder)
+    check_nothing_added(folder)
+    check_whole(build, folder)
+    if repository is None:
+        repository = default_repo_name(build.source, build.config["drop"])
+    repo_id = full_name(repository)
+    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    pull_request = None
+    if known and known.repo_id == repo_id:
+        space, pull_request = space or known.space, known.pull_request
+    with renewed_card(build, folder / "model", repo_id=repo_id, space=space) as is_edited:
+        pushed = push(
+            folder / "model", repo_id=repo_id, pull_request=pull_request, named=label(build), **options
+        )
+    publication = pushed.model_copy(update={"space": space})
+    publication.write(folder)
+    return publication, is_edited

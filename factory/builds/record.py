@@ -1,0 +1,163 @@
+"""The record of a build: what was asked, made and measured, and with which libraries."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from factory import __version__
+from factory.artifacts import (
+    Adapter,
+    Build,
+    Checkpoint,
+    Comparison,
+    DistanceProfile,
+    Evaluation,
+    PruningPlan,
+    Source,
+    SpeedComparison,
+)
+from factory.config.references import local_path
+from factory.config.settings import BuildConfig, build_name
+
+if TYPE_CHECKING:
+    from factory.text.text import Texts
+
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+    "trl",
+)
+RECIPE = "recipe.yaml"
+PROGRAM = "hf-factory"
+
+
+def describe_build(
+    config: BuildConfig,
+    texts: "Texts",
+    made: "Made",
+    *,
+    comparisons: dict[str, tuple[Comparison, ...]],
+    keys: Mapping[str, str],
+    seconds: Mapping[str, float],
+) -> Build:
+    """Everything that `build.json` says, without paths."""
+    return Build(
+        factory_version=__version__,
+        name=build_name(made.source.name, config.drop),
+        reference=_without_path(config.reference, made.source.name, made.source.repo_id),
+        config=_config_without_paths(config, texts, made),
+        source=made.source,
+        plan=made.plan,
+        profile_samples=made.profile.num_samples,
+        calibration=made.profile.data,
+        adapter=made.adapter,
+        merge_base=made.shipped.merge_base,
+        merge_losses=made.shipped.merge_losses,
+        guard_losses=made.healed.guard_losses if made.healed else None,
+        shipped=made.shipped_name,
+        source_parameters=made.source.num_parameters,
+        result_parameters=made.shipped.num_parameters,
+        source_bytes=made.source.size_bytes,
+        result_bytes=made.shipped.size_bytes,
+        evaluations=made.evaluations,
+        comparisons=comparisons,
+        speed=made.speed,
+        files=made.shipped.files,
+        stages=dict(keys),
+        versions={library: version(library) for library in LIBRARIES},
+        libraries=installed_libraries(),
+        seconds=dict(seconds),
+        device=made.speed.device,
+    )
+
+
+def write_recipe(build: Build, folder: Path) -> None:
+    """Write the settings of a build for people, with what pins its source and its texts."""
+    source, healing = build.source, build.adapter
+    texts = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
+    if healing:
+        texts["heal"] = healing.data
+    recipe = {
+        "source": {"repo_id": source.repo_id, "commit": source.commit},
+        **{key: value for key, value in build.config.items() if key != "reference"},
+        "texts": {use: {"name": text.name, "version": text.version} for use, text in texts.items()},
+        "dropped": list(build.dropped),
+        "made_with": f"hf-factory {build.factory_version}",
+    }
+    head = "# What this model was made of and how; `factory build REPOSITORY --reproduce` makes it again.\n"
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    (folder / RECIPE).write_text(head + text, encoding="utf-8")
+
+
+def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> dict[str, Any]:
+    """Settings with data and tasks by name, so that nothing says where they lay on this machine."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
+    values["measure"]["data"] = texts.calibration.data.name
+    values["heal"]["data"] = texts.healing.data.name
+    values["evaluate"]["data"] = texts.evaluation.data.name
+    values["evaluate"]["tasks"] = [Path(task).name for task in config.evaluate.tasks]
+    return values
+
+
+def _without_path(reference: str, name: str, repo_id: str | None) -> str:
+    return reference if repo_id or not local_path(reference).is_dir() else name
+
+
+def installed_libraries(*, of: str = PROGRAM) -> dict[str, str]:
+    """Name → version of every installed distribution below one, by its metadata; and Python's own.
+
+    Optional dependencies count where an extra asks for them. What is not installed is left out.
+    """
+    found: dict[str, str] = {}
+    left = [(canonicalize_name(of), frozenset[str]())]
+    seen = set(left)
+    while left:
+        name, extras = left.pop()
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue
+        found[name] = package.version
+        for text in package.requires or ():
+            needed = Requirement(text)
+            environments = [{"extra": extra} for extra in extras or {""}]
+            if needed.marker and not any(needed.marker.evaluate(env) for env in environments):
+                continue
+            entry = (canonicalize_name(needed.name), frozenset(needed.extras))
+            if entry not in seen:
+                seen.add(entry)
+                left.append(entry)
+    found.pop(canonicalize_name(of), None)
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Everything the stages made, ready for the card."""
+
+    source: Source
+    profile: DistanceProfile
+    plan: PruningPlan
+    pruned: Checkpoint
+    adapter: Adapter | None
+    healed: Checkpoint | None
+    shipped: Checkpoint
+    shipped_name: str  # "healed" or "pruned"
+    evaluations: dict[str, Evaluation]
+    speed: SpeedComparison

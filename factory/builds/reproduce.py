@@ -1,0 +1,218 @@
+"""A finished build made again: what its `build.json` pins, and how the result compares."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from factory import __version__
+from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
+from factory.config.choices import STANDARD_LIBRARY
+from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
+from factory.config.settings import BuildConfig, load_recipe
+from factory.errors import DataError, HubError, StoreError, VerificationError
+from factory.evaluation.task_files import is_task_file
+from factory.text.text import Texts
+
+DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
+
+
+def read_build(reference: str) -> Build:
+    """What a build says of itself.
+
+    Args:
+        reference: The folder of a build or of a published model, or `owner/name[@revision]`.
+
+    Raises:
+        UnknownModelError: No folder, and not written like a repository name.
+        HubError: No such repository, no access, no connection, or no `build.json` in it.
+        StoreError: A `build.json` that this version does not read.
+    """
+    folder = local_path(reference)
+    path = folder / Build.file_name if folder.is_dir() else _download(reference)
+    try:
+        check_size(path.stat().st_size)
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(
+            f"{folder} has no {Build.file_name}", hint="give what `factory build` made"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(reference, error) from error
+    try:
+        build = Build.model_validate(value)
+        BuildConfig.model_validate(build.config)
+    except ValidationError as error:
+        by = value.get("factory_version") if isinstance(value, dict) else None
+        raise StoreError(
+            f"{Build.file_name} of {reference} is of factory {by or 'unknown'}, which {__version__} does not "
+            f"read: {first_problem(error)}",
+            hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
+        ) from error
+    if not {"source", build.shipped} <= build.evaluations.keys():
+        raise StoreError(
+            f"{Build.file_name} of {reference} lacks the evaluation of its source or its result",
+            hint="it was not written by `factory build`",
+        )
+    return build
+
+
+def _damaged(reference: str, error: Exception) -> StoreError:
+    return StoreError(f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision")
+
+
+def _download(reference: str) -> Path:
+    """`build.json` of a repository, at one commit."""
+    from huggingface_hub import hf_hub_download
+
+    from factory.hub.client import hub_api, patiently
+    from factory.hub.errors import hub_errors
+
+    repo_id, _, revision = reference.partition("@")
+    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
+        raise unknown_model(reference)
+    with hub_errors(repo_id, revision=revision or None):
+        api = hub_api()
+        commit = patiently(lambda: api.resolve_revision(repo_id, revision=revision or None).resolved)
+        found = api.get_paths_info(repo_id, Build.file_name, revision=commit)
+        if not found:
+            raise HubError(
+                f"{repo_id} has no {Build.file_name}",
+                hint="only what `factory push` published can be repeated",
+            )
+        try:
+            check_size(getattr(found[0], "size", 0))  # before it is downloaded
+        except ValueError as error:
+            raise _damaged(reference, error) from error
+        return Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
+
+
+def source_reference(build: Build) -> str:
+    """What to resolve for the same source: its repository at its commit, or the alias of the embedded model.
+
+    Raises:
+        VerificationError: The source was a folder.
+    """
+    source = build.source
+    if source.repo_id:
+        return f"{source.repo_id}@{source.commit}"
+    if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
+        return build.reference
+    raise VerificationError(
+        f"{build.name} was made from a folder, {source.name!r}, which only its maker has",
+        hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
+    )
+
+
+def check_same_source(build: Build, found: Source) -> None:
+    """Compare the source that was resolved with that of the build.
+
+    What else the build says of it, its licence above all, is not believed: whoever wrote that may lie.
+
+    Raises:
+        VerificationError: It is another one.
+    """
+    if found.commit != build.source.commit:
+        raise VerificationError(
+            f"{build.source.name} is {found.commit[:12]} here, {build.name} was made from "
+            f"{build.source.commit[:12]}",
+            hint=f"install hf-factory {build.factory_version}",
+        )
+
+
+def same_settings(
+    build: Build, *, files: Mapping[str, str | None], tasks: tuple[str, ...] | None
+) -> BuildConfig:
+    """The build's settings, its data sets pinned to their commits.
+
+    Args:
+        files: "measure", "heal", "evaluate" → where a file that the build was made with lies here.
+        tasks: What to evaluate on instead.
+
+    Raises:
+        DataError: A file is needed that was not given. None is looked for by a name in `build.json`,
+            which may come from anybody: a task file can name code to run.
+    """
+    values = BuildConfig.model_validate(build.config).model_dump(mode="json")
+    used = _used(build)
+    for use, data in used.items():
+        values[use]["data"] = _pinned(data, files[use], option=DATA_OPTIONS[use], name=build.name)
+    if "heal" not in used:  # named in the settings and never read
+        values["heal"]["data"] = values["measure"]["data"]
+    if tasks is not None:
+        values["evaluate"]["tasks"] = tasks
+    elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
+        raise DataError(
+            f"task {task_files[0]} was a file of whoever made {build.name}",
+            hint="give it with --tasks, or --tasks none: the weights do not depend on it",
+        )
+    return BuildConfig.model_validate(values)
+
+
+def _used(build: Build) -> dict[str, DataSource]:
+    used = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
+    return used | ({"heal": build.adapter.data} if build.adapter else {})
+
+
+def _pinned(data: DataSource, file: str | None, *, option: str, name: str) -> str:
+    if file is not None:
+        return file
+    if data.hub_id:
+        return f"{data.name}@{data.version}"
+    if data.name in STANDARD_LIBRARY:
+        return data.name
+    raise DataError(
+        f"{name} was made with {data.name} (sha256 {data.version[:12]}…), a file that only its maker has",
+        hint=f"give it with --{option}",
+    )
+
+
+def check_same_texts(build: Build, texts: Texts) -> None:
+    """Compare the texts that were opened with those of the build.
+
+    Raises:
+        DataError: One is another text, another version of it, or other documents of it.
+    """
+    opened = {"measure": texts.calibration, "heal": texts.healing, "evaluate": texts.evaluation}
+    for use, data in _used(build).items():
+        found = opened[use].data
+        if found.version != data.version:
+            here, there = found.version[:12], data.version[:12]
+            raise DataError(
+                f"{found.name} is {here}… here, {build.name} was made with {there}…",
+                hint="Python's standard library: run the Python version of its maker"
+                if data.name in STANDARD_LIBRARY
+                else f"give the same file with --{DATA_OPTIONS[use]}",
+            )
+    for use, data in _used(build).items():
+        found = opened[use].data
+        if found.part != data.part:  # because of another text, if that is another
+            raise DataError(
+                f"{found.name} is divided otherwise here: {found.part or 'whole'}; "
+                f"{build.name} was made with {data.part or 'the whole'}",
+                hint=f"install hf-factory {build.factory_version}",
+            )
+
+
+def comparison(published: Build, made: Build, *, reference: str) -> str:
+    """Whether the weights came out equal, in one line; where not, what was different."""
+    if made.files == published.files:
+        return f"the same weights as {reference}, byte for byte"
+    differing = sum(made.files.get(name) != sha256 for name, sha256 in published.files.items())
+    reasons = [
+        f"{library} {version} there, {made.versions.get(library, 'none')} here"
+        for library, version in published.versions.items()
+        if made.versions.get(library) != version
+    ]
+    if made.device != published.device:
+        reasons.append(f"{published.device} there, {made.device} here")
+    if made.dropped != published.dropped:
+        reasons.insert(
+            0, f"layers {layer_ranges(published.dropped)} there, {layer_ranges(made.dropped)} here"
+        )
+    return (
+        f"other weights than {reference}: {differing} of {len(published.files)} files differ"
+        f" ({'; '.join(reasons) or 'same libraries and device'})"
+    )

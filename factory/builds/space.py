@@ -1,0 +1,192 @@
+"""Space: the comparison page of a build's two models, run on this machine without network."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from factory.artifacts import Build
+from factory.errors import FactoryError, HubError, ModelError, UsageError
+from factory.hub.resolve import resolve
+from factory.resources import DEMO_MODEL, SPACE
+
+HOST = "127.0.0.1"
+ENDING = ("SIGTERM", "SIGHUP")  # like Ctrl-C
+SECONDS_TO_END = 5  # after that it is killed
+
+
+def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callable[[str], None]) -> None:
+    """Run the comparison page for a build until it is interrupted.
+
+    SIGTERM and a closed terminal end it like Ctrl-C; when this returns the page's process has ended.
+
+    Args:
+        folder: A build folder.
+        source: The source's folder, for a build that was made from one.
+        port: On the loopback interface; None for one that is free.
+        ready: Called once with the page's address, when it answers.
+
+    Raises:
+        UsageError: The port is taken, or the source's folder is needed or is another model.
+        ModelError: The models need code of their own.
+        HubError: The source is not in the Hub's cache.
+        FactoryError: gradio is not installed, or the page ended by itself.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise FactoryError("gradio is not installed", hint='pip install "hf-factory[space]"')
+    environment = {
+        **os.environ,
+        **pair_environment(folder, source=source),
+        "GRADIO_SERVER_NAME": HOST,
+        "GRADIO_SERVER_PORT": str(port := free_port(port)),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = None
+    with _handled(ENDING, signal.default_int_handler):
+        try:
+            with _held_back():
+                # A session of its own: Ctrl-C reaches this process alone, which then ends the other one.
+                process = subprocess.Popen(
+                    [sys.executable, str(SPACE / "app.py")],
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            _wait_until_it_answers(process, port)
+            ready(f"http://{HOST}:{port}")
+            process.wait()
+            raise _ended(process)
+        except KeyboardInterrupt:
+            return
+        finally:
+            if process:
+                _end(process)
+
+
+@contextmanager
+def _handled(names: Iterable[str], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Give signals another handler; what is ignored (nohup) stays ignored."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let Ctrl-C and its like wait: a process that is being started is not known yet, and would be left."""
+    came: list[int] = []
+    with _handled(("SIGINT", *ENDING), lambda number, _frame: came.append(number)):
+        yield
+    if came:
+        raise KeyboardInterrupt
+
+
+def check_loadable(build: Build) -> None:
+    """Refuse models that need code of their own: the page runs none.
+
+    Raises:
+        ModelError: The source comes with such code.
+    """
+    if build.source.remote_code:
+        raise ModelError(
+            f"{build.source.name} comes with code of its own, which the comparison page does not run",
+            hint="only models that transformers knows by itself can be compared",
+        )
+
+
+def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
+    """The page's variables for a build: which two models, and the commit of one from the Hub."""
+    build = Build.read(folder)
+    check_loadable(build)
+    names = {"PRUNED_MODEL": str((folder / "model").resolve()), "PRUNED_REVISION": "", "SOURCE_REVISION": ""}
+    repo_id, commit = build.source.repo_id, build.source.commit
+    if repo_id is None or source is not None:
+        return names | {"SOURCE_MODEL": str(_source_folder(build, source))}
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(repo_id, "config.json", revision=commit), str):
+        raise HubError(
+            f"{repo_id} at {commit[:12]} is not in the Hub's cache on this machine",
+            hint="give its folder with --source, or run the same build again, which downloads it",
+        )
+    return names | {"SOURCE_MODEL": repo_id, "SOURCE_REVISION": commit}
+
+
+def _source_folder(build: Build, source: Path | None) -> Path:
+    """The folder of the source, proved by its content where the build knows it by that."""
+    if source is None and build.reference != "demo":
+        raise UsageError(
+            f"{build.name} was made from a folder, {build.source.name!r}, and a build keeps no paths",
+            hint="say where it is with --source FOLDER",
+        )
+    folder = source or DEMO_MODEL
+    if not folder.is_dir():
+        raise UsageError(f"{str(folder)!r} is no folder", hint="give the source's folder with --source")
+    commit = resolve(str(folder)).commit
+    if build.source.repo_id is None and commit != build.source.commit:
+        raise UsageError(
+            f"{str(folder)!r} is not the source of {build.name}: "
+            f"content hash {commit[:12]}, not {build.source.commit[:12]}",
+            hint="give the unchanged folder that the build was made from with --source",
+        )
+    return folder.resolve()
+
+
+def free_port(port: int | None) -> int:
+    """The port if it is free, or one that the system gives."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port or 0))
+        except OSError as error:
+            raise UsageError(
+                f"port {port} cannot be used: {error.strerror}", hint="leave --port out"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
+    # Loopback is never reached through a proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while process.poll() is None:
+        try:
+            opener.open(f"http://{HOST}:{port}/", timeout=5).close()
+            return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise _ended(process)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> FactoryError:
+    return FactoryError(
+        f"the comparison page ended by itself with exit code {process.returncode}",
+        hint="what it wrote above says why",
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the page's process, at the latest by force."""
+    process.terminate()
+    try:
+        process.wait(timeout=SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,1 @@
+"""Safetensors on disk: headers, streamed reading and writing, the files beside the weights."""

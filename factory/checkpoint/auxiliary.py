@@ -1,0 +1,172 @@
+"""The files beside the weights: configuration, tokenizer, licence texts."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from factory.errors import UNTRUSTED, CheckpointError
+
+SHARED_BLOB = re.compile("[0-9a-f]{64}")  # of the Hub's cache
+AUXILIARY = (
+    "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken",
+    "tekken.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json",
+    "chat_template.*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"
+# Of tokenizer_config.json: transformers writes them and does without them.
+LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+# Larger ones are no model's. The largest index known, of 70,000 tensors, takes a third of its limit; the
+# largest tokenizer.json a seventh.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = {"README.md": 2**24, WEIGHTS_INDEX: 2**26}
+MOST_JSON_BYTES = 2**24  # of any other JSON
+MOST_OTHER_BYTES = 2**28
+# Each part of a JSON stands beside one of these, and takes up to 80 bytes once parsed, however few it takes
+# here. A tensor in an index has two of them, a merge in a tokenizer.json three: the largest, of 262,000
+# tokens, has 2.2 million.
+MARKS = (b"{", b"[", b":", b",")
+MOST_MARKS, MOST_VOCABULARY_MARKS = 2**20, 2**23
+BLOCK_BYTES = 2**20
+MAX_LICENSE_BYTES = 1_000_000  # the longest licences have a tenth
+_TEXT = r"\.(txt|md|rst|html?|pdf)"
+_FAMILY = "(apache|mit|bsd|[al]?gpl|lesser|mpl|cc|llama|gemma)"
+# "LICENSE", "MODEL_LICENSE", "Tongyi Qianwen LICENSE AGREEMENT.txt", "Terms-of-use.md", "COPYING.LESSER"
+_LICENSE = r"licen[cs](e|es|ing)(agreement)?(?![a-z])"
+_OTHER = r"(?<![a-z])(copying|copyrights?|notices?|terms|use[ _-]?policy)(?![a-z])"
+_STEM = r"(\w|[ ,()+-]|\.(?=\d))*"  # no dot but of a version
+_SECRET = r"(?![^/]*(?<![a-z])(keys?|tokens?|secrets?|passwords?)(?![a-z]))"  # "license_key" is no text
+LICENSE_FOLDER = re.compile("licen[cs]es", re.IGNORECASE)
+LEGAL = re.compile(
+    rf"({LICENSE_FOLDER.pattern}/)?{_SECRET}{_STEM}({_LICENSE}|{_OTHER}){_STEM}({_TEXT}|\.{_FAMILY}[\d.v-]*)?"
+    rf"|{LICENSE_FOLDER.pattern}/{_SECRET}({_STEM}{_TEXT}|{_FAMILY}(?![a-z]){_STEM})",
+    re.IGNORECASE,
+)
+
+
+def is_auxiliary(name: str, size_bytes: int) -> bool:
+    """Whether a file of this name goes along with the weights, in a folder as on the Hub."""
+    if is_legal(name, size_bytes):
+        return True
+    return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in AUXILIARY)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Files of a model's folder and of the folders in it that may hold a part of it, sorted."""
+    inner = [p for p in folder.glob("*") if p.name == TEMPLATES or LICENSE_FOLDER.fullmatch(p.name)]
+    folders = [folder, *filter(Path.is_dir, inner)]
+    files = [path for each in folders for path in each.glob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def auxiliary_files(folder: Path) -> dict[str, Path]:
+    """Tokenizer, generation settings, chat templates and licence texts: name → the file itself.
+
+    A link is followed only within the folder or into the blobs of the Hub's cache: these files are copied
+    into what gets published.
+
+    Raises:
+        CheckpointError: A file is a link to somewhere else.
+    """
+    found = {}
+    for name in names_in(folder):
+        if not is_auxiliary(name, (folder / name).stat().st_size):
+            continue
+        target = (folder / name).resolve()
+        if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
+            raise CheckpointError(
+                f"{name} is a link to {target}, outside the model's folder",
+                hint="put the file itself there",
+            )
+        found[name] = target
+    return found
+
+
+def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
+    """Copy what `auxiliary_files` finds; returns the names, sorted.
+
+    Left behind: code (`*.py`), the card, other weights, whatever training left; of a tokenizer's settings,
+    the paths of the machine that saved it.
+
+    Raises:
+        CheckpointError: A file is a link to somewhere else.
+    """
+    found = auxiliary_files(source_folder)
+    for name, target in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(target, folder / name)
+    if "tokenizer_config.json" in found:
+        _drop_local_paths(folder / "tokenizer_config.json")
+    return sorted(found)
+
+
+def _drop_local_paths(path: Path) -> None:
+    """Take the places it was loaded from out of a tokenizer's settings; without any, leave the bytes."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return  # what is damaged is told by whoever loads it
+    if isinstance(settings, dict) and LOCAL_PATHS & settings.keys():
+        rest = {key: value for key, value in settings.items() if key not in LOCAL_PATHS}
+        path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _in_hub_cache(target: Path, folder: Path) -> bool:
+    """Whether the target is a blob of the repository whose snapshot the folder is.
+
+    cache/models--owner--name/snapshots/<commit> holds links to cache/models--owner--name/blobs/<etag>, and
+    these may be links into the store of all repositories, cache/blobs/<2 hex>/<64 hex>.
+    """
+    snapshots = folder.resolve().parent
+    repository, cache = snapshots.parent, snapshots.parent.parent
+    if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
+        return False
+    if target.parent == repository / "blobs":
+        return True
+    return bool(SHARED_BLOB.fullmatch(target.name)) and target.parent == cache / "blobs" / target.name[:2]
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse files beside the weights that no model has in such a size, before they are downloaded.
+
+    Raises:
+        CheckpointError: Names the file.
+    """
+    for name, size_bytes in sizes.items():
+        is_other = name in VOCABULARIES or not name.endswith(".json")
+        most = MAX_JSON_BYTES.get(name, MOST_OTHER_BYTES if is_other else MOST_JSON_BYTES)
+        if size_bytes > most:
+            raise CheckpointError(
+                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it", hint=UNTRUSTED
+            )
+
+
+def check_json(folder: Path, names: Iterable[str]) -> None:
+    """Refuse those of a model's files that are JSON of more parts than any model has.
+
+    Raises:
+        CheckpointError: Names the file.
+    """
+    for name in names:
+        if not name.endswith(".json"):
+            continue
+        most = MOST_VOCABULARY_MARKS if name in VOCABULARIES else MOST_MARKS
+        count = 0
+        with (folder / name).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                count += sum(map(block.count, MARKS))
+        if count > most:
+            raise CheckpointError(
+                f"{name} has {count:,} brackets, colons and commas; no model needs more than {most:,} of it",
+                hint=UNTRUSTED,
+            )
+
+
+def is_legal(name: str, size_bytes: int) -> bool:
+    """Whether a file, in the model's folder or its `licenses/`, is a licence text."""
+    return bool(LEGAL.fullmatch(name)) and size_bytes <= MAX_LICENSE_BYTES

@@ -1,0 +1,138 @@
+"""Reading a safetensors checkpoint: its headers, and tensors in blocks."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from factory.checkpoint.auxiliary import WEIGHTS_INDEX, check_json
+from factory.checkpoint.header import TensorInfo, check_count, damaged, read_header, unique_keys
+from factory.errors import CheckpointError
+from factory.store.files import sha256_of_file
+
+WEIGHTS = "model.safetensors"
+SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+BLOCK_BYTES = 2**20  # of one step: in the processor's cache where bytes pass through memory
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
+    """Tensors of `model.safetensors`, or of all shards that its index names, in the order of their bytes.
+
+    Links are followed (the Hub's cache is made of them), but the index may name files of this folder only.
+
+    Raises:
+        CheckpointError: No safetensors, a missing or damaged shard, an index that disagrees with the shards.
+    """
+    if (folder / WEIGHTS).exists():
+        return read_header(folder / WEIGHTS)
+    if not (folder / WEIGHTS_INDEX).exists():
+        raise _no_weights(folder)
+    weight_map = _read_index(folder / WEIGHTS_INDEX)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in read_header(folder / shard).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name!r} is in {tensors[name].file.name} and in {shard}",
+                    hint="the checkpoint mixes two saves; download it again",
+                )
+            tensors[name] = tensor
+        check_count(len(tensors), where=folder.name)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointError(
+                f"{WEIGHTS_INDEX} promises tensor {name!r} in {shard}, which lacks it",
+                hint="the checkpoint is incomplete; download it again",
+            )
+    return tensors
+
+
+def is_shard_name(name: object) -> bool:
+    """Whether an index may say this: a safetensors file that lies beside it."""
+    return isinstance(name, str) and name.isprintable() and bool(SHARD_NAME.fullmatch(name))
+
+
+def read_tensor_bytes(tensor: TensorInfo) -> bytearray:
+    """Values of one tensor, little-endian and row-major, as stored.
+
+    Raises:
+        CheckpointError: The file is gone or has been cut since its header was read.
+    """
+    values = bytearray(tensor.size_bytes)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            count = file.readinto(values)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {tensor.file}: {error.strerror}", hint="has the folder changed during the build?"
+        ) from error
+    if count != tensor.size_bytes:
+        raise damaged(tensor.file, f"ends inside tensor {tensor.name!r}")
+    return values
+
+
+def are_equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two stored tensors are the same: type, shape and every byte, read a block at a time.
+
+    Raises:
+        CheckpointError: A file has been cut since its header was read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    blocks = zip(read_blocks(one), read_blocks(other), strict=True)
+    return all(mine == theirs for mine, theirs in blocks)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return CheckpointError(
+            f"{folder} has only pickled weights ({', '.join(pickles[:4])}), which can run code when read",
+            hint="convert them with transformers' save_pretrained, or choose a repository with safetensors",
+        )
+    return CheckpointError(
+        f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}", hint="give a folder with safetensors weights"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    check_json(path.parent, [path.name])
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, f"not JSON: {str(error)[:200]}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise damaged(path, "it has no weight_map")
+    for name, shard in weight_map.items():
+        if not is_shard_name(shard):
+            raise CheckpointError(
+                f"{path.name} puts tensor {name!r} into {str(shard)[:80]!r}, no safetensors file beside it",
+                hint="do not use this checkpoint unless you trust where it comes from",
+            )
+    return weight_map
+
+
+def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """File name → sha256, several files at a time."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_of_file(folder / name), names), strict=True))
+
+
+def read_blocks(tensor: TensorInfo, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytearray]:
+    """The values of a tensor, a block at a time.
+
+    Raises:
+        CheckpointError: The file ends inside the tensor.
+    """
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(tensor.start)
+        for start in range(0, tensor.size_bytes, block_bytes):
+            block = bytearray(min(block_bytes, tensor.size_bytes - start))
+            if file.readinto(block) < len(block):
+                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
+            yield block

@@ -1,0 +1,238 @@
+"""Writing a safetensors checkpoint: streamed, sharded, checksummed; never the whole model in memory."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from queue import SimpleQueue
+
+from factory.checkpoint.auxiliary import WEIGHTS_INDEX
+from factory.checkpoint.header import DTYPE_BITS, TensorInfo, damaged
+from factory.checkpoint.read import BLOCK_BYTES, WEIGHTS
+from factory.errors import CheckpointError, DiskSpaceError
+from factory.store.capacity import no_room
+from factory.units import size
+
+Transform = Callable[[str, TensorInfo], Iterable[bytes | memoryview] | None]
+Progress = Callable[[int, int], None]
+NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+def write_checkpoint(
+    tensors: Iterable[tuple[str, TensorInfo]],
+    *,
+    folder: Path,
+    max_shard_bytes: int = 5 * 10**9,
+    transform: Transform | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
+
+    Nothing larger than a block is held in memory, save what `transform` returns. Tensors keep the order of
+    the source files, so that both sides are read and written in order. Syncing to the disk is left to
+    whoever gives the folder its final name.
+
+    Args:
+        tensors: Pairs (new name, where its values lie).
+        folder: Exists; weight files that an earlier attempt left in it are removed first.
+        max_shard_bytes: A larger checkpoint is split; a single tensor never is.
+        transform: Gives the new values of a tensor in parts, as many bytes as before, or None to copy it.
+        metadata: Of each file's header; {"format": "pt"} where None.
+        progress: Called with (bytes done, bytes in all).
+
+    Returns:
+        Weight file name → sha256. The index, where there is one, lies beside them and is not listed.
+
+    Raises:
+        CheckpointError: Two tensors with one name, a source that changed, a transform of another size.
+        DiskSpaceError: The disk is full.
+    """
+    shards = _plan_shards(list(tensors), max_shard_bytes=max_shard_bytes)
+    _clear_weights(folder, sources={tensor.file for shard in shards for _, tensor in shard})
+    total_bytes = sum(tensor.size_bytes for shard in shards for _, tensor in shard)
+    done_bytes = 0
+    weight_map: dict[str, str] = {}
+    sums: dict[str, str] = {}
+
+    def tell(count: int) -> None:
+        nonlocal done_bytes
+        done_bytes += count
+        if progress:
+            progress(done_bytes, total_bytes)
+
+    with _disk_errors(folder, total_bytes):
+        for number, shard in enumerate(shards, start=1):
+            name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            header = _header(shard, metadata={"format": "pt"} if metadata is None else metadata)
+            parts = _parts(shard, transform=transform)
+            sums[name] = assemble(folder / name, parts, header=header, progress=tell)
+            weight_map.update((tensor, name) for tensor, _ in shard)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sums
+
+
+def _plan_shards(
+    tensors: list[tuple[str, TensorInfo]], *, max_shard_bytes: int
+) -> list[list[tuple[str, TensorInfo]]]:
+    for name, count in Counter(name for name, _ in tensors).items():
+        if count > 1:
+            raise CheckpointError(f"{count} tensors would be named {name!r}", hint="please report this bug")
+    shards: list[list[tuple[str, TensorInfo]]] = [[]]
+    size_bytes = 0
+    for name, tensor in sorted(tensors, key=lambda pair: (pair[1].file, pair[1].start, pair[1].end, pair[0])):
+        if shards[-1] and size_bytes + tensor.size_bytes > max_shard_bytes:
+            shards.append([])
+            size_bytes = 0
+        shards[-1].append((name, tensor))
+        size_bytes += tensor.size_bytes
+    for shard in shards:  # wider types first keeps every tensor aligned to its type, which torch asks for
+        shard.sort(key=lambda pair: -DTYPE_BITS[pair[1].dtype])
+    return shards
+
+
+def _clear_weights(folder: Path, *, sources: set[Path]) -> None:
+    if any(file.parent.resolve() == folder.resolve() for file in sources):
+        raise CheckpointError(f"{folder} holds the source's weights", hint="give another output folder")
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+
+
+@contextmanager
+def _disk_errors(folder: Path, total_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = no_room(error)
+        if reason is None:
+            raise
+        free_bytes = shutil.disk_usage(folder).free
+        raise DiskSpaceError(
+            f"{reason}: {size(total_bytes)} to write to {folder}, {size(free_bytes)} free",
+            hint="free some space, or give a folder on another disk, and run the same command again",
+        ) from error
+
+
+def _header(shard: list[tuple[str, TensorInfo]], *, metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, tensor in shard:
+        end = position + tensor.size_bytes
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (position, end)}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parts(
+    shard: list[tuple[str, TensorInfo]], *, transform: Transform | None
+) -> Iterator[TensorInfo | memoryview]:
+    """What follows the header of one file, in order."""
+    for name, tensor in shard:
+        values = transform(name, tensor) if transform else None
+        if values is None:
+            yield tensor
+            continue
+        size_bytes = 0
+        for part in values:
+            size_bytes += len(part)
+            yield memoryview(part)
+        if size_bytes != tensor.size_bytes:
+            raise CheckpointError(
+                f"{name!r} was given {size_bytes} bytes for {tensor.size_bytes}",
+                hint="please report this bug",
+            )
+
+
+def assemble(
+    path: Path,
+    parts: Iterable[TensorInfo | memoryview],
+    *,
+    header: bytes,
+    progress: Callable[[int], None] = lambda _: None,
+) -> str:
+    """Write a new file from tensors of other files and values in memory; returns its sha256.
+
+    Nothing is synced to the disk, and no more than a block is held in memory. A thread reads the file behind
+    the writing, while its blocks are in the system's cache: the checksum takes hardly any time of its own.
+
+    Args:
+        path: Must not be there yet.
+        parts: In the order of the file, after the header.
+        progress: Gets the bytes of each step after the header.
+
+    Raises:
+        CheckpointError: A source ends inside a tensor.
+    """
+    steps: SimpleQueue[int] = SimpleQueue()
+    with ThreadPoolExecutor(max_workers=1) as behind, path.open("xb", buffering=0) as file:
+        digest = behind.submit(_sha256_behind, path, steps)
+        try:
+            for count in _write_all(file, memoryview(header)):
+                steps.put(count)
+            for part in parts:
+                for count in _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part):
+                    steps.put(count)
+                    progress(count)
+        finally:
+            steps.put(0)
+        return digest.result()
+
+
+def _sha256_behind(path: Path, steps: SimpleQueue[int]) -> str:
+    """Of a file that is being written: what each step has added, until one adds nothing."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while added := steps.get():
+            while added:
+                count = file.readinto(block[:added])
+                if not count:
+                    raise damaged(path, "somebody has cut it while it was written")
+                digest.update(block[:count])
+                added -= count
+    return digest.hexdigest()
+
+
+def _write_all(file: FileIO, values: memoryview) -> Iterator[int]:
+    while values:
+        count = file.write(values[:BLOCK_BYTES])
+        values = values[count:]
+        yield count
+
+
+def _copy(file: FileIO, tensor: TensorInfo) -> Iterator[int]:
+    with tensor.file.open("rb", buffering=0) as source:
+        position = tensor.start
+        in_kernel = hasattr(os, "copy_file_range")
+        while position < tensor.end:
+            wanted = min(BLOCK_BYTES, tensor.end - position)
+            count = _copy_in_kernel(source, file, position, wanted) if in_kernel else 0
+            if not count:  # from here on by plain reads, which also know a true end of the file
+                in_kernel = False
+                source.seek(position)
+                count = sum(_write_all(file, memoryview(source.read(wanted))))
+            if not count:
+                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
+            position += count
+            yield count
+
+
+def _copy_in_kernel(source: FileIO, target: FileIO, position: int, wanted: int) -> int:
+    """Bytes that the kernel copied without showing them to us; 0 where it will not."""
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), wanted, offset_src=position)
+    except OSError as error:
+        if error.errno not in NO_KERNEL_COPY:
+            raise
+        return 0

@@ -1,0 +1,1 @@
+"""The command line: arguments in; progress, tables and errors out."""

@@ -1,0 +1,250 @@
+"""Commands on finished builds: show, verify, push, space, card, ls, gc."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option
+from factory.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from factory.artifacts import Publication, Source
+
+USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
+PAGE = "card.html"
+license_option = click.option(
+    "--accept-license", is_flag=True, help="Publish although the source's licence forbids to share it."
+)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@click.argument("repository", required=False, metavar="[OWNER/NAME]")
+@click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
+@click.option("--create-pr", is_flag=True, help="Propose it: open a pull request, or update yours.")
+@click.option("--revision", help="Branch to commit to.  [default: main]")
+@click.option("--message", help="Commit message.")
+@click.option("--force", is_flag=True, help="Also into a repository that holds other content.")
+@license_option
+def push(folder: Path, repository: str | None, **options: Any) -> None:
+    """Publish a finished BUILD on the Hub, in one commit.
+
+    OWNER/NAME is, unless it is given, the source's name and the fraction under your account. The
+    repository is private unless --public is said; one that is there already stays as it is.
+    """
+    from factory.artifacts import Build
+    from factory.hub.push import label
+
+    build = Build.read(build_folder(folder))
+    message = options.pop("message") or f"Publish {label(build)}"
+    check_publishable(build.source, accepted=options.pop("accept_license"))
+    click.echo(publish(folder, repository, message=message, **options).url)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+def show(folder: Path) -> None:
+    """Show the result of a finished BUILD again."""
+    from factory.artifacts import Build, DistanceProfile
+    from factory.cli.console import console
+    from factory.cli.tables import show_result
+    from factory.report.figures import terminal_heatmap
+
+    found = Build.read(build_folder(folder))
+    screen = console()
+    profile = DistanceProfile.read(folder)
+    screen.print(terminal_heatmap(profile, found.plan, width=min(screen.width, 100)), soft_wrap=True)
+    show_result(screen, found, folder=folder, url=None)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@home_option
+@click.option("--accept", is_flag=True, help="Take the files as they are now: you changed them yourself.")
+def verify(folder: Path, home: Path | None, accept: bool) -> None:
+    """Compare every file of a BUILD, and of the stages that it was made from, with its checksum.
+
+    The card may be edited; the weights may not, also with --accept.
+    """
+    from factory.artifacts import Build
+    from factory.builds.integrity import accept as take
+    from factory.builds.integrity import changed_in, check_all
+    from factory.cli.console import console
+    from factory.cli.tables import show_verified
+    from factory.store.store import Store, default_home
+
+    build = Build.read(build_folder(folder))
+    if accept:
+        take(build, folder)
+    found = changed_in(build, folder, store=Store((home or default_home()).absolute()))
+    show_verified(console(), found)
+    check_all(found)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of the page.  [default: one that is free]")
+@click.option("--source", type=Place(), help="Folder of the model that BUILD was made from.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option(
+    "--deploy",
+    is_flag=False,
+    flag_value=USUAL_NAME,
+    metavar="[OWNER/NAME]",
+    help="Put the page on the Hub, as a Space.  [default: the model's name and -compare]",
+)
+@click.option("--hardware", help="Of the Space.  [default: zero-a10g for a new one]")
+def space(folder: Path, deploy: str | None, hardware: str | None, **options: Any) -> None:
+    """Compare both models of a BUILD side by side, in the browser, without network; Ctrl-C ends it.
+
+    With --deploy the page goes to the Hub instead, or is brought up to date there; BUILD must have been
+    pushed, and its source must be on the Hub.
+    """
+    build_folder(folder)
+    if deploy is not None:
+        if any(options.values()):
+            raise UsageError("--deploy runs nothing on this machine", hint="leave out all but --hardware")
+        deploy_space(folder, name=None if deploy == USUAL_NAME else deploy, hardware=hardware)
+    elif hardware is not None:
+        raise UsageError("--hardware without --deploy", hint="add --deploy, or leave it out")
+    else:
+        serve_page(folder, **options)
+
+
+def serve_page(folder: Path, *, port: int | None, source: Path | None, no_browser: bool) -> None:
+    """Run the page here until it is interrupted."""
+    from factory.builds.space import serve
+
+    def ready(url: str) -> None:
+        click.echo(f"{url}  (Ctrl-C ends it)")
+        if not no_browser:
+            click.launch(url)
+
+    serve(folder, source=source, port=port, ready=ready)
+
+
+def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> None:
+    """Deploy the page; print its address, and on standard error what is left to do."""
+    from factory.builds.deploy_space import deploy
+    from factory.cli.console import printable
+
+    deployed = deploy(folder, name=name, hardware=hardware)
+    if not deployed.changed:
+        click.echo("note: it was up to date", err=True)
+    if deployed.keeps_card:
+        click.echo("note: the edited card was kept; link the Space from it yourself", err=True)
+    if deployed.is_hidden:
+        told = f"the Space is private, the model public: {deployed.url}/settings makes it public"
+        click.echo(f"note: {told}", err=True)
+    if deployed.secret_for:
+        models = printable(" and ".join(deployed.secret_for))
+        told = f"not everybody may read {models}: give the Space a secret HF_TOKEN that may"
+        click.echo(f"note: {told}, at {deployed.url}/settings", err=True)
+    click.echo(deployed.url)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@click.option("--preview", is_flag=True, help=f"Also write it as a page, BUILD/{PAGE}, and open that.")
+@click.option("--no-browser", is_flag=True, help="With --preview: only print where the page is.")
+def card(folder: Path, preview: bool, no_browser: bool) -> None:
+    """Write the card of a finished BUILD again, from its build.json.
+
+    The card of a build that was published goes on naming its repository; `factory push` puts it there.
+    """
+    from factory.artifacts import Build, Publication
+    from factory.report.card import write_card
+
+    if no_browser and not preview:
+        raise UsageError("--no-browser without --preview", hint="add --preview, or leave it out")
+    model = build_folder(folder) / "model"
+    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    names = {"repo_id": known.repo_id, "space": known.space} if known else {}
+    click.echo(write_card(Build.read(folder), model, **names))
+    if not preview:
+        return
+    from factory.report.html import webpage
+    from factory.store.files import write_atomically
+
+    write_atomically(folder / PAGE, webpage(model))
+    click.echo(folder / PAGE)
+    if not no_browser:
+        click.launch(str((folder / PAGE).absolute()))
+
+
+def check_publishable(source: "Source", *, accepted: bool) -> None:
+    """Refuse what may not, or could not, be published; say on standard error what the licence asks for.
+
+    Args:
+        accepted: The user says that they may share what the licence forbids to share.
+
+    Raises:
+        LicenseError: It forbids to share what is made from the model.
+        ModelError: The result needs code that is nowhere on the Hub.
+    """
+    from factory.cli.console import printable
+    from factory.hub.source_card import check_license, remark
+
+    if source.remote_code and not source.repo_id:
+        raise ModelError(
+            f"what is made from the folder {source.name!r} needs its code, which is not on the Hub",
+            hint="publish the source with its code first, and build from there",
+        )
+    check_license(source, accepted=accepted)
+    told = remark(source)
+    if told:
+        click.echo(f"note: {printable(told)}", err=True)
+
+
+def publish(folder: Path, repository: str | None, **options: Any) -> "Publication":
+    """Publish a finished build; say on standard error if its card is not the one that would be written.
+
+    Args:
+        repository: `owner/name`, or None for the usual one.
+        options: Of `pipeline.publish`.
+    """
+    from factory.artifacts import Publication
+    from factory.builds.publish import publish as pipeline_publish
+    from factory.cli.console import printable
+
+    before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    publication, is_edited = pipeline_publish(folder, repository, **options)
+    if publication == before:
+        click.echo("note: it was up to date", err=True)
+    if is_edited:
+        told = "the edited card was kept; its model id may be stale"
+        click.echo(f"note: {told} (`factory card {printable(str(folder))}` writes it anew)", err=True)
+    return publication
+
+
+@click.command("ls", cls=Command, context_settings=CONTEXT)
+@home_option
+def list_stages(home: Path | None) -> None:
+    """List finished stages and the builds that use them."""
+    from factory.builds.garbage import registered_builds
+    from factory.cli.console import console
+    from factory.cli.tables import show_stages
+    from factory.store.store import Store, default_home
+
+    store = Store((home or default_home()).absolute())
+    show_stages(console(), list(store.stages()), registered_builds(store.home))
+
+
+@click.command("gc", cls=Command, context_settings=CONTEXT)
+@home_option
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")
+def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
+    """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
+    from factory.builds import garbage
+    from factory.cli.console import printable
+    from factory.store.store import default_home
+    from factory.units import size
+
+    home = (home or default_home()).absolute()
+    freed = 0
+    for folder, size_bytes in garbage.collect_garbage(home, recent=recent, dry_run=dry_run):
+        freed += size_bytes
+        click.echo(printable(f"{'would remove' if dry_run else 'removed'} {folder}"))
+    click.echo(f"{size(freed)} {'could be' if dry_run else ''} freed".replace("  ", " "))

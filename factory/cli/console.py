@@ -1,0 +1,188 @@
+"""The terminal: progress lines, and streams that take every text."""
+
+import errno
+import io
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from factory.units import duration
+
+STAGE_WIDTH = 16
+PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
+ENDED = 128 + signal.SIGPIPE  # what a shell reports of a program that its reader left
+
+
+class PlainConsole(Console):
+    """A console on which no text can paint: what moves cursors or changes colours is rich's alone."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Every text as rich lays it out, without the control characters that came with it."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                lines = [printable(line) for line in segment.text.split("\n")]
+                yield Segment("\n".join(lines), segment.style)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Colours and bars only on a terminal; elsewhere lines are as long as they need to be."""
+    made = PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False)
+    return (
+        made
+        if made.is_terminal
+        else PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False, width=200, no_color=True)
+    )
+
+
+class StageLines:
+    """The reporter of a build: a line a stage, with a bar and the time left on a terminal."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self.bars = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=out,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.last_line = time.monotonic()
+
+    def started(self, stage: str) -> None:
+        """Show that a stage runs."""
+        self.last_line = time.monotonic()
+        if self.out.is_terminal:
+            self.bars.start()
+            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="")
+
+    def progressed(self, stage: str, done: int, total: int, note: str) -> None:
+        """Move the bar; without a terminal, say a line now and then."""
+        if self.task is not None:
+            self.bars.update(self.task, completed=done, total=total, note=note)
+        elif time.monotonic() - self.last_line > PLAIN_SECONDS:
+            self.last_line = time.monotonic()
+            self.out.print(f"    {stage:<{STAGE_WIDTH}}  {done:,} of {total:,}  {note}".rstrip())
+
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
+        """One line for good."""
+        self.stop()
+        mark, took = ("=", "reused") if reused else ("✓", duration(seconds))
+        line = Text.assemble(
+            (f"{mark} ", "dim" if reused else "green"),
+            (f"{stage:<{STAGE_WIDTH}}", "bold" if not reused else "dim"),
+            (f"{took:>8}  ", "dim"),
+            summary,
+        )
+        self.out.print(line, soft_wrap=True)
+
+    def waiting(self, stage: str) -> None:
+        """Somebody else makes this stage."""
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  another run is making it; waiting")
+
+    def damaged(self, stage: str, file: str) -> None:
+        """A finished stage is not what it was."""
+        told = f"{printable(file)} has changed since it was made; making it again"
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  {told}", soft_wrap=True)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.bars.stop()
+            self.task = None
+
+
+def printable(text: str) -> str:
+    """Text from outside without the control characters that could move the cursor."""
+    return "".join(letter for letter in text if letter.isprintable())
+
+
+class Output(io.TextIOWrapper):
+    """A standard stream that a reader such as `head` may leave."""
+
+    ends_work = True  # which has no result but what it prints
+
+    def write(self, text: str, /) -> int:
+        """Write, or end as a shell expects; without effect where the work has other results."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._check_left(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what is held; the same where no reader is left."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._check_left(error)
+
+    def _check_left(self, error: OSError) -> None:
+        """Let the rest go nowhere where no reader is left.
+
+        Raises:
+            OSError: It is another error.
+            SystemExit: Standard output was all that there is of the work.
+        """
+        closed = isinstance(error, BrokenPipeError | ConnectionResetError)
+        if not closed and not (error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode)):
+            raise error  # EIO of a terminal: its window was closed
+        _to_nowhere(self)
+        if self.ends_work and self is sys.stdout:
+            raise SystemExit(ENDED)
+
+
+def settle() -> None:
+    """Make standard output and error take every text, whole or with an error."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file would get its number, and what libraries print to that
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed
+            nowhere = open(number, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, nowhere)
+            continue
+        if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue  # one that the program around this one put there
+        os.set_blocking(number, True)  # or what a slow reader has no room for yet would be lost
+        raw = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED: half a write would pass for a whole
+        buffer = io.BufferedWriter(stream.buffer) if raw else stream.buffer
+        lines = raw or stream.line_buffering
+        # A terminal without ≠ or ✓ shows ? and goes on.
+        setattr(sys, name, Output(buffer, stream.encoding, errors="replace", line_buffering=lines))
+
+
+def finish() -> None:
+    """Write out what is held; what cannot be written goes nowhere, and not into a traceback at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Send the rest, also what is held and what libraries print, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def go_on() -> None:
+    """Work to the end though nobody reads: its result is a folder or a repository."""
+    Output.ends_work = False

@@ -1,0 +1,197 @@
+"""The command line: its commands, and the one place where errors become lines and exit codes."""
+
+import logging
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from factory import __version__
+from factory.cli.build import build, schema
+from factory.cli.builds import card, collect_garbage, list_stages, push, show, space, verify
+from factory.cli.console import finish, go_on, settle
+from factory.cli.jobs import jobs_group
+from factory.cli.options import CONTEXT, Command, Group
+from factory.cli.plan import plan, sweep
+from factory.cli.prune import prune
+from factory.errors import FactoryError, StoreError, UsageError
+from factory.store.capacity import READ_ONLY, no_memory, no_room
+
+ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # and leave nothing else that one would wait for
+LONG = re.compile(r"\S{400,}")  # no word of ours
+NAME = "factory"
+NOBODY = "(installed here)"  # where `hf` looks for updates; no account can be called so
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="factory")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Make a language model smaller: drop the layers it needs least, heal the cut, measure, publish.
+
+    \b
+    factory build demo --drop 0.3          a whole build on this machine, no network, minutes
+    factory build mistral-7b --drop 0.3    the same for a model on the Hub
+    """
+    if context.invoked_subcommand not in ONLY_PRINT:
+        go_on()
+    _check_environment()
+
+
+@click.command("extension", cls=Command, context_settings=CONTEXT)
+def extension() -> None:
+    """Let the Hub's command line run this program: `hf factory build …`.
+
+    `hf extensions install` would install it a second time, with all its libraries; this names the
+    installation that there is. `hf extensions remove factory` forgets it.
+    """
+    from datetime import UTC, datetime
+
+    from huggingface_hub.cli.extensions import EXTENSIONS_ROOT, ExtensionManifest
+
+    from factory import __version__
+
+    program = Path(sysconfig.get_path("scripts")) / f"hf-{NAME}"
+    if not program.exists() and not program.with_suffix(".exe").exists():
+        raise StoreError(f"there is no {program}", hint="pip install hf-factory")
+    manifest = ExtensionManifest(
+        owner=NOBODY,
+        repo=f"hf-{NAME}",
+        repo_id=f"hf-{NAME} {__version__}",
+        short_name=NAME,
+        executable_path=str(program if program.exists() else program.with_suffix(".exe")),
+        type="python",
+        installed_at=datetime.now(UTC),
+        description="Make a language model smaller, heal the cut, measure, publish.",
+    )
+    folder = EXTENSIONS_ROOT.expanduser() / f"hf-{NAME}"
+    try:
+        manifest.save(folder)
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}", hint="make it writable") from error
+    click.echo(f"hf factory runs {manifest.executable_path}")
+
+
+COMMANDS = (
+    *(build, plan, sweep, prune, push, show, verify, card, space),
+    *(list_stages, collect_garbage, jobs_group, schema, extension),
+)
+
+
+for command in COMMANDS:
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become lines and exit codes."""
+    _hush_libraries()
+    settle()
+    try:
+        _refuse_launcher()
+        cli.main(prog_name=_typed_as(), standalone_mode=False)
+        sys.stdout.flush()  # here, where what goes wrong with it still becomes a line
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.UsageError as error:
+        _refuse(error)
+    except FactoryError as error:
+        _fail(error.message, error.hint, code=error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", "the same command goes on from here", code=130)
+    except Exception as error:  # libraries wrap a full disk or memory in errors of their own
+        if full := no_memory(error):
+            _fail(full, "the same command goes on from here where more is free", code=1)
+        if isinstance(error, OSError) and error.errno in READ_ONLY and error.filename:
+            place = os.fsdecode(error.filename)
+            _fail(
+                f"{place}: {error.strerror}", "make it yours to read and write, or give another place", code=1
+            )
+        if (reason := no_room(error)) is None:
+            raise
+        _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
+
+
+def _hush_libraries() -> None:
+    """Keep off the screen what libraries tell programmers at import and at work, unless it was asked for.
+
+    Must come before they are imported. Errors still show.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend need not exist here
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # those that print their log themselves
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if logging.lastResort:  # prints for all others: bitsandbytes, trl, peft, lm_eval, matplotlib …
+        logging.lastResort.setLevel(logging.ERROR)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that are started
+    warnings.simplefilter("ignore")
+
+
+def _refuse(error: click.UsageError) -> None:
+    """What click cannot make sense of; a group without a command prints its help, as with --help."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        _end(f"{error.format_message()}\n", code=error.exit_code)
+    command = error.ctx.command_path if error.ctx else "factory"
+    _fail(error.format_message(), f"{command} --help", code=error.exit_code)
+
+
+def _check_environment() -> None:
+    """Refuse to begin in a folder that is gone, and what huggingface_hub could not be imported with."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that you are in is gone", hint="`cd` to another one") from error
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        value = os.environ.get(name)
+        try:
+            int(value or "0")
+        except ValueError as error:
+            told = f"the environment variable {name} is {value!r}, no whole number of seconds"
+            raise UsageError(told, hint=f"`export {name}=10`, or `unset {name}`") from error
+
+
+def _refuse_launcher() -> None:
+    """One process runs the stages in order and starts others for those that can use them."""
+    rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE", "1")
+    if rank is None or size == "1":
+        return
+    if rank != "0":
+        sys.exit(0)  # one of them speaks
+    raise UsageError(
+        f"factory under `accelerate launch` with {size} processes: it starts them itself",
+        hint=f"run `factory build … --processes {size}`, without `accelerate launch`",
+    )
+
+
+def _typed_as() -> str:
+    """What was typed to get here: `factory`, or the Hub's command line with it as an extension."""
+    return "hf factory" if Path(sys.argv[0]).stem == "hf-factory" else "factory"
+
+
+def _fail(message: str, hint: str, *, code: int) -> None:
+    """One line that says what is wrong, one that says what to do."""
+    red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
+    _end(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n", code=code)
+
+
+def _end(text: str, *, code: int) -> NoReturn:
+    """Print to standard error and exit; the code counts, whether or not the text is read."""
+    go_on()
+    with suppress(OSError):
+        sys.stderr.write(text)
+    finish()
+    sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, so that no text paints the terminal; a long word is cut."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return LONG.sub(lambda word: f"{word[0][:60]}… ({len(word[0]):,} characters)", plain)

@@ -1,0 +1,306 @@
+"""Tables: the preview, the result, plans, sweeps and lists."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.builds.integrity import Verified
+from factory.cli.console import STAGE_WIDTH, printable
+from factory.errors import FactoryError
+from factory.pipeline.preview import Preview
+from factory.pipeline.sweep import left_out, share_kept
+from factory.report.markdown import p_value
+from factory.report.tables import comparison
+from factory.units import count, duration, size
+
+
+def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tuple[str, str]]) -> None:
+    """What will happen, before it does."""
+    n, total = shown.num_dropped, shown.num_layers
+    rows = [
+        ("layers", f"dropping {n} of {total} ({n / total:.0%}), {total - n} stay; the last one always does"),
+        ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
+        ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
+        *lines,
+        ("disk", f"{size(shown.disk_needed)} needed, {size(shown.disk_free)} free"),
+        *(("", f"{size(one.needed)} at {one.place}, {size(one.free)} free") for one in shown.other_disks),
+    ]
+    if shown.download_bytes:
+        rows.append(("download", size(shown.download_bytes)))
+    if shown.pending:
+        rows.append(
+            (
+                "memory",
+                f"about {size(shown.memory_needed)} of {size(shown.memory_total)}, {shown.device}"
+                + _host(shown),
+            )
+        )
+        rows.append(("time", f"about {duration(shown.seconds)}, from {shown.pending[0]} on"))
+    else:
+        rows.append(("time", "nothing to do: every stage is there"))
+    out.print(Text(printable(title), style="bold"))
+    for name, value in rows:
+        out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+    out.print()
+
+
+def _host(shown: Preview) -> str:
+    """The host's memory, where a GPU has one of its own."""
+    if shown.memory_needed == shown.host_needed:
+        return ""
+    of = f" of {size(shown.host_total)}" if shown.host_total else ""
+    return f"; about {size(shown.host_needed)}{of} beside it"
+
+
+def result_table(build: Build) -> Table:
+    """Source, pruned and healed side by side, and how the one that ships (←) differs from the source."""
+    names = list(build.evaluations)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name + (" ←" if name == build.shipped else ""), justify="right")
+    if build.comparisons:
+        table.add_column("← less source", justify="right")
+    evaluations = [build.evaluations[name] for name in names]
+    loss = comparison(build, build.shipped, "loss")
+    table.add_row(
+        "loss, nats a token",
+        *(f"{e.loss.nats:.3f} ± {e.loss.stderr:.3f}" for e in evaluations),
+        _change(loss, "+.3f"),
+    )
+    table.add_row("loss / log V", *(f"{e.loss.normalized:.3f}" for e in evaluations))
+    table.add_row("perplexity", *(f"{e.loss.perplexity:.2f}" for e in evaluations))
+    for index, task in enumerate(evaluations[0].tasks):
+        chance = f" (chance {task.chance:.1%})" if task.chance is not None else ""
+        table.add_row(
+            f"{task.label}, {task.shots} {task.metric}{' ↓' if task.arrow == '↓' else ''}{chance}",
+            *(_score(e.tasks[index], like=task) for e in evaluations),
+            _change(comparison(build, build.shipped, task.task), "+.1%" if task.is_share else "+,.3f"),
+        )
+    after, bytes_after = count(build.result_parameters), size(build.result_bytes)
+    others = len(names) - 1
+    table.add_row("parameters", count(build.source_parameters), *[after] * others)
+    table.add_row("weights", size(build.source_bytes), *[bytes_after] * others)
+    if build.speed:
+        _add_speed(table, build, names)
+    return table
+
+
+def _change(compared: Comparison | None, form: str) -> str:
+    """The difference with its interval; "≈" where chance alone could have made it."""
+    if compared is None:
+        return ""
+    sign = "" if compared.significant else "≈ "
+    return f"{sign}{compared.difference:{form}} ({compared.low:{form}} to {compared.high:{form}})"
+
+
+def _add_speed(table: Table, build: Build, names: list[str]) -> None:
+    assert build.speed is not None
+    speeds = {"source": build.speed.source, build.shipped: build.speed.result}
+    for label, field in (("prefill, tokens/s", "prefill"), ("decode, tokens/s", "decode")):
+        cells = []
+        for name in names:
+            speed = speeds.get(name)
+            cells.append("" if speed is None else f"{getattr(speed, f'{field}_tokens_per_second'):,.0f}")
+        table.add_row(label, *cells)
+    taken = {name: speed.memory_bytes for name, speed in speeds.items() if speed.memory_bytes is not None}
+    if taken:
+        label = "memory, at its peak" if build.speed.memory == "peak" else "weights and cache, in memory"
+        table.add_row(label, *(size(taken[name]) if name in taken else "" for name in names))
+
+
+def _score(task: TaskScore, *, like: TaskScore) -> str:
+    """A score with its error, in the unit of the source's."""
+    return like.shown(task.value) + (f" ± {like.shown(task.stderr)}" if task.stderr is not None else "")
+
+
+def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
+    """The table, what it means in a line, and what to type next."""
+    out.print()
+    out.print(result_table(build))
+    out.print()
+    out.print(verdict(build), soft_wrap=True)
+    out.print()
+    model = folder / "model"
+    rows = [
+        ("the model", str(model)),
+        ("its card", str(model / "README.md")),
+        (
+            "try it",
+            f'python -c "from transformers import pipeline; '
+            f"print(pipeline('text-generation', '{model}')('The', max_new_tokens=30)[0]['generated_text'])\"",
+        ),
+    ]
+    rows.append(("published", url) if url else ("publish it", f"factory push {folder}"))
+    for name, value in rows:
+        out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+
+
+def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]) -> None:
+    """A line a build, of several that were made one after another."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("build", "layers that go", "parameters", "source's loss", "its loss"):
+        table.add_column(column, justify="left" if column in ("build", "layers that go") else "right")
+    for folder, made in rows:
+        if isinstance(made, FactoryError):
+            table.add_row(printable(str(folder)), "failed: " + printable(made.message))
+            continue
+        losses = [made.evaluations[name].loss for name in ("source", made.shipped)]
+        table.add_row(
+            printable(str(folder)),
+            layer_ranges(made.dropped),
+            f"{count(made.source_parameters)} → {count(made.result_parameters)}",
+            *(f"{loss.nats:.3f} ± {loss.stderr:.3f}" for loss in losses),
+        )
+    out.print()
+    out.print(table)
+
+
+def show_plans(out: Console, plans: Plans, *, command: str) -> None:
+    """What each criterion would drop, what it costs, and which one to take."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("criterion")
+    table.add_column("layers that go")
+    columns = ["angular distance"]
+    if plans.losses:
+        columns += ["loss, unhealed", "behind the best", "passes to find"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for index, plan in enumerate(plans.plans):
+        mark = " ←" if plan.criterion == plans.chosen and len(plans.plans) > 1 else ""
+        row = [plan.criterion + mark, layer_ranges(plan.dropped)]
+        row.append(f"{plan.distance:.3f}" if plan.distance is not None else "")
+        if plans.losses:
+            cut = plans.losses.cuts[index]
+            row.append(f"{cut.nats:.3f} ± {cut.stderr:.3f}")
+            row.append(f"{cut.behind:.3f} ± {cut.behind_stderr:.3f}" if cut.behind else "")
+            row.append(f"{plan.passes:.0f}" if plan.passes is not None else "")
+        table.add_row(*row)
+    out.print()
+    out.print(table)
+    out.print()
+    if plans.losses:
+        losses = plans.losses
+        out.print(
+            f"Source: {losses.source.nats:.3f} ± {losses.source.stderr:.3f}, on {losses.num_documents} "
+            f"documents of {printable(losses.data.name)} that no search has seen, {losses.sequence_length} "
+            f"tokens at most.\nTake {plans.chosen}: {plans.reason}.",
+            soft_wrap=True,
+        )
+    out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
+
+
+def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
+    """A line a cut, and the largest before the cliff."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    healed = any(point.healed for point in sweep.points)
+    names = ["dropped", "layers that go", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
+    names += [task.name for task in sweep.source.tasks]
+    for name in [*names, "kept"]:
+        table.add_column(name, justify="left" if name == "layers that go" else "right")
+    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")
+    for point in sweep.points:
+        kept = share_kept(point.best, sweep.source)
+        table.add_row(
+            f"{len(point.plan.dropped)} ({point.drop:.0%})",
+            layer_ranges(point.plan.dropped),
+            *_losses(point.pruned),
+            *(_losses(point.healed) if point.healed else [""] * 2 * healed),
+            *_scores(point.best, sweep),
+            "–" if math.isnan(kept) else f"{kept:.0%}",
+            style="bold" if point.drop == sweep.before_the_cliff else "",
+        )
+    out.print()
+    out.print(table)
+    out.print()
+    largest = sweep.before_the_cliff
+    found = f"The largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
+    if math.isnan(share_kept(sweep.source, sweep.source)):
+        found = "The source is no better than guessing, so there is no cliff to find"
+    out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
+    if names := left_out(sweep.source):
+        out.print(f"Not counted, for want of a chance level: {printable(', '.join(names))}.", soft_wrap=True)
+    for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
+        out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
+
+
+def _losses(evaluation: Evaluation) -> list[str]:
+    loss = evaluation.loss
+    return [f"{loss.nats:.3f} ± {loss.stderr:.3f}", f"{loss.normalized:.3f}"]
+
+
+def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
+    pairs = zip(evaluation.tasks, sweep.source.tasks, strict=True)
+    return [_score(task, like=source) for task, source in pairs]
+
+
+def verdict(build: Build) -> str:
+    """One sentence on what the cut cost and what healing brought back."""
+    losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
+    gap = losses["pruned"] - losses["source"]
+    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
+    compared = comparison(build, build.shipped, "loss")
+    if compared and not compared.significant:
+        return (
+            f"No measurable loss: {compared.difference:+.3f} nats a token is within chance "
+            f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
+            f"{compared.high:+.3f}."
+        )
+    if build.adapter is None:
+        return f"{cut}; this build was not healed."
+    if build.shipped == "pruned":
+        return (
+            f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."
+        )
+    change = losses["pruned"] - losses["healed"]
+    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
+    if change <= 0:
+        return f"{cut}; healing {_moved(-change)} on this text. Look before you publish."
+    return f"{cut}; healing took back {change:.3f}{share}."
+
+
+def _moved(change: float) -> str:
+    return f"{'raised' if change > 0 else 'lowered'} the loss by {abs(change):.3f}"
+
+
+def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence[Path]) -> None:
+    """What lies in the store, and which builds use it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column, justify in (("stage", "left"), ("key", "left"), ("size", "right"), ("made in", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for stage in stages:
+        table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
+    out.print(table)
+    for build in builds:
+        out.print(printable(f"build  {build}"), soft_wrap=True)
+
+
+def show_verified(out: Console, found: Sequence[Verified]) -> None:
+    """A line a folder: whole, changed or not there any more."""
+    for one in found:
+        wrong = (("changed", one.changed), ("added", one.added))
+        told = "; ".join(f"{how}: {', '.join(names)}" for how, names in wrong if names)
+        mark, told = ("✗", told) if told else ("✓", "unchanged")
+        if not one.there:
+            mark, told = "–", "no longer in the store"
+        place = one.folder.name if one.name != "build" else str(one.folder)
+        line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {told}"
+        out.print(printable(line), soft_wrap=True)
+
+
+def show_jobs(out: Console, jobs: Sequence[dict[str, Any]]) -> None:
+    """A line a job."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("job", "build", "hardware", "stage", "submitted", "ran"):
+        table.add_column(column, justify="right" if column == "ran" else "left")
+    for job in jobs:
+        ran = "" if job["seconds"] is None else duration(job["seconds"])
+        submitted = (job["created_at"] or "")[:16].replace("T", " ")
+        table.add_row(job["id"], job["name"] or "", str(job["hardware"]), job["stage"], submitted, ran)
+    out.print(table if jobs else "no jobs; `factory build MODEL --on HARDWARE` submits one")

@@ -1,0 +1,76 @@
+"""What a user can type: aliases, folders, files and Hub names, told apart with the standard library alone."""
+
+import difflib
+import re
+from pathlib import Path
+
+from factory.config.choices import STANDARD_LIBRARY
+from factory.errors import DataError, UnknownModelError
+from factory.resources import RECIPES
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
+DATA_NOTATION = (
+    f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][#column][@revision]"
+)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # other letters could look like another name
+HUB_DATA = re.compile(
+    rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@]*))?(#(?P<column>[^@]+))?(@(?P<revision>.*))?", re.ASCII
+)
+NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
+
+
+def aliases() -> list[str]:
+    """Names of the known models, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def local_path(reference: str) -> Path:
+    """The path that a reference would be; `~nobody/x` and names too long for a path lead to nothing."""
+    try:
+        path = Path(reference).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError):
+        return NOWHERE
+    return path
+
+
+def check_model(reference: str) -> None:
+    """Accept an alias, a folder that exists, or `owner/name[@revision]`.
+
+    Raises:
+        UnknownModelError: None of them; the hint offers the nearest alias.
+    """
+    if reference in aliases() or local_path(reference).is_dir():
+        return
+    if not HUB_NAME.fullmatch(reference.partition("@")[0]) or reference.startswith("."):
+        raise unknown_model(reference)
+
+
+def unknown_model(reference: str) -> UnknownModelError:
+    """The error for a reference that is no alias, no folder and no repository name."""
+    near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UnknownModelError(
+        f"{reference[:200]!r} is no known model, no folder and no Hub repository name",
+        hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
+    )
+
+
+def check_data(reference: str) -> None:
+    """Accept a data file that is there and not empty, `stdlib:…`, or the name of a Hub data set.
+
+    Raises:
+        DataError: None of them.
+    """
+    path = local_path(reference)
+    if path.is_file():
+        if not path.name.endswith(DATA_SUFFIXES):
+            raise DataError(f"data {reference!r} has a format that is not read", hint=f"give {DATA_NOTATION}")
+        if path.stat().st_size == 0:
+            raise DataError(f"data {reference!r} is empty", hint='a .jsonl has one {"text": …} a line')
+        return
+    if reference in STANDARD_LIBRARY:
+        return
+    if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_DATA.fullmatch(reference):
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"data {reference[:200]!r} {problem}", hint=f"give {DATA_NOTATION}")

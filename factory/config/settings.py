@@ -1,0 +1,244 @@
+"""What was asked: the configuration of a build and its parts, and the recipes of known models."""
+
+import math
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from factory.config.choices import MOST, Criterion
+from factory.config.references import aliases, unknown_model
+from factory.errors import DropError, UsageError
+from factory.resources import RECIPES
+
+SLOWER = 0.3  # of the learning rate, once the loss of healing has run away
+
+
+class Settings(BaseModel):
+    """Base of everything that can be asked: unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MeasureSettings(Settings):
+    """How the angular distances are measured."""
+
+    data: str = "allenai/c4:en"
+    num_samples: int | None = Field(
+        default=None, ge=2, le=MOST
+    )  # None: until the choice of the block is certain
+    max_samples: int = Field(default=2048, ge=2, le=MOST)  # then at most this many
+    sequence_length: int = Field(default=2048, ge=2, le=MOST)  # tokens
+    exact_length: bool = False  # it was asked for: at least one sample must have it
+    tokens: Literal["last", "all"] = "last"  # whose states are compared
+    four_bit: bool = False  # NF4
+
+
+class PlanSettings(Settings):
+    """How the layers are chosen, and on how much text where a criterion looks at the loss."""
+
+    criterion: Criterion = "angular"
+    layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
+    num_documents: int = Field(default=32, ge=2, le=MOST)  # of the calibration text
+    sequence_length: int = Field(default=512, ge=8, le=MOST)  # tokens
+
+
+class HealSettings(Settings):
+    """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
+
+    data: str = "allenai/c4:en"
+    objective: Literal["sft", "distill"] = "sft"  # next tokens of the text, or the source's distribution
+    modules: Literal["ffn", "all-linear"] = "ffn"
+    layers: Literal["all", "seam"] = "all"  # those that get an adapter; seam: from the one before the cut on
+    seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
+    bits: Literal[4, 16] = 4  # of the weights under the adapter: NF4, or as they are
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    rank: int = Field(default=64, ge=1, le=MOST)  # LoRA alpha equals it
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    num_steps: int = Field(default=5000, ge=1, le=MOST)
+    warmup_steps: int = Field(default=100, ge=0, le=MOST)
+    batch_size: int = Field(default=16, ge=1, le=MOST)  # sequences an optimiser step
+    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
+
+
+class EvaluateSettings(Settings):
+    """What the three models are compared on."""
+
+    data: str = "allenai/c4:en"
+    num_documents: int = Field(default=1000, ge=2, le=MOST)
+    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
+    tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
+    num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
+    limit: int | None = Field(default=None, ge=1, le=MOST)  # samples a task; None: all of them
+    backend: Literal["hf", "vllm"] = "hf"  # that answers the tasks; the loss is always transformers'
+
+
+class BuildConfig(Settings):
+    """Everything that decides what a build makes."""
+
+    reference: str  # as typed: alias, repo[@revision] or folder
+    drop: float = Field(gt=0, lt=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    heal_enabled: bool = True
+    merge_base: Literal["auto", "bf16", "nf4"] = "auto"  # weights that the adapter is added to
+    measure: MeasureSettings = MeasureSettings()
+    plan: PlanSettings = PlanSettings()
+    heal: HealSettings = HealSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class Recipe(Settings):
+    """A known model: where it lies on the Hub, and what heals it."""
+
+    alias: str
+    repo_id: str | None = None
+    source: Literal["hub", "embedded"] = "hub"
+    note: str | None = None  # what to know before the first build: gates, custom code
+    provenance: str  # where each figure below comes from
+    measure: MeasureSettings = MeasureSettings()
+    heal: HealSettings = HealSettings()
+    distill: dict[str, Any] = {}  # over what distilling has by default, where that is tried for this model
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def load_recipe(alias: str) -> Recipe:
+    """Read the recipe of one alias.
+
+    Raises:
+        UnknownModelError: No such alias; the hint offers the nearest.
+    """
+    if alias not in aliases():
+        raise unknown_model(alias)
+    fields: dict[str, Any] = yaml.safe_load((RECIPES / f"{alias}.yaml").read_text(encoding="utf-8"))
+    return Recipe.model_validate({"alias": alias, **fields})
+
+
+# Healing a model that has no recipe: between the paper's 7B models (164 M tokens at 3e-4) and a
+# 26 M-parameter Llama (best at 3e-3), learning rate falls with the power 0.4 of the size.
+TOKENS_PER_PARAMETER = 0.0227
+FEWEST_TOKENS = 500_000
+MOST_TOKENS = 164_000_000
+FEWEST_STEPS = 100
+
+
+def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
+    """Defaults for a model without a recipe: the paper's recipe, scaled to the size of the model.
+
+    Args:
+        num_parameters: Of the source.
+        max_length: Tokens the model was made for.
+    """
+    length = min(HealSettings().sequence_length, max_length)
+    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), FEWEST_TOKENS), MOST_TOKENS)
+    batch_size = min(max(tokens // (FEWEST_STEPS * length), 1), HealSettings().batch_size)
+    steps = math.ceil(tokens / (batch_size * length))
+    return HealSettings(
+        learning_rate=float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.4, 3e-3):.1e}"),
+        num_steps=steps,
+        warmup_steps=min(100, steps // 10),
+        batch_size=batch_size,
+        sequence_length=length,
+    )
+
+
+DEFAULT_OBJECTIVE: Literal["distill"] = "distill"
+SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here NF4 saves little memory, and costs small models more
+
+
+def distill_settings_for(num_parameters: int) -> dict[str, Any]:
+    """What distilling has otherwise than `sft`: measured with `benchmarks/heal.py` on a 26 M-parameter Llama.
+
+    The learning rate falls from there, 5e-3, with the root of the size to the paper's 3e-4 at 7 B.
+    """
+    return {
+        "objective": "distill",
+        "modules": "all-linear",
+        "rank": 128,
+        "dropout": 0.0,
+        "learning_rate": float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.5, 5e-3):.1e}"),
+        "bits": 16 if num_parameters <= SIXTEEN_BIT_PARAMETERS else 4,
+    }
+
+
+def settle(
+    reference: str,
+    *,
+    drop: float,
+    recipe: Recipe | None,
+    num_parameters: int,
+    max_length: int,
+    is_folder: bool,
+    overrides: dict[str, Any],
+) -> BuildConfig:
+    """One complete configuration: what was typed over the recipe over the defaults.
+
+    Args:
+        recipe: Of a known model, else None.
+        max_length: Tokens the model was made for; longer default sequences are cut to it.
+        is_folder: A folder gets no tasks unless they are asked for, since their data is on the Hub.
+        overrides: {"measure": {…}, "heal": {…}, "evaluate": {…}, "seed": …}; None values are unset.
+
+    Raises:
+        UsageError: Settings that exclude each other.
+    """
+    if recipe:
+        base = {
+            "measure": recipe.measure.model_dump(),
+            "plan": PlanSettings().model_dump(),
+            "heal": recipe.heal.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(),
+        }
+    else:
+        base = {
+            "measure": MeasureSettings().model_dump(),
+            "plan": PlanSettings().model_dump(),
+            "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
+            "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
+        }
+    if (overrides.get("heal", {}).get("objective") or DEFAULT_OBJECTIVE) == "distill":
+        base["heal"] |= distill_settings_for(num_parameters) | (recipe.distill if recipe else {})
+    for part in base.values():
+        part["sequence_length"] = min(part["sequence_length"], max_length)
+    fields: dict[str, Any] = {"reference": reference, "drop": drop, **base}
+    for name, value in overrides.items():
+        if isinstance(value, dict):
+            fields[name] = {**fields[name], **{k: v for k, v in value.items() if v is not None}}
+        elif value is not None:
+            fields[name] = value
+    steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
+    if steps < 2 * warmup:  # fewer steps than the recipe's: the peak rate must still be reached
+        fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
+    config = BuildConfig.model_validate(fields)
+    if config.merge_base == "nf4" and config.heal_enabled and config.heal.bits == 16:
+        raise UsageError(
+            "--merge-base nf4, but this model is healed over 16-bit weights: there are none in NF4",
+            hint="--heal-bits 4 heals over NF4; or leave --merge-base away",
+        )
+    return config
+
+
+def num_dropped(drop: float, num_layers: int) -> int:
+    """n = floor(drop · L + 0.5): how many of L layers a fraction means.
+
+    Raises:
+        DropError: It rounds to none, or leaves fewer than 2 layers.
+    """
+    n = math.floor(drop * num_layers + 0.5)
+    if n < 1:
+        raise DropError(
+            f"--drop {drop:g} of {num_layers} layers rounds to 0 layers",
+            hint=f"the smallest cut is --drop {1 / num_layers:.2g}",
+        )
+    if num_layers - n < 2:
+        raise DropError(
+            f"--drop {drop:g} of {num_layers} layers leaves {num_layers - n}",
+            hint=f"at least 2 layers must stay: --drop {(num_layers - 2) / num_layers:.2g} at most"
+            if num_layers > 2
+            else "at least 2 layers must stay, so this model has none to spare",
+        )
+    return n
+
+
+def build_name(source_name: str, drop: float) -> str:
+    """Name of a build's folder and, by default, of its repository: "Mistral-7B-v0.1-drop30"."""
+    return f"{source_name}-drop{drop * 100:.3g}"

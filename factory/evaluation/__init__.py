@@ -1,0 +1,1 @@
+"""Loss, tasks, speed, and whether a difference is significant."""

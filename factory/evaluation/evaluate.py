@@ -1,0 +1,132 @@
+"""Evaluate: token loss and lm-eval tasks of checkpoints, loaded from disk as a user would."""
+
+import gc
+import math
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factory.artifacts import Evaluation, TaskScore, TokenLoss
+from factory.config.settings import EvaluateSettings
+from factory.errors import DataError
+from factory.evaluation.answers import read_answers, read_losses, write_answers, write_losses
+from factory.evaluation.harness import load_tasks, score_task, vllm_model
+from factory.model.devices import compute_dtype
+from factory.model.loading import load_model
+from factory.model.losses import pad_batch, row_losses
+from factory.model.tokenizer import Encoder, load_encoder
+from factory.parallel import processes
+from factory.text.text import Text
+
+LOSS_BATCH_SIZE = 4
+ORDER = 0  # the same for every model and build: only then can losses be compared
+KEPT_EVERY = 32  # documents a process, for a run that is cut short
+
+
+def evaluate(
+    folder: Path,
+    text: Text,
+    *,
+    settings: EvaluateSettings,
+    into: Path,
+    progress: Callable[[int, int, str], None],
+) -> Evaluation:
+    """Loss and task scores of the checkpoint in `folder`.
+
+    Losses by document and each task's answers go to `into`; what lies there already is not done again.
+    Several processes share the documents and the questions; the main one writes.
+
+    Raises:
+        DataError: Too little text, or a task's questions that cannot be read.
+        HubError: The questions could not be had from the Hub.
+        UsageError: An unknown task.
+    """
+    with processes.main_first():
+        load_tasks(settings)  # what can fail for want of a connection comes before the work
+    model = load_model(folder)
+    encoder = load_encoder(folder)
+    loss = token_loss(model, encoder, text, settings=settings, into=into, progress=progress)
+    scores: list[TaskScore] = []
+    if settings.backend == "vllm" and any(read_answers(into, n) is None for n in range(len(settings.tasks))):
+        model = None
+        gc.collect()
+        torch.cuda.empty_cache()  # vLLM takes nearly all of a GPU
+        model = vllm_model(folder, num_gpus=torch.cuda.device_count())
+    for number, task in enumerate(settings.tasks):
+        answered = read_answers(into, number)
+        if answered is None:
+            answered = score_task(model, encoder.open_ended, task, settings=settings, progress=progress)
+            if processes.is_main():
+                write_answers(into, number, answered)
+        scores += [score for score, _ in answered]
+    return Evaluation(
+        loss=loss,
+        tasks=tuple(scores),
+        dtype=str(compute_dtype(model.device)).removeprefix("torch."),
+        harness=f"lm-eval {version('lm_eval')}"
+        + (f", vLLM {version('vllm')}" if settings.backend == "vllm" else ""),
+    )
+
+
+@torch.inference_mode()
+def token_loss(
+    model: Any,
+    encoder: Encoder,
+    text: Text,
+    *,
+    settings: EvaluateSettings,
+    into: Path,
+    progress: Callable[[int, int, str], None],
+) -> TokenLoss:
+    """Mean next-token loss in nats over fixed windows of the first documents in a fixed shuffled order.
+
+    Each window begins with what the tokenizer puts in front of a text, which is not predicted. The
+    standard error is that of a ratio over documents, since tokens of one document are not independent.
+    """
+    kept = read_losses(into)  # of a run that was cut short; a document too short for a loss counts as 0, 0
+    documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
+    while some := list(islice(documents, KEPT_EVERY * processes.count())):
+        mine = []
+        for document in processes.share(some):
+            (ids,) = encoder.encode([document])
+            pieces = list(encoder.windows(ids, length=settings.sequence_length))
+            mine.append(_document_loss(model, pieces, encoder))
+            done = len(kept) + processes.count() * len(mine)
+            progress(min(done, settings.num_documents), settings.num_documents, "loss")
+        kept += processes.gather(mine)
+        if processes.is_main():
+            write_losses(into, kept)
+    losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and summed nats, a document
+    if len(losses) < 2:
+        raise DataError(
+            f"{text.data.name} holds {len(losses)} usable documents; the loss needs at least 2",
+            hint="give more text with --eval-data",
+        )
+    tokens = sum(count for count, _ in losses)
+    nats = sum(total for _, total in losses) / tokens
+    residual = sum((total - nats * count) ** 2 for count, total in losses)
+    n = len(losses)
+    return TokenLoss(
+        nats=nats,
+        stderr=math.sqrt(residual * n / (n - 1)) / tokens,
+        normalized=nats / math.log(model.config.get_text_config().vocab_size),
+        num_tokens=tokens,
+        num_documents=n,
+        sequence_length=settings.sequence_length,
+        data=text.data,
+    )
+
+
+def _document_loss(model: Any, pieces: list[list[int]], encoder: Encoder) -> tuple[int, float]:
+    total, count = 0.0, 0
+    for start in range(0, len(pieces), LOSS_BATCH_SIZE):
+        batch = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=encoder.pad_token_id)
+        ids, mask = (tensor.to(model.device) for tensor in batch)
+        counts, nats = row_losses(model, ids, mask, num_given=encoder.num_given)
+        count += int(counts.sum())
+        total = sum(nats.tolist(), total)
+    return count, total

@@ -1,0 +1,151 @@
+"""Speed: tokens a second and memory of two checkpoints, measured in turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factory.artifacts import Speed, SpeedComparison
+from factory.model.devices import best_device, compute_dtype, device_name
+from factory.model.loading import load_model
+
+
+def compare_speed(
+    source: Path,
+    result: Path,
+    *,
+    rounds: int = 5,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    progress: Callable[[int, int, str], None],
+) -> SpeedComparison:
+    """Prefill and decode rate of two checkpoints, measured in turns at batch size 1, and their memory.
+
+    Memory is what one model takes from loading to the last new token: on a GPU the allocator's peak, on a
+    CPU, where no process can tell it from that of the libraries, the weights and the cache alone.
+    """
+    device = best_device()
+    models, footprints = {}, {}
+    for name, folder in (("source", source), ("result", result)):
+        with _peak(device) as peak:
+            models[name] = load_model(folder)
+            prompt = _prompt(models[name], num_tokens=prompt_tokens, new_tokens=new_tokens)
+            held, growth = _footprint(models[name], prompt, new_tokens=new_tokens)  # warms up as well
+        footprints[name] = {"memory_bytes": peak() or held, "cache_bytes_per_token": growth}
+    prompt_tokens = prompt.shape[1]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        for name, model in models.items():
+            prefill, decode = _time_once(model, prompt, new_tokens=new_tokens)
+            seconds.setdefault((name, "prefill"), []).append(prefill)
+            seconds.setdefault((name, "decode"), []).append(decode)
+        progress(number + 1, rounds, "speed")
+    speeds = {
+        name: _speed(seconds[name, "prefill"], seconds[name, "decode"], prompt_tokens, new_tokens).model_copy(
+            update=footprints[name]
+        )
+        for name in models
+    }
+    return SpeedComparison(
+        device=device_name(device),
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=1,
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        memory="peak" if device.type == "cuda" else "weights and cache",
+        source=speeds["source"],
+        result=speeds["result"],
+    )
+
+
+def _prompt(model: Any, *, num_tokens: int, new_tokens: int) -> torch.Tensor:
+    """Random tokens, [1, s], the same for both models; shorter where the model cannot take so many."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or num_tokens + new_tokens
+    shape = (1, min(num_tokens, longest - new_tokens))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, shape, generator=generator).to(model.device)
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Bytes that the block took at most beyond what was taken before it; 0 where that is not known."""
+    if device.type != "cuda":
+        yield lambda: 0
+        return
+    one = torch.ones((1, 1), device=device, dtype=compute_dtype(device))
+    (one @ one).item()  # allocates the libraries' workspace, which stays and is not the first model's
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield lambda: torch.cuda.max_memory_allocated(device) - before
+
+
+@torch.inference_mode()
+def _footprint(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[int, float]:
+    """Bytes of weights and full cache, and the bytes that the cache grows by with each new token."""
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    before = _tensor_bytes(output.past_key_values)
+    for _ in range(new_tokens):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    after = _tensor_bytes(output.past_key_values)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return weights + after, (after - before) / new_tokens
+
+
+def _tensor_bytes(cache: Any) -> int:
+    """Bytes of every tensor that a cache holds, whatever its kind: keys, values, recurrent states."""
+    left, seen, size_bytes = [cache], set(), 0
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            size_bytes += value.nbytes
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            left += vars(value).values()
+    return size_bytes
+
+
+@torch.inference_mode()
+def _time_once(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[float, float]:
+    """Seconds for one prefill of the prompt, and for `new_tokens` single-token steps after it."""
+    start = _now()
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prefilled = _now()
+    token = output.logits[:, -1:].argmax(dim=-1)
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return prefilled - start, _now() - prefilled
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _speed(prefill: list[float], decode: list[float], prompt_tokens: int, new_tokens: int) -> Speed:
+    return Speed(
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
+        prefill_spread=_spread(prefill),
+        decode_tokens_per_second=new_tokens / statistics.median(decode),
+        decode_spread=_spread(decode),
+    )
+
+
+def _spread(seconds: list[float]) -> float:
+    """Half the interquartile range over the median."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / 2 / middle

@@ -1,0 +1,105 @@
+"""What a text or a task is, as part of a stage's key: equal identities give equal results."""
+
+import hashlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from factory.config.settings import EvaluateSettings
+from factory.errors import UsageError
+from factory.evaluation.task_files import TASK_SUFFIXES, is_task_file, local_data, read_task_file
+from factory.resources import DEMO_TASKS
+from factory.store.files import sha256_of_file
+from factory.text.standard_library import fingerprint
+
+KNOWN_TASKS = {"mmlu", "boolq", "gsm8k"}  # need no look into lm-eval's list, which takes 18 s
+BESIDE_PYTHON = {*TASK_SUFFIXES, ".py", ".jsonl", ".json"}  # what it may well read
+MOST_BYTES = 64 * 2**20  # read for one identity
+
+
+def task_identity(task: str) -> str:
+    """A task's name; for a YAML file with its content and that of all files that it names."""
+    if is_task_file(task):
+        digest = hashlib.sha256("\0".join(_parts(Path(task))).encode())
+        return f"{Path(task).name}:{digest.hexdigest()}"
+    if _is_embedded(task):
+        return f"{task}:{fingerprint('held-out')}"  # its questions are made from that text
+    return task
+
+
+def _is_embedded(task: str) -> bool:
+    return task in {path.stem for path in DEMO_TASKS.glob("*.yaml")}
+
+
+def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> None:
+    """Accept tasks that can be run.
+
+    Args:
+        search: Ask lm-eval about names that are neither embedded nor well known; takes 18 s.
+        run_code: Accept task files that name Python.
+
+    Raises:
+        UsageError: A task file that is missing, names no task or runs Python that is not accepted, two of
+            one name, or a name that lm-eval does not know.
+    """
+    unknown = []
+    named: dict[str, str] = {}
+    for task in settings.tasks:
+        name = _accepted(Path(task), run_code=run_code) if is_task_file(task) else task
+        if name in named:
+            raise UsageError(
+                f"--tasks names {name!r} twice: {named[name]} and {task}", hint="leave one of them out"
+            )
+        named[name] = task
+        if is_task_file(task):
+            continue
+        if not _is_embedded(task) and task not in KNOWN_TASKS:
+            unknown.append(task)
+    if unknown and search:
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager().all_tasks
+        for task in unknown:
+            if task not in known:
+                raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+
+
+def _accepted(path: Path, *, run_code: bool) -> str:
+    """The name of a task whose Python may run."""
+    found = read_task_file(path)
+    if found.code and not run_code:
+        raise UsageError(
+            f"task file {str(path)!r} runs Python: {', '.join(found.code)}",
+            hint="read it; --run-task-code runs it, with your rights",
+        )
+    return found.name
+
+
+def check_backend(settings: EvaluateSettings) -> None:
+    """Refuse what is to answer the tasks and is not installed here.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if settings.backend == "vllm" and find_spec("vllm") is None:
+        raise UsageError(
+            "--eval-backend vllm: vLLM is not installed here",
+            hint="`pip install vllm` on a machine with a GPU, or leave the option out",
+        )
+
+
+def _parts(task: Path) -> Iterator[str]:
+    """All that lm-eval reads for a task file by its content; past the bound by name and size alone.
+
+    Python can read whatever lies beside it: with some, that counts as well.
+    """
+    found = read_task_file(task)
+    folders = sorted({part.parent for part in found.parts if part.suffix == ".py"})
+    beside = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in BESIDE_PYTHON]
+    data = [path for part in found.parts for paths in local_data(part).values() for path in paths]
+    inside = [file for path in data for file in (path, *sorted(path.rglob("*")))]
+    left = MOST_BYTES
+    for path in dict.fromkeys(path for path in (*found.parts, *beside, *inside) if path.is_file()):
+        size = path.stat().st_size
+        left -= size
+        yield f"{path.name}:{sha256_of_file(path) if left >= 0 else size}"

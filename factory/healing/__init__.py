@@ -1,0 +1,1 @@
+"""Train an adapter on the pruned model, and merge it."""

@@ -1,0 +1,156 @@
+"""What watches a healing run: progress with its speed, and whether the loss runs away."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from factory.config.settings import SLOWER
+from factory.errors import HealingError
+from factory.healing.tracking import Tracking
+from factory.model.devices import peak_flops
+
+SPIKE = 2.0  # times the first loss: worse than not having healed at all
+SPIKE_NATS = 1.0  # at least so far above the first
+RISES = 3  # checkpoints in a row
+
+
+class DivergedError(HealingError):
+    """The loss is no longer finite, or far above where it began."""
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Reports steps, loss and speed; stops a run whose loss runs away before that is saved.
+
+    Args:
+        report: Gets steps done, steps in all, and a note: "loss 2.345, 13,900 tokens/s, MFU 0.37".
+        flops_per_token: Of forward and backward passes, for the utilisation; adapters are not counted.
+    """
+
+    def __init__(self, report: Callable[[int, int, str], None], *, flops_per_token: float) -> None:
+        self.report, self.flops_per_token = report, flops_per_token
+        self.loss = ""
+        self.began: tuple[float, float] | None = None  # seconds and tokens, after the first step
+        self.first: float | None = None
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+        self.first, self.began = (losses[0] if losses else None), None
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        loss = float(logs["loss"])
+        self.first = loss if self.first is None else self.first
+        self.loss = f"loss {loss:.3f}"
+        refuse_run_away("loss", loss, first=self.first, step=state.global_step)
+
+    def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Before the checkpoint is saved: one whose guard loss ran away is none to go on from."""
+        losses = [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
+        refuse_run_away("held-back loss", losses[-1], first=losses[0], step=state.global_step)
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        now, tokens = time.monotonic(), float(state.num_input_tokens_seen)
+        speed = ""
+        if self.began is None:
+            self.began = (now, tokens)
+        elif now > self.began[0]:
+            rate = (tokens - self.began[1]) / (now - self.began[0])
+            speed = f", {rate:,.0f} tokens/s" + _utilisation(rate * self.flops_per_token)
+        self.report(state.global_step, state.max_steps, self.loss + speed)
+        if state.global_step == state.max_steps:  # the last step counts as much as any
+            control.should_evaluate = control.should_save = True
+
+
+def refuse_run_away(name: str, loss: float, *, first: float, step: int) -> None:
+    """Raise DivergedError for a loss that is not finite, or far above the first."""
+    if not (math.isfinite(loss) and loss <= first + max((SPIKE - 1) * first, SPIKE_NATS)):
+        raise DivergedError(
+            f"the {name} is {loss:.4g} at step {step}, after {first:.4g} at the start",
+            hint="a lower --heal-lr usually helps",
+        )
+
+
+class Told(TrainerCallback):  # type: ignore[misc]
+    """Hands what the trainer logs to an experiment tracker."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self.tracking, self.open = tracking, ExitStack()
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        self.log = self.open.enter_context(self.tracking.run("heal"))
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        numbers = {
+            name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)
+        }
+        if hasattr(self, "log"):  # the guard's last loss comes after the training
+            self.log(numbers, state.global_step)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        del self.log
+        self.open.close()
+
+
+class EarlyStop(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose guard loss has risen at three checkpoints in a row in the second half of its steps.
+
+    Not before, and not for want of a new minimum: while the learning rate is high the loss may stand above
+    where it began, and falls when the rate does.
+    """
+
+    def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        if rises(state):
+            control.should_training_stop = True
+
+
+def rises(state: Any) -> bool:
+    """Whether the guard's loss has risen so often, as far as a trainer's state goes."""
+    losses = [
+        entry["eval_loss"]
+        for entry in state.log_history
+        if "eval_loss" in entry and entry["step"] >= state.max_steps / 2
+    ][-RISES - 1 :]
+    return len(losses) > RISES and all(after > before for before, after in pairwise(losses))
+
+
+class Slower(TrainerCallback):  # type: ignore[misc]
+    """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored.
+
+    Args:
+        step: Where the run went on from; checkpoints behind it hold the lower rate already.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_begin(
+        self,
+        _args: Any,
+        state: Any,
+        _control: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        if state.global_step > self.step:
+            return
+        for group in optimizer.param_groups:
+            group["lr"] *= SLOWER
+            group["initial_lr"] *= SLOWER
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps it
+        schedule.base_lrs = [SLOWER * rate for rate in schedule.base_lrs]
+
+
+def _utilisation(flops: float) -> str:
+    """Model FLOP utilisation of the GPU: ", MFU 0.37"; empty for a card whose peak is not known."""
+    if not torch.cuda.is_available():
+        return ""
+    peak = peak_flops(torch.cuda.get_device_name())
+    return f", MFU {flops / peak:.2f}" if peak else ""

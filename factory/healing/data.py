@@ -1,0 +1,100 @@
+"""The healing text as tokens: what is trained on, and what is held back to see whether that helped."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+
+from factory.config.settings import HealSettings
+from factory.errors import DataError
+from factory.model.tokenizer import Encoder
+from factory.parallel import processes
+from factory.text.text import Text
+
+disable_progress_bars()
+GUARD_SEQUENCES = 64  # held back from the healing text
+GUARD_SHARE = 0.05  # at most, of the training tokens: the guard is read a dozen times
+DOCUMENTS = 64  # tokenised at once
+
+
+def data_sets(
+    text: Text, encoder: Encoder, *, settings: HealSettings, seed: int, folder: Path
+) -> tuple[Dataset, Dataset]:
+    """Guard and training sequences, tokenised. Training stops taking text at its token budget.
+
+    Args:
+        folder: Training sequences are kept on disk in its `tokens`; other processes read the main one's.
+
+    Raises:
+        DataError: Too little text.
+    """
+    budget = settings.num_steps * settings.batch_size * settings.sequence_length
+    documents = _documents(text, encoder, length=settings.sequence_length, seed=seed)
+    guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
+    guard = take_guard(documents, num_tokens=guard_tokens)
+    sequences = chain.from_iterable(not_in(guard, documents))
+    first = next(sequences, None)
+    if first is None:
+        raise DataError(
+            f"{text.data.name} holds too little text to heal on",
+            hint="give more with --heal-data, or build without healing: --no-heal",
+        )
+    scratch = folder / "tokens"
+    if processes.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
+    train = _on_disk(_until(chain([first], sequences), num_tokens=budget), scratch, name=f"heal-{seed}")
+    return Dataset.from_dict({"input_ids": guard}), train
+
+
+def _on_disk(sequences: Iterator[list[int]], folder: Path, *, name: str) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            lambda: ({"input_ids": tokens} for tokens in sequences),
+            features=Features({"input_ids": List(Value("int32"))}),
+            cache_dir=str(folder),
+            fingerprint=name,
+        )
+    except DatasetGenerationError as error:  # hides what the text raised
+        raise error.__cause__ or error from None
+
+
+def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list[list[int]]:
+    """Sequences of the first documents; what is left of the last of them is nobody's.
+
+    A document is in the guard or in the training text, never in both: pieces of one document are too
+    much alike for one to say whether training on the other helped.
+    """
+    guard: list[list[int]] = []
+    for document in documents:
+        for sequence in document:
+            guard.append(sequence)
+            if sum(map(len, guard)) >= num_tokens:
+                return guard
+    return guard
+
+
+def not_in(guard: list[list[int]], documents: Iterator[list[list[int]]]) -> Iterator[list[list[int]]]:
+    """Documents that do not begin as one of the guard's: a text may hold a document twice."""
+    held_back = {tuple(sequence) for sequence in guard}
+    return (document for document in documents if not document or tuple(document[0]) not in held_back)
+
+
+def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Iterator[list[list[int]]]:
+    """Each document as its sequences, with one end token behind the last."""
+    documents = text.shuffled(seed)
+    while some := list(islice(documents, DOCUMENTS)):
+        for tokens in encoder.encode(some):
+            pieces = encoder.windows([*tokens, *encoder.end], length=length)
+            yield [piece for piece in pieces if piece != [*encoder.prefix, *encoder.end]]
+
+
+def _until(sequences: Iterator[list[int]], *, num_tokens: int) -> Iterator[list[int]]:
+    taken = 0
+    for sequence in sequences:
+        yield sequence
+        taken += len(sequence)
+        if taken >= num_tokens:
+            return

@@ -1,0 +1,372 @@
+"""Heal: QLoRA on the pruned checkpoint with TRL's SFTTrainer; the result is an adapter."""
+
+import gc
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerState, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from factory.artifacts import Adapter, Checkpoint, LossPoint
+from factory.config.settings import HealSettings
+from factory.errors import HealingError
+from factory.healing.batch_size import fit_micro_batch
+from factory.healing.callbacks import DivergedError, EarlyStop, Progress, Slower, Told
+from factory.healing.data import data_sets
+from factory.healing.lora import (
+    GUARD,
+    Targets,
+    adapter_tensors,
+    as_named,
+    find_targets,
+    first_adapted,
+    lora_config,
+    save_adapter,
+)
+from factory.healing.packing import use_packed_attention
+from factory.healing.tracking import NOWHERE, Tracking
+from factory.healing.trainers import DistillTrainer, HealTrainer
+from factory.model.config_proof import find_layers
+from factory.model.devices import best_device
+from factory.model.loading import fuse_norms, load_model, matrix_weights
+from factory.model.tokenizer import load_encoder
+from factory.parallel import processes
+from factory.text.text import Text
+
+CURVE_POINTS = 50
+POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
+TRAINER_STATE = "trainer_state.json"
+SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
+# Of a trainer's checkpoint, beside what is written last; each under one of its names.
+OF_A_CHECKPOINT = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model in training, and where its adapter lies."""
+
+    model: Any
+    targets: Targets
+    lora: LoraConfig
+    start: int  # first layer with an adapter
+    new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
+    num_weights: int  # in the matrices of its layers
+    packs: bool  # whether it keeps documents apart that lie in one row
+
+
+def heal(
+    pruned: Checkpoint,
+    text: Text,
+    *,
+    source_folder: Path,
+    dropped: Sequence[int],
+    settings: HealSettings,
+    seed: int,
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+    tracking: Tracking = NOWHERE,
+) -> Adapter:
+    """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
+
+    With `settings.objective` "distill", the source is loaded and its layers left out in memory: with them
+    and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
+    found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early where
+    the guard's loss goes on rising, and the adapter is the one with the lowest. A loss that runs
+    away brings back the last checkpoint before, at a lower rate; the second time the training ends, with
+    the adapter of the best checkpoint, or one that changes nothing.
+
+    Args:
+        source_folder: The model that `pruned` was made from.
+        dropped: Its layers that `pruned` lacks.
+        progress: Gets steps done, steps in all, and loss and speed.
+        tracking: Is told the losses as well.
+
+    Raises:
+        DataError: Too little text.
+        HealingError: The loss is not finite before the first step.
+        UnsupportedArchitectureError: No modules that LoRA can adapt.
+    """
+    set_seed(seed)
+    encoder = load_encoder(pruned.folder)
+    with processes.main_first():
+        guard, train = data_sets(text, encoder, settings=settings, seed=seed, folder=folder)
+    start = partial(
+        begin,
+        tokenizer=encoder.tokenizer,
+        texts=(guard, train),
+        dropped=dropped,
+        settings=settings,
+        seed=seed,
+        folder=folder,
+        progress=progress,
+        tracking=tracking,
+    )
+    base = source_folder if settings.objective == "distill" else pruned.folder
+    load = partial(load_model, base, four_bit=settings.bits == 4, to_shard=processes.sharded())
+    student, trainer = start(load())
+    ran_away = train_on(trainer, folder)
+    if ran_away and not processes.from_main(slowed_at(folder) is not None):
+        if processes.is_main():
+            last = last_whole_checkpoint(trainer_folder(folder))
+            step = int(last.rpartition("-")[2]) if last else 0
+            (folder / SLOWED).write_text(json.dumps({"step": step}), encoding="utf-8")
+        trainer = student = None  # type: ignore[assignment]
+        gc.collect()
+        set_seed(seed)
+        student, trainer = start(load())
+        ran_away = train_on(trainer, folder)
+    ended_at = trainer.state.global_step if ran_away else None
+    if ran_away:
+        back_to_best(trainer)
+    guard_curve = _curve(trainer.state.log_history, "eval_loss")  # before the next, which is of the best step
+    after = float(trainer.evaluate()["eval_loss"])
+    tensors = adapter_tensors(trainer.model)
+    if processes.is_main():
+        save_adapter(trainer.model, tensors, folder, targets=student.targets, new_names=student.new_names)
+        (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
+    return Adapter(
+        folder=folder,
+        objective=settings.objective,
+        quantization="nf4" if settings.bits == 4 else "none",
+        rank=settings.rank,
+        learning_rate=settings.learning_rate,
+        target_modules=tuple(student.targets.modules),
+        experts=tuple(student.targets.experts),
+        left_out=tuple(student.targets.left_out),
+        layers=settings.layers,
+        num_steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step,
+        num_tokens=int(trainer.state.num_input_tokens_seen),
+        sequence_length=settings.sequence_length,
+        packed=student.packs,
+        num_trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        curve=_curve(trainer.state.log_history, "loss"),
+        guard_curve=guard_curve,
+        guard_loss_before=next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
+        guard_loss_after=after,
+        slowed_at_step=slowed_at(folder),
+        ran_away_at_step=ended_at,
+        data=text.data,
+    )
+
+
+def slowed_at(folder: Path) -> int | None:
+    """The step from which on the rate is lower, None where it never was lowered."""
+    path = folder / SLOWED
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
+
+
+def train_on(trainer: HealTrainer, folder: Path) -> bool:
+    """Train from the last checkpoint on; from the start, where the guard's loss is taken first.
+
+    Returns whether the loss ran away, which ended it.
+
+    Not before: a model that was prepared to be evaluated alone is not prepared again, for several processes.
+    """
+    last = processes.from_main(last_whole_checkpoint(trainer_folder(folder)) if processes.is_main() else None)
+    trainer.args.eval_on_start = last is None
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except DivergedError:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        return True
+    return False
+
+
+def back_to_best(trainer: HealTrainer) -> None:
+    """Give a trainer whose loss ran away the best checkpoint; without one, an adapter that changes nothing.
+
+    Raises:
+        HealingError: The loss was not finite before the first step: it is the model, not the training.
+    """
+    if best := trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
+        trainer.state = TrainerState.load_from_json(str(Path(best) / TRAINER_STATE))
+        return
+    before = [entry for entry in trainer.state.log_history if "eval_loss" in entry][:1]
+    if not (before and math.isfinite(before[0]["eval_loss"])):
+        raise HealingError(
+            "the loss on held-back text is not a number before the first step of healing",
+            hint="the model's weights or its 4-bit form overflow; --no-heal leaves the healing out",
+        )
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    trainer.state = TrainerState(log_history=before)
+
+
+def trainer_folder(folder: Path) -> Path:
+    """Where the trainer's checkpoints lie; those of a sharded model are of another kind."""
+    return folder / ("trainer-sharded" if processes.sharded() else "trainer")
+
+
+def last_whole_checkpoint(output_folder: Path) -> str | None:
+    """The trainer's last checkpoint to go on from, None without one.
+
+    One that was cut short while being written is removed: the trainer writes its state last. So
+    is one that was cut short while being removed.
+    """
+    for checkpoint in output_folder.glob("checkpoint-*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
+    last: str | None = get_last_checkpoint(str(output_folder)) if output_folder.is_dir() else None
+    return last
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(any(next(checkpoint.glob(name), None) for name in names) for names in OF_A_CHECKPOINT)
+
+
+def begin(
+    model: Any,
+    *,
+    tokenizer: Any,
+    texts: tuple[Dataset, Dataset],
+    dropped: Sequence[int],
+    settings: HealSettings,
+    seed: int,
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+    tracking: Tracking = NOWHERE,
+) -> tuple[Student, HealTrainer]:
+    """The student and its trainer, before the first step.
+
+    Args:
+        model: NF4: the pruned model, or for distilling its source.
+        texts: Guard and training sequences.
+        dropped: Layers of the source that the student lacks.
+    """
+    student = _student(model, dropped=dropped, settings=settings)
+    trainer = _trainer(
+        student, tokenizer, *texts, dropped=dropped, settings=settings, seed=seed, folder=folder
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL casts QLoRA adapters to bf16, where a small update to a weight rounds to nothing.
+            parameter.data = parameter.data.float()
+    fit_micro_batch(trainer)
+    trainer.remove_callback(PrinterCallback)  # only the command line prints
+    trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
+    if processes.is_main():
+        trainer.add_callback(Told(tracking))
+    trainer.add_callback(EarlyStop())
+    if (step := slowed_at(folder)) is not None:
+        trainer.add_callback(Slower(step))
+    return student, trainer
+
+
+def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
+    packs = True
+    if not processes.sharded():  # nothing of it can run before FSDP has divided it
+        packs = all(processes.gather([use_packed_attention(model) is not None]))
+        if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP divides
+            fuse_norms(model)
+    prefix, layers = find_layers(model)
+    targets = find_targets(model, settings.modules)
+    gone = frozenset(dropped if settings.objective == "distill" else ())
+    kept = [index for index in range(len(layers)) if index not in gone]
+    survivors = [index for index in range(len(layers) + len(dropped) - len(gone)) if index not in dropped]
+    first = survivors.index(first_adapted(survivors, dropped, seam=settings.layers == "seam"))
+    adapted = {f"{prefix}.{index}": layers[index] for index in kept[first:]}
+    return Student(
+        model=model,
+        targets=targets,
+        lora=lora_config(targets, adapted, rank=settings.rank, dropout=settings.dropout),
+        start=kept[first],
+        new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
+        num_weights=sum(matrix_weights(layers[index]) for index in kept),
+        packs=packs,
+    )
+
+
+def _trainer(
+    student: Student,
+    tokenizer: Any,
+    guard: Dataset,
+    train: Dataset,
+    *,
+    dropped: Sequence[int],
+    settings: HealSettings,
+    seed: int,
+    folder: Path,
+) -> HealTrainer:
+    on_gpu = best_device().type == "cuda"
+    every = max(1, settings.num_steps // CURVE_POINTS)
+    rows = settings.batch_size
+    if not student.packs:  # a step keeps its tokens, though a row holds one document alone, however short
+        mean_length = pyarrow.compute.mean(pyarrow.compute.list_value_length(train.data["input_ids"])).as_py()
+        rows *= max(1, round(settings.sequence_length / mean_length))
+    arguments = SFTConfig(
+        output_dir=str(trainer_folder(folder)),
+        max_steps=settings.num_steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=rows // processes.count(),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,
+        router_aux_loss_coef=0.0,  # routers stay as they are, and the loss is of next tokens alone
+        packing=student.packs,
+        packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
+        max_length=settings.sequence_length,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,  # see micro_batch.py
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite must show
+        eval_strategy="steps",
+        eval_steps=POINTS_A_CHECKPOINT * every,
+        save_steps=POINTS_A_CHECKPOINT * every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=True,  # an expert that no token went to
+    )
+    arguments._n_gpu = 1  # that this process uses; the batch would be multiplied by all it sees
+    trainer_class: Callable[..., HealTrainer] = HealTrainer
+    if settings.objective == "distill":
+        trainer_class = partial(
+            DistillTrainer, dropped=dropped, start=student.start, seam_weight=settings.seam_weight
+        )
+    with as_named():
+        return trainer_class(
+            model=student.model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=guard,
+            processing_class=tokenizer,
+            peft_config=student.lora,
+        )
+
+
+def _curve(history: list[dict[str, Any]], name: str) -> tuple[LossPoint, ...]:
+    return tuple(
+        LossPoint(step=entry["step"], loss=round(float(entry[name]), 4)) for entry in history if name in entry
+    )

@@ -1,0 +1,372 @@
+"""The merge stage: add a LoRA adapter to the weights it was trained for, tensor by tensor on disk."""
+
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from factory.artifacts import Adapter, Checkpoint
+from factory.checkpoint.auxiliary import copy_auxiliary_files
+from factory.checkpoint.header import TensorInfo, read_header
+from factory.checkpoint.read import read_blocks, read_checkpoint, read_tensor_bytes
+from factory.checkpoint.write import Progress, write_checkpoint
+from factory.errors import CheckpointError, OverflowedError, VerificationError
+from factory.healing.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
+from factory.model.experts import Part, adapted_parameters, stored_parts
+from factory.model.loading import load_model, quantized_modules, skeleton, transposed_modules
+from factory.model.losses import token_loss
+from factory.model.quantization import round_to_nf4
+
+Base = Literal["auto", "bf16", "nf4"]
+CANDIDATES: tuple[Base, ...] = ("bf16", "nf4")
+BASE_NAMES = {"bf16": "source weights", "nf4": "NF4 weights, unpacked"}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Fields that the merge reads, or that change training only. Any other field that is set is refused by
+# name: a variant of LoRA that peft adds tomorrow must not be merged as if it were plain.
+KNOWN_FIELDS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
+}  # fmt: skip
+ROWS = 128  # of a weight that are read, added to and written at once: they stay in the processor's cache
+WORKERS = min(4, os.cpu_count() or 1)  # add to rows while others are read and written
+# Other initialisations change the base weights too, so that B·A does not belong to those on disk.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update: the stored matrix it belongs to becomes W + scale · B·A.
+
+    Of a parameter that holds many experts, A holds one expert after the other, and B the experts' first
+    columns, then their second ones: peft's layout.
+    """
+
+    part: Part  # W
+    a: TensorInfo  # [experts · r, in]
+    b: TensorInfo  # [out, r · experts]
+    scale: float
+    transposed: bool  # W is stored [in, out], as GPT-2's Conv1D does
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product is W's update without the scale, [rows, r] and [r, columns]."""
+        part = self.part
+        rank = self.a.shape[0] // part.num_experts
+        a = _load_factor(self.a)[part.expert * rank :][:rank].to(dtype)
+        b = _load_factor(self.b)[:, part.expert :: part.num_experts].to(dtype)
+        b, a = (a.T, b.T) if self.transposed else (b, a)  # (B·A)ᵀ = Aᵀ·Bᵀ
+        return b[part.start :][: part.tensor.shape[0]], a
+
+
+def merge(
+    pruned: Checkpoint,
+    adapter: Adapter,
+    *,
+    folder: Path,
+    base: Base = "auto",
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Write `pruned` with the adapter added into `folder`, from the weights that give the lower loss.
+
+    An adapter trained over NF4 weights has learnt their rounding too: whether it is better added to them
+    or to the weights that they were made of is not known beforehand (github.com/huggingface/peft, issue
+    2105). "auto" writes both, reads the guard's sequences with each, and keeps the better, or the one that is
+    finite.
+
+    Args:
+        pruned: The checkpoint that the adapter was trained for.
+        adapter: LoRA in peft's format, with whatever quantisation it was trained over.
+        folder: Exists, and is empty or holds an earlier attempt.
+        base: "bf16": the weights on disk, in whatever dtype; "nf4": these rounded as in training.
+        progress: Called with (bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
+        OverflowedError: No result is finite.
+        VerificationError: The adapter does not fit the weights.
+    """
+    if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
+        base = "bf16"  # it was trained on these; one that learnt nothing must change nothing
+    if base != "auto":
+        return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    made: dict[Base, Checkpoint] = {}
+    losses: dict[str, float] = {}
+    for candidate in CANDIDATES:
+        (folder / candidate).mkdir(exist_ok=True)
+        try:
+            made[candidate] = _merge(
+                pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
+            )
+        except OverflowedError:  # sums beyond the range of these weights need not be beyond the others'
+            if candidate == CANDIDATES[-1] and not made:
+                raise
+            continue
+        losses[BASE_NAMES[candidate]] = _loss(folder / candidate, guard)
+    best = min(made, key=lambda name: losses[BASE_NAMES[name]])
+    for file in sorted((folder / best).iterdir()):
+        file.rename(folder / file.name)
+    for candidate in CANDIDATES:
+        shutil.rmtree(folder / candidate)
+    return made[best].model_copy(update={"folder": folder, "merge_losses": losses})
+
+
+def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """Add to a merged checkpoint what decides whether it ships: the guard's losses with and without healing.
+
+    Those of the training are of other weights: NF4, with the adapter beside them. These are of the files, as
+    anybody would load them.
+    """
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    known = (merged.merge_losses or {}).get(str(merged.merge_base))
+    unhealed = _loss(pruned.folder, guard)
+    if adapter.num_steps == 0:  # the same weights, whatever a second reading would round
+        known = unhealed
+    healed = known if known is not None else _loss(merged.folder, guard)
+    return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})
+
+
+def overflowed(pruned: Checkpoint, adapter: Adapter, *, folder: Path) -> Checkpoint:
+    """What stands for a merged checkpoint where none is finite: no weights, and an infinite loss."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    losses = {"unhealed": _loss(pruned.folder, guard), "healed": math.inf}
+    return pruned.model_copy(update={"folder": folder, "size_bytes": 0, "files": {}, "guard_losses": losses})
+
+
+def _loss(folder: Path, guard: list[list[int]]) -> float:
+    """Of a model on the guard's sequences, in nats a token; infinite where it is not a number."""
+    loss = token_loss(load_model(folder), guard)
+    return math.inf if math.isnan(loss) else loss
+
+
+def _merge(
+    pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
+) -> Checkpoint:
+    """Tensor by tensor: sums in fp32, results in the dtype on disk."""
+    tensors = read_checkpoint(pruned.folder)
+    model = skeleton(pruned.folder)
+    parts = stored_parts(model, tensors)
+    updates = read_updates(adapter.folder, parts, model=model)
+    rounded = {}  # stored name → whether it is transposed
+    if base == "nf4":
+        transposed = transposed_modules(model)
+        packed = {module: parts.get(f"{module}.weight") for module in quantized_modules(model)}
+        rounded = {whole[0].tensor.name: name in transposed for name, whole in packed.items() if whole}
+
+    def transform(name: str, tensor: TensorInfo) -> Iterator[memoryview] | None:
+        if name in rounded:
+            update = updates.get(name, [None])[0]
+            return merged_values(tensor, update, nf4=True, transposed=rounded[name])
+        if name in updates:
+            return chain.from_iterable(merged_values(u.part.tensor, u) for u in updates[name])
+        return None
+
+    with _one_thread():
+        files = write_checkpoint(tensors.items(), folder=folder, transform=transform, progress=progress)
+    _load_factor.cache_clear()
+    copy_auxiliary_files(pruned.folder, folder)
+    shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
+    return Checkpoint(
+        folder=folder,
+        num_layers=pruned.num_layers,
+        num_parameters=pruned.num_parameters,
+        size_bytes=sum((folder / name).stat().st_size for name in files),
+        files=files,
+        merge_base=BASE_NAMES[base],
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For products of a few rows: torch's threads would wait for each other at the end of each, spinning."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def read_updates(
+    adapter_folder: Path, parts: Mapping[str, list[Part]], *, model: Any
+) -> dict[str, list[Update]]:
+    """Name of a stored tensor → its updates, checked against names, shapes and dtypes of the checkpoint.
+
+    A tensor has one, or one for each of the experts that it holds, in their order.
+
+    Args:
+        adapter_folder: Holds the adapter in peft's format.
+        parts: Of the checkpoint, as `stored_parts` gives them.
+        model: What it is loaded as, without values.
+
+    Raises:
+        CheckpointError: Damaged files, or more than plain LoRA.
+        VerificationError: An update without its tensor, or of another shape.
+    """
+    config = _read_config(adapter_folder / ADAPTER_CONFIG)
+    stored = read_header(adapter_folder / ADAPTER_WEIGHTS)
+    experts = adapted_parameters(model, config.get("target_parameters") or ())
+    # Not taken from the adapter: over 4-bit weights peft says false for these too, since bitsandbytes turns
+    # the matrix round.
+    transposed = transposed_modules(model)
+    updates: dict[str, list[Update]] = {}
+    for module in _module_names(stored):
+        name = experts.get(module, f"{module}.weight")
+        if name not in parts:
+            raise VerificationError(
+                f"the adapter changes {name!r}, which the checkpoint does not store as such",
+                hint="it was trained for another model, or on weights that are tied, or fused on loading",
+            )
+        a, b = (stored[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] for side in "AB")
+        rank, scale = _rank_and_scale(config, experts.get(module, module))
+        for part in parts[name]:
+            update = Update(part, a, b, scale, name.rpartition(".")[0] in transposed)
+            _check_fits(update, rank=rank)
+            updates.setdefault(part.tensor.name, []).append(update)
+    if not updates:
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
+    return updates
+
+
+def merged_values(
+    tensor: TensorInfo, update: Update | None, *, nf4: bool = False, transposed: bool = False
+) -> Iterator[memoryview]:
+    """Values of W + scale · B·A in W's dtype, some rows at a time, rounded once from fp32 (fp64 for fp64).
+
+    Args:
+        nf4: Take for W what NF4 makes of it.
+        transposed: W is stored [in, out]; 4-bit layers hold it the other way round.
+
+    Raises:
+        OverflowedError: A value that is not finite.
+    """
+    dtype = DTYPES[tensor.dtype]
+    compute = torch.promote_types(dtype, torch.float32)
+    if update:
+        b, a = update.factors(compute)
+
+    def add(block: torch.Tensor, start: int) -> memoryview:
+        if update:
+            rows = b[start : start + len(block)]
+            block = torch.addmm(block.to(compute), rows, a, alpha=update.scale)
+        merged = block.to(dtype)
+        if not all(math.isfinite(value) for value in torch.aminmax(merged)):
+            raise OverflowedError(
+                f"merging makes {tensor.name!r} infinite or not a number",
+                hint="the training diverged; heal with a lower learning rate",
+            )
+        values: memoryview = merged.view(-1).view(torch.uint8).numpy().data
+        return values
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running: deque[Future[memoryview]] = deque()
+        start = 0
+        for block in _blocks(tensor, nf4=nf4, transposed=transposed):
+            running.append(pool.submit(add, block, start))
+            start += len(block)
+            if len(running) > WORKERS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torch.Tensor]:
+    """Some rows of a stored weight at a time."""
+    if nf4:  # whole: packing knows no rows
+        weight = _load(tensor)
+        weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
+        for start in range(0, len(weight), ROWS):
+            yield weight[start : start + ROWS]
+    else:
+        for block in read_blocks(tensor, block_bytes=ROWS * tensor.size_bytes // tensor.shape[0]):
+            yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
+
+
+@lru_cache(maxsize=4)  # those of the two parameters of a layer's experts
+def _load_factor(tensor: TensorInfo) -> torch.Tensor:
+    return _load(tensor)
+
+
+def _load(tensor: TensorInfo) -> torch.Tensor:
+    values = read_tensor_bytes(tensor)
+    return torch.frombuffer(values, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", hint="run the healing again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} is not a LoRA configuration", hint="only LoRA adapters can be merged")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise CheckpointError(f"{path} does not give r and lora_alpha", hint="run the healing again")
+    unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
+    if config.get("bias", "none") != "none":
+        unsupported.append(f"bias={config['bias']}")
+    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
+    if unsupported:
+        raise CheckpointError(
+            f"the adapter uses {', '.join(unsupported)}, which is not merged here",
+            hint="train plain LoRA, or merge with peft's merge_and_unload",
+        )
+    return config
+
+
+def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of the adapted modules; every stored tensor must be half of such a pair."""
+    modules = []
+    for name in stored:
+        module, side, _ = name.rpartition(".lora_A.weight")
+        pair = {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+        if side and module.startswith(PEFT_PREFIX) and pair <= stored.keys():
+            modules.append(module.removeprefix(PEFT_PREFIX))
+        elif not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in stored:
+            raise CheckpointError(
+                f"the adapter holds {name!r}, which is not half of a LoRA pair",
+                hint="train plain LoRA on linear layers only",
+            )
+    return modules
+
+
+def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """r, and α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732); patterns match as in peft."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = int(ranks.get(get_pattern_key(list(ranks), module), config["r"]))
+    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_fits(update: Update, *, rank: int) -> None:
+    part, tensor = update.part, update.part.tensor
+    for stored in (tensor, update.a, update.b):
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{stored.name!r} is stored as {stored.dtype}; a LoRA cannot be added to quantised values",
+                hint="start from the unquantised model",
+            )
+    a, b = update.a.shape, update.b.shape
+    shape = part.shape[::-1] if update.transposed else part.shape
+    ranks = rank * part.num_experts
+    inside = tensor.shape[1:] == part.shape[1:] and part.start + tensor.shape[0] <= part.shape[0]
+    if len(shape) != 2 or a != (ranks, shape[1]) or b != (shape[0], ranks) or not inside:
+        raise VerificationError(
+            f"{tensor.name!r} is {list(tensor.shape)}; A {list(a)} and B {list(b)} of rank {rank} do not fit",
+            hint="the adapter was trained for another model",
+        )

@@ -1,0 +1,330 @@
+"""The trainers: next tokens of the text, or the source's own distribution over them."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from trl import SFTTrainer
+
+from factory.healing.callbacks import rises
+from factory.model.config_proof import find_layers
+from factory.model.layers import Call, bypassed, decoder_layers, record_forms
+from factory.parallel import processes
+
+PASSES = 2**20  # more than a step can have
+TRIED = 32  # tokens that TRL's head and the model's own are compared on
+CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats a token
+CHUNK_VALUES = 2**25  # tokens × vocabulary whose distributions are in fp32 at once
+
+
+class HealTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose dropout and guard loss are the same however many processes share the work."""
+
+    step, passes = -1, 0  # where in training this process is, and its passes in that step
+    control: Any
+    fuses: bool | None = None  # whether TRL's head computes what the model's own does; None: not tried yet
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of next tokens by TRL's head, which makes no logits, or by the model's own.
+
+        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of BERT
+        and its like, nor of decoders that cap their logits by another name than Gemma 2's (RecurrentGemma,
+        xLSTM).
+        """
+        if self.fuses is None:
+            self.fuses = self._head_can_be_fused(model, inputs["input_ids"])
+        if self.fuses:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**rest | {"use_cache": False})
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+        loss = self._a_token(loss, (labels != -100).sum(), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _a_token(self, nats: torch.Tensor, num_tokens: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """A pass's share of the loss of its step, from the sum over its tokens."""
+        total = num_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = nats / torch.as_tensor(total).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
+        return loss
+
+    @torch.no_grad()
+    def _head_can_be_fused(self, model: Any, input_ids: torch.Tensor) -> bool:
+        trains = model.training
+        model.eval()
+        tokens = input_ids[:1, :TRIED]
+        try:
+            with self.accelerator.autocast():
+                fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        except (AttributeError, RuntimeError, TypeError):  # no backbone is found, or a head of another width
+            return False
+        finally:
+            model.train(trains)
+        far = abs(float(fused - cross_entropy(logits.float(), tokens[0, 1:])))
+        return far <= (CLOSE if logits.dtype == torch.float32 else CLOSE_16_BITS)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Seed each pass by its place in the whole batch, which is dealt out to the processes by turns."""
+        if self.step != self.state.global_step:
+            self.step, self.passes = self.state.global_step, 0
+        place = self.passes * processes.count() + processes.index()
+        self.passes += 1
+        torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _init_training_state(self, *args: Any, **more: Any) -> Any:
+        """Look for the best checkpoint beside the last one: the folder may have come from another machine."""
+        begun = super()._init_training_state(*args, **more)
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        return begun
+
+    def _best_checkpoint(self) -> str | None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if best.is_dir() else None
+
+    def _run_epoch(self, **what: Any) -> None:
+        """Take no step where the checkpoint gone on from was the last: the trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps or rises(self.state):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**what)
+
+    def _save_checkpoint(self, *args: Any, **more: Any) -> None:
+        """Look for the best checkpoint when it is there, and for all alike.
+
+        The trainer looks before a sharded model is written: it sees the last checkpoint only if another
+        process has begun to write it, and ends with the weights of the one before if not.
+        """
+        super()._save_checkpoint(*args, **more)
+        self.state.best_model_checkpoint = processes.from_main(self._best_checkpoint())
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The guard's loss in nats a token: all tokens count alike, however they are batched and shared."""
+        self.model.eval()
+        size = self.args.per_device_eval_batch_size
+        mine = processes.share(range(len(self.eval_dataset)))
+        most = max(processes.gather([len(mine)]))
+        found = []
+        for start in range(0, most, size):
+            # A sharded model takes all processes to a pass: one that has no rows left repeats the first.
+            rows = mine[start : start + size]
+            batch = self.data_collator([self.eval_dataset[row] for row in rows or [0]])
+            inputs = self._prepare_inputs(batch)
+            tokens = int((inputs["labels"][:, 1:] != -100).sum()) if rows else 0
+            with self.accelerator.autocast():
+                loss = float(self.compute_loss(self.model, inputs))
+            found.append((tokens, loss * tokens if tokens else 0.0))
+        self._metrics["eval"].clear()  # TRL's entropy and the like, which nobody reads
+        found = processes.gather(found)
+        metrics = {"eval_loss": math.fsum(nats for _, nats in found) / sum(tokens for tokens, _ in found)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class DistillTrainer(HealTrainer):
+    """HealTrainer whose training loss is the forward KL divergence from the teacher's next tokens.
+
+    The teacher is the same model with all its layers and without the adapter; the student runs without
+    the dropped layers and with it. Below the first adapted layer both are the same, so that the student
+    starts from the teacher's states there. In evaluation the loss is the student's cross-entropy, as in
+    `sft`, so that the two can be compared.
+
+    Args:
+        dropped: Layers that the student runs without.
+        start: The first layer with an adapter.
+        seam_weight: Of the relative squared error of the states behind each cut; 0: without.
+    """
+
+    def __init__(
+        self, *args: Any, dropped: Sequence[int], start: int = 0, seam_weight: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
+        self.layers, self.dropped, self.start = decoder_layers(self.causal), frozenset(dropped), start
+        self.seam_weight = seam_weight
+        self.seams = [
+            index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
+        ]
+        self.forms = record_forms(self.causal)
+        self.vocab_size = self.causal.config.get_text_config().vocab_size
+        self.one_logit = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(self.causal.forward).parameters
+            else {}
+        )
+        # For good, not only in the forward pass: activation checkpointing runs layers again in the backward.
+        self.bypass = ExitStack()
+        self._bypass(self.dropped)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """KL(teacher ‖ student) in nats a predicted token while training."""
+        if not self.model.training:
+            self._bypass(self.dropped)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        targets = inputs.pop("labels")[:, 1:] != -100
+        teacher, calls = self._teach(model, inputs)
+        # Below the first adapted layer both are the same, unless the cut lies there: student and teacher
+        # then differ from the first layer on.
+        prefix = frozenset(range(self.start if self.start < min(self.dropped) else 0))
+        self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
+        student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
+        with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
+            rows = (student[:, :-1][targets], teacher[:, :-1][targets])  # [n, d]
+            loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
+        for index, call in seams.items():
+            loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
+        loss = self._a_token(loss, targets.sum(), num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teach(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[int, Call]]:
+        """Last states of all layers without the adapter, and what the layers behind cuts were given."""
+        self._bypass(frozenset())
+        model.eval()  # a teacher does not drop out
+        try:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                return self._states(model, inputs, {self.start, *self.seams})
+        finally:
+            model.train()
+
+    def _states(
+        self, model: Any, inputs: dict[str, Any], watched: Any
+    ) -> tuple[torch.Tensor, dict[int, Call]]:
+        """States before the head, [b, t, d], and what some layers were given in the pass.
+
+        The whole model is called, which casts, shards and synchronises; its head sees the last token only.
+        """
+        calls: dict[int, Call] = {}
+        states: list[torch.Tensor] = []
+
+        def keep(index: int) -> Callable[..., None]:
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls[index] = Call(args, kwargs)
+
+            return hook
+
+        def keep_output(_module: Any, _args: Any, output: Any) -> None:
+            self.output_class = type(output)
+            states.append(output.last_hidden_state)
+
+        with ExitStack() as hooks:
+            after = backbone_of(self.causal).register_forward_hook(keep_output)
+            hooks.callback(after.remove)
+            for index in watched:
+                handle = self.layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
+                hooks.callback(handle.remove)
+            model(**inputs, **self.one_logit)
+        return states[0], calls
+
+    def _bypass(self, skipped: frozenset[int], given: dict[int, Call] | None = None) -> None:
+        self.bypass.close()
+        self.bypass.enter_context(bypassed(self.layers, skipped, self.forms, given=given))
+
+
+def _given(call: Call) -> torch.Tensor:
+    states: torch.Tensor = call.args[0] if call.args else call.kwargs["hidden_states"]
+    return states
+
+
+def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
+    error = (student.float() - teacher.float()).square().sum(dim=-1)
+    return (error / teacher.float().square().sum(dim=-1)).sum()
+
+
+def backbone_of(causal: Any) -> Any:
+    """The module that makes the last states, below the head.
+
+    That is transformers' `get_decoder`; where it gives the whole model (Llama 4) or the output embeddings
+    (ModernBERT's decoder), it is what holds the layers.
+    """
+    found = causal.get_decoder()
+    name, layers = find_layers(causal)
+    if found is not causal and any(module is layers for module in found.modules()):
+        return found
+    return causal.get_submodule(name.rpartition(".")[0])
+
+
+@contextmanager
+def head_of(
+    causal: Any, output_class: Any, autocast: Callable[[], Any]
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function from last states [n, d] to logits [n, v], by the model's own way: some cap them."""
+    backbone = backbone_of(causal)
+    own = backbone.__dict__.get("forward")
+    given: list[torch.Tensor] = []
+    backbone.forward = lambda *_args, **_kwargs: output_class(last_hidden_state=given.pop())
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        given.append(states[None])
+        ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        with autocast():
+            logits: torch.Tensor = causal(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    try:
+        yield logits_of
+    finally:
+        if own is None:
+            del backbone.forward
+        else:
+            backbone.forward = own
+
+
+class SummedDivergence(torch.autograd.Function):
+    """Sum over rows of KL(softmax(head(teacher)) ‖ softmax(head(student))), [n, d] and [n, d] → a number.
+
+    The logits of a few rows at a time exist, never of all: the gradient for the student's states is worked
+    out in the forward pass, so that memory does not grow with tokens × vocabulary.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+    ) -> torch.Tensor:
+        """Forward KL in fp32."""
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        gradient = torch.empty_like(student)
+        step = max(CHUNK_VALUES // vocab_size, 1)
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            with torch.no_grad():
+                target = logits_of(teacher[rows]).float().log_softmax(dim=-1)
+            with torch.enable_grad():
+                states = student[rows].detach().requires_grad_()
+                log_student = logits_of(states).float().log_softmax(dim=-1)
+                nats = torch.nn.functional.kl_div(log_student, target, reduction="sum", log_target=True)
+            (gradient[rows],) = torch.autograd.grad(nats, states)
+            total += nats.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """For the student's states alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None

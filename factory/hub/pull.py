@@ -1,0 +1,154 @@
+"""The Hub, both ways: `resolve` a reference, `pull` its files, `push` a build."""
+
+import glob
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
+from huggingface_hub.utils.tqdm import tqdm
+
+from factory.artifacts import Source
+from factory.checkpoint.auxiliary import check_json
+from factory.errors import HubError
+from factory.hub.client import files_of, hub_api, patiently
+from factory.hub.errors import AGAIN, UNREACHABLE, endpoint, hub_errors
+from factory.hub.resolve import needed_files, weight_files
+from factory.store.files import sha256_of_file
+
+Progress = Callable[[int, int], None]
+
+
+def cache_demand(source: Source) -> tuple[Path, str, int]:
+    """Where a pull writes, what would give another place, and the bytes that it has to bring there."""
+    return Path(HF_HUB_CACHE), "HF_HOME", source.download_bytes
+
+
+def pull(source: Source, *, progress: Progress | None = None) -> Source:
+    """Download what a build needs of a source into the Hub's cache, and compare every checksum.
+
+    Never downloaded: pickled weights, GGUF, code that is not trusted, second copies of the weights. A file
+    that the cache already holds is read once for its checksum and not downloaded again.
+
+    Args:
+        source: As resolved; a folder's source is returned as it is.
+        progress: Called with the bytes that are done and all bytes.
+
+    Returns:
+        The source with `folder` set.
+
+    Raises:
+        HubError: No connection or access, or a file that is not what the Hub says it is; that file is
+            removed from the cache.
+        CheckpointError: A file whose JSON has more parts than any model's.
+        DiskSpaceError: The disk is full.
+    """
+    repo_id = source.repo_id
+    if repo_id is None:
+        return source
+    with hub_errors(repo_id, revision=source.commit):
+        api = hub_api()
+        files = patiently(lambda: _repository_files(api, repo_id, commit=source.commit))
+        weights = weight_files(repo_id, commit=source.commit, names=files)
+        sizes = {name: file.size or 0 for name, file in files.items()}
+        needed = sorted(needed_files(sizes, weights, code=source.remote_code))
+        total = sum(sizes[name] for name in needed)
+        folder = Path(
+            patiently(  # goes on where it broke: what is complete is not loaded again
+                lambda: snapshot_download(
+                    repo_id,
+                    revision=source.commit,
+                    allow_patterns=needed,
+                    tqdm_class=_counting_bar(progress, total=total) if progress else None,
+                )
+            )
+        )
+    _check_all_came(folder, needed, repo_id=repo_id)
+    for name in needed:
+        _verify(folder / name, files[name], repo_id=repo_id)
+        _remove_begun(folder / name)
+    check_json(folder, needed)
+    if progress:
+        progress(total, total)
+    return source.model_copy(update={"folder": folder})
+
+
+def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoSibling]:
+    """Every file at a commit; out of reach of the Hub, from the cache, without checksums of large files.
+
+    Not the tree call, which retries for 23 s where nobody answers.
+    """
+    try:
+        return files_of(api.model_info(repo_id, revision=commit, files_metadata=True))
+    except UNREACHABLE as error:
+        try:
+            tree = get_cached_repo_tree(repo_id, revision=commit)
+        except CachedRepoTreeNotFoundError:
+            raise error from None
+    return {file.path: RepoSibling(file.path, size=file.size, blob_id=file.blob_id) for file in tree}
+
+
+def _check_all_came(folder: Path, names: list[str], *, repo_id: str) -> None:
+    """Refuse a snapshot that lacks files: the client keeps a commit's list for good, also one cut short."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
+        raise HubError(
+            f"{endpoint()} lists {repo_id} without {missing[0]}",
+            hint=f"its list was removed from the cache; check HF_ENDPOINT and proxies, then {AGAIN}",
+        )
+
+
+def _verify(path: Path, file: RepoSibling, *, repo_id: str) -> None:
+    """Compare a downloaded file with the Hub's checksum: the client itself compares only the size."""
+    blob = path.resolve()
+    if file.lfs or len(blob.name) == 64:  # the cache names a large file by its sha256
+        actual, expected = sha256_of_file(path), file.lfs.sha256 if file.lfs else blob.name
+    elif path.suffix == ".safetensors":
+        return  # offline, in a cache without links: nothing here says what it should be
+    else:
+        actual, expected = git_hash(path.read_bytes()), str(file.blob_id)
+    if actual != expected:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise HubError(
+            f"{file.rfilename} of {repo_id} arrived damaged: checksum {actual[:12]}…, not {expected[:12]}…",
+            hint=f"it was removed from the cache; {AGAIN}",
+        )
+
+
+def _remove_begun(path: Path) -> None:
+    """Remove what killed downloads of a file left in the cache, which nobody goes on from or looks for.
+
+    Each attempt writes a file of its own, under the lock of the blob, until that is there.
+    """
+    blob = path.resolve()
+    for begun in blob.parent.glob(f"{glob.escape(blob.name)}.*.incomplete"):
+        begun.unlink(missing_ok=True)
+
+
+def _counting_bar(progress: Progress, *, total: int) -> type[tqdm]:
+    """A progress bar class that draws nothing and reports bytes; the client takes classes only."""
+    lock = Lock()
+    done = 0
+
+    class CountingBar(tqdm):
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+            # The client makes three bars: bytes on disk, bytes from the network, files.
+            self.counts = name == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            if self.counts:
+                with lock:
+                    done = min(done + int(n or 0), total)
+                    progress(done, total)
+            return None
+
+    return CountingBar

@@ -1,0 +1,192 @@
+"""Model reference → Source: a commit, its configuration and its headers; no weight is downloaded."""
+
+import json
+from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+from factory.artifacts import Source, canonical_json
+from factory.checkpoint.auxiliary import (
+    WEIGHTS_INDEX,
+    auxiliary_files,
+    check_json,
+    check_sizes,
+    is_auxiliary,
+    names_in,
+)
+from factory.checkpoint.read import WEIGHTS, is_shard_name, read_checkpoint, sha256_of_files
+from factory.config.references import HUB_NAME, local_path, unknown_model
+from factory.errors import CheckpointError
+from factory.hub.client import files_of, hub_api, patiently
+from factory.hub.errors import UNREACHABLE, hub_errors
+from factory.hub.inspect import (
+    CONFIG,
+    TOKENIZER_CONFIG,
+    _check_names,
+    _has_chat_template,
+    _needs_code,
+    _read_config,
+    _some,
+    _source,
+)
+from factory.hub.remote_header import read_remote_headers
+from factory.hub.source_card import README, folder_name, read_card
+
+
+def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find out what a model is, without its weights: configuration and safetensors headers only.
+
+    Args:
+        reference: A folder, or `owner/name[@revision]`.
+        recipe_repo_id: The repository that an alias stands for; `reference` then gives the revision alone.
+        trust_remote_code: Accept a model type that only code of its own repository knows, at a pinned commit.
+
+    Raises:
+        UnknownModelError: No folder, and not written like a repository name.
+        HubError: No such repository or revision, no access, no connection.
+        CheckpointError: Weights that are missing or in a format that is not read.
+        ModelError: A model that the factory cannot work on.
+    """
+    folder = local_path(reference)
+    if recipe_repo_id is None and folder.is_dir():
+        return _resolve_folder(folder, trust_remote_code=trust_remote_code)
+    name, _, revision = reference.partition("@")
+    repo_id = recipe_repo_id or name
+    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
+        raise unknown_model(reference)
+    with hub_errors(repo_id, revision=revision or None):
+        return patiently(
+            lambda: _resolve_repository(
+                repo_id, revision=revision or None, trust_remote_code=trust_remote_code
+            )
+        )
+
+
+def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
+    """The commit of a folder is a hash of the files that make the model, not of its card."""
+    names = names_in(folder)
+    _check_names(names, where=str(folder))
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    needed = sorted(needed_files(sizes, ()))
+    check_sizes({name: sizes[name] for name in needed})
+    auxiliary_files(folder)  # refuses links that lead elsewhere
+    check_json(folder, needed)
+    config = _read_config(folder / CONFIG)
+    remote_code = _needs_code(config, trusted=trust_remote_code)
+    tensors = read_checkpoint(folder)
+    weights = sorted({tensor.file.name for tensor in tensors.values()})
+    hashed = sha256_of_files(folder, sorted(needed_files(sizes, weights, code=remote_code) - {README}))
+    source = _source(
+        name=folder_name(folder),
+        repo_id=None,
+        commit=sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40],
+        config=config,
+        tensors=tensors,
+        size_bytes=sum((folder / name).stat().st_size for name in weights),
+        card=read_card(folder),
+        has_chat_template=_has_chat_template(names, folder / TOKENIZER_CONFIG),
+        remote_code=remote_code,
+    )
+    return source.model_copy(update={"folder": folder.resolve()})
+
+
+def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code: bool) -> Source:
+    api = hub_api()
+    commit = api.resolve_revision(repo_id, revision=revision).resolved
+    try:
+        info = api.model_info(repo_id, revision=commit, files_metadata=True)
+    except UNREACHABLE:
+        folder = _cached_snapshot(repo_id, commit=commit, code=trust_remote_code)
+        if folder is None:
+            raise
+        # The same facts from the cache; `pull` then finds the files complete.
+        cached = _resolve_folder(folder, trust_remote_code=trust_remote_code and revision == commit)
+        update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
+        return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
+    sizes = {name: file.size or 0 for name, file in files_of(info).items()}
+    _check_names(sizes, where=repo_id)
+    check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
+    config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
+    pin = None if revision == commit else f"{repo_id}@{commit}"
+    remote_code = _needs_code(config, trusted=trust_remote_code, pin=pin)
+    weights = weight_files(repo_id, commit=commit, names=sizes)
+    tokenizer_config = Path(TOKENIZER_CONFIG)
+    if TOKENIZER_CONFIG in sizes:
+        tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
+    there = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
+    source = _source(
+        name=repo_id.split("/")[1],
+        repo_id=repo_id,
+        commit=commit,
+        config=config,
+        tensors=read_remote_headers(
+            api, repo_id, commit=commit, sizes={name: sizes[name] for name in weights}
+        ),
+        size_bytes=sum(sizes[name] for name in weights),
+        card=dict(info.card_data.to_dict()) if info.card_data else {},  # type: ignore[no-untyped-call]
+        has_chat_template=_has_chat_template(sizes, tokenizer_config),
+        remote_code=remote_code,
+    )
+    return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in there)})
+
+
+def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
+    """The safetensors files that transformers would load, sorted."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
+    check_json(path.parent, [path.name])
+    try:
+        weights = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} is damaged", hint="choose another revision"
+        ) from error
+    strange = [name for name in weights if not is_shard_name(name)]
+    if strange:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, no safetensors file beside it",
+            hint="do not use this repository unless you trust where it comes from",
+        )
+    missing = [name for name in weights if name not in names]
+    if missing or not weights:
+        raise CheckpointError(
+            f"{repo_id} lacks {_some(missing) or 'weights'} that its {WEIGHTS_INDEX} names",
+            hint="its upload is incomplete: choose another revision",
+        )
+    return weights
+
+
+def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bool = False) -> set[str]:
+    """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for.
+
+    Args:
+        sizes: Bytes of each file.
+        weights: Names of the weight files to take.
+        code: Whether the model's own Python is needed.
+    """
+    always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
+    return {
+        name
+        for name, size_bytes in sizes.items()
+        if name in always
+        or is_auxiliary(name, size_bytes)
+        or (code and name.endswith(".py") and "/" not in name)
+    }
+
+
+def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
+    """The cache's folder of a commit, if a pull has completed it."""
+    try:
+        sizes = {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
+        _check_names(sizes, where=repo_id)
+        weights = weight_files(repo_id, commit=commit, names=sizes)
+        allowed = sorted(needed_files(sizes, weights, code=code))
+        return Path(
+            snapshot_download(repo_id, revision=commit, allow_patterns=allowed, local_files_only=True)
+        )
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+        return None

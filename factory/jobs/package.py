@@ -1,0 +1,82 @@
+"""This installation as files that another machine can install: a wheel, and the versions beside it."""
+
+import base64
+import hashlib
+import io
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.util import find_spec
+
+from factory import __version__
+from factory.errors import StoreError
+from factory.resources import PACKAGE
+
+BESIDE = ("model_cards", "spaces")  # in `_resources` of a wheel, beside the package in a repository
+DISTRIBUTION = "hf-factory"
+WHEEL = f"hf_factory-{__version__}-py3-none-any.whl"
+REQUIREMENTS = "requirements.txt"
+VLLM = "vllm>=0.33"  # older ones that name no torch would be taken for want of a fitting one
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip can say: equal installations give equal bytes
+
+
+def program(*, with_vllm: bool = False) -> dict[str, bytes]:
+    """File name → content: the program as it runs here, for uv's `--with WHEEL --with-requirements FILE`.
+
+    Whatever may be needed is pinned to the version that is installed here, without local parts such as
+    `+cpu`: another machine needs another build of the same version. vLLM that is not installed here comes
+    with the versions that it needs, since each of its own asks for one of torch.
+
+    Raises:
+        StoreError: The program was never installed.
+    """
+    try:
+        metadata = str(distribution(DISTRIBUTION).metadata).encode()
+    except PackageNotFoundError as error:
+        raise StoreError(f"{DISTRIBUTION} is not installed", hint="pip install hf-factory") from error
+    pins = {f"{d.metadata['Name']}=={d.version.partition('+')[0]}" for d in distributions()}
+    pins = {pin for pin in pins if not pin.lower().replace("_", "-").startswith(f"{DISTRIBUTION}==")}
+    requirements = b"-c constraints.txt\n"  # uv takes constraints from a file of requirements only
+    if with_vllm:
+        requirements = requirements + b"vllm\n" if find_spec("vllm") else f"{VLLM}\n".encode()
+    return {
+        WHEEL: _wheel(metadata),
+        "constraints.txt": "\n".join([*sorted(pins, key=str.lower), ""]).encode(),
+        REQUIREMENTS: requirements,
+    }
+
+
+def _wheel(metadata: bytes) -> bytes:
+    """The package as a wheel (packaging.python.org, binary distribution format)."""
+    info = f"hf_factory-{__version__}.dist-info"
+    files = _files()
+    files[f"{info}/METADATA"] = metadata
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: factory\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nfactory = factory.__main__:main\n"
+    record = [f"{name},sha256={_digest(data)},{len(data)}" for name, data in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as wheel:
+        for name, data in files.items():
+            wheel.writestr(zipfile.ZipInfo(name, EARLIEST), data)
+    return made.getvalue()
+
+
+def _files() -> dict[str, bytes]:
+    """Path in the wheel → content, sorted."""
+    found = {path: f"factory/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*")}
+    for folder in BESIDE:
+        beside = PACKAGE.parent / folder
+        if not (PACKAGE / "_resources").is_dir():
+            resources = {
+                p: f"factory/_resources/{folder}/{p.relative_to(beside).as_posix()}"
+                for p in beside.rglob("*")
+            }
+            found |= resources
+    kept = {name: path for path, name in found.items() if path.is_file() and "__pycache__" not in path.parts}
+    return {name: kept[name].read_bytes() for name in sorted(kept)}
+
+
+def _digest(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

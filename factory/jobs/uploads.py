@@ -1,0 +1,145 @@
+"""What a job is given: the build file that it reads, and the files of this machine that this names."""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from factory.config import references
+from factory.config.references import local_path
+from factory.config.request import Request
+from factory.errors import UsageError
+
+OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
+LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
+FILES = ("model", "calibration-data", "heal-data", "eval-data")
+Files = dict[str, Path | bytes]  # name below the mount → what goes up
+
+
+def carried(requests: list[Request], *, upload: bool, bucket: str) -> tuple[list[dict[str, Any]], Files]:
+    """What the job's build file says, and the local files that go up for it, by their names there.
+
+    Args:
+        upload: They may go up.
+
+    Raises:
+        UsageError: There are some, and they may not.
+    """
+    files: Files = {}
+    given = []
+    for request in requests:
+        values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
+        if not request.options["heal_enabled"]:
+            values.pop("heal-data", None)
+        for key in [key for key in FILES if key in values]:
+            path = references.local_path(str(values[key]))
+            if values[key] in references.aliases() or not path.exists():
+                continue
+            with request.located(key):
+                _check_upload(path, upload=upload, bucket=bucket)
+            values[key] = _take(path, files)
+        if "tasks" in values:
+            with request.located("tasks"):
+                values["tasks"] = _tasks(str(values["tasks"]), files, upload=upload, bucket=bucket)
+        given.append(values)
+    return given, files
+
+
+def _take(path: Path, files: Files) -> str:
+    """Add a local path to what goes up; where the job finds it."""
+    place = f"{_place(path)}/{path.resolve().name}"
+    files |= {f"{place}{inside}": file for inside, file in _inside(path)}
+    return _mounted(place)
+
+
+def _tasks(tasks: str, files: Files, *, upload: bool, bucket: str) -> str:
+    """--tasks for the job: a task file goes up with all that it names, and lies there as it does here."""
+    from factory.evaluation.task_files import is_task_file, read_task_file
+
+    names = [name.strip() for name in tasks.split(",")]
+    for index, name in enumerate(names):
+        if not is_task_file(name):
+            continue
+        task, *parts = [_plain(part) for part in (Path(name), *read_task_file(Path(name)).parts)]
+        _check_upload(Path(name), upload=upload, bucket=bucket)
+        root = Path(os.path.commonpath([part.parent for part in parts]))
+        place = _place(root)
+        for part in parts:
+            inside = part.relative_to(root).as_posix()
+            files[f"{place}/{inside}"] = _part(part, files, upload=upload, bucket=bucket)
+        names[index] = _mounted(f"{place}/{task.relative_to(root).as_posix()}")
+    return ",".join(names)
+
+
+def _plain(path: Path) -> Path:
+    """An absolute path without `..`; links stay, since what they are called is what others name."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
+    """A file of a task; one that names local data, with the names that these have in the job."""
+    from factory.evaluation.task_files import local_data
+
+    named = local_data(part)
+    if not named:
+        return part
+    text = part.read_text(encoding="utf-8")
+    for data, paths in named.items():
+        for path in paths:
+            _check_upload(path, upload=upload, bucket=bucket)
+        text = re.sub(rf"(?<![\w./-]){re.escape(data)}(?![\w./-])", _taken(data, paths, files), text)
+    return text.encode()
+
+
+def _taken(data: str, paths: Sequence[Path], files: Files) -> str:
+    """What a task file names instead of a local path, or of a pattern, once that goes up."""
+    from factory.evaluation.task_files import root_of
+
+    root, pattern = root_of(data)
+    if not pattern or local_path(data).exists():
+        return _take(paths[0], files)
+    place = _place(local_path(str(root)))
+    files |= {f"{place}/{path.relative_to(local_path(str(root))).as_posix()}": path for path in paths}
+    return f"{_mounted(place)}/{pattern}"
+
+
+def _mounted(place: str) -> str:
+    from factory.jobs.submit import MOUNT
+
+    return f"{MOUNT}/{place}"
+
+
+def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
+    """Ask before something of this machine goes up; without a terminal, ask for the flag."""
+    if upload:
+        return
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    if asks and click.confirm(
+        f"{path} is on this machine: upload it to your private bucket {bucket}?", err=True
+    ):
+        return
+    raise UsageError(
+        f"{str(path)!r} is on this machine, where no job can read it",
+        hint=f"--upload puts it into your private bucket {bucket} first",
+    )
+
+
+def _place(path: Path) -> str:
+    """Tells local paths of one name apart."""
+    return f"{LOCAL}/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
+
+
+def _inside(path: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a path, with what follows the path's own name."""
+    if path.is_file():
+        yield "", path
+        return
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield f"/{inside.as_posix()}", file

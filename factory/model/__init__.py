@@ -1,0 +1,1 @@
+"""What a decoder is: configuration, layers, tokenizer, loading, devices."""

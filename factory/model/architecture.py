@@ -1,0 +1,176 @@
+"""Any decoder: where its layers live, which config fields are per layer, how to renumber them."""
+
+import copy
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.model import config_fields as fields
+
+FIRST_NUMBER = re.compile(r"^(|.*?\.)(0|[1-9][0-9]{0,8})\.")
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """Where the decoder layers of a checkpoint are.
+
+    Tensors of layer i start with f"{tensor_prefix}{i}."; `config_path` leads to the decoder's fields in
+    config.json: () or ("text_config",).
+    """
+
+    model_type: str
+    num_layers: int
+    tensor_prefix: str
+    config_path: tuple[str, ...]
+
+
+def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
+    """Find the decoder stack of a checkpoint from its config.json and its tensor names.
+
+    Args:
+        config: config.json as it stands.
+        tensor_names: Of the whole checkpoint.
+
+    Raises:
+        UnsupportedArchitectureError: An encoder-decoder, or no single stack of the configured size.
+    """
+    model_type = str(config.get("model_type", ""))
+    path, num_layers = _path_and_count(config)
+    indices: dict[str, set[int]] = {}
+    for name in tensor_names:
+        if match := FIRST_NUMBER.match(name):
+            indices.setdefault(match[1], set()).add(int(match[2]))
+    # Layers of multi-token prediction may be numbered on after the last decoder layer.
+    whole = [
+        prefix
+        for prefix, found in indices.items()
+        if sum(index < num_layers for index in found) == num_layers > 0
+    ]
+    prefix = fields.only_decoder(whole, model_type=model_type, num_layers=num_layers)
+    return DecoderStack(model_type, num_layers, prefix, path)
+
+
+def renumber(name: str, *, stack: DecoderStack, kept_index: Mapping[int, int]) -> str | None:
+    """Name of a tensor after pruning, None if its layer is dropped.
+
+    Layers numbered past the last decoder layer (multi-token prediction) stay behind the last kept one.
+
+    Args:
+        kept_index: Old 0-based layer number to new one, for the layers that stay.
+    """
+    match = FIRST_NUMBER.match(name)
+    if match is None or match[1] != stack.tensor_prefix:
+        return name
+    index = int(match[2])
+    new = kept_index.get(index) if index < stack.num_layers else index - stack.num_layers + len(kept_index)
+    return None if new is None else f"{match[1]}{new}.{name[match.end() :]}"
+
+
+def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, Any]:
+    """config.json for the kept layers, proven by building both models without weights.
+
+    Args:
+        config: config.json as it stands.
+        kept: 0-based layer numbers, ascending.
+
+    Raises:
+        UnsupportedArchitectureError: transformers does not know the model type, or it is no decoder.
+        UnsupportedFieldError: A field would give a kept layer another kind, window or position encoding.
+    """
+    from factory.model.config_proof import text_config, values_of
+
+    path, num_layers = _path_and_count(config)
+    if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < num_layers:
+        raise ValueError(f"kept layers {list(kept)} are not ascending numbers below {num_layers}")
+    pruned = copy.deepcopy(config)
+    target = _at(pruned, path)
+    values = {**values_of(text_config(config)), **target}
+    target |= _rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+    for part in (pruned,) if target is pruned else (pruned, target):
+        if "quantization_config" in part:
+            part["quantization_config"] = fields.renumber_module_names(
+                part["quantization_config"], kept=kept, num_layers=num_layers
+            )
+    verify_structure(config, pruned, kept)
+    return pruned
+
+
+def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
+    """Whether the fields of a configuration allow these layers to be missing; not yet proven by building."""
+    from factory.model.config_proof import text_config, values_of
+
+    path, num_layers = _path_and_count(config)
+    kept = [layer for layer in range(num_layers) if layer not in dropped]
+    values = {**values_of(text_config(config)), **_at(config, path)}
+    try:
+        _rewritten(values, kept=kept, num_layers=num_layers, model_type=config["model_type"])
+    except (UnsupportedArchitectureError, UnsupportedFieldError):
+        return False
+    return True
+
+
+def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
+    """Prove that each kept layer of the pruned configuration is built as in the original one.
+
+    Raises:
+        UnsupportedArchitectureError: transformers cannot build the model.
+        UnsupportedFieldError: A layer, or something beside the layers, is built differently.
+    """
+    from factory.model.config_proof import verify_structure as verify
+
+    verify(config, pruned_config, kept)
+
+
+def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
+    """Refuse early, whatever the cut, what is no decoder that transformers can build.
+
+    Args:
+        num_parameters: That the weights hold. What they lack would be made up, in any size, while loading.
+
+    Raises:
+        UnsupportedArchitectureError: Says the model type.
+        CheckpointError: The configuration describes a model that is much larger than the weights.
+    """
+    from factory.model.config_proof import check
+
+    check(config, num_parameters=num_parameters)
+
+
+def _rewritten(values: dict[str, Any], **cut: Any) -> dict[str, Any]:
+    """`decoder_fields.rewritten`, whose rules take it that a field holds what its name says."""
+    try:
+        return fields.rewritten(values, **cut)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedFieldError(
+            f"{cut['model_type']}: a field about layers holds what it cannot mean: {error!r}"[:200],
+            hint="the configuration is damaged; download it again",
+        ) from error
+
+
+def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Where the decoder's fields are, and how many layers it has."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedArchitectureError(
+            "config.json names no model_type", hint="only models that transformers knows can be pruned"
+        )
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedArchitectureError(
+            f"{model_type} is an encoder-decoder", hint="only decoder-only language models can be pruned"
+        )
+    nested = [name for name in fields.NESTED if isinstance(config.get(name), dict)]
+    path = (nested[0],) if nested else ()
+    counts = [value for name in fields.COUNTS if isinstance(value := _at(config, path).get(name), int)]
+    if counts:
+        return path, counts[0]
+    from factory.model.config_proof import num_layers_of, text_config
+
+    return path, num_layers_of(text_config(config))
+
+
+def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for name in path:
+        config = config[name]
+    return config

@@ -1,0 +1,351 @@
+"""The proof that a pruned configuration is right: both models built without weights, layer by layer."""
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from factory.errors import CheckpointError, UnsupportedArchitectureError, UnsupportedFieldError
+from factory.model import config_fields as fields
+
+if TYPE_CHECKING:
+    from torch.nn import Module, ModuleList
+
+# What classes of transformers raise on values that they were not made for.
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+# Settings by which a configuration can have transformers fetch and run a kernel of any repository.
+KERNELS = ("attn_implementation", "experts_implementation")
+MOST_MADE_UP = 1.5  # parameters described for one stored: a head that is tied without saying so
+MOST_PACKED = 16
+MOST_LABELS = 100_000
+
+
+def full_config(config: dict[str, Any]) -> Any:
+    """The config class of transformers for a config.json.
+
+    Raises:
+        UnsupportedArchitectureError: transformers does not know the model type.
+        UnsupportedFieldError: It refuses the configuration.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    model_type = str(config.get("model_type"))
+    _check_sources(config)
+    try:
+        config_class = transformers.CONFIG_MAPPING[model_type]
+    except KeyError:
+        need = "needs custom code" if "auto_map" in config else "is not known"
+        raise UnsupportedArchitectureError(
+            f"{model_type} {need} to transformers {transformers.__version__}",
+            hint="a newer transformers may know it; code from model repositories is not run",
+        ) from None
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        return config_class.from_dict(_decode_floats(plain))
+    except (*CONFIG_ERRORS, StrictDataclassError) as error:
+        raise UnsupportedFieldError(
+            f"transformers refuses the configuration of {model_type}: {_last_line(error)}",
+            hint="the model's own config.json is wrong: correct it, or download it again",
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[-1].strip()
+
+
+def _check_sources(config: dict[str, Any]) -> None:
+    """Refuse a configuration that names code on the Hub or weights that are not checked, or fills memory."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in (*KERNELS, *(f"_{name}" for name in KERNELS)):
+            if "/" in str(part.get(name)):
+                raise UnsupportedFieldError(
+                    f"{name} = {str(part[name])[:80]!r} asks for a kernel from the Hub",
+                    hint="take it out of config.json; code from repositories is not run",
+                )
+        labels = part.get("num_labels")
+        if isinstance(labels, int) and labels > MOST_LABELS:  # transformers makes a name for each
+            raise UnsupportedFieldError(
+                f"num_labels = {str(labels)[:40]} is no number of labels", hint="take it out of config.json"
+            )
+        if part.get("transformers_weights"):
+            raise UnsupportedFieldError(
+                f"transformers_weights = {str(part['transformers_weights'])[:80]!r} names weights of its own",
+                hint="take it out of config.json if model.safetensors holds the model",
+            )
+
+
+def _decode_floats(value: Any) -> Any:
+    """A copy with the tagged floats that transformers writes ({"__float__": "Infinity"}) as floats."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _decode_floats(inner) for name, inner in value.items()}
+    return [_decode_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
+def text_config(config: dict[str, Any]) -> Any:
+    """The decoder's part of `full_config`, with all defaults filled in."""
+    if reason := fields.UNPROVEN.get(config["model_type"]):
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']}: {reason}", hint="no way is known to prove what is left without a layer"
+        )
+    whole = full_config(config)
+    if whole.is_encoder_decoder:
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']} is an encoder-decoder",
+            hint="only decoder-only language models can be pruned",
+        )
+    text = whole.get_text_config(decoder=True)
+    if not hasattr(text, "to_dict"):
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']} has no nested configuration of text, but config.json holds one",
+            hint="the configuration is damaged; download it again",
+        )
+    return text
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """Fields of a config class with its defaults filled in, without nested configurations."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if not isinstance(value, dict) or name == "per_layer_config"
+    }
+
+
+def num_layers_of(config: Any) -> int:
+    """How many decoder layers a config class describes.
+
+    Raises:
+        UnsupportedArchitectureError: It does not say.
+    """
+    values = values_of(config)
+    counts = [values[name] for name in fields.COUNTS if isinstance(values.get(name), int)]
+    # Some classes count the entries of a list instead.
+    count = counts[0] if counts else getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} does not say how many layers it has", hint="it has no decoder stack"
+        )
+    return count
+
+
+def check(config: dict[str, Any], *, num_parameters: int) -> None:
+    """See `factory.model.architecture.check_decoder`."""
+    model = on_meta(config)
+    described = int(model.num_parameters())
+    most = MOST_PACKED if fields.packing(config) else MOST_MADE_UP  # several weights in a stored number
+    if described > most * num_parameters:
+        raise CheckpointError(
+            f"config.json describes {described:,} parameters, the weights hold {num_parameters:,}",
+            hint="they are of two different models; download both again",
+        )
+    _, layers = find_layers(model)
+    _check_causal(layers[0], model_type=config["model_type"])
+
+
+def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
+    """See `factory.model.architecture.verify_structure`."""
+    old = on_meta(config)
+    try:
+        new = on_meta(pruned_config)
+    except (UnsupportedArchitectureError, UnsupportedFieldError) as error:
+        raise UnsupportedFieldError(
+            f"without the dropped layers, {error.message}",
+            hint="the kept layers cannot be described by this model type",
+        ) from error
+    old_path, old_layers = find_layers(old)
+    new_path, new_layers = find_layers(new)
+    model_type = config["model_type"]
+    if old_path != new_path or len(new_layers) != len(kept):
+        raise UnsupportedFieldError(
+            f"{model_type}: {len(new_layers)} layers at {new_path} instead of {len(kept)} at {old_path}",
+            hint=_suspects(config),
+        )
+    _check_causal(old_layers[0], model_type=model_type)
+    if list(kept) != list(range(len(kept))):
+        _check_arithmetic(old_layers, model_type=model_type)
+    stride = fields.NUMBERS_A_LAYER.get(model_type, 1)
+    new_numbers = {old_number: number for number, old_number in enumerate(kept)}
+    for position, layer in enumerate(kept):
+        before = _signature(old_layers[layer], number=layer, stride=stride, renumbered=new_numbers)
+        after = _signature(new_layers[position], number=position, stride=stride, renumbered=None)
+        _compare(before, after, where=f"{model_type}: layer {layer} as layer {position}", config=config)
+    _compare(
+        *(_shapes(model, without=old_path) for model in (old, new)),
+        where=f"{model_type}: beside the layers, the model",
+        config=config,
+    )
+    _check_shared_weights(old_layers, new_layers, kept=kept, model_type=model_type)
+
+
+def _shapes(model: "Module", *, without: str) -> dict[str, Any]:
+    """Shapes of the weights outside the decoder's layers."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{without}.")
+    }
+
+
+def _check_causal(layer: "Module", *, model_type: str) -> None:
+    """Refuse encoders: they load as causal language models but attend to what follows."""
+    if any(getattr(module, "is_decoder", None) is False for module in layer.modules()):
+        raise UnsupportedArchitectureError(
+            f"{model_type}: is_decoder is false, so this is an encoder",
+            hint="only decoder-only language models can be pruned",
+        )
+
+
+def _check_arithmetic(layers: "ModuleList", *, model_type: str) -> None:
+    """Refuse layers that compute with their number when they run.
+
+    What a constructor computes is among the attributes and shapes that are compared; what other methods
+    compute is not.
+    """
+    classes = {type(module) for layer in layers for module in layer.modules()}
+    for cls in sorted(classes, key=lambda cls: cls.__qualname__):
+        for name, function in vars(cls).items():
+            if not cls.__module__.startswith("transformers.") or not inspect.isfunction(function):
+                continue
+            code = re.sub(r"#.*", "", inspect.getsource(function))
+            if name != "__init__" and fields.ARITHMETIC.search(code):
+                raise UnsupportedFieldError(
+                    f"{model_type}: {cls.__qualname__}.{name} computes with the number of its layer",
+                    hint="only layers at the end can be dropped",
+                )
+
+
+def _check_shared_weights(
+    old: "ModuleList", new: "ModuleList", *, kept: Sequence[int], model_type: str
+) -> None:
+    """Layers that share weights must go on sharing them, and the one they are stored with must stay."""
+    shared = _shared_weights(old, numbers=range(len(old)))
+    for layers in shared:
+        if len(layers & set(kept)) and min(layers) not in kept:
+            raise UnsupportedFieldError(
+                f"{model_type}: layers {sorted(layers)} share weights stored with layer {min(layers)}",
+                hint=f"keep layer {min(layers)}",
+            )
+    before = {group for layers in shared if len(group := layers & set(kept)) > 1}
+    if before != _shared_weights(new, numbers=kept):
+        raise UnsupportedFieldError(
+            f"{model_type}: other layers would share weights than {sorted(map(sorted, before))}",
+            hint="keep all layers that share weights, or one of each group",
+        )
+
+
+def _shared_weights(layers: "ModuleList", *, numbers: Sequence[int]) -> set[frozenset[int]]:
+    """Sets of layers with a common weight; `numbers` names the layers."""
+    users: dict[int, set[int]] = {}
+    for number, layer in zip(numbers, layers, strict=True):
+        for tensor in layer.parameters():
+            users.setdefault(id(tensor), set()).add(number)
+    return {frozenset(group) for group in users.values() if len(group) > 1}
+
+
+def find_layers(model: Any) -> tuple[str, "ModuleList"]:
+    """Name and module of the decoder's list of layers.
+
+    Raises:
+        UnsupportedArchitectureError: No single list of the configured length.
+    """
+    from torch.nn import ModuleList
+
+    num_layers = num_layers_of(model.config.get_text_config(decoder=True))
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ModuleList)
+        and len(module) == num_layers
+        and not any(part.isdigit() for part in name.split("."))
+    }
+    name = fields.only_decoder(list(lists), model_type=model.config.model_type, num_layers=num_layers)
+    return name, lists[name]
+
+
+def on_meta(config: dict[str, Any]) -> Any:
+    """The causal language model of a config.json, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM, __version__
+
+    whole = full_config(config)
+    if type(whole) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedArchitectureError(
+            f"{config['model_type']} is not among the causal language models of transformers {__version__}",
+            hint="a multimodal model can be pruned only if transformers loads its text part by itself",
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(whole, attn_implementation="eager")
+    except (*CONFIG_ERRORS, ImportError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedArchitectureError(
+            f"transformers cannot build {config['model_type']} as a causal language model: {reason}",
+            hint="the model's own config.json is wrong, or it is no decoder-only language model",
+        ) from error
+
+
+def _signature(
+    layer: "Module", *, number: int, stride: int, renumbered: dict[int, int] | None
+) -> dict[str, Any]:
+    """What a layer is: classes, shapes, plain attributes; its number is counted from its first.
+
+    Args:
+        number: 0-based, in its model.
+        stride: How many numbers the parts of a layer take.
+        renumbered: New numbers of the layers that stay, for the layers of the original model.
+    """
+    found: dict[str, Any] = {}
+    for path, module in layer.named_modules():
+        found[f"{path}:class"] = type(module).__qualname__
+        for name, value in vars(module).items():
+            if name.startswith("_") or name == "training":
+                continue
+            if name in fields.PER_LAYER and isinstance(value, list | tuple):
+                continue  # the whole list, of which the layer reads its entry
+            if name in fields.INDEX_ATTRIBUTES and isinstance(value, int) and value >= 0:
+                value -= number * (stride if path else 1)
+            elif name in fields.INDEX_LISTS and renumbered is not None:
+                value = [renumbered[layer] for layer in value if layer in renumbered]
+            if _is_plain(value):
+                found[f"{path}.{name}"] = value
+            elif callable(value) and not isinstance(value, functools.partial):
+                found[f"{path}.{name}"] = getattr(value, "__qualname__", type(value).__qualname__)
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        found[name] = tuple(tensor.shape)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _compare(before: dict[str, Any], after: dict[str, Any], *, where: str, config: dict[str, Any]) -> None:
+    for name in sorted(before.keys() | after.keys()):
+        if not _is_same(before.get(name), after.get(name)):
+            raise UnsupportedFieldError(
+                f"{where} would have {name.lstrip('.:')} {after.get(name)} instead of {before.get(name)}",
+                hint=_suspects(config),
+            )
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    """Equal, or floats that differ by no more than the order of their computation."""
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12)
+    return bool(before == after)
+
+
+def _suspects(config: dict[str, Any]) -> str:
+    """Names the fields that cannot be rewritten and that this configuration has."""
+    decoder = next((config[name] for name in fields.NESTED if isinstance(config.get(name), dict)), config)
+    found = sorted(name for name in decoder if name in fields.PERIODS)
+    if found:
+        return f"the kept layers must still follow {', '.join(found)}"
+    return "its layers depend on their place, and no setting keeps them as they are in another"

@@ -1,0 +1,268 @@
+"""Loading a model: its weights, or its skeleton without values."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as transformers_logging
+
+from factory.checkpoint.read import read_checkpoint
+from factory.errors import ModelError, VerificationError
+from factory.model.config_fields import read_config
+from factory.model.devices import SHARE_FOR_WEIGHTS, best_device, compute_dtype
+from factory.model.quantization import keep_scales_whole, nf4_config, repair_four_bit_on_cpu, unpacking
+from factory.store.capacity import no_room
+
+transformers_logging.disable_progress_bar()
+UNPACKED_SIZE = 4  # times that of the files, at most: MXFP4's 4 bits become 16
+NUM_NAMED = 4  # tensors that an error message names
+ATTENTION = "eager"  # every type has it; what config.json asks for may need another library
+
+
+def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) -> Any:
+    """Load a causal language model in evaluation mode, as a user would, onto the best device.
+
+    Weights that do not fit one GPU are spread over all of them and, what is left, over the host's memory.
+
+    Args:
+        folder: A complete checkpoint.
+        four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
+        to_shard: Load into the host's memory, in a form that FSDP can divide among GPUs: NF4 weights are
+            stored as if they were floating-point numbers.
+
+    Raises:
+        ModelError: transformers cannot load it, or would make up parameters that it lacks.
+    """
+    device = best_device()
+    place = torch.device("cpu") if to_shard else device
+    dtype = compute_dtype(device)
+    quantization = nf4_config(dtype, to_shard=to_shard) if four_bit else unpacking(read_config(folder))
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told below
+            # Given as None, it would have packed weights read as if they were not.
+            **({"quantization_config": quantization} if quantization else {}),
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot load {folder}: {' '.join((str(error) or repr(error)).split())[:300]}",
+            hint="its config.json or generation_config.json asks for what is not there",
+        ) from error
+    _check_whole(found, folder)
+    if device.type == "cpu":
+        repair_four_bit_on_cpu(model)
+        _widen(model, dtype)
+    if to_shard:
+        keep_scales_whole(model, device)
+    return model.eval()
+
+
+def _check_whole(found: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of which transformers has made up parameters.
+
+    Args:
+        found: What it says of the loading.
+    """
+    made_up = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if made_up:
+        more = f" and {len(made_up) - 1:,} more" if len(made_up) > 1 else ""
+        raise ModelError(
+            f"{folder} lacks {made_up[0]}{more}, which transformers fills with random values",
+            hint="the checkpoint is incomplete, or config.json is another model's; download both again",
+        )
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    """Compute in fp32 also where packed weights, or what was unpacked from them, ask for 16 bits."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+
+
+def fits(folder: Path, device: torch.device) -> bool:
+    """Whether a checkpoint's weights, and some room to work, fit into what is free on a device."""
+    if device.type == "cpu":
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    size_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if unpacking(read_config(folder)):
+        size_bytes *= UNPACKED_SIZE
+    return size_bytes < SHARE_FOR_WEIGHTS * free_bytes
+
+
+def matrix_weights(module: Any) -> int:
+    """Weights of the linear layers: a token costs two operations for each of them in a pass."""
+    return sum(
+        linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
+        for linear in module.modules()
+        if isinstance(linear, torch.nn.Linear | Conv1D)  # of 4-bit ones the weight is packed
+    )
+
+
+@torch.no_grad()
+def fuse_norms(model: Any) -> int:
+    """Let RMS norms run as one kernel instead of six, which saves a seventh of a 7B model's pass on a GPU.
+
+    Each is tried first: one that adds 1 to its weight, subtracts a mean or is wrapped stays as it is.
+    PyTorch's kernel rounds to 16 bits once, where transformers' norms round twice.
+
+    Returns:
+        How many were replaced.
+    """
+    count = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
+            continue
+        fused = partial(
+            torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon
+        )
+        plain = "forward" not in vars(module) and weight.dtype == model.dtype and not weight.is_meta
+        if plain and _agree(module, fused, like=weight):
+            module.forward = fused
+            count += 1
+    return count
+
+
+def _agree(norm: Any, fused: Any, *, like: torch.Tensor) -> bool:
+    """Whether two norms give the same but for rounding, also where their epsilon counts."""
+    states = torch.randn(8, *like.shape).to(like) + 0.5  # of a mean that is not 0
+    return all(
+        torch.allclose(norm(states * scale), fused(states * scale), rtol=0.02, atol=0) for scale in (1, 1e-3)
+    )
+
+
+def skeleton(folder: Path) -> Any:
+    """The causal language model of a checkpoint's config.json, without values."""
+    return _skeleton(auto_config(folder))
+
+
+def transposed_modules(model: Any) -> set[str]:
+    """Names of the modules that store their weights as [in, out]: GPT-2's Conv1D, experts of GPT-OSS."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    }
+
+
+def quantized_modules(model: Any) -> set[str]:
+    """Names of the modules whose weights are NF4 where the model is loaded in 4 bits."""
+    kept = get_keys_to_not_convert(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is torch.nn.Linear)
+        and should_convert_module(name, kept)
+    }
+
+
+def auto_config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=ATTENTION
+        )
+
+
+def report_of(folder: Path, config: Any) -> dict[str, Any]:
+    tensors = read_checkpoint(folder)
+    return loading_report(_skeleton(config), {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def loading_report(skeleton: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What `from_pretrained` finds wrong: sets missing_keys, unexpected_keys and mismatched_keys.
+
+    Args:
+        skeleton: The model without values; its own configuration is taken, which of a multimodal model is
+            the text model's.
+        shapes: Of the stored tensors, by name.
+
+    Raises:
+        VerificationError: Parts of a fused weight that do not fit together.
+    """
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    with quietly():
+        try:
+            _, report = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                attn_implementation=ATTENTION,
+                state_dict=state,
+                dtype=torch.float32,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported, not raised
+            )
+        except RuntimeError as error:
+            raise VerificationError(
+                "the weights cannot be fused as this architecture needs them",
+                hint="the model disagrees with its own configuration",
+            ) from error
+    found: dict[str, Any] = report
+    return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the libraries' reports and remarks off the terminal; what matters in them is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever transformers raises on a configuration that it accepted, as one line."""
+    try:
+        yield
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
+        if no_room(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise VerificationError(
+            f"the model cannot {what} by transformers: {reason[:200]}",
+            hint="if the source itself can, please report it",
+        ) from error
+
+
+def any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:NUM_NAMED])
+    return shown if len(ordered) <= NUM_NAMED else f"{shown} and {len(ordered) - NUM_NAMED} more"

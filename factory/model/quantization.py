@@ -1,0 +1,151 @@
+"""Weights in fewer bits: packed checkpoints, and NF4."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import BitsAndBytesConfig
+
+from factory.checkpoint.header import DTYPE_BITS, TensorInfo
+from factory.errors import ModelError, UsageError
+from factory.model.config_fields import packing, packing_method
+from factory.model.config_proof import CONFIG_ERRORS
+from factory.model.devices import best_device, compute_dtype
+
+# What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
+BESIDE = re.compile(
+    r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
+)
+WORDS = ("U8", "I32")  # hold several weights each
+
+
+def nf4_config(dtype: torch.dtype, *, to_shard: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
+    )
+
+
+def keep_scales_whole(model: Any, device: torch.device) -> None:
+    """Put the scales of NF4 weights on the GPU: they are no parameters, so that FSDP does not see them."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state = module.weight.quant_state  # of the layer: a share of its weight has none
+            module.quant_state.to(device)
+
+
+def repair_four_bit_on_cpu(model: Any) -> None:
+    """Work around two silent faults of bitsandbytes 0.50 on CPUs.
+
+    A layer whose inputs are no multiple of the block size is unpacked with the wrong scales: it is
+    replaced by one that holds the right NF4 values in full precision. And on CPUs with AVX512-BF16 a
+    layer is repacked for good at its first pass in evaluation mode, after which training has no
+    gradient for its input: that is switched off.
+    """
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if not isinstance(module, Linear4bit):
+                continue
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.quant_state.blocksize:
+                setattr(parent, name, _unpacked(module))
+
+
+def _unpacked(module: Linear4bit) -> torch.nn.Linear:
+    """The same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
+    state = module.weight.quant_state
+    packed = module.weight.data.view(torch.uint8).flatten().long()
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
+    count = module.in_features * module.out_features
+    absmax = state.absmax
+    if state.nested:  # scales have scales
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    scales = absmax.repeat_interleave(state.blocksize)[:count]
+    linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight.data = (state.code[nibbles[:count]] * scales).view(module.out_features, module.in_features)
+    if module.bias is not None:
+        linear.bias.data = module.bias.data.float()
+    return linear.requires_grad_(False)
+
+
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What a linear layer's weight, [out, in], is after it was packed as `load_model` packs it; in fp32."""
+    device = best_device()
+    module = Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, device="meta"
+    )
+    values = weight.to(compute_dtype(device)).contiguous()
+    packed = Params4bit(
+        values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
+    )
+    module.weight = packed.to(device)
+    if module.in_features % module.weight.quant_state.blocksize:
+        unpacked: torch.Tensor = _unpacked(module).weight.detach()
+    else:
+        unpacked = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    return unpacked.cpu()
+
+
+def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
+    """How many parameters of the model a stored tensor holds."""
+    settings = packing(config)
+    if not settings:
+        return tensor.num_elements
+    if BESIDE.search(tensor.name):
+        return 0
+    bits = settings.get("bits") if isinstance(settings, Mapping) else None
+    each = DTYPE_BITS[tensor.dtype] // (bits if bits in (2, 4, 8) else 4) if tensor.dtype in WORDS else 1
+    return tensor.num_elements * each
+
+
+def unpacking(config: Mapping[str, Any]) -> Any:
+    """What has transformers unpack weights on loading, where only kernels from the Hub could run packed ones.
+
+    Returns:
+        A quantisation configuration; None for all other weights, packed or not.
+    """
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    method = packing_method(config) if packing(config) else None
+    classes = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    return classes[method](dequantize=True) if method in classes else None
+
+
+def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
+    """Refuse packed weights that transformers cannot load here, before they are downloaded.
+
+    Args:
+        four_bit: They are to be packed while they are loaded.
+
+    Raises:
+        UsageError: They are packed already.
+        ModelError: Names the method and what is missing.
+    """
+    settings = packing(config)
+    if not settings:
+        return
+    method = packing_method(config)
+    if four_bit:
+        raise UsageError(
+            f"--load-in-4bit: the weights are packed already ({method})", hint="leave the option out"
+        )
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    from factory.model.devices import best_device
+
+    try:
+        merged = AutoHfQuantizer.merge_quantization_configs(settings, unpacking(config))
+        quantizer = AutoHfQuantizer.from_config(merged, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": best_device()}, weights_only=True)
+    except (*CONFIG_ERRORS, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).partition(" - ")[0]
+        raise ModelError(
+            f"the weights are packed ({method}), and transformers cannot load them here: {reason[:200]}",
+            hint="start from the unpacked model; `factory prune` needs no loading",
+        ) from error

@@ -1,0 +1,211 @@
+"""Spread: one stage's work in several processes that `accelerate launch` starts, one a GPU."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+import torch
+from packaging.version import Version
+
+from factory.errors import MachineError, UsageError, WorkerError
+from factory.hub import remote_code
+from factory.parallel import processes
+from factory.resources import ACCELERATE_CONFIGS
+
+JOB, RESULT, LOG = "job.pickle", "result.pickle", "log"
+STOPPING_SECONDS = 10.0
+SHARDING_TORCH = Version("2.13")  # before, a group with a module that is never called is sharded once only
+PATIENCE = timedelta(days=7)  # a process that is gone is noticed otherwise; one may download for hours
+Progress = Callable[[int, int, str], None]
+Case = Literal["cpu", "gpus", "fsdp"]  # a file of `ACCELERATE_CONFIGS` each
+T = TypeVar("T")
+
+
+def num_processes(asked: int | None) -> int:
+    """How many processes a stage may use: what was asked for, else one for each visible GPU.
+
+    Raises:
+        UsageError: More than there are GPUs, or without a GPU more than there are cores.
+    """
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if asked is None:
+        return max(gpus, 1)
+    if asked > (gpus or cores):
+        raise UsageError(
+            f"--processes {asked} is more than the {gpus or cores} {'GPUs' if gpus else 'cores'} here",
+            hint=f"give {gpus or cores} or fewer; CUDA_VISIBLE_DEVICES says which GPUs may be used",
+        )
+    return asked
+
+
+def check_sharding(torch_version: str = torch.__version__) -> None:
+    """Refuse to divide a model in training with a torch that cannot.
+
+    Accelerate shards the last norm together with the head, and TRL multiplies by the head's weights without
+    calling it. Older versions of torch then wait for that call, and the second pass finds weights in shares.
+
+    Raises:
+        MachineError: The version is too old.
+    """
+    if Version(torch_version) < SHARDING_TORCH:
+        raise MachineError(
+            f"the model does not fit one GPU, and dividing it takes torch {SHARDING_TORCH}; "
+            f"this is {torch_version}",
+            hint=f"install torch {SHARDING_TORCH} or newer, or use a GPU with more memory",
+        )
+
+
+def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, progress: Progress) -> T:
+    """Call `work(progress=…)` in so many processes at once, and return what the main one returns.
+
+    In one process it is called here. The others are started by `accelerate launch` with the file of
+    `ACCELERATE_CONFIGS` for the case, and end when this process does, however that happens.
+
+    Args:
+        work: Of functions and values that can be pickled; divides what there is to do by `processes`.
+        case: The file; None: "gpus" where there are any, else "cpu".
+
+    Raises:
+        MachineError: For the case "fsdp": torch is too old.
+        WorkerError: A process ended without saying why.
+        Exception: What `work` raised in the process that failed first.
+    """
+    if processes == 1:
+        return work(progress=progress)
+    if case == "fsdp":
+        check_sharding()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first GPU is about to be another process's too
+    with tempfile.TemporaryDirectory(prefix="factory-") as name:
+        folder = Path(name)
+        (folder / JOB).write_bytes(pickle.dumps((list(remote_code.registered), work)))
+        with (folder / LOG).open("wb") as log:
+            launched = subprocess.Popen(
+                _command(folder, processes=processes, case=case),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=_environment(processes),
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+            )
+        try:
+            _follow(launched, progress)
+        finally:
+            _end(launched)
+        return _result(folder, launched.returncode)  # type: ignore[no-any-return]
+
+
+def _command(folder: Path, *, processes: int, case: Case | None) -> list[str]:
+    config = ACCELERATE_CONFIGS / f"{case or ('gpus' if torch.cuda.is_available() else 'cpu')}.yaml"
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
+        *("--num_processes", str(processes), "--module", "factory.parallel.launch", str(folder)),
+    ]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    threads = max(torch.get_num_threads() // processes, 1)
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # else by the host's name
+    return loopback | os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _follow(launched: subprocess.Popen[bytes], progress: Progress) -> None:
+    """Hand on what the main process reports, until no process is left."""
+    assert launched.stdout is not None
+    for line in launched.stdout:
+        with suppress(ValueError):  # what a library printed before the worker took the pipe
+            done, total, note = json.loads(line)
+            progress(done, total, note)
+    launched.wait()
+
+
+def _end(launched: subprocess.Popen[bytes]) -> None:
+    """Close the workers' standard input, upon which they end, and wait for the launcher."""
+    for stream in (launched.stdin, launched.stdout):
+        if stream:
+            stream.close()
+    try:
+        launched.wait(timeout=STOPPING_SECONDS)
+    except subprocess.TimeoutExpired:
+        launched.kill()
+        launched.wait()
+
+
+def _result(folder: Path, code: int) -> Any:
+    """What the main process returned; what a process raised first is raised here."""
+    raised = sorted(folder.glob("raised-*"), key=lambda path: path.stat().st_mtime_ns)
+    if raised:
+        error, text = pickle.loads(raised[0].read_bytes())
+        error.add_note(f"in {raised[0].name.removeprefix('raised-')} of the processes:\n{text}")
+        raise error
+    if code == 0 and (folder / RESULT).is_file():
+        return pickle.loads((folder / RESULT).read_bytes())
+    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    told = next((line.strip() for line in reversed(lines) if line.strip(" =-")), "it said nothing")
+    raise WorkerError(
+        f"a process started by `accelerate launch` is gone (code {code}): {told[:200]}",
+        hint=processes.IF_GONE,
+    )
+
+
+def _take_part(folder: Path) -> None:
+    """Do one process's part of the job in `folder`."""
+    from accelerate import PartialState
+
+    reports = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what libraries print is no report
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if not processes.is_main():
+        reports.close()
+    trusted, work = pickle.loads((folder / JOB).read_bytes())
+    for source in trusted:
+        remote_code.register(source)
+    value = work(progress=_reporter(reports))
+    if processes.is_main():
+        (folder / RESULT).write_bytes(pickle.dumps(value))
+    torch.distributed.destroy_process_group()
+
+
+def _reporter(reports: BinaryIO) -> Progress:
+    def report(done: int, total: int, note: str = "") -> None:
+        if processes.is_main():
+            reports.write(json.dumps([done, total, note]).encode() + b"\n")
+
+    return report
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe from the process that the user started: it closes when that one ends."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _main(folder: Path) -> None:
+    try:
+        _take_part(folder)
+    except Exception as error:  # noqa: BLE001  raised again where the user sees it
+        try:
+            told = pickle.dumps((error, traceback.format_exc()))
+            pickle.loads(told)
+        except Exception:  # noqa: BLE001  an exception can hold anything
+            told = pickle.dumps((RuntimeError(str(error) or repr(error)), traceback.format_exc()))
+        partial = folder / f"partial-{os.environ['RANK']}"
+        partial.write_bytes(told)
+        partial.rename(folder / f"raised-{os.environ['RANK']}")
+        os._exit(1)  # no waiting for processes that wait for this one
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,92 @@
+"""The stages in order, and nothing else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from factory.artifacts import Build, Checkpoint, Source
+from factory.builds.garbage import register
+from factory.builds.record import Made
+from factory.builds.swap import laying_out
+from factory.errors import HealingError
+from factory.pipeline.run import Missing, Run
+from factory.pipeline.stages import (
+    compare_evaluations,
+    evaluate_stage,
+    heal_stage,
+    measure_stage,
+    merge_stage,
+    plan_stage,
+    prune_stage,
+    speed_stage,
+)
+from factory.store.stage import STAGES as STORED
+
+STAGES = (*STORED, "card")
+
+
+def pending(run: Run, source: Source) -> tuple[str, ...]:
+    """Stages that a build would still have to run; empty if all of them can be reused."""
+    looking = replace(run, only_look=True, keys={}, digests={}, folders={}, seconds={}, remade=set())
+    try:
+        make_models(looking, source)
+    except Missing as missing:
+        return STAGES[STAGES.index(missing.stage) :]
+    return ()
+
+
+def build(run: Run, source: Source, *, out: Path, require_healing: bool = False) -> Build:
+    """Turn a pulled source into a folder that can be published.
+
+    source → profile → plan → pruned → adapter → healed → evaluations → card
+
+    Raises:
+        HealingError: Healing is required, and did not lower the loss on text held back.
+    """
+    made = make_models(run, source, require_healing=require_healing)
+    return finish(run, made, out=out)
+
+
+def make_models(run: Run, source: Source, *, require_healing: bool = False) -> Made:
+    """Every stage up to the measurements on the models; each is reused if it is there."""
+    profile = measure_stage(run, source)
+    plan = plan_stage(run, source, profile)
+    pruned = prune_stage(run, source, plan)
+    adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
+    healed = merge_stage(run, pruned, adapter) if adapter else None
+    if healed and healed.guard_losses and require_healing and not healed.helped:
+        raise HealingError(
+            "healing took the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
+                **healed.guard_losses
+            )
+            + ", and --require-healing is on",
+            hint=f"more --heal-steps or another --heal-lr may help; the adapter is in {run.folders['heal']}",
+        )
+    models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
+    if healed and healed.is_finite:
+        models["healed"] = healed
+    evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
+    # A heal that did not lower the loss on text it had not seen is kept in the store but not shipped.
+    shipped, shipped_name = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
+    speed = speed_stage(run, source, shipped, shipped_name)
+    return Made(source, profile, plan, pruned, adapter, healed, shipped, shipped_name, evaluations, speed)
+
+
+def finish(run: Run, made: Made, *, out: Path) -> Build:
+    """Lay out the folder that is published: weights, card, figures, `build.json`."""
+    from factory.builds.folder import lay_out, read_if_same
+    from factory.builds.record import describe_build
+
+    comparisons = compare_evaluations(run, made.evaluations)
+    build = describe_build(
+        run.config, run.texts, made, comparisons=comparisons, keys=run.keys, seconds=run.seconds
+    )
+    with laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
+        same = None if run.remade else read_if_same(build, out)
+        register(
+            run.store.home, out, run.keys
+        )  # before: what a kill leaves beside it is found by `factory gc`
+        if not same:
+            run.reporter.started("card")
+            lay_out(build, made.profile, made.shipped.folder, out=out)
+    run.reporter.finished("card", str(out), 0.0, same is not None)
+    return same or build

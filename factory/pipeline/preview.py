@@ -1,0 +1,280 @@
+"""What a build will do and need, worked out before anything heavy."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.artifacts import Source
+from factory.config.settings import BuildConfig, num_dropped
+from factory.hub.pull import cache_demand
+from factory.pipeline.requirements import (
+    Needs,
+    check_four_bit,
+    check_healing,
+    check_memory,
+    experts_of,
+    host_bytes,
+    needs,
+)
+from factory.store.capacity import Demand, check_room, demands
+from factory.store.locks import HOME
+from factory.text.overlap import Contents
+
+START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
+STAGE_SECONDS = 2.0  # loading a model and opening the text
+# FLOP a parameter a token: forward 2, backward to the activations 2, recomputation 2 (GPU only).
+FORWARD, FORWARD_BACKWARD, WITH_RECOMPUTATION = 2, 4, 6
+# Requests of lm-eval's tasks and tokens a request, about; others are taken to be OTHER_TASK.
+TASK_SIZES = {
+    "mmlu": (56_168, 700),
+    "boolq": (6_540, 180),
+    "gsm8k": (1_319, 8_000),  # mostly written, at the pace of memory: 40,000 steps of 8 rows, 25 ms for 7B
+    "next_line": (1_600, 200),
+}
+OTHER_TASK = (8_000, 120)
+BYTES_PER_TOKEN = 4.0  # of text in UTF-8, about: 4.4 of English, 3 of Chinese and of code
+MAX_WIDTH = 8192  # of the trial product: wider ones run no faster and fill memory
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The plan in numbers. Sizes in bytes; `seconds` is an estimate for the stages still to run."""
+
+    num_layers: int
+    num_dropped: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    pending: tuple[str, ...]
+    download_bytes: int
+    disk_needed: int  # where the stages lie
+    disk_free: int
+    other_disks: tuple[Demand, ...]  # where the Hub's cache or the build lies, if elsewhere
+    memory_needed: int  # of all GPUs, the least; of the host without one
+    memory_total: int
+    host_needed: int
+    host_total: int
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a build is to run on."""
+
+    device: str
+    memory_bytes: int  # of all its GPUs, or of the machine without one
+    flops_per_second: float  # that a whole model reaches
+    disk_bytes: int = 0  # free, where it is another one than this
+    host_bytes: int = 0  # 0: not known
+
+
+def preview(
+    source: Source,
+    config: BuildConfig,
+    *,
+    pending: Sequence[str],
+    home: Path,
+    out: Path | None = None,
+    processes: int = 1,
+    machine: Machine | None = None,
+    calibration: Contents | None = None,
+    evaluation: Contents | None = None,
+) -> Preview:
+    """Work out the preview; imports torch only if there is something to run.
+
+    Args:
+        home: Where the stages lie.
+        out: Where the build is laid out; None: on the same disk.
+        machine: Another one than this.
+        calibration: What is known of the documents to measure on; None: each fills its sequence.
+        evaluation: What is known of the documents to evaluate on, of which every window is read.
+
+    Layers are taken to be of mean size, since which ones go is known only after measuring.
+
+    Raises:
+        DropError: The fraction means no usable number of layers.
+        DiskSpaceError: Too little disk for what is still to be written.
+        MachineError: Too little memory here, or bitsandbytes or torch cannot do here what it takes.
+        UnsupportedArchitectureError: No modules that healing could adapt.
+    """
+    n = num_dropped(config.drop, source.num_layers)
+    share = n / source.num_layers
+    bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
+    parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
+    is_here = machine is None
+    machine = machine or _this_machine(source, processes=processes, works=bool(pending))
+    device = machine.device
+    needed = needs(
+        source,
+        config,
+        pending=pending,
+        parameters_after=parameters_after,
+        bytes_after=bytes_after,
+        on_gpu=not _is_cpu(device),
+    )
+    download = source.download_bytes if pending else 0
+    if is_here:
+        wanted = [(home, HOME, needed.disk)]
+        if pending:
+            wanted += [cache_demand(source), *_copies(bytes_after, home=home, out=out)]
+        disk, *others = demands(wanted)
+    else:
+        disk, others = Demand(str(home), HOME, needed.disk + download, machine.disk_bytes), []
+    result = Preview(
+        num_layers=source.num_layers,
+        num_dropped=n,
+        parameters_before=source.num_parameters,
+        parameters_after=parameters_after,
+        bytes_before=source.size_bytes,
+        bytes_after=bytes_after,
+        pending=tuple(pending),
+        download_bytes=download,
+        disk_needed=disk.needed,
+        disk_free=disk.free,
+        other_disks=tuple(others),
+        memory_needed=needed.gpu or needed.host,
+        memory_total=machine.memory_bytes,
+        host_needed=needed.host,
+        host_total=machine.host_bytes,
+        device=device,
+        seconds=_seconds(
+            config,
+            pending,
+            before=source.num_parameters,
+            after=parameters_after,
+            machine=machine,
+            calibration=calibration,
+            evaluation=evaluation,
+        ),
+    )
+    check_room([disk, *others])
+    if is_here:
+        _check_here(config, pending, needed, machine)
+    if "heal" in pending and config.heal_enabled:
+        distils = config.heal.objective == "distill"
+        trained = source.num_parameters if distils else parameters_after
+        unpacked = int(experts_of(source)[0] * (1 if distils else 1 - share))
+        sharers = 1
+        if is_here:
+            sharers = _sharers(config, trained, num_unpacked=unpacked, processes=processes)
+        if not source.remote_code:
+            from factory.healing.lora import check_targets
+
+            check_targets(source.config, config.heal.modules)
+        if needed.gpu and machine.memory_bytes:
+            check_healing(source, config, gpu_total=machine.memory_bytes * sharers)
+    return result
+
+
+def _copies(size_bytes: int, *, home: Path, out: Path | None) -> list[tuple[Path, str, int]]:
+    """What the build takes beside the stages: nothing on one disk with them, since it shares their bytes."""
+    if out is None or len(demands([(home, HOME, 1), (out, "--out", 1)])) == 1:
+        return []
+    return [(out, "--out", size_bytes)]
+
+
+def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, machine: Machine) -> None:
+    """Refuse a build that this machine has too little memory for, or cannot quantise for."""
+    gpu_total = machine.memory_bytes if needed.gpu else 0
+    check_memory(needed, host_total=machine.host_bytes, gpu_total=gpu_total)
+    heals = "heal" in pending and config.heal_enabled and config.heal.bits == 4
+    if heals or ("measure" in pending and config.measure.four_bit):
+        from factory.model.devices import best_device
+
+        check_four_bit(best_device())
+
+
+def _sharers(config: BuildConfig, num_parameters: int, *, num_unpacked: int, processes: int) -> int:
+    """Among how many GPUs a model in training is divided: where it fits one, each holds the whole."""
+    from factory.model.devices import best_device, training_processes, trains_on_one
+    from factory.parallel.launch import check_sharding
+
+    number = training_processes(processes, batch_size=config.heal.batch_size)
+    four_bit = config.heal.bits == 4
+    if number == 1 or trains_on_one(
+        num_parameters, best_device(), four_bit=four_bit, num_unpacked=num_unpacked
+    ):
+        return 1
+    check_sharding()
+    return number
+
+
+def _tokens(num_documents: int, of: Contents | None, *, unknown: int) -> tuple[int, float]:
+    """How many documents will be read, of so many that are asked for, and their mean length in tokens."""
+    if of is None or not of.num_documents:
+        return num_documents, unknown
+    number = min(num_documents, of.num_documents) if of.is_whole else num_documents
+    return number, of.num_bytes / of.num_documents / BYTES_PER_TOKEN
+
+
+def _seconds(
+    config: BuildConfig,
+    pending: Sequence[str],
+    *,
+    before: int,
+    after: int,
+    machine: Machine,
+    calibration: Contents | None,
+    evaluation: Contents | None,
+) -> float:
+    if not pending:
+        return 0.0
+    measure, heal, evaluate = config.measure, config.heal, config.evaluate
+    backward = FORWARD_BACKWARD if _is_cpu(machine.device) else WITH_RECOMPUTATION
+    taught = FORWARD * before if heal.objective == "distill" else 0
+    sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
+    task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
+    samples, length = _tokens(
+        measure.num_samples or measure.max_samples, calibration, unknown=measure.sequence_length
+    )
+    measured = samples * min(length, measure.sequence_length)  # the beginning of each document
+    documents, length = _tokens(evaluate.num_documents, evaluation, unknown=evaluate.sequence_length)
+    evaluated = documents * length + task_tokens  # every window of each document
+    work = {
+        "measure": measured * FORWARD * before,
+        "heal": heal.num_steps * heal.batch_size * heal.sequence_length * (backward * after + taught),
+        "evaluate": evaluated * FORWARD * (before + 2 * after),
+    }
+    if not config.heal_enabled:
+        work["heal"], work["evaluate"] = 0, evaluated * FORWARD * (before + after)
+    rate = machine.flops_per_second
+    return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
+
+
+def _this_machine(source: Source, *, processes: int, works: bool) -> Machine:
+    device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
+    if processes > 1:
+        rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
+        device = f"{device}, {processes} processes"
+    return Machine(device, memory_total, rate, host_bytes=host_bytes())
+
+
+def _measured(source: Source) -> tuple[str, int, float]:
+    """Device, its memory in bytes, and the FLOP a second it reaches on products of this model's width."""
+    import torch
+
+    from factory.model.devices import best_device, compute_dtype, device_name
+
+    device = best_device()
+    text_config = source.config.get("text_config") or source.config
+    width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
+    rows = 512 if device.type == "cpu" else 4096
+    left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))
+    right = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(device))
+    times = []
+    for _ in range(30):  # the best of many: others may be using the machine
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        times.append(time.perf_counter() - start)
+    # Whole models reach about a third of a lone product's rate: norms, attention and small kernels.
+    rate = 2 * rows * width * 4 * width / min(times) / 3
+    if device.type == "cuda":
+        return device_name(device), torch.cuda.get_device_properties(device).total_memory, rate
+    return device_name(device), host_bytes(), rate
+
+
+def _is_cpu(device: str) -> bool:
+    return device.startswith("CPU")

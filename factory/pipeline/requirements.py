@@ -1,0 +1,286 @@
+"""What a build needs of disk and memory, and whether this machine has it: told before the first download.
+
+The constants were fitted to what builds really took (benchmarks/needs.py).
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from factory.artifacts import Source
+from factory.config.settings import BuildConfig
+from factory.errors import MachineError
+from factory.units import size
+
+LIBRARIES_BYTES = 500_000_000  # of the host: Python, torch, transformers, trl and lm-eval, without a model
+ON_GPU_BYTES = 3_500_000_000  # of the host, with CUDA's libraries and a shard on its way
+CONTEXT_BYTES = 600_000_000  # of the GPU: CUDA itself
+GPU_SLACK = 1.1  # cache, activations and what is lost between blocks
+KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
+CHECKPOINTS = 2  # of the trainer that are kept; for a moment a third lies beside them
+SAVES = 10  # of the trainer over a run
+TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
+LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
+BATCH = 16  # sequences that are measured at once
+LOSS_BATCH = 4  # sequences whose loss is evaluated at once, their logits in bf16
+ROW_COPIES = 3  # of one of them in fp32: logits, their logarithms and what those pass through
+NF4_BYTES = 0.516  # a weight, with its scales and their scales
+# What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
+SMALL = {"rank": 8, "modules": "ffn"}
+LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--heal-layers seam", {"layers": "seam"}),
+    ("--heal-rank 8 --heal-modules ffn", SMALL),
+    ("--heal-rank 8 --heal-modules ffn --heal-layers seam", {**SMALL, "layers": "seam"}),
+    ("--heal sft --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": "sft"}),
+    (
+        "--heal sft --heal-rank 8 --heal-modules ffn --heal-layers seam",
+        {**SMALL, "objective": "sft", "layers": "seam"},
+    ),
+)
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a build takes at its peak."""
+
+    disk: int  # where the stages lie
+    host: int
+    gpu: int  # the least; measuring and healing fill a GPU as far as it goes. 0 without one
+
+
+def needs(
+    source: Source,
+    config: BuildConfig,
+    *,
+    pending: Sequence[str],
+    parameters_after: int,
+    bytes_after: int,
+    on_gpu: bool,
+) -> Needs:
+    """Estimate what the stages that are left need.
+
+    Args:
+        parameters_after: Of the pruned model.
+        bytes_after: Of its weight files.
+    """
+    if not pending:
+        return Needs(0, 0, 0)
+    models = source.num_parameters + parameters_after  # side by side for the speed comparison
+    if on_gpu:
+        gpu = int(GPU_SLACK * max(2 * models, *_on_gpu(source, config, pending))) + CONTEXT_BYTES
+        host = ON_GPU_BYTES
+    else:
+        gpu = 0
+        host = LIBRARIES_BYTES + max(4 * models, *_stages(source, config, pending, parameters_after))
+    return Needs(_disk(source, config, pending, bytes_after), host, gpu)
+
+
+def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:
+    """What is written, at the end or while the trainer's checkpoints lie there."""
+    writes = sum(stage in pending for stage in ("prune", "merge")) * bytes_after
+    if "heal" not in pending or not config.heal_enabled:
+        return writes + KEPT_BYTES
+    heal = config.heal
+    adapter = 4 * _adapter_parameters(source, config)
+    tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
+    saves = math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES))
+    # In adapters: a checkpoint holds Adam's two moments as well; what was learnt is written beside the last.
+    most = max(3 * min(saves, CHECKPOINTS + 1), 3 * min(saves, CHECKPOINTS) + 1)
+    healing = writes - bytes_after * ("merge" in pending) + most * adapter + tokens
+    both = bytes_after * ("merge" in pending and heal.bits == 4 and config.merge_base == "auto")
+    return max(healing, writes + both + adapter) + KEPT_BYTES
+
+
+def _stages(source: Source, config: BuildConfig, pending: Sequence[str], parameters_after: int) -> list[int]:
+    """Memory of the stages on a CPU, in fp32, beyond the libraries."""
+    width, inner = _widths(source)
+    kept = _num_kept(source, config)
+    measure, heal, evaluate = config.measure, config.heal, config.evaluate
+    logits = (min(LOSS_BATCH, evaluate.num_documents) + ROW_COPIES) * source.vocab_size
+    found = [4 * source.num_parameters + 4 * evaluate.sequence_length * logits]
+    if "measure" in pending:
+        sequences = min(BATCH, measure.num_samples or BATCH)
+        activations = 4 * sequences * measure.sequence_length * (6 * width + 3 * inner)
+        found.append(4 * source.num_parameters + activations)
+    if "heal" in pending and config.heal_enabled:
+        outside = source.num_parameters - sum(source.layer_parameters)
+        states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
+        distils = heal.objective == "distill"
+        held = source.num_parameters if distils else parameters_after
+        experts = _num_experts_parameters(source, source.num_layers if distils else kept)
+        inside = held - outside - experts
+        added = _num_experts_parameters(source, kept + 1)  # with their updates, and a layer's gradient
+        weights = (inside // 2 if heal.bits == 4 else 4 * inside) + 4 * (outside + experts + added)
+        trained = TRAINED_BYTES * _adapter_parameters(source, config)
+        found.append(weights + trained + 4 * heal.sequence_length * states)
+    return found
+
+
+def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list[int]:
+    """Memory of the stages on a GPU, in bf16, beyond its context, with the fewest sequences at once."""
+    width, inner = _widths(source)
+    heal, evaluate = config.heal, config.evaluate
+    found = [0]
+    if "evaluate" in pending:
+        logits = evaluate.sequence_length * source.vocab_size
+        found.append(2 * source.num_parameters + (2 * LOSS_BATCH + 4 * ROW_COPIES) * logits)
+    if "heal" in pending and config.heal_enabled:
+        outside = source.num_parameters - sum(source.layer_parameters)
+        experts = _num_experts_parameters(source, source.num_layers)
+        inside = source.num_parameters - outside - experts
+        added = _num_experts_parameters(source, 2)
+        weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * (outside + experts + added)
+        # Of every layer its input, which is all that is kept where memory is short, and of one everything.
+        states = 2 * (_num_kept(source, config) * width + 20 * width + 10 * inner)
+        logits = 4 * LOGIT_COPIES * source.vocab_size if heal.objective == "sft" else 0
+        trained = TRAINED_BYTES * _adapter_parameters(source, config)
+        found.append(weights + trained + heal.sequence_length * (states + logits))
+    return found
+
+
+def _num_kept(source: Source, config: BuildConfig) -> int:
+    return source.num_layers - math.floor(config.drop * source.num_layers + 0.5)
+
+
+def _adapter_parameters(source: Source, config: BuildConfig) -> int:
+    """Of LoRA on the matrices of each feed-forward part, and the four of attention if asked for."""
+    width, inner = _widths(source)
+    attention = 8 * width if config.heal.modules == "all-linear" else 0
+    feed_forward = experts_of(source)[1] // source.num_layers or 3 * (width + inner)
+    return _num_kept(source, config) * config.heal.rank * (feed_forward + attention)
+
+
+def experts_of(source: Source) -> tuple[int, int]:
+    """Parameters of experts that stay in 16 bits, and of an adapter of rank 1 on them, in all layers."""
+    fields: dict[str, Any] = source.config.get("text_config") or source.config
+    if source.remote_code or not any("expert" in name for name in fields):
+        return 0, 0
+    return _expert_sizes(json.dumps(source.config, sort_keys=True))
+
+
+@cache
+def _expert_sizes(config: str) -> tuple[int, int]:
+    from factory.model.config_proof import on_meta
+    from factory.model.experts import expert_sizes
+
+    return expert_sizes(on_meta(json.loads(config)))
+
+
+def _num_experts_parameters(source: Source, num_layers: int) -> int:
+    return experts_of(source)[0] * num_layers // source.num_layers
+
+
+def _widths(source: Source) -> tuple[int, int]:
+    """Of the hidden state and of the feed-forward part."""
+    fields: dict[str, Any] = source.config.get("text_config") or source.config
+    width = int(fields.get("hidden_size") or fields.get("n_embd") or 1024)
+    return width, int(fields.get("intermediate_size") or fields.get("n_inner") or 4 * width)
+
+
+def host_bytes() -> int:
+    """Memory that this process may have: the machine's, or what its control group allows."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def check_memory(needed: Needs, *, host_total: int, gpu_total: int) -> None:
+    """Refuse what cannot fit. A model that does not fit the GPU takes the host's memory as well.
+
+    Raises:
+        MachineError: Says how much is needed and how much there is.
+    """
+    spread = max(needed.gpu - gpu_total, 0)
+    if needed.host + spread > host_total:
+        told = f"about {size(needed.host + spread)} of memory"
+        beside = f" beside {size(gpu_total)} on the GPU" if gpu_total else ""
+        raise MachineError(
+            f"the build needs {told}{beside}, and this machine has {size(host_total)}",
+            hint="a machine with more memory, or a smaller model",
+        )
+
+
+def healing_bytes(source: Source, config: BuildConfig) -> int:
+    """Of the GPU, for healing with one sequence a pass and activations that are computed again.
+
+    A 70B model without 40 % of its layers took 33.4 GB with two sequences of 4,096 tokens; distilled by the
+    seam alone 38.5 GB with one of 2,048 and 39.9 GB with one of 4,096 (benchmarks/heal_speed.py).
+    """
+    heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
+    distils = heal.objective == "distill"
+    held = source.num_layers if distils else kept
+    experts = _num_experts_parameters(source, held)
+    inside = sum(source.layer_parameters) * held // source.num_layers - experts
+    outside = source.num_parameters - sum(source.layer_parameters)
+    weights = (NF4_BYTES if heal.bits == 4 else 2) * inside + 2 * experts
+    trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts lie at two thirds, about
+    adapter = TRAINED_BYTES * _adapter_parameters(source, config) * trained // kept
+    unpacked = 2 * width * inner if heal.bits == 4 else 0
+    # A layer's experts with their updates, and the gradient of these: 1.65 times the experts on a CPU.
+    added = 2 * _num_experts_parameters(source, 2)
+    # The inputs of all layers, one layer's states, and distilled those behind both models' last layers.
+    token = 2 * (trained * width + 6 * inner + (12 if distils else 6) * width)
+    return int(
+        CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + added + heal.sequence_length * token
+    )
+
+
+def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> None:
+    """Refuse a healing that no GPU memory here holds, and say what would fit.
+
+    Args:
+        gpu_total: Bytes of all GPUs that share the model.
+
+    Raises:
+        MachineError: Says how much is needed, and the flags of the least change that fits.
+    """
+    needed = healing_bytes(source, config)
+    if needed <= gpu_total:
+        return
+    packs = " --heal-bits 4" if config.heal.bits == 16 else ""
+    hint = "a GPU with more memory, or build without healing: --no-heal"
+    for flags, changes in LIGHTER:
+        lighter = config.heal.model_copy(update={**changes, "bits": 4})
+        fewer = healing_bytes(source, config.model_copy(update={"heal": lighter}))
+        if fewer <= gpu_total:
+            hint = f"{flags}{packs} takes about {size(fewer)}"
+            break
+    raise MachineError(
+        f"healing by {config.heal.objective} needs about {size(needed)} of GPU memory, and there are "
+        f"{size(gpu_total)}",
+        hint=hint,
+    )
+
+
+def check_four_bit(device: Any) -> None:
+    """Refuse, before anything long, a machine on which bitsandbytes cannot quantise.
+
+    Args:
+        device: torch's, on which the model would be healed or measured in NF4.
+
+    Raises:
+        MachineError: Says what bitsandbytes answers.
+    """
+    try:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed, state = quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        whole = bool(dequantize_4bit(packed, state).isfinite().all())
+    except (ImportError, RuntimeError, NotImplementedError, OSError, AttributeError, ValueError) as error:
+        raise _no_four_bit(device, " ".join(str(error).split())[:200]) from error
+    if not whole:
+        raise _no_four_bit(device, "what comes back is not what went in")
+
+
+def _no_four_bit(device: Any, reason: str) -> MachineError:
+    return MachineError(
+        f"bitsandbytes cannot quantise to 4 bits on {device}: {reason}",
+        hint="install a bitsandbytes for this machine, or build without healing: --no-heal",
+    )

@@ -1,0 +1,172 @@
+"""One run: what was asked, the key of each stage, reuse of what is there, and who is told."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from factory.artifacts import Artifact, Checkpoint
+from factory.config.settings import BuildConfig
+from factory.healing.tracking import NOWHERE, Tracking
+from factory.store.files import sync_files, write_atomically
+from factory.store.stage import StageSpec
+from factory.store.store import Store, damage
+from factory.text.text import Texts
+
+# Raised when a stage's code gives other results for the same input; part of its key.
+VERSIONS = {
+    "measure": 4,
+    "plan": 2,
+    "search": 3,
+    "compare": 3,
+    "prune": 3,
+    "heal": 9,
+    "merge": 3,
+    "evaluate": 5,
+    "speed": 3,
+}
+# Libraries whose version can change a stage's numbers; part of its key.
+LIBRARIES = {
+    "measure": ("torch", "transformers", "bitsandbytes"),
+    "search": ("torch", "transformers", "bitsandbytes"),
+    "compare": ("torch", "transformers", "bitsandbytes"),
+    "heal": ("torch", "transformers", "trl", "peft", "bitsandbytes"),
+    "evaluate": ("torch", "transformers", "lm_eval"),
+    "speed": ("torch", "transformers"),
+}
+A = TypeVar("A", bound=Artifact)
+
+
+class Reporter(Protocol):
+    """Hears how a build goes; only the command line prints."""
+
+    def started(self, stage: str) -> None: ...
+    def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
+    def waiting(self, stage: str) -> None: ...
+    def damaged(self, stage: str, file: str) -> None: ...
+
+
+class Missing(Exception):  # noqa: N818  not an error: the answer to "what is left to do?"
+    """A stage that is not there yet, met while only looking."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+@dataclass
+class Run:
+    """One build under way: what was asked, where stages lie, who listens."""
+
+    config: BuildConfig
+    store: Store
+    reporter: Reporter
+    texts: Texts
+    rerun: frozenset[str] = frozenset()
+    block_sizes: tuple[int, ...] = ()  # that the measurement must be certain for; empty: the one of `drop`
+    only_look: bool = False  # raise Missing instead of working
+    processes: int = 1  # that a stage may use; no result and no key depends on it
+    verified: set[Path] = field(default_factory=set)  # stage folders whose checksums were compared
+    remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
+    keys: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # key → digest of what the stage made
+    folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
+    in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
+    seconds: dict[str, float] = field(default_factory=dict)
+    tracking: Tracking = NOWHERE
+    unfinished: tuple[StageSpec, Path] | None = (
+        None  # the stage under way that can be resumed, and its folder
+    )
+
+    def stage(
+        self,
+        stage: str,
+        artifact: type[A],
+        work: Callable[[Path], Artifact],
+        *,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        summary: Callable[[A], str],
+        label: str = "",
+    ) -> A:
+        """Reuse or make one stage; `work` returns the artefact, which is written beside its files."""
+        name = f"{stage} {label}".strip()
+        libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
+        spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
+        rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
+        made_from = {key: self.digests[key] for key in inputs.values() if key in self.digests}
+        found = None if rerun else self.store.find(spec, made_from=made_from)
+        if self.only_look and not (found and self._is_intact(name, found.folder)):
+            raise Missing(stage)
+
+        resumable = stage in ("measure", "search", "heal", "evaluate")
+
+        def make(folder: Path) -> Mapping[str, str]:
+            self.reporter.started(name)
+            if (folder / artifact.file_name).is_file():  # an attempt was cut short after its work
+                value: Artifact = artifact.read(folder)
+            else:
+                self.unfinished = (spec, folder) if resumable else None
+                value = work(folder)
+                self.unfinished = None
+                sync_files(folder)  # what the value speaks of is there if it is there
+                write_atomically(folder / artifact.file_name, value.text())
+            for path in [path for pattern in value.scratch for path in folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return value.files if isinstance(value, Checkpoint) else {}
+
+        result = self.store.make(
+            spec,
+            make,
+            made_from=made_from,
+            resumable=resumable,
+            rerun=rerun,
+            on_wait=lambda: self.reporter.waiting(name),
+            is_intact=lambda folder: self._is_intact(name, folder),
+        )
+        self.verified.add(result.folder)
+        self.in_use.append(result.in_use)
+        if rerun:
+            self.remade.add(result.key)
+        value = artifact.read(result.folder)
+        self.keys[name] = result.key
+        self.digests[result.key] = result.digest
+        self.folders[name] = result.folder
+        self.seconds[name] = result.seconds
+        if not self.only_look and not result.reused:
+            with self.tracking.run("stages") as log:
+                log({f"seconds/{name}": result.seconds}, None)
+        if not self.only_look:
+            self.reporter.finished(name, summary(value), result.seconds, result.reused)
+        return value
+
+    def release(self) -> None:
+        """Let others remove or replace the stages that this run used."""
+        for file in self.in_use:
+            if file:
+                file.close()
+        self.in_use.clear()
+
+    def _is_intact(self, name: str, folder: Path) -> bool:
+        """Whether a complete stage is what it was; each is read through once a run."""
+        changed = damage(folder) if folder not in self.verified else []
+        if changed and not self.only_look:
+            self.reporter.damaged(name, changed[0])
+        if not changed:
+            self.verified.add(folder)
+        return not changed
+
+    def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
+        """The progress callback of one stage."""
+        name = f"{stage} {label}".strip()
+
+        def tick(done: int, total: int, note: str = "") -> None:
+            self.reporter.progressed(name, done, total, note)
+            if self.store.elsewhere and self.unfinished:
+                spec, folder = self.unfinished
+                self.store.elsewhere.keep_partial(spec.stage, spec.key, folder)
+
+        return tick

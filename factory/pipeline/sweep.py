@@ -1,0 +1,97 @@
+"""Sweep: quality against the fraction of dropped layers, and where its plateau ends."""
+
+import math
+from collections.abc import Sequence
+
+from factory.artifacts import Evaluation, Source, Sweep, SweepPoint
+from factory.config.settings import num_dropped
+from factory.pipeline.run import Run
+from factory.pipeline.stages import (
+    evaluate_stage,
+    heal_stage,
+    measure_stage,
+    merge_stage,
+    plan_stage,
+    prune_stage,
+)
+
+SHARE_KEPT = 0.8
+RULE = (
+    f"the largest cut up to which, smaller cuts included, {SHARE_KEPT:.0%} of what the source has over "
+    "guessing is kept: by each task that has a chance level and on which the source is above it, "
+    "(score − chance) / (source − chance), averaged; without such a task by the loss, "
+    "(log V − loss) / (log V − source loss)"
+)
+
+
+def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
+    """Quality at each fraction, on the files of the pruned and, where asked, the healed model.
+
+    One measurement serves all; the stages are those of builds, which reuse them.
+
+    Args:
+        drops: Rising fractions, each another number of layers.
+    """
+    run.block_sizes = tuple(num_dropped(drop, source.num_layers) for drop in drops)
+    profile = measure_stage(run, source)
+    whole = evaluate_stage(run, "source", source)
+    points = []
+    for drop in drops:
+        run.config = run.config.model_copy(update={"drop": drop})
+        plan = plan_stage(run, source, profile)
+        pruned = prune_stage(run, source, plan)
+        adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
+        healed = merge_stage(run, pruned, adapter) if adapter else None
+        points.append(
+            SweepPoint(
+                drop=len(plan.dropped) / source.num_layers,
+                plan=plan,
+                pruned=evaluate_stage(run, "pruned", pruned),
+                healed=evaluate_stage(run, "healed", healed) if healed and healed.is_finite else None,
+            )
+        )
+    return Sweep(
+        source_name=source.name,
+        source_commit=source.commit,
+        num_layers=source.num_layers,
+        criterion=run.config.plan.criterion,
+        source=whole,
+        points=tuple(points),
+        before_the_cliff=before_the_cliff(points, whole),
+        rule=RULE,
+    )
+
+
+def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
+    """What is left of the source's advantage over guessing: 1 as good as the source, 0 guessing.
+
+    NaN where the source has none.
+    """
+    shares = [
+        (after.value - after.chance) / (before.value - after.chance)
+        for after, before in zip(evaluation.tasks, source.tasks, strict=True)
+        if after.chance is not None and before.value - after.chance > 2 * (before.stderr or 0.0)
+    ]
+    if shares:
+        return math.fsum(shares) / len(shares)
+    advantage = 1 - source.loss.normalized
+    return (1 - evaluation.loss.normalized) / advantage if advantage > 0 else math.nan
+
+
+def left_out(source: Evaluation) -> list[str]:
+    """Labels of the tasks that `share_kept` does not look at, as nothing says what guessing scores."""
+    return [task.label for task in source.tasks if task.chance is None]
+
+
+def before_the_cliff(points: Sequence[SweepPoint], source: Evaluation) -> float | None:
+    """The largest fraction that `RULE` names, None where not even the first point keeps enough.
+
+    Args:
+        points: By rising fraction.
+    """
+    largest = None
+    for point in points:
+        if not share_kept(point.best, source) >= SHARE_KEPT:
+            break
+        largest = point.drop
+    return largest

@@ -1,0 +1,1 @@
+"""Measure the layers, choose some, cut them out, verify the result."""

@@ -1,0 +1,180 @@
+"""Plan: from the distance profile to the layers that go, by each criterion that needs no other look."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+from factory.artifacts import CutLosses, DistanceProfile, PruningPlan, layer_ranges
+from factory.config.choices import CRITERIA, Criterion
+from factory.errors import DataError, DropError, ModelError
+
+CERTAIN = 2.0  # standard errors of a paired difference
+FROM_PROFILE: tuple[Criterion, ...] = ("angular", "deepest", "block-influence")
+MayDrop = Callable[[tuple[int, ...]], bool]
+
+
+def plan(
+    profile: DistanceProfile,
+    *,
+    block_size: int,
+    criterion: Criterion = "angular",
+    may_drop: MayDrop = lambda _: True,
+) -> PruningPlan:
+    """Choose `block_size` layers by "angular", "deepest" or "block-influence".
+
+    Args:
+        may_drop: Whether the surgery allows a set of layers to be missing.
+
+    Raises:
+        DataError: The profile does not hold what the criterion asks for.
+        ModelError: The surgery does not allow the cut.
+    """
+    if criterion == "deepest":
+        return deepest(profile, block_size=block_size, may_drop=may_drop)
+    if criterion == "block-influence":
+        return block_influence(profile, block_size=block_size, may_drop=may_drop)
+    return angular(profile, block_size=block_size, may_drop=may_drop)
+
+
+def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+    """The block whose removal turns the stream least (arXiv 2403.17887, section 3.2).
+
+    Blocks that hold the last layer are not considered: it alone writes what the head reads, and the
+    paper keeps it in its simple heuristic too (section 4.4). Ties go to the deepest block.
+    """
+    last_start = profile.num_layers - block_size - 1
+    distances = profile.block_distances(block_size)[: last_start + 1]
+    known = [start for start, distance in enumerate(distances) if not math.isnan(distance)]
+    if not known:
+        raise DataError(
+            f"the profile holds no distance across {block_size} layers",
+            hint=f"it holds those across {_known_sizes(profile)}; measure the model, or drop as many",
+        )
+    ranking = sorted(known, key=lambda start: (distances[start], -start))
+    allowed = [start for start in ranking if may_drop(tuple(range(start, start + block_size)))]
+    if not allowed:
+        raise _refused(f"no block of {block_size} layers")
+    start, *others = allowed
+    return PruningPlan(
+        criterion="angular",
+        num_layers=profile.num_layers,
+        dropped=tuple(range(start, start + block_size)),
+        distance=distances[start],
+        runner_up_start=others[0] if others else None,
+        runner_up_distance=distances[others[0]] if others else None,
+    )
+
+
+def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+    """The deepest layers except the last (arXiv 2403.17887, section 4.4): no measurement decides."""
+    start = profile.num_layers - block_size - 1
+    dropped = tuple(range(start, start + block_size))
+    if not may_drop(dropped):
+        raise _refused(f"layers {layer_ranges(dropped)}")
+    return PruningPlan(
+        criterion="deepest",
+        num_layers=profile.num_layers,
+        dropped=dropped,
+        distance=profile.across(dropped),
+    )
+
+
+def block_influence(
+    profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True
+) -> PruningPlan:
+    """The layers that each turn the stream least, wherever they are (ShortGPT, arXiv 2403.03853).
+
+    Ties go to the deepest layer.
+    """
+    if profile.influence is None:
+        raise DataError("the profile holds no Block Influence", hint="measure the model, without --profile")
+    influence = profile.influence
+    ranking = sorted(range(profile.num_layers), key=lambda layer: (influence[layer], -layer))
+    dropped = tuple(sorted(ranking[:block_size]))
+    if not may_drop(dropped):
+        raise _refused(f"layers {layer_ranges(dropped)}")
+    return PruningPlan(
+        criterion="block-influence",
+        num_layers=profile.num_layers,
+        dropped=dropped,
+        distance=profile.across(dropped),
+    )
+
+
+def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
+    """The plan that drops the layers somebody chose.
+
+    Args:
+        layers: 0-based.
+
+    Raises:
+        DropError: Layers that the model does not have, or fewer than 2 that stay.
+    """
+    dropped = tuple(sorted(layers))
+    if not dropped or dropped[-1] >= num_layers:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)}: the model's {num_layers} layers are 0 to {num_layers - 1}",
+            hint="layers are counted from 0",
+        )
+    if num_layers - len(dropped) < 2:
+        raise DropError(
+            f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
+            hint="at least 2 layers must stay; --layers names those that go",
+        )
+    return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
+
+
+def first_dropped(plan: PruningPlan, count: int, *, profile: DistanceProfile) -> PruningPlan:
+    """The plan of a greedy search after its first `count` layers."""
+    order = (plan.order or ())[:count]
+    dropped = tuple(sorted(order))
+    changes = {"order": order, "dropped": dropped, "distance": profile.across(dropped)}
+    return plan.model_copy(update=changes)
+
+
+def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
+    """The criterion to take, and why.
+
+    The least loss decides; but a difference below two standard errors is none, and then the simplest
+    criterion among the level ones is taken, in the order angular, deepest, block-influence, loss, greedy.
+
+    Args:
+        plans: One a criterion.
+        losses: Of the plans, in their order.
+    """
+    level = {
+        plan.criterion: cut
+        for plan, cut in zip(plans, losses.cuts, strict=True)
+        if not cut.behind > CERTAIN * cut.behind_stderr  # NaN, where no loss is finite, is level too
+    }
+    chosen = next(criterion for criterion in CRITERIA if criterion in level)
+    others = [criterion for criterion in level if criterion != chosen]
+    if not others:
+        rivals = [cut for cut in losses.cuts if cut.behind > 0]
+        ahead = min((cut.behind for cut in rivals), default=0.0)
+        return chosen, f"least loss without healing, {ahead:.3f} ahead of the next"
+    if level[chosen].behind == 0:
+        return chosen, f"least loss without healing, though {_listed(others)} within noise of it"
+    least = next(criterion for criterion, cut in level.items() if cut.behind == 0)
+    return chosen, (
+        f"within noise of the least loss ({least}: {level[chosen].behind:.3f} ± "
+        f"{level[chosen].behind_stderr:.3f} less), and simpler"
+    )
+
+
+def _listed(criteria: Sequence[str]) -> str:
+    names = " and ".join(criteria) if len(criteria) < 3 else f"{', '.join(criteria[:-1])} and {criteria[-1]}"
+    return f"{names} {'is' if len(criteria) == 1 else 'are'}"
+
+
+def _refused(what: str) -> ModelError:
+    return ModelError(
+        f"{what} can be dropped: the fields of this architecture would no longer fit the layers that stay"
+        if what.startswith("no ")
+        else f"{what} cannot be dropped: this architecture's fields would no longer fit those that stay",
+        hint="take another criterion or another --drop",
+    )
+
+
+def _known_sizes(profile: DistanceProfile) -> str:
+    sizes = [n for n in range(1, profile.num_layers) if not all(map(math.isnan, profile.block_distances(n)))]
+    return f"{layer_ranges(sizes)} layers" if sizes else "none"

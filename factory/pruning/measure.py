@@ -1,0 +1,385 @@
+"""Measure: the angular distance between every pair of layer inputs, in one pass over the text."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import find_executable_batch_size
+
+from factory.artifacts import DistanceProfile, Source
+from factory.config.settings import MeasureSettings
+from factory.errors import DataError, ModelError
+from factory.model.layers import decoder_layers
+from factory.model.loading import fuse_norms, load_model
+from factory.model.losses import pad_batch
+from factory.model.tokenizer import Encoder, load_encoder
+from factory.parallel import processes
+from factory.text.text import Text
+
+FIRST_BATCH_SIZE = 16  # sequences of full length; halved until it fits
+CHUNK = 64  # samples between two looks at whether the choice is certain
+SAVE_EVERY = 256  # samples
+CERTAIN = 3.0  # standard errors of the paired difference between the best block and each rival
+INFLUENCE_POSITIONS = 64  # a sample, evenly spaced: Block Influence is a mean over tokens
+TOKENS_AT_ONCE = 128  # positions whose pairs of layers are compared in one go
+STATE = "measuring.pt"
+Sample = tuple[int, list[int]]  # its number, its tokens
+Progress = Callable[[int, int, str], None]
+
+
+def measure(
+    source: Source,
+    text: Text,
+    *,
+    settings: MeasureSettings,
+    block_sizes: Sequence[int],
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> DistanceProfile:
+    """Angular distances between layer inputs (arXiv 2403.17887, section 3.2), and Block Influence.
+
+    Each document gives one sample: its first `settings.sequence_length` tokens. Reading stops after
+    `settings.num_samples`; where that is None, once the nearest block of each of `block_sizes` is ahead of
+    every rival by three standard errors of the paired difference, at `settings.max_samples`, or at the
+    end of the text. Nothing of a sample is kept but sums; the language-model head is never run. Several
+    processes share each chunk of samples and then hold the same sums.
+
+    Args:
+        block_sizes: Numbers of layers that a cut may have, for which the choice must be certain.
+        folder: Holds the sums every few hundred samples; a later call goes on from there.
+
+    Raises:
+        DataError: Fewer documents than asked, or fewer than 2.
+        ModelError: A state is not finite; says the layer and the sample.
+    """
+    encoder = load_encoder(source.local_folder)
+    model = load_model(source.local_folder, four_bit=settings.four_bit)
+    fuse_norms(model)
+    sums = Sums.resume(folder, num_layers=source.num_layers, block_sizes=block_sizes)
+    most = settings.num_samples or settings.max_samples
+    samples = islice(take_samples(text, encoder, settings=settings, seed=seed), sums.count, most)
+    run = find_executable_batch_size(
+        lambda batch_size, chunk: list(
+            measure_batches(
+                model,
+                chunk,
+                pad_token_id=encoder.pad_token_id,
+                max_tokens=batch_size * settings.sequence_length,
+                all_tokens=settings.tokens == "all",
+            )
+        ),
+        starting_batch_size=FIRST_BATCH_SIZE,
+    )
+    while chunk := list(islice(samples, CHUNK)):
+        sums.add(chunk, processes.gather(run(processes.share(chunk))))
+        progress(sums.count, most, sums.note() if settings.num_samples is None else "")
+        long_enough = not settings.exact_length or sums.longest >= settings.sequence_length
+        if settings.num_samples is None and sums.certain() and long_enough:
+            break
+        if sums.count % SAVE_EVERY == 0 and processes.is_main():
+            sums.save(folder)
+    _check_enough(sums, text, settings=settings)
+    if processes.is_main():
+        (folder / STATE).unlink(missing_ok=True)
+    return sums.profile(source, text, settings=settings)
+
+
+def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
+    """Numbered token lists of the documents in shuffled order, cut to the sequence length."""
+    number = 0
+    for document in text.shuffled(seed):
+        tokens = encoder.beginning(document, length=settings.sequence_length)
+        if len(tokens) > 1:
+            yield number, tokens
+            number += 1
+
+
+def _check_enough(sums: "Sums", text: Text, *, settings: MeasureSettings) -> None:
+    if settings.num_samples and sums.count < settings.num_samples:
+        raise DataError(
+            f"{text.data.name} holds {sums.count} usable documents; {settings.num_samples} were asked for",
+            hint=f"--samples {sums.count}, or give more text with --calibration-data",
+        )
+    if sums.count < 2:
+        raise DataError(
+            f"{text.data.name} holds {sums.count} usable documents; measuring needs at least 2",
+            hint="give more text with --calibration-data",
+        )
+    if settings.exact_length and sums.longest < settings.sequence_length:
+        raise DataError(
+            f"the longest of {sums.count} documents of {text.data.name} has {sums.longest} tokens; "
+            f"sequences of {settings.sequence_length} were asked for",
+            hint=f"--sequence-length {sums.longest}, or give longer text with --calibration-data",
+        )
+
+
+class Moments:
+    """Streaming mean and standard error over samples of a tensor (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, *shape: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(shape, dtype=torch.float64)
+        self.squares = torch.zeros(shape, dtype=torch.float64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add a batch of samples, [b, *shape] in float64."""
+        mean = values.mean(dim=0)
+        delta, total = mean - self.mean, self.count + len(values)
+        self.squares += (values - mean).square().sum(dim=0)
+        self.squares += delta.square() * (self.count * len(values) / total)
+        self.mean += delta * (len(values) / total)
+        self.count = total
+
+    @property
+    def stderr(self) -> torch.Tensor:
+        """Standard error of the mean, in the shape of one sample."""
+        return (self.squares / max(self.count - 1, 1) / max(self.count, 1)).sqrt()
+
+
+class Sums:
+    """All that is kept of the samples: O(L²), and O(L²) more for each block size that is asked for."""
+
+    def __init__(self, num_layers: int, block_sizes: Sequence[int]) -> None:
+        self.num_layers = num_layers
+        self.distance = Moments(num_layers + 1, num_layers + 1)
+        self.influence = Moments(num_layers)
+        # Blocks without the last layer, as the plan chooses them; a difference for each pair of them.
+        self.rivals = {n: Moments(num_layers - n, num_layers - n) for n in sorted(set(block_sizes))}
+        self.num_tokens = 0
+        self.longest = 0  # tokens
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return self.distance.count
+
+    def add(self, samples: list[Sample], measured: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add what `measure_batches` gave for these samples."""
+        distances = torch.cat([distance for distance, _ in measured])  # [b, L + 1, L + 1]
+        self.distance.add(distances)
+        self.influence.add(torch.cat([influence for _, influence in measured]))
+        for n, moments in self.rivals.items():
+            blocks = distances.diagonal(offset=n, dim1=1, dim2=2)[:, :-1]  # [b, L - n]
+            moments.add(blocks[:, :, None] - blocks[:, None, :])
+        self.num_tokens += sum(len(tokens) for _, tokens in samples)
+        self.longest = max(self.longest, *(len(tokens) for _, tokens in samples))
+
+    def lead(self, n: int) -> float:
+        """By how many standard errors the nearest block of n layers is ahead of its nearest rival."""
+        moments = self.rivals[n]
+        best = int(self.distance.mean.diagonal(offset=n)[:-1].argmin())
+        ahead, error = moments.mean[:, best], moments.stderr[:, best]
+        # A block that is equal in every sample is no worse a choice.
+        leads = torch.where((ahead == 0) & (error == 0), torch.inf, ahead / error)
+        return float(leads.nan_to_num(nan=0.0, posinf=torch.inf).min())
+
+    def certain(self) -> tuple[int, ...]:
+        """The block sizes asked for, if the choice is certain for each of them; else nothing."""
+        sizes = tuple(self.rivals)
+        return sizes if sizes and all(self.lead(n) >= CERTAIN for n in sizes) else ()
+
+    def note(self) -> str:
+        """How certain the choice is so far, for people."""
+        lead = min((self.lead(n) for n in self.rivals), default=0.0)
+        return f"best block ahead by {lead:.1f} of {CERTAIN:.0f} standard errors"
+
+    def save(self, folder: Path) -> None:
+        """Write everything to one file that is replaced as a whole."""
+        partial = folder / f"{STATE}.partial"
+        torch.save(_plain(self), partial)
+        partial.replace(folder / STATE)
+
+    @classmethod
+    def resume(cls, folder: Path, *, num_layers: int, block_sizes: Sequence[int]) -> "Sums":
+        """What an earlier attempt left in `folder`, else nothing yet."""
+        sums = cls(num_layers, block_sizes)
+        if (folder / STATE).exists():
+            try:
+                saved = torch.load(folder / STATE, weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+                return sums  # torn by a power cut: nothing yet
+            moments = [sums.distance, sums.influence, *sums.rivals.values()]
+            for moment, (count, mean, squares) in zip(moments, saved["moments"], strict=True):
+                moment.count, moment.mean, moment.squares = count, mean, squares
+            sums.num_tokens, sums.longest = saved["num_tokens"], saved["longest"]
+        return sums
+
+    def profile(self, source: Source, text: Text, *, settings: MeasureSettings) -> DistanceProfile:
+        """The result, rounded to what float32 states can carry, so that files stay short."""
+        return DistanceProfile(
+            num_layers=self.num_layers,
+            source_commit=source.commit,
+            num_samples=self.count,
+            sequence_length=settings.sequence_length,
+            num_tokens=self.num_tokens,
+            tokens=settings.tokens,
+            quantization="nf4" if settings.four_bit else None,
+            certain_for=self.certain() if settings.num_samples is None else (),
+            mean=_rows(self.distance.mean),
+            stderr=_rows(self.distance.stderr),
+            influence=_row(self.influence.mean),
+            influence_stderr=_row(self.influence.stderr),
+            data=text.data,
+        )
+
+
+def _plain(sums: Sums) -> dict[str, Any]:
+    moments = [sums.distance, sums.influence, *sums.rivals.values()]
+    return {
+        "moments": [(moment.count, moment.mean, moment.squares) for moment in moments],
+        "num_tokens": sums.num_tokens,
+        "longest": sums.longest,
+    }
+
+
+def _row(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 7) for value in values.tolist())
+
+
+def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(_row(row) for row in matrix)
+
+
+@torch.inference_mode()
+def measure_batches(
+    model: Any, samples: Sequence[Sample], *, pad_token_id: int, max_tokens: int, all_tokens: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Distances [b, L + 1, L + 1] and Block Influence [b, L] of each batch, in float64 on the CPU.
+
+    Batches hold samples of about equal length, at most `max_tokens` with the padding, the longest first:
+    what does not fit shows at once.
+
+    Args:
+        all_tokens: Average the distances over all tokens but the first, whose state is an outlier; else
+            take the last token, as the paper does.
+    """
+    layers = decoder_layers(model)
+    for batch in _batches(samples, max_tokens=max_tokens):
+        ids, mask = pad_batch([tokens for _, tokens in batch], pad_token_id=pad_token_id)
+        most = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
+        positions, weights = _positions(mask.sum(dim=1).tolist(), most=most)
+        weights = weights.to(model.device)
+        with _boundaries(layers, positions.to(model.device), keep_all=all_tokens) as seen:
+            # The inner model: the head's logits, the largest tensor of a pass, are not needed. No mask:
+            # no real token looks ahead to the padding, and without one attention takes its fast kernel.
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+        _check_finite(seen.finite, [number for number, _ in batch])
+        # Where layers are spread over devices, so are these.
+        states = [state.to(model.device) for state in seen.states]
+        influence = torch.stack([(turn.to(model.device) * weights).sum(dim=1) for turn in seen.turns], dim=1)
+        if all_tokens:
+            distances = torch.stack(
+                [_mean_distances([state[row] for state in states], weights[row]) for row in range(len(batch))]
+            )
+        else:
+            distances = angular_distances(torch.stack([state[:, -1].double() for state in states], dim=1))
+        yield distances.cpu(), influence.cpu()
+
+
+def angular_distances(states: torch.Tensor) -> torch.Tensor:
+    """arccos of the cosine over π between all pairs of states: [b, k, d] → [b, k, k], in [0, 1]."""
+    unit = torch.nn.functional.normalize(states, dim=-1)
+    cosine = (unit @ unit.transpose(-1, -2)).clamp(-1.0, 1.0)
+    distances = cosine.arccos() / torch.pi
+    diagonal = torch.arange(states.shape[1], device=states.device)
+    distances[:, diagonal, diagonal] = 0.0
+    return distances
+
+
+def _mean_distances(states: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean over positions of the distances of one sample: L + 1 of [p, d] → [L + 1, L + 1]."""
+    total = torch.zeros((len(states), len(states)), dtype=torch.float64, device=weights.device)
+    for start in range(0, len(weights), TOKENS_AT_ONCE):
+        some = slice(start, start + TOKENS_AT_ONCE)
+        together = torch.stack([state[some].double() for state in states], dim=1)  # [p, L + 1, d]
+        total += torch.einsum("p,pij->ij", weights[some], angular_distances(together))
+    return total
+
+
+def _batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: (-len(sample[1]), sample[0])):
+        if batch and (len(batch) + 1) * len(batch[0][1]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _positions(lengths: list[int], *, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evenly spaced positions of each row, the last real token last, and their weights: both [b, p].
+
+    Position 0 is never among them. Rows with fewer than `most` are filled in front, with weight 0.
+    """
+    positions, weights = [], []
+    for length in lengths:
+        count = min(most, length - 1)
+        spaced = torch.linspace(1, length - 1, count, dtype=torch.float64).round().long().tolist()
+        spaced[-1] = length - 1
+        positions.append([length - 1] * (most - count) + spaced)
+        weights.append([0.0] * (most - count) + [1 / count] * count)
+    return torch.tensor(positions), torch.tensor(weights, dtype=torch.float64)
+
+
+@dataclass
+class _Boundaries:
+    """What is kept at each layer's input and the last layer's output, of some positions."""
+
+    states: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b, p, d]
+    finite: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b]
+    turns: list[torch.Tensor] = field(default_factory=list)  # L of [b, p]: 1 − cosine over a layer
+
+
+@contextmanager
+def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iterator[_Boundaries]:
+    """Watch the states pass at `positions`, [b, p]; keep those of the last one only unless `keep_all`.
+
+    Hooks rather than `output_hidden_states`, whose last entry is after the final norm and so not
+    comparable with the others. 1 − cosine is what Block Influence is a mean of (ShortGPT, arXiv
+    2403.03853, equation 1).
+    """
+    seen = _Boundaries()
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    before: torch.Tensor | None = None
+
+    def see(hidden: torch.Tensor) -> None:
+        nonlocal before
+        state = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        if before is not None:
+            both = before.to(state.device).double(), state.double()
+            seen.turns.append(1 - torch.nn.functional.cosine_similarity(*both, dim=-1))
+        seen.finite.append(state.isfinite().flatten(start_dim=1).all(dim=1))
+        seen.states.append(state if keep_all else state[:, -1:].clone())
+        before = state
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args[0] if args else kwargs["hidden_states"])
+
+    def leave(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
+        see(output[0] if isinstance(output, tuple | list) else output)
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_finite(finite: Sequence[torch.Tensor], numbers: list[int]) -> None:
+    found = torch.stack([each.to(finite[0].device) for each in finite], dim=1)  # [b, L + 1]
+    if bool(found.all()):
+        return
+    row, layer = (int(value) for value in (~found).nonzero()[0])
+    raise ModelError(
+        f"the input of layer {layer} is not finite on sample {numbers[row]}",
+        hint="the weights may be damaged, or 16-bit precision too narrow for this model",
+    )

@@ -1,0 +1,388 @@
+"""Search: the layers whose removal costs least calibration loss, and what any cut costs unhealed."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import find_executable_batch_size
+
+from factory.artifacts import CutLoss, CutLosses, DistanceProfile, PruningPlan, Source
+from factory.config.settings import PlanSettings
+from factory.errors import DataError, ModelError
+from factory.model.architecture import may_drop
+from factory.model.layers import Call, Forms, Layers, bypassed, decoder_layers, recorded_calls, skip_layers
+from factory.model.loading import load_model
+from factory.model.losses import pad_batch, row_losses
+from factory.model.tokenizer import Encoder, load_encoder
+from factory.text.text import Text
+
+CLOSE = 0.01  # relative; batches and 16-bit sums in another order stay far below
+FIRST_BATCH_SIZE = 8
+FEW = 8  # sequences on which all candidates run; the best of them run on all
+FINALISTS = 4
+STATE = "order.json"
+SEARCH, COMPARE = 0, 1  # which half of the documents: a choice is not judged by the text that made it
+Progress = Callable[[int, int, str], None]
+
+
+class Trial:
+    """Losses of a loaded model without some of its layers, on fixed sequences.
+
+    The layers before the first one that a candidate leaves out give the same states for every candidate:
+    they run once a batch, and each candidate starts where it differs. Nothing is changed on disk or in
+    the model. Layers that are left out do not run at all.
+
+    Args:
+        model: In evaluation mode.
+        sequences: Token lists of at least 2 tokens.
+        batch_size: Sequences per pass.
+        num_given: Tokens at the start of each sequence that are not predicted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: Sequence[list[int]],
+        *,
+        pad_token_id: int,
+        batch_size: int,
+        num_given: int = 1,
+    ) -> None:
+        self.model = model
+        self.row_losses = partial(row_losses, num_given=num_given)
+        self.layers = decoder_layers(model)
+        self.batches = [
+            pad_batch(list(sequences[start : start + batch_size]), pad_token_id=pad_token_id)
+            for start in range(0, len(sequences), batch_size)
+        ]
+        self.forms: dict[int, Forms] = {}  # of each batch, from a pass of the whole model
+        self.layer_passes = 0  # layers that were run, a batch; what the search has cost
+
+    @property
+    def passes(self) -> float:
+        """What was run so far, in passes of the whole model over all sequences."""
+        return self.layer_passes / len(self.layers) / len(self.batches)
+
+    @torch.inference_mode()
+    def losses(
+        self, dropped: Sequence[int], candidates: Sequence[Layers], *, num_batches: int | None = None
+    ) -> torch.Tensor:
+        """Summed loss and predicted tokens of every candidate: [c, sequences, 2] in float64.
+
+        Args:
+            dropped: Layers that are left out for every candidate.
+            candidates: Layers that one candidate leaves out besides; one after another among the rest.
+            num_batches: Of the first batches only.
+        """
+        gone = frozenset(dropped)
+        rows = []
+        for number, (ids, mask) in enumerate(self.batches[:num_batches]):
+            batch = (ids.to(self.model.device), mask.to(self.model.device))
+            if number not in self.forms:
+                self.forms[number] = {}
+                with recorded_calls(self.layers, {}, self.forms[number]):
+                    self._run(*batch)
+            calls: dict[int, Call] = {}
+            if any(candidates):
+                with bypassed(self.layers, gone, self.forms[number]), recorded_calls(self.layers, calls, {}):
+                    self._run(*batch, without=len(gone))
+            results = [self._loss(number, batch, gone, candidate, calls) for candidate in candidates]
+            rows.append(torch.stack(results))
+        return torch.cat(rows, dim=1)
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compare one loss with that of the reference, which runs every layer and discards its result.
+
+        Raises:
+            ModelError: They differ: a layer hands on more than its states to the layers after it.
+        """
+        middle = len(self.layers) // 2
+        if middle < 2:
+            return
+        ids, mask = (tensor[:1].to(self.model.device) for tensor in self.batches[0])
+        with skip_layers(self.model, (middle - 2, middle - 1, middle)):
+            _, expected = self.row_losses(self.model, ids, mask)
+        found = self.losses((middle,), [(middle - 2, middle - 1)], num_batches=1)[0, 0, 0]
+        if not abs(float(found) - float(expected)) <= CLOSE * abs(float(expected)):
+            raise ModelError(
+                f"{self.model.config.model_type}: leaving layers out gives a loss of {float(found):.4g}, not "
+                f"{float(expected):.4g}: a layer hands on more than its states",
+                hint="choose the layers by --criterion angular",
+            )
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, without: int = 0) -> None:
+        self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        self.layer_passes += len(self.layers) - without
+
+    def _loss(
+        self,
+        number: int,
+        batch: tuple[torch.Tensor, torch.Tensor],
+        gone: frozenset[int],
+        candidate: Layers,
+        calls: dict[int, Call],
+    ) -> torch.Tensor:
+        """Loss of one batch where a candidate's layers are left out too, [b, 2]."""
+        resume = max(candidate) + 1 if candidate else 0
+        skipped = gone.union(range(resume))
+        given = {resume - 1: calls[min(candidate)]} if candidate else {}
+        with bypassed(self.layers, skipped, self.forms[number], given=given):
+            counts, nats = self.row_losses(self.model, *batch)
+        self.layer_passes += len(self.layers) - len(skipped)
+        return torch.stack([nats, counts], dim=1).cpu()
+
+
+def mean_loss(losses: torch.Tensor) -> torch.Tensor:
+    """[…, sequences, 2] → nats a token, […]; NaN counts as worst."""
+    return (losses[..., 0].sum(dim=-1) / losses[..., 1].sum(dim=-1)).nan_to_num(nan=torch.inf)
+
+
+def search(
+    source: Source,
+    text: Text,
+    profile: DistanceProfile,
+    *,
+    block_size: int,
+    settings: PlanSettings,
+    four_bit: bool,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> PruningPlan:
+    """Choose layers by the loss on the calibration text, by `settings.criterion`: "loss" or "greedy".
+
+    Args:
+        folder: Holds the layers that a greedy search has dropped so far; a later call goes on from there.
+
+    Raises:
+        DataError: Too little text.
+        ModelError: No cut of this size is possible, the loss is not finite, or a layer of this architecture
+            hands on more than its states.
+    """
+    model = load_model(source.local_folder, four_bit=four_bit)
+    encoder = load_encoder(source.local_folder)
+    sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=SEARCH)
+
+    def allowed(layers: Layers) -> bool:
+        return may_drop(source.config, layers)
+
+    def run(batch_size: int) -> tuple[list[int], Trial]:
+        trial = _trial(model, sequences, encoder, batch_size=batch_size)
+        trial.check()
+        if settings.criterion == "greedy":
+            order = search_greedily(
+                trial,
+                num_layers=block_size,
+                rank=_nearest(profile),
+                may_drop=allowed,
+                progress=progress,
+                state=folder / STATE,
+            )
+            return order, trial
+        starts = range(source.num_layers - block_size + 1)
+        blocks = [tuple(range(start, start + block_size)) for start in starts]
+        return list(search_block(trial, [b for b in blocks if allowed(b)], progress=progress)), trial
+
+    order, trial = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
+    (folder / STATE).unlink(missing_ok=True)
+    dropped = tuple(sorted(order))
+    return PruningPlan(
+        criterion=settings.criterion,
+        num_layers=source.num_layers,
+        dropped=dropped,
+        distance=profile.across(dropped),
+        order=tuple(order) if settings.criterion == "greedy" else None,
+        passes=round(trial.passes, 2),
+        num_documents=len(sequences),
+    )
+
+
+def compare(
+    source: Source,
+    text: Text,
+    cuts: Sequence[Layers],
+    *,
+    settings: PlanSettings,
+    four_bit: bool,
+    seed: int,
+    progress: Progress,
+) -> CutLosses:
+    """Unhealed loss of several cuts on the same documents, none of which a search has seen."""
+    model = load_model(source.local_folder, four_bit=four_bit)
+    encoder = load_encoder(source.local_folder)
+    sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=COMPARE)
+
+    def run(batch_size: int) -> list[torch.Tensor]:
+        trial = _trial(model, sequences, encoder, batch_size=batch_size)
+        found = []
+        for number, cut in enumerate([(), *cuts]):
+            found.append(trial.losses(cut, [()])[0])
+            progress(number + 1, len(cuts) + 1, "")
+        return found
+
+    whole, *rows = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
+    best = min(rows, key=lambda losses: float(mean_loss(losses)))
+    return CutLosses(
+        source=_cut_loss((), whole, best=best),
+        cuts=tuple(_cut_loss(cut, losses, best=best) for cut, losses in zip(cuts, rows, strict=True)),
+        num_documents=len(sequences),
+        sequence_length=settings.sequence_length,
+        data=text.data,
+    )
+
+
+def take_sequences(
+    text: Text, encoder: Encoder, *, settings: PlanSettings, seed: int, half: int
+) -> list[list[int]]:
+    """The beginnings of every other document in shuffled order; equal documents count as one.
+
+    Raises:
+        DataError: Fewer than 2.
+    """
+    sequences: list[list[int]] = []
+    seen: set[str] = set()
+    for document in text.shuffled(seed):
+        if document in seen:
+            continue
+        number = len(seen)
+        seen.add(document)
+        if number % 2 != half:
+            continue
+        tokens = encoder.beginning(document, length=settings.sequence_length)
+        if len(tokens) > 1:
+            sequences.append(tokens)
+        if len(sequences) == settings.num_documents:
+            break
+    if len(sequences) < 2:
+        raise DataError(
+            f"{text.data.name} holds {len(sequences)} usable documents here; comparing losses needs 2",
+            hint="give more text with --calibration-data",
+        )
+    return sequences
+
+
+def _trial(model: Any, sequences: list[list[int]], encoder: Encoder, *, batch_size: int) -> Trial:
+    return Trial(
+        model,
+        sequences,
+        pad_token_id=encoder.pad_token_id,
+        num_given=encoder.num_given,
+        batch_size=batch_size,
+    )
+
+
+def best_candidate(
+    trial: Trial, dropped: Sequence[int], candidates: Sequence[Layers]
+) -> tuple[Layers, torch.Tensor]:
+    """The candidate of least loss, and its losses [sequences, 2]: all on a few sequences, few on all.
+
+    Raises:
+        ModelError: No loss is finite.
+    """
+    few = max(FEW // len(trial.batches[0][0]), 1)
+    finalists = list(candidates)
+    if len(finalists) > FINALISTS and few < len(trial.batches):
+        rough = mean_loss(trial.losses(dropped, finalists, num_batches=few))
+        finalists = [finalists[index] for index in rough.argsort(stable=True)[:FINALISTS].tolist()]
+    losses = trial.losses(dropped, finalists)
+    means = mean_loss(losses)
+    best = int(means.argmin())
+    if not bool(means.isfinite()[best]):
+        raise ModelError(
+            f"the loss without layers {list(finalists[best])} is not finite",
+            hint="16-bit precision may be too narrow for this model",
+        )
+    return finalists[best], losses[best]
+
+
+def search_block(trial: Trial, candidates: Sequence[Layers], *, progress: Progress) -> Layers:
+    """The block whose removal costs least loss: half the work of running each shortened model.
+
+    Raises:
+        ModelError: The surgery allows none.
+    """
+    if not candidates:
+        raise ModelError("no block of this size can be dropped", hint="choose another --drop")
+    progress(0, 1, f"{len(candidates)} blocks")
+    return best_candidate(trial, (), candidates)[0]
+
+
+def search_greedily(
+    trial: Trial,
+    *,
+    num_layers: int,
+    rank: Callable[[list[int]], list[int]],
+    may_drop: Callable[[Layers], bool],
+    progress: Progress,
+    state: Path | None = None,
+) -> list[int]:
+    """Drop one layer after another, each time the one whose removal costs least loss.
+
+    Args:
+        num_layers: How many to drop.
+        rank: From the layers that are left, the candidates worth a look.
+        may_drop: Whether the surgery allows a set of layers to be missing.
+        state: File that keeps the layers dropped so far, and is gone on from.
+
+    Returns:
+        The layers in the order in which they went, so that its first n are the choice for n layers.
+
+    Raises:
+        ModelError: No layer can be left out.
+    """
+    order: list[int] = json.loads(state.read_text(encoding="utf-8")) if state and state.exists() else []
+    for step in range(len(order), num_layers):
+        progress(step, num_layers, f"{step} layers dropped")
+        left = [layer for layer in range(len(trial.layers)) if layer not in order]
+        allowed = [(layer,) for layer in rank(left) if may_drop(tuple(sorted([*order, layer])))]
+        if not allowed:
+            raise ModelError(
+                f"after {step} layers none can be dropped alone",
+                hint="this architecture drops only whole groups of layers: use --criterion angular",
+            )
+        chosen, _ = best_candidate(trial, order, allowed)
+        order += chosen
+        if state:
+            partial = state.with_suffix(".partial")
+            partial.write_text(json.dumps(order), encoding="utf-8")
+            partial.replace(state)
+    return order
+
+
+def _nearest(profile: DistanceProfile) -> Callable[[list[int]], list[int]]:
+    """Of the layers that are left, the half across which the states turn least: the rest costs more.
+
+    All of them where a profile from elsewhere does not hold those distances.
+    """
+
+    def rank(left: list[int]) -> list[int]:
+        across = {
+            layer: profile.mean[layer][after]
+            for layer, after in zip(left, [*left[1:], profile.num_layers], strict=True)
+        }
+        if any(map(math.isnan, across.values())):
+            return left
+        return sorted(sorted(left, key=lambda layer: across[layer])[: max(len(left) // 2, 2 * FINALISTS)])
+
+    return rank
+
+
+def _cut_loss(cut: Layers, losses: torch.Tensor, *, best: torch.Tensor) -> CutLoss:
+    """Mean loss with the standard error of a ratio over documents, and of its difference to the best."""
+    nats, tokens = losses[:, 0], losses[:, 1]
+    mean, least = mean_loss(losses), mean_loss(best)
+    total, n = tokens.sum(), len(tokens)
+    scale = (n / (n - 1)) ** 0.5 / float(total)
+    residual = nats - mean * tokens
+    return CutLoss(
+        dropped=cut,
+        nats=float(mean),
+        stderr=scale * float(residual.norm()),
+        behind=float(mean - least),
+        behind_stderr=scale * float((residual - (best[:, 0] - least * tokens)).norm()),
+    )

@@ -1,0 +1,1 @@
+"""Card, figures and tables: pure functions of a build."""

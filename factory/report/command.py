@@ -1,0 +1,146 @@
+"""The command that makes a build again."""
+
+import json
+import shlex
+from typing import Any
+
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from factory import __version__
+from factory.artifacts import Build, first_problem
+from factory.config.references import aliases
+from factory.config.settings import DEFAULT_OBJECTIVE, BuildConfig, load_recipe, settle
+from factory.errors import StoreError
+from factory.report.markdown import plain
+
+EMBEDDED = "demo"  # the one alias that is no repository
+FLAGS = {
+    ("measure", "data"): "--calibration-data",
+    ("measure", "num_samples"): "--samples",
+    ("measure", "tokens"): "--tokens",
+    ("measure", "four_bit"): "--load-in-4bit",
+    ("plan", "criterion"): "--criterion",
+    ("plan", "num_documents"): "--plan-documents",
+    ("heal", "data"): "--heal-data",
+    ("heal", "objective"): "--heal",
+    ("heal", "num_steps"): "--heal-steps",
+    ("heal", "learning_rate"): "--heal-lr",
+    ("heal", "rank"): "--heal-rank",
+    ("heal", "modules"): "--heal-modules",
+    ("heal", "layers"): "--heal-layers",
+    ("heal", "bits"): "--heal-bits",
+    ("heal", "seam_weight"): "--seam-weight",
+    ("evaluate", "data"): "--eval-data",
+    ("evaluate", "num_documents"): "--eval-documents",
+    ("evaluate", "tasks"): "--tasks",
+    ("evaluate", "limit"): "--limit",
+    ("evaluate", "backend"): "--eval-backend",
+}
+SECTIONS = ("measure", "plan", "heal", "evaluate")
+WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option
+IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by --sequence-length, in place of --drop
+
+
+def reproduction_command(build: Build) -> Markup:
+    """The command that makes this build, with each option whose absence would mean something else."""
+    config = settings_of(build)[0]
+    chosen = config.plan.layers
+    cut = f"--layers {','.join(map(str, chosen))}" if chosen else f"--drop {config.drop:g}"
+    parts = [f"factory build {shlex.quote(plain(_reference(build)))} {cut}"]
+    if build.source.remote_code:
+        parts.append("--trust-remote-code")
+    if any(score.runs_code for score in build.evaluations["source"].tasks):
+        parts.append("--run-task-code")
+    if config.seed:
+        parts.append(f"--seed {config.seed}")
+    if not config.heal_enabled:
+        parts.append("--no-heal")
+    if config.heal_enabled and config.merge_base != "auto":
+        parts.append(f"--merge-base {config.merge_base}")
+    differing = differing_settings(build)
+    lengths = {getattr(config, section).sequence_length for section in WITH_LENGTH}
+    if len(lengths) == 1 and any(key == "sequence_length" for _, key in differing):
+        parts.append(f"--sequence-length {lengths.pop()}")
+    for name, value in differing.items():
+        if name in FLAGS and isinstance(value, bool):
+            parts.append(FLAGS[name])
+        elif name in FLAGS:
+            text = (",".join(value) or "none") if isinstance(value, list) else str(value)
+            parts.append(f"{FLAGS[name]} {shlex.quote(plain(text))}")
+    return Markup(" \\\n  ".join(parts))
+
+
+def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
+    """(section, name) → value of each setting that the reference and the drop alone would not give."""
+    asked = settings_of(build)[0]
+    text_config = build.source.config.get("text_config") or build.source.config
+    usual = settle(
+        asked.reference,
+        drop=asked.drop,
+        recipe=load_recipe(build.reference) if _reference(build) in aliases() else None,
+        num_parameters=build.source.num_parameters,
+        max_length=int(text_config.get("max_position_embeddings") or 2048),
+        is_folder=build.source.repo_id is None,
+        overrides={"heal": {"objective": asked.heal.objective}},
+    ).model_dump(mode="json")
+    usual["heal"]["objective"] = DEFAULT_OBJECTIVE
+    return {
+        (section, key): value
+        for section in SECTIONS
+        if section != "heal" or asked.heal_enabled
+        for key, value in getattr(asked, section).model_dump(mode="json").items()
+        if value != usual[section][key]
+    }
+
+
+def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
+    """The settings of a finished build, also of one that another version made.
+
+    Returns:
+        The settings, and by name those that this version does not have.
+
+    Raises:
+        StoreError: A value that this version does not take.
+    """
+    known: dict[str, Any] = {}
+    gone: dict[str, Any] = {}
+    for name, value in build.config.items():
+        field = BuildConfig.model_fields.get(name)
+        if field is None:
+            gone[name] = value
+        elif name in SECTIONS and isinstance(value, dict):
+            names = getattr(field.annotation, "model_fields", {})
+            known[name] = {key: inner for key, inner in value.items() if key in names}
+            gone |= {f"{name}.{key}": inner for key, inner in value.items() if key not in names}
+        else:
+            known[name] = value
+    try:
+        return BuildConfig.model_validate(known), gone
+    except ValidationError as error:
+        raise StoreError(
+            f"{build.name} is of factory {build.factory_version}, which {__version__} does not read: "
+            f"{first_problem(error)}",
+            hint=f"install hf-factory {build.factory_version}",
+        ) from error
+
+
+def _reference(build: Build) -> str:
+    """An alias as it was typed, since it stands for settings too; a repository with its commit."""
+    repo_id = build.source.repo_id
+    if build.reference in aliases() and (repo_id or build.reference == EMBEDDED):
+        return build.reference
+    return f"{repo_id}@{build.source.commit}" if repo_id else f"./{build.reference}"
+
+
+def without_option(build: Build) -> str:
+    """Settings that no option of the command sets, as `heal.dropout = 0.1`."""
+    config, gone = settings_of(build)
+    one_length = len({getattr(config, section).sequence_length for section in WITH_LENGTH}) == 1
+    left = {
+        name: value
+        for name, value in differing_settings(build).items()
+        if name not in FLAGS and name not in IMPLIED and not (name[1] == "sequence_length" and one_length)
+    }
+    named = {f"{section}.{key}": value for (section, key), value in left.items()} | gone
+    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in named.items())

@@ -1,0 +1,398 @@
+"""Figures of the card and of the terminal: angular distances, the chosen block, the healing curve."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from factory.artifacts import (
+    Adapter,
+    DistanceProfile,
+    Evaluation,
+    PruningPlan,
+    Sweep,
+    TaskScore,
+    is_block,
+    layer_ranges,
+)
+
+INK = "#1f2328"
+GRID = "#d8dee4"
+LINE = "#2c5f8a"  # blue and vermilion stay apart under every common colour blindness
+ACCENT = "#d1440c"
+SERIES = (LINE, "#8a5a00", "#7b3f8c", "#2f7d5b", "#5c6670")
+SHADES = "·░▒▓█"  # near to far
+DPI = 200  # 1,640 pixels wide: sharp at the card's 800
+# Fixed so that equal values give equal bytes on every machine; the fonts come with matplotlib.
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "hf-factory",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "image.cmap": "viridis",
+}
+
+
+def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: Path) -> list[Path]:
+    """Draw the distances of every block, the best block of each size, and where the cut was made.
+
+    Args:
+        profile: Distances in [0, 1] between all L + 1 layer inputs.
+        plan: The dropped layers; a block among them is outlined, scattered layers are only shaded.
+        path_stem: Path of the files without their endings.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 4.7), dpi=DPI, facecolor="white", layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.45, 1))
+        _draw_heat_map(figure.add_subplot(grid[:, 0]), profile, plan)
+        _draw_best_by_size(figure.add_subplot(grid[0, 1]), profile, plan)
+        _draw_single_layers(figure.add_subplot(grid[1, 1]), profile, plan)
+        return _save(figure, path_stem)
+
+
+def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
+    """Draw the loss against the step, and the loss on held-back text before and after.
+
+    The line is the training loss, or for a distilled adapter, whose objective is none, the held-back loss.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 3.2), dpi=DPI, facecolor="white", layout="constrained")
+        axes = figure.add_subplot()
+        trained = adapter.objective == "sft"
+        points = adapter.curve if trained else adapter.guard_curve
+        steps, losses = [point.step for point in points], [point.loss for point in points]
+        axes.plot(steps, losses, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None)
+        rose = adapter.guard_loss_after > adapter.guard_loss_before
+        _mark_loss(axes, adapter.guard_loss_before, "before healing", color=ACCENT, above=not rose)
+        _mark_loss(axes, adapter.guard_loss_after, "after healing", color=INK, above=rose)
+        axes.set_xlim(0, max(adapter.num_steps, 1))
+        axes.margins(y=0.1)
+        axes.grid(visible=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title(
+            "Training loss while healing (line), loss on held-back text (dashed)"
+            if trained
+            else "Loss on held-back text while healing"
+        )
+        return _save(figure, path_stem)
+
+
+def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
+    """Draw loss / log V and task scores against the fraction dropped, as the paper's figures 1 and 4 do.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    tasks = _task_panels(sweep.source.tasks)
+    with matplotlib.rc_context(STYLE):
+        width = 4.1 * max(1 + len(tasks), 2)
+        figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor="white", layout="constrained")
+        panels = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
+        _draw_sweep(panels[0], sweep, [_normalized_loss])
+        panels[0].axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        _label_line(panels[0], 1.0, "guessing")
+        panels[0].set_ylabel("loss / log V")
+        panels[0].set_title("Loss on held-out text")
+        for axes, (name, indices) in zip(panels[1:], tasks.items(), strict=True):
+            _draw_tasks(axes, sweep, name, indices)
+        for axes in panels:
+            if sweep.before_the_cliff is not None:
+                axes.axvline(sweep.before_the_cliff, color=ACCENT, linewidth=1.1)
+            axes.grid(visible=True)
+            widest = max(point.drop for point in sweep.points)
+            axes.set_xlim(-0.03 * widest, 1.03 * widest)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_xlabel("layers dropped; line: the largest cut before the cliff")
+            axes.legend(frameon=False)
+        return _save(figure, path_stem)
+
+
+def _task_panels(tasks: Sequence[TaskScore]) -> dict[str, list[int]]:
+    """What stands on one scale: the shares of right answers, and each other metric by itself."""
+    panels: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        panels.setdefault("score" if task.is_share else f"{task.metric} {task.arrow}".rstrip(), []).append(
+            index
+        )
+    return panels
+
+
+def _draw_tasks(axes: Axes, sweep: Sweep, name: str, indices: Sequence[int]) -> None:
+    tasks = [sweep.source.tasks[index] for index in indices]
+    values = [partial(_task_score, index=index) for index in indices]
+    _draw_sweep(axes, sweep, values, labels=[task.label for task in tasks])
+    for chance in sorted({task.chance for task in tasks if task.chance is not None}):
+        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+        _label_line(axes, chance, "chance")
+    axes.set_ylabel(name)
+    axes.set_title("Tasks")
+
+
+def _label_line(axes: Axes, height: float, label: str) -> None:
+    """At the right end, above the line."""
+    axes.annotate(
+        label,
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+    )
+
+
+def _normalized_loss(evaluation: Evaluation) -> tuple[float, float]:
+    loss = evaluation.loss
+    return loss.normalized, loss.stderr * loss.normalized / loss.nats
+
+
+def _task_score(evaluation: Evaluation, *, index: int) -> tuple[float, float]:
+    task = evaluation.tasks[index]
+    return task.value, task.stderr or 0.0
+
+
+def _draw_sweep(
+    axes: Axes,
+    sweep: Sweep,
+    values: Sequence[Callable[[Evaluation], tuple[float, float]]],
+    *,
+    labels: Sequence[str] = ("",),
+) -> None:
+    """A line a value: dashed for the pruned, solid for the healed models, both from the source on."""
+    kinds: list[tuple[str, list[tuple[float, Evaluation]]]] = [
+        ("pruned", [(0.0, sweep.source), *((point.drop, point.pruned) for point in sweep.points)])
+    ]
+    healed = [(point.drop, point.healed) for point in sweep.points if point.healed]
+    if healed:
+        kinds.append(("healed", [(0.0, sweep.source), *healed]))
+    for place, (value, label) in enumerate(zip(values, labels, strict=True)):
+        for kind, evaluations in kinds:
+            points = [(drop, *value(evaluation)) for drop, evaluation in evaluations]
+            drops, centres, errors = (list(column) for column in zip(*points, strict=True))
+            axes.errorbar(
+                drops,
+                centres,
+                yerr=errors,
+                color=SERIES[place % len(SERIES)],
+                linestyle="-" if kind == "healed" or not healed else (0, (4, 2)),
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+                label=", ".join(filter(None, [label, kind])),
+            )
+
+
+def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int) -> str:
+    """Draw the distances with block characters: a row a block size, a column a start layer.
+
+    Args:
+        profile: Distances in [0, 1].
+        plan: The dropped layers, marked below the map; the row of their number is marked at its left.
+        width: Characters a line at most; below 40 it is taken for 40.
+
+    Returns:
+        Lines without colour codes and without a final line break. Each row is shaded on its own: `●` is
+        its nearest block, `·` the nearest fifth, `█` the farthest; at its right the distance across the
+        nearest. Blocks that hold the last layer are not shown, since no plan chooses them, nor sizes
+        of which a profile from elsewhere holds no distance.
+    """
+    count, room = profile.num_layers, max(width, 40) - len("▸126 ") - len("  0.123")
+    layers_per_cell = math.ceil(count / room)
+    cell = 2 if 2 * count <= room else 1  # characters
+    num_cells = math.ceil(count / layers_per_cell)
+
+    def line(label: str, cells: Sequence[str], end: str = "") -> str:
+        return f"{label:>4} {''.join(text * cell for text in cells)}{end}".rstrip()
+
+    lines = []
+    for size in reversed(_shown_sizes(profile, chosen=len(plan.dropped))):
+        distances = profile.block_distances(size)[:-1]
+        cells = _shades(distances, layers_per_cell=layers_per_cell)
+        cells += [" "] * (num_cells - len(cells))
+        mark = "▸" if size == len(plan.dropped) else ""
+        nearest = min((value for value in distances if not math.isnan(value)), default=None)
+        lines.append(line(f"{mark}{size}", cells, "" if nearest is None else f"  {nearest:.3f}"))
+    cells_cut = {layer // layers_per_cell for layer in plan.dropped}
+    lines.append(line("", ["▲" if index in cells_cut else "─" for index in range(num_cells)]))
+    lines.append(f"     0{count - 1:>{num_cells * cell - 1}}")
+    return "\n".join(lines)
+
+
+def _shown_sizes(profile: DistanceProfile, *, chosen: int) -> list[int]:
+    """At most 17 block sizes, spread evenly over those that the profile holds, and the chosen one."""
+    known = list(best_starts(profile))
+    return sorted({*known[:: max(math.ceil(len(known) / 16), 1)], chosen})
+
+
+def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
+    """One character a cell: `●` for the nearest, else by rank, since layer 0 alone would fill a scale."""
+    known = [math.inf if math.isnan(distance) else distance for distance in distances]
+    cells = [min(known[index : index + layers_per_cell]) for index in range(0, len(known), layers_per_cell)]
+    ranked = sorted(cell for cell in cells if cell < math.inf)
+    if not ranked:
+        return [" "] * len(cells)
+    shades = [
+        " " if cell == math.inf else SHADES[len(SHADES) * ranked.index(cell) // len(ranked)] for cell in cells
+    ]
+    shades[max(index for index, cell in enumerate(cells) if cell == ranked[0])] = "●"  # as in `best_starts`
+    return shades
+
+
+def best_starts(profile: DistanceProfile) -> dict[int, int]:
+    """n → start of the nearest block of n layers that keeps the last layer; the deepest of equals.
+
+    These are the blocks that a plan can choose; sizes of which the profile holds no distance are left out.
+    """
+    starts = {}
+    for size in range(1, profile.num_layers):
+        known = [
+            (distance, -start)
+            for start, distance in enumerate(profile.block_distances(size)[:-1])
+            if not math.isnan(distance)
+        ]
+        if known:
+            starts[size] = -min(known)[1]
+    return starts
+
+
+def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    count = profile.num_layers
+    image = [  # [n, l]: row n−1 holds blocks of n layers
+        [profile.mean[start][start + size] if start + size <= count else math.nan for start in range(count)]
+        for size in range(1, count)
+    ]
+    shown = axes.imshow(
+        image,
+        origin="lower",
+        aspect="auto",
+        interpolation="none",
+        extent=(-0.5, count - 0.5, 0.5, count - 0.5),
+    )
+    cell = 270 / count  # points a layer, about
+    nearest = best_starts(profile)
+    axes.plot(
+        list(nearest.values()),
+        list(nearest),
+        linestyle="none",
+        marker="o",
+        markersize=max(2.2, min(5.0, 0.45 * cell)),
+        markerfacecolor="white",
+        markeredgecolor=INK,
+        markeredgewidth=0.7 if cell > 4 else 0.4,
+        label="nearest, last layer kept",
+    )
+    if is_block(plan.dropped):
+        side = max(1.0, 7 / cell)  # layers; a cell of 2 points would not be seen
+        corner = (plan.dropped[0] - side / 2, len(plan.dropped) - side / 2)
+        outline = Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linewidth=2.2, zorder=4)
+        outline.set_label(
+            f"dropped: {'layer' if len(plan.dropped) == 1 else 'layers'} {layer_ranges(plan.dropped)}"
+        )
+        axes.add_patch(outline)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("first layer of the block, ℓ")
+    axes.set_ylabel("layers in the block, n")
+    axes.set_title("Angular distance across each block")
+    bar = axes.figure.colorbar(
+        shown, cax=axes.inset_axes((0.53, 0.93, 0.43, 0.035)), orientation="horizontal", ticks=MaxNLocator(4)
+    )
+    bar.outline.set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.51, 0.87), frameon=False, borderpad=0, handlelength=1.2)
+
+
+def _draw_best_by_size(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    starts = best_starts(profile)
+    sizes = list(starts)
+    best = [profile.mean[start][start + size] for size, start in starts.items()]
+    spread = [profile.stderr[start][start + size] for size, start in starts.items()]
+    low = [value - error for value, error in zip(best, spread, strict=True)]
+    high = [value + error for value, error in zip(best, spread, strict=True)]
+    axes.fill_between(sizes, low, high, color=LINE, alpha=0.25, linewidth=0)
+    axes.plot(sizes, best, color=LINE, linewidth=1.6)
+    if plan.distance is not None:
+        axes.plot([len(plan.dropped)], [plan.distance], "o", color=ACCENT, markersize=6)
+        late = len(plan.dropped) > 0.6 * profile.num_layers  # the label would leave the figure
+        axes.annotate(
+            f"n = {len(plan.dropped)}: {plan.distance:.3f}",
+            (len(plan.dropped), plan.distance),
+            xytext=(-6, 4) if late else (6, -4),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            va="bottom" if late else "top",
+            color=ACCENT,
+        )
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layers in the block, n")
+    axes.set_ylabel("angular distance")
+    axes.set_title("Nearest block of each size")
+
+
+def _draw_single_layers(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
+    layers = list(range(profile.num_layers))
+    for layer in plan.dropped:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=ACCENT, alpha=0.18, linewidth=0)
+    axes.bar(
+        layers,
+        [profile.mean[layer][layer + 1] for layer in layers],
+        width=0.8,
+        color=[ACCENT if layer in set(plan.dropped) else LINE for layer in layers],
+    )
+    axes.set_xlim(-0.7, profile.num_layers - 0.3)
+    axes.grid(visible=True, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer (dropped: shaded)")
+    axes.set_ylabel("angular distance")
+    axes.set_title("Distance across each layer")
+
+
+def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) -> None:
+    """A dashed line with its label at the right of the axes, where no curve runs."""
+    axes.axhline(loss, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
+    axes.annotate(
+        f"{loss:.3f} {label}",
+        (1, loss),
+        xycoords=("axes fraction", "data"),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="bottom" if above else "top",  # apart even where the two losses are equal
+        color=color,
+    )
+
+
+def _save(figure: Figure, path_stem: Path) -> list[Path]:
+    png, svg = path_stem.with_name(path_stem.name + ".png"), path_stem.with_name(path_stem.name + ".svg")
+    # By default the files carry the date and the version of matplotlib.
+    figure.savefig(png, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg]

@@ -1,0 +1,1 @@
+"""Stage folders: their keys, locks, checksums and room."""

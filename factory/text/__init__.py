@@ -1,0 +1,1 @@
+"""Texts to measure, heal and evaluate on."""

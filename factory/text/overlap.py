@@ -1,0 +1,177 @@
+"""Kept apart: no document that is evaluated on is measured or healed on too, whatever its file is called."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b, sha256
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+
+from factory.artifacts import DataSource
+from factory.text.text import Text
+
+Hashes = NDArray[numpy.uint64]  # [n], of documents: sorted, each once
+MOST_LEFT_OUT = 0.75  # of a text; beyond that it and the evaluation's are divided
+NONE: Hashes = numpy.empty(0, dtype=numpy.uint64)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a text holds, so far as it was read; 8 bytes per document are kept of it."""
+
+    hashes: Hashes
+    num_documents: int
+    num_bytes: int  # of the documents in UTF-8
+    num_empty: int  # rows without text, which are passed over
+    is_whole: bool = True  # else it holds more documents
+
+
+def look(text: Text, *, most: int | None = None) -> Contents:
+    """Read a text, or its first `most` documents.
+
+    Raises:
+        DataError: No text in it, or a fault anywhere in what was read (by its line).
+    """
+    num_bytes = num_empty = 0
+
+    def hashes() -> Iterator[int]:
+        nonlocal num_bytes, num_empty
+        for row in text.rows():
+            if row is None:
+                num_empty += 1
+            else:
+                num_bytes += len(row.encode("utf-8", "surrogatepass"))
+                yield hash_of(row)
+
+    found = numpy.fromiter(islice(hashes(), most), dtype=numpy.uint64)
+    return Contents(numpy.unique(found), len(found), num_bytes, num_empty, is_whole=len(found) != most)
+
+
+def hash_of(document: str) -> int:
+    """64 bits of a document's words: how they are spaced, and how lines end, makes no other document."""
+    words = " ".join(document.split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(words, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The texts of a build with no document in common, and what to know of how that was reached."""
+
+    evaluation: Text
+    others: tuple[Text, ...]
+    remarks: tuple[str, ...] = ()
+
+
+Look = Callable[[Text], Hashes]
+
+
+def keep_apart(evaluation: Text, others: tuple[Text, ...], *, look: Look) -> Apart:
+    """Divide what is evaluated on and used otherwise too: no document then serves both.
+
+    A block chosen, or a model trained, on the very documents it is judged by looks better than it is.
+    A text that serves both is divided in halves, by the hashes of its documents. Of documents that two
+    texts share, the evaluation keeps all, unless they are most of the other text: then half, by their hashes.
+
+    Args:
+        look: The hashes of a text's documents; of a data set on the Hub those of as many as the evaluation
+            can come to read.
+    """
+    is_same = [_is_same(other.data, evaluation.data) for other in others]
+    judged = _half(evaluation, 1) if any(is_same) else evaluation
+    remarks: list[str] = []
+    kept, left_out = [], NONE
+    for other, same in zip(others, is_same, strict=True):
+        if same:
+            kept.append(_half(other, 0))
+            if other.data.name != evaluation.data.name:
+                remarks.append(
+                    f"{other.data.name} is {evaluation.data.name} under another name: divided by document"
+                )
+            continue
+        if _are_apart(evaluation.data, other.data):
+            kept.append(other)
+            continue
+        divided = _divide(judged, other, hashes=look(judged), others=look(other))
+        left_out = numpy.union1d(left_out, divided.from_evaluation)
+        kept.append(divided.other)
+        remarks += [divided.remark] if divided.remark else []
+    return Apart(without(judged, left_out), tuple(kept), tuple(dict.fromkeys(remarks)))
+
+
+def _is_same(one: DataSource, other: DataSource) -> bool:
+    """Whether two texts are one: the same split of a data set, by any configuration, or equal files."""
+    if one.hub_id or other.hub_id:
+        return (one.hub_id, one.version, one.split) == (other.hub_id, other.version, other.split)
+    return one.version == other.version and Path(one.name).suffix == Path(other.name).suffix
+
+
+def _are_apart(one: DataSource, other: DataSource) -> bool:
+    """Whether whoever made both has kept them apart: splits of one data set, or of Python's library."""
+    if one.hub_id:
+        return (one.hub_id, one.version) == (other.hub_id, other.version)
+    return one.name.startswith("stdlib:") and other.name.startswith("stdlib:")
+
+
+class _Divided(NamedTuple):
+    other: Text
+    from_evaluation: Hashes = NONE  # what the evaluation leaves out
+    remark: str = ""
+
+
+def _divide(evaluation: Text, other: Text, *, hashes: Hashes, others: Hashes) -> _Divided:
+    """Two texts that may share documents.
+
+    Args:
+        hashes: Of the evaluation's documents.
+        others: Of the other text's; of a stream, of its first.
+    """
+    shared = numpy.intersect1d(hashes, others, assume_unique=True)
+    is_stream = other.data.hub_id is not None
+    name = evaluation.data.name
+    if not len(shared):
+        return _Divided(without(other, hashes) if is_stream else other)
+    told = f"{len(shared):,} documents of {other.data.name} are also in {name}, which is evaluated on"
+    possible = hashes if is_stream else shared  # a stream may hold others further on
+    if len(shared) <= MOST_LEFT_OUT * len(others):
+        return _Divided(without(other, possible), remark=f"{told}: they are left out")
+    is_odd = possible % 2 == 1
+    return _Divided(
+        without(other, possible[is_odd]),
+        from_evaluation=possible[~is_odd],
+        remark=f"{told}: each of them serves one use",
+    )
+
+
+def without(text: Text, hashes: Hashes) -> Text:
+    """The text without the documents that have these hashes; its part names them."""
+    if not len(hashes):
+        return text
+    digest = sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16]
+    part = f"without any of {len(hashes):,} documents that serve another use ({digest})"
+    part = f"{text.data.part}, {part}" if text.data.part else part
+    return Text(text.data.model_copy(update={"part": part}), partial(_rows_without, text, hashes))
+
+
+def _rows_without(text: Text, hashes: Hashes) -> Iterator[str | None]:
+    return (row for row in text.rows() if row is None or not _is_among(row, hashes))
+
+
+def _is_among(document: str, hashes: Hashes) -> bool:
+    key = numpy.uint64(hash_of(document))
+    place = int(numpy.searchsorted(hashes, key))
+    return place < len(hashes) and bool(hashes[place] == key)
+
+
+def _half(text: Text, number: int) -> Text:
+    data = text.data.model_copy(update={"part": f"{number + 1} of 2"})
+    return Text(data, partial(_rows_of_half, text, number))
+
+
+def _rows_of_half(text: Text, number: int) -> Iterator[str | None]:
+    for row in text.rows():
+        if row is None or hash_of(row) % 2 == number:
+            yield row

@@ -1,0 +1,127 @@
+"""The source code of Python's standard library as text: one part to train on, one held out."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from factory.errors import DataError
+
+Part = Literal["train", "held-out"]
+# Single files in every Python from 3.11 to 3.14, without near copies elsewhere in the library.
+HELD_OUT = (
+    "calendar",
+    "cmd",
+    "colorsys",
+    "configparser",
+    "csv",
+    "difflib",
+    "filecmp",
+    "fileinput",
+    "fractions",
+    "ftplib",
+    "getopt",
+    "gettext",
+    "graphlib",
+    "heapq",
+    "mailbox",
+    "netrc",
+    "plistlib",
+    "pprint",
+    "pstats",
+    "queue",
+    "reprlib",
+    "sched",
+    "shelve",
+    "statistics",
+    "textwrap",
+    "timeit",
+    "trace",
+    "zipapp",
+)
+# Folders that hold other people's code, or nothing that is written by hand.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "__phello__"}
+SKIPPED_FILES = {"html/entities.py", "stringprep.py"}  # generated tables
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+MOST_BYTES = 400_000  # larger files are generated
+
+
+def documents(split: Part, *, root: Path | None = None, include_tests: bool = False) -> Iterator[str]:
+    """Texts of the source files of one split, whole, in the order of their paths.
+
+    Args:
+        split: "held-out" is `HELD_OUT`; "train" is everything else.
+        root: A standard library; default: that of the running interpreter.
+        include_tests: Add the library's own tests to "train", but for those of held-out modules. Not every
+            interpreter comes with them, so that without them the text is the same on more machines.
+
+    Raises:
+        DataError: The interpreter comes without readable source files.
+    """
+    for _, content in _contents(split, root=root, include_tests=include_tests):
+        with suppress(UnicodeDecodeError):  # a few tests are in other encodings on purpose
+            text = content.decode("utf-8").replace("\r\n", "\n")
+            if text.strip():
+                yield text
+
+
+def fingerprint(split: Part, *, root: Path | None = None) -> str:
+    """Hex sha256 over the relative paths and contents of the files that `documents` reads by default.
+
+    Raises:
+        DataError: As for `documents`.
+    """
+    digest = hashlib.sha256()
+    for name, content in _contents(split, root=root, include_tests=False):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def modules(*, root: Path | None = None) -> dict[str, str]:
+    """The held-out modules by name, in the order of `HELD_OUT`.
+
+    Raises:
+        DataError: As for `documents`.
+    """
+    files = _contents("held-out", root=root, include_tests=False)
+    return {name.removesuffix(".py"): content.decode("utf-8") for name, content in files}
+
+
+def _contents(split: Part, *, root: Path | None, include_tests: bool) -> Iterator[tuple[str, bytes]]:
+    """Relative path with forward slashes, and bytes, of each file; ordered by path."""
+    library = root or Path(sysconfig.get_path("stdlib"))
+    found = _held_out(library) if split == "held-out" else sorted(_train(library, include_tests))
+    if not found:
+        raise DataError(
+            f"no source files of the standard library in {library}",
+            hint="use an interpreter that comes with them, or give other text",
+        )
+    for name in found:
+        yield name, (library / name).read_bytes()
+
+
+def _held_out(library: Path) -> list[str]:
+    return [f"{name}.py" for name in HELD_OUT if (library / f"{name}.py").is_file()]
+
+
+def _train(library: Path, include_tests: bool) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(library):
+        inside = Path(folder).relative_to(library)
+        skipped = SKIPPED_FOLDERS if include_tests else SKIPPED_FOLDERS | TEST_FOLDERS
+        subfolders[:] = [
+            name for name in subfolders if name not in skipped and not name.startswith("config-")
+        ]
+        for file in files:
+            name = (inside / file).as_posix()
+            if file.endswith(".py") and _is_train(name) and (library / name).stat().st_size <= MOST_BYTES:
+                yield name
+
+
+def _is_train(name: str) -> bool:
+    parts = {part.removeprefix("test_") for part in name.removesuffix(".py").split("/")}
+    generated = name in SKIPPED_FILES or name.startswith("_sysconfigdata_")
+    return parts.isdisjoint(HELD_OUT) and not generated
