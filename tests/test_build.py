@@ -200,7 +200,7 @@ def test_the_model_loads_elsewhere_and_gives_the_same_logits_with_and_without_a_
 
 def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path) -> None:
     program = (
-        "import sys; from factory.cli import main\n"
+        "import sys; from factory.cli.main import main\n"
         f"sys.argv = ['factory', *{DEMO!r}]\n"
         "main()\n"
         "print(sorted({'torch', 'trl', 'peft', 'datasets', 'lm_eval'} & set(sys.modules)))"

@@ -54,7 +54,7 @@ def test_output_that_finds_no_room_is_an_error_however_little_is_missing(
     place = tmp_path / "printed"
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole) - 5},) * 2)\n"
-        f"from factory.cli import main; sys.argv[1:] = {arguments}; main()"
+        f"from factory.cli.main import main; sys.argv[1:] = {arguments}; main()"
     )
     with place.open("wb") as file:
         done = subprocess.run(
@@ -198,7 +198,7 @@ def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
 )
 def test_help_and_usage_errors_import_no_heavy_library(tmp_path: Path, arguments: list[str]) -> None:
     program = (
-        "import sys; from factory.cli import main\n"
+        "import sys; from factory.cli.main import main\n"
         f"sys.argv = ['factory', *{arguments!r}]\n"
         "try: main()\n"
         f"finally: print(sorted(set(sys.modules) & set({HEAVY!r})))"

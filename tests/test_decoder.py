@@ -31,7 +31,7 @@ def names(prefix: str, num_layers: int) -> list[str]:
 
 def test_the_stack_is_found_without_importing_torch() -> None:
     code = (
-        "import sys; from factory.decoder import locate;"
+        "import sys; from factory.model.architecture import locate;"
         "print(locate({'model_type': 'llama', 'num_hidden_layers': 1}, ['model.layers.0.w']).tensor_prefix,"
         "'torch' in sys.modules, 'transformers' in sys.modules)"
     )

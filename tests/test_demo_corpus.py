@@ -176,8 +176,8 @@ def test_items_of_any_module_are_well_formed(names: list[str], count: int) -> No
 
 def test_every_process_makes_the_same_text_and_items(items: list[Item]) -> None:
     program = (
-        "import json; from factory.demo import corpus, next_line;"
-        "print(json.dumps([corpus.fingerprint('train'), next_line.items(corpus.modules())]))"
+        "import json; from factory.demo import next_line; from factory.text import standard_library as text;"
+        "print(json.dumps([text.fingerprint('train'), next_line.items(text.modules())]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     answer = subprocess.run(

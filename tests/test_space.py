@@ -27,9 +27,10 @@ import yaml
 from gradio_client import Client
 
 from factory.artifacts import Build
-from factory.builds.space import DEMO, HOST, _held_back, free_port, pair_environment, serve
+from factory.builds.space import HOST, _held_back, free_port, pair_environment, serve
 from factory.errors import FactoryError, HubError, ModelError, UsageError
 from factory.hub.resolve import resolve
+from factory.resources import DEMO_MODEL
 from tests.compare import CHAT, SPACE, app, pair
 from tests.test_card import demo_healed, healing_discarded
 from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
@@ -45,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tiny: Path) -> tuple[Any, Any]:
-    loaded: tuple[Any, Any] = pair.load_pair({"SOURCE_MODEL": str(DEMO), "PRUNED_MODEL": str(tiny)})
+    loaded: tuple[Any, Any] = pair.load_pair({"SOURCE_MODEL": str(DEMO_MODEL), "PRUNED_MODEL": str(tiny)})
     return loaded
 
 
@@ -444,7 +445,7 @@ def test_on_zerogpu_the_page_starts_with_its_models_on_the_device(tmp_path: Path
         variables = {
             "SPACES_ZERO_GPU": "true",
             "SPACES_ZERO_DEVICE_API_URL": f"http://{HOST}:{lender.server_port}",
-            "SOURCE_MODEL": str(DEMO),
+            "SOURCE_MODEL": str(DEMO_MODEL),
             "PRUNED_MODEL": str(tiny),
             "GRADIO_SERVER_PORT": str(free_port(None)),
             "HOME": str(tmp_path),
@@ -475,14 +476,14 @@ def a_build_folder(folder: Path, build: Build, model: Path) -> Path:
 
 
 def demo_build(**changes: Any) -> Build:
-    source = resolve(str(DEMO)).model_copy(update={"name": "demo"})
+    source = resolve(str(DEMO_MODEL)).model_copy(update={"name": "demo"})
     return demo_healed().model_copy(update={"source": source, **changes})
 
 
 def test_the_source_of_the_demo_is_the_embedded_model(tmp_path: Path, tiny: Path) -> None:
     build = a_build_folder(tmp_path / "b", demo_build(), tiny)
     variables = pair_environment(build, source=None)
-    assert variables["SOURCE_MODEL"] == str(DEMO.resolve())
+    assert variables["SOURCE_MODEL"] == str(DEMO_MODEL.resolve())
     assert variables["PRUNED_MODEL"] == str(build / "model")
 
 
@@ -495,7 +496,7 @@ def test_a_folder_source_has_to_be_given_and_has_to_be_the_right_one(tmp_path: P
         pair_environment(build, source=tiny)
     with pytest.raises(UsageError, match="is no folder"):
         pair_environment(build, source=tmp_path / "gone")
-    assert pair_environment(build, source=DEMO)["SOURCE_MODEL"] == str(DEMO.resolve())
+    assert pair_environment(build, source=DEMO_MODEL)["SOURCE_MODEL"] == str(DEMO_MODEL.resolve())
 
 
 def test_a_hub_source_that_is_not_cached_is_an_error(tmp_path: Path, tiny: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from factory.builds.space import DEMO
+from factory.resources import DEMO_MODEL
 from tests.compare import CHAT, app, pair
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,11 +45,11 @@ Models = tuple[Any, Any]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The embedded model twice, once under another name and with a card."""
     folder = tmp_path_factory.mktemp("space") / "short"
-    shutil.copytree(DEMO, folder)
+    shutil.copytree(DEMO_MODEL, folder)
     (folder / "README.md").write_text(CARD)
     (folder / "figures").mkdir()
     (folder / "figures" / "one.png").write_bytes(PIXEL)
-    found: Models = pair.load_pair({"SOURCE_MODEL": str(DEMO), "PRUNED_MODEL": str(folder)})
+    found: Models = pair.load_pair({"SOURCE_MODEL": str(DEMO_MODEL), "PRUNED_MODEL": str(folder)})
     return found
 
 

@@ -259,7 +259,7 @@ def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
     program = (
         "from functools import partial; from pathlib import Path\n"
-        "from factory.spread import spread; from tests import workers\n"
+        "from factory.parallel.launch import spread; from tests import workers\n"
         f"work = partial(workers.write_number_and_wait, Path({str(tmp_path)!r}))\n"
         "spread(work, processes=2, progress=print)"
     )
