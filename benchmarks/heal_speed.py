@@ -31,7 +31,8 @@ from factory.config.settings import HealSettings
 from factory.healing.data import data_sets
 from factory.healing.heal import begin
 from factory.healing.lora import find_targets
-from factory.model.devices import device_name, peak_flops
+from factory.jobs.hardware import peak_flops
+from factory.model.devices import device_name
 from factory.model.layers import decoder_layers
 from factory.model.loading import matrix_weights
 from factory.model.tokenizer import load_encoder

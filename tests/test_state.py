@@ -11,8 +11,7 @@ import pytest
 
 from factory.builds.garbage import collect_garbage
 from factory.errors import ModelError
-from factory.jobs.hardware import Flavor, check_fits
-from factory.model.devices import peak_flops
+from factory.jobs.hardware import Flavor, check_fits, peak_flops
 from factory.pipeline.preview import Machine
 from tests.hub import Hub
 from tests.waiting import HUNG_SECONDS

@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import parse_xet_file_data_from_response
+from huggingface_hub.utils import parse_xet_file_data_from_response  # type: ignore[attr-defined]
 from huggingface_hub.utils._http import default_async_client_factory, default_client_factory
 from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -14,9 +14,8 @@ from factory.checkpoint.read import WEIGHTS
 from factory.errors import UNTRUSTED, CheckpointError, ModelError, UnsupportedArchitectureError, UsageError
 from factory.hub.remote_code import class_references
 from factory.hub.source_card import base_models_of, languages_of, licenses_of, short_text, texts_of
-from factory.model.architecture import locate
+from factory.model.architecture import locate, num_weights
 from factory.model.config_fields import vocab_size
-from factory.model.quantization import num_weights
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

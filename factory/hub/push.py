@@ -17,7 +17,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication, Source, canonical_json

@@ -6,7 +6,10 @@ from pathlib import Path
 from threading import Lock
 
 from huggingface_hub import HfApi, get_session, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+)
 
 from factory.checkpoint.header import TensorInfo, check_count, header_length, parse_header
 

@@ -6,10 +6,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from factory.checkpoint.header import DTYPE_BITS, TensorInfo
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 from factory.model import config_fields as fields
+from factory.model.config_fields import packing
 
 FIRST_NUMBER = re.compile(r"^(|.*?\.)(0|[1-9][0-9]{0,8})\.")
+# What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
+BESIDE = re.compile(
+    r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
+)
+WORDS = ("U8", "I32")  # hold several weights each
 
 
 @dataclass(frozen=True)
@@ -174,3 +181,15 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for name in path:
         config = config[name]
     return config
+
+
+def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
+    """How many parameters of the model a stored tensor holds."""
+    settings = packing(config)
+    if not settings:
+        return tensor.num_elements
+    if BESIDE.search(tensor.name):
+        return 0
+    bits = settings.get("bits") if isinstance(settings, Mapping) else None
+    each = DTYPE_BITS[tensor.dtype] // (bits if bits in (2, 4, 8) else 4) if tensor.dtype in WORDS else 1
+    return tensor.num_elements * each

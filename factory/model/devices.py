@@ -1,17 +1,10 @@
 """Devices: what they can do, and whether a model fits."""
 
-import re
-
 import torch
 
 SHARE_FOR_WEIGHTS = 0.9  # of a GPU's free memory
 SHARE_FOR_TRAINED = 0.7  # the same, where activations, gradients and an optimiser need room
 FOUR_BIT_BYTES = 0.6  # a parameter: NF4, its scales, and the embeddings in 16 bits
-# Dense bf16 FLOP a second; of a T4, which has no bf16, fp16. The first name that a device's contains counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "4090": 165e12, "B200": 2250e12, "T4": 65e12, "RTX PRO 6000": 503e12,
-}  # fmt: skip
 
 
 def best_device() -> torch.device:
@@ -51,10 +44,3 @@ def trains_on_one(
     bytes_each = compute_dtype(device).itemsize
     packed = (FOUR_BIT_BYTES if four_bit else bytes_each) * (num_parameters - num_unpacked)
     return packed + bytes_each * num_unpacked < SHARE_FOR_TRAINED * free_bytes
-
-
-def peak_flops(device: str) -> float | None:
-    """Of a device by its name; None if it is not known."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"(?i)\b{name}(?![a-z0-9])", device)), None
-    )

@@ -1,6 +1,5 @@
 """Weights in fewer bits: packed checkpoints, and NF4."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,17 +8,10 @@ from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import BitsAndBytesConfig
 
-from factory.checkpoint.header import DTYPE_BITS, TensorInfo
 from factory.errors import ModelError, UsageError
 from factory.model.config_fields import packing, packing_method
 from factory.model.config_proof import CONFIG_ERRORS
 from factory.model.devices import best_device, compute_dtype
-
-# What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
-BESIDE = re.compile(
-    r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
-)
-WORDS = ("U8", "I32")  # hold several weights each
 
 
 def nf4_config(dtype: torch.dtype, *, to_shard: bool) -> BitsAndBytesConfig:
@@ -90,18 +82,6 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     else:
         unpacked = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
     return unpacked.cpu()
-
-
-def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
-    """How many parameters of the model a stored tensor holds."""
-    settings = packing(config)
-    if not settings:
-        return tensor.num_elements
-    if BESIDE.search(tensor.name):
-        return 0
-    bits = settings.get("bits") if isinstance(settings, Mapping) else None
-    each = DTYPE_BITS[tensor.dtype] // (bits if bits in (2, 4, 8) else 4) if tensor.dtype in WORDS else 1
-    return tensor.num_elements * each
 
 
 def unpacking(config: Mapping[str, Any]) -> Any:

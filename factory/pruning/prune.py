@@ -12,9 +12,8 @@ from factory.checkpoint.read import read_checkpoint
 from factory.checkpoint.write import Progress, write_checkpoint
 from factory.errors import UsageError, VerificationError
 from factory.hub.remote_code import point_to_source
-from factory.model.architecture import DecoderStack, locate, prune_config, renumber
+from factory.model.architecture import DecoderStack, locate, num_weights, prune_config, renumber
 from factory.model.config_fields import packing, packing_method
-from factory.model.quantization import num_weights
 from factory.pruning.verify import verify, verify_logits, verify_values
 
 SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it takes seconds
