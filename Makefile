@@ -32,7 +32,7 @@ format: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python scripts/write_docs.py --check
-	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # --quiet would hide warnings from --strict
 
 ifdef HASHES  # every file but torch's is compared with hashes.txt
 $(VENV)/.installed $(VENV)/.installed-test &: pyproject.toml constraints.txt hashes.txt
