@@ -1,5 +1,6 @@
 # Two commands on a fresh machine: `make demo` builds the embedded model, `make test` runs the suite.
 # `make coverage` runs it too, a quarter slower, and says which branches no test takes.
+# `make docs` builds the documentation in site/ and checks its links.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
 	-n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test coverage check format clean
+.PHONY: demo test coverage check format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factory build demo --drop 0.3
@@ -28,6 +29,10 @@ check: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python scripts/write_docs.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # --quiet would hide warnings from --strict
 
 ifdef HASHES  # every file but torch's is compared with hashes.txt
 $(VENV)/.installed $(VENV)/.installed-test &: pyproject.toml constraints.txt hashes.txt
@@ -48,5 +53,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 endif
 
+$(VENV)/.installed-docs: $(VENV)/.installed  # never compared with hashes.txt
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) builds dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) builds dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
