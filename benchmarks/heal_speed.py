@@ -28,10 +28,10 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from factory.config.settings import HealSettings
+from factory.gpus import peak_flops
 from factory.healing.data import data_sets
 from factory.healing.heal import begin
 from factory.healing.lora import find_targets
-from factory.jobs.hardware import peak_flops
 from factory.model.devices import device_name
 from factory.model.layers import decoder_layers
 from factory.model.loading import matrix_weights

@@ -14,7 +14,7 @@ from tests.waiting import HUNG_SECONDS
 ROOT = Path(__file__).parent.parent
 # A folder imports from those in the rows before it; only the values of the first row import each other.
 LEVELS = (
-    ("errors", "resources", "units", "artifacts", "config"),
+    ("errors", "resources", "units", "gpus", "artifacts", "config"),
     *(("store",), ("checkpoint",), ("model",), ("hub",), ("text", "parallel")),
     ("pruning", "healing", "evaluation", "report", "serving", "demo"),
     *(("builds",), ("pipeline",), ("jobs",), ("cli",), ("__main__",)),

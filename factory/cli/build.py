@@ -252,7 +252,6 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     """The run and the stages that it still has to make, once everything that they need was looked at."""
     from factory.builds.reproduce import check_same_texts
     from factory.evaluation.tasks import check_backend, check_tasks
-    from factory.model.quantization import check_loads
     from factory.pipeline.build import pending as pipeline_pending
     from factory.pipeline.run import Run
     from factory.pipeline.texts import READS_TEXT, check_texts, open_texts
@@ -276,6 +275,8 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
 
         check_source(asked.source)
     if {"measure", "evaluate", "speed"} & set(pending):
+        from factory.model.quantization import check_loads
+
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
     check_tasks(config.evaluate, search="evaluate" in pending, run_code=run_code)
     if READS_TEXT & set(pending):

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from factory.config.settings import SLOWER
 from factory.errors import HealingError
+from factory.gpus import peak_flops
 from factory.healing.tracking import Tracking
-from factory.model.devices import peak_flops
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
 SPIKE_NATS = 1.0  # at least so far above the first

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from huggingface_hub import JobHardwareInfo
 
 from factory.errors import ModelError, UsageError
+from factory.gpus import peak_flops
 from factory.hub.client import hub_api, patiently
 from factory.hub.errors import hub_errors, no_hub
 from factory.pipeline.preview import Machine
 from factory.units import size
 
-# Dense bf16 FLOP a second; of a T4, which has no bf16, fp16. The first name that a device's contains counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "4090": 165e12, "B200": 2250e12, "T4": 65e12, "RTX PRO 6000": 503e12,
-}  # fmt: skip
 CPU_FLOPS = 2e11  # a core, at the most: two AVX-512 units at 3 GHz
 OF_PEAK = 1 / 3  # that whole models reach
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
@@ -105,10 +101,3 @@ def check_fits(found: Flavor, memory_needed: int) -> None:
             f"the build needs about {size(memory_needed)} of memory, and {found.name} has {size(has)}",
             hint="take larger hardware, or --load-in-4bit for the measurement",
         )
-
-
-def peak_flops(device: str) -> float | None:
-    """Of a device by its name; None if it is not known."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"(?i)\b{name}(?![a-z0-9])", device)), None
-    )
