@@ -2,17 +2,20 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from hypothesis import settings
 
-from tests.hub import Hub, running_hub
+from tests.loopback_hub import Hub, running_hub
 
 # A file is one worker's, so the files that take minutes come first: the others fill what is left of the time.
 LONGEST_FIRST = (
-    "test_kills", "test_build", "test_production", "test_spread", "test_faults", "test_jobs", "test_heal",
-    "test_preview", "test_space_browser", "test_reproduce", "test_evaluate", "test_space", "test_sweep",
+    "whole/test_kills", "whole/test_build", "whole/test_production", "parallel/test_launch",
+    "whole/test_faults", "jobs/test_jobs", "healing/test_heal", "pipeline/test_preview",
+    "spaces/test_browser", "builds/test_reproduce", "evaluation/test_evaluate", "spaces/test_space",
+    "pipeline/test_sweep",
 )  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children
@@ -22,8 +25,8 @@ settings.load_profile("untimed")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files for `-n 2 --dist loadfile --no-loadscope-reorder`."""
-    place = {name: index for index, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    place = {Path(__file__).parent / f"{name}.py": index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import MistralConfig, MistralForCausalLM
 
 from factory.text.text import SHUFFLE_BUFFER
-from tests.hub import Hub
+from tests.loopback_hub import Hub
 
 MODEL = "mistralai/Mistral-7B-v0.1"
 C4 = "allenai/c4"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from scripts.write_docs import pages, read_printed
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")), *DOCS]
 GENERATED = {"cli.md", "supported-models.md"}

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from tests.hub import Hub
-from tests.hub.server import ALICE, BOB
+from tests.loopback_hub import Hub
+from tests.loopback_hub.server import ALICE, BOB
 from tests.waiting import HUNG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("own_hub")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from tests.waiting import HUNG_SECONDS
 
-ROOT = Path(__file__).parent.parent
 # A folder imports from those in the rows before it; only the values of the first row import each other.
 LEVELS = (
     ("errors", "resources", "units", "gpus", "artifacts", "config"),

@@ -10,8 +10,8 @@ from packaging.utils import canonicalize_name
 
 from factory.builds.record import installed_libraries
 from scripts.lock import BUILDS_US, OF_TORCH, entries
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 HINT = "run `pip install uv && python scripts/lock.py`"
 SHA256 = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 

@@ -1,5 +1,0 @@
-"""A Hub on loopback for the unmodified huggingface_hub client: storage, routes, faults, server."""
-
-from tests.hub.server import Hub, running_hub
-
-__all__ = ["Hub", "running_hub"]

@@ -1,0 +1,82 @@
+"""Numbers and verdicts read as people write them."""
+
+from pathlib import Path
+
+import pytest
+
+from factory.cli.console import console, printable
+from factory.cli.tables import result_table, show_stages, verdict
+from factory.units import count, duration, size
+from tests.report.test_card import a_comparison, chat_with_other_licence, healing_discarded, perplexities
+
+
+def test_text_from_outside_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2J\rb") == "a[2Jb"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1_234, "1.23 k"), (2_118_240, "2.12 M"), (7_241_732_096, "7.24 B")],
+)
+def test_counts(number: int, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(12, "12 bytes"), (4_300_000, "4.3 MB"), (14_483_464_192, "14.5 GB"), (2 * 10**12, "2.0 TB")],
+)
+def test_sizes(number: int, text: str) -> None:
+    assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (200, "3 min 20 s"), (18_725, "5 h 12 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> None:
+    out = console()
+    with out.capture() as captured:
+        out.print(result_table(chat_with_other_licence()))
+    rows = [line.split("  ") for line in captured.get().splitlines()]
+    last = {row[0]: row[-1].strip() or row[-2].strip() for row in rows}
+    assert last[""] == "← less source"
+    assert last["loss, nats a token"] == "+0.313 (+0.300 to +0.327)"
+    assert last["MMLU, 5-shot acc (chance 25.0%)"] == "-4.5% (-5.9% to -3.2%)"
+    assert last["BoolQ, 0-shot acc (chance 50.0%)"] == "≈ -1.1% (-2.4% to +0.3%)"
+    assert "memory, at its peak" in last
+
+
+def test_a_perplexity_is_shown_as_a_number_with_the_way_it_should_go(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console().print(result_table(perplexities(False)))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wiki" in line]
+    assert line.split() == ["wiki,", "0-shot", "word_perplexity", "↓", "410.500", "±", "0.008",
+                            "9,000.250", "±", "0.008", "502.250", "±", "0.008",
+                            "+91.750", "(+91.736", "to", "+91.764)"]  # fmt: skip
+
+
+def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    show_stages(console(), [], [Path("mine\nbuild  /not/there\x1b[2J")])
+    assert capsys.readouterr().out.splitlines()[-1] == "build  minebuild  /not/there[2J"
+
+
+def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
+    build = healing_discarded()
+    del build.evaluations["healed"]
+    assert verdict(build).endswith("the model that ships is the pruned one.")
+
+
+def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hidden() -> None:
+    build = chat_with_other_licence()
+    assert "No measurable loss" not in verdict(build)
+    same = a_comparison("loss", 0.004, num_items=1000, test="paired t")
+    told = verdict(build.model_copy(update={"comparisons": {"healed": (same,)}}))
+    assert told == (
+        "No measurable loss: +0.004 nats a token is within chance (p = 0.562), "
+        "but 1000 documents cannot rule out +0.018."
+    )

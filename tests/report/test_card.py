@@ -1,0 +1,1078 @@
+"""The card: golden files for three builds, and what holds for every card."""
+
+import json
+import math
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markdown_it import MarkdownIt
+
+from factory.artifacts import (
+    Adapter,
+    Build,
+    Comparison,
+    DataSource,
+    Evaluation,
+    LossPoint,
+    PartScore,
+    PruningPlan,
+    Source,
+    Speed,
+    SpeedComparison,
+    TaskScore,
+    TokenLoss,
+)
+from factory.builds.folder import read_if_same
+from factory.cli.build import build as command_line_build
+from factory.config.settings import SLOWER, BuildConfig, load_recipe, settle
+from factory.errors import StoreError
+from factory.report.card import front_matter, render, write_card
+from factory.report.command import reproduction_command
+from factory.report.markdown import SMALLEST_P, markdown, text_name
+from factory.report.tables import recovery, worst_parts
+from factory.resources import CARD_TEMPLATES
+from tests.loopback_hub import Hub
+from tests.places import GOLDEN
+
+C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+COMMIT = "27d67f1b5f57dc0953326b2601d68371d40ea8da"
+
+
+# Builds -----------------------------------------------------------------------------------------
+
+
+def a_source(**changes: Any) -> Source:
+    values: dict[str, Any] = {
+        "name": "Mistral-7B-v0.1",
+        "repo_id": "mistralai/Mistral-7B-v0.1",
+        "commit": COMMIT,
+        "model_type": "mistral",
+        "architecture": "MistralForCausalLM",
+        "config": {"num_hidden_layers": 32, "max_position_embeddings": 32_768},
+        "num_layers": 32,
+        "num_parameters": 7_241_732_096,
+        "layer_parameters": (218_112_000,) * 32,
+        "size_bytes": 14_483_464_192,
+        "layer_bytes": (436_224_000,) * 32,
+        "vocab_size": 32_000,
+        "dtype": "bfloat16",
+        "license": "apache-2.0",
+        "languages": ("en",),
+    }
+    return Source.model_validate(values | changes)
+
+
+def an_evaluation(
+    nats: float, data: DataSource, *scores: TaskScore, vocab_size: int = 32_000, num_documents: int = 1000
+) -> Evaluation:
+    return Evaluation(
+        loss=TokenLoss(
+            nats=nats,
+            stderr=0.0131,
+            normalized=nats / math.log(vocab_size),
+            num_tokens=num_documents * 1961,
+            num_documents=num_documents,
+            sequence_length=2048,
+            data=data,
+        ),
+        tasks=scores,
+        dtype="bfloat16",
+        harness="lm-eval 0.4.13",
+    )
+
+
+def a_score(
+    task: str, value: float, *, chance: float | None, shots: int = 0, metric: str = "acc", **changes: Any
+) -> TaskScore:
+    return TaskScore(
+        task=task,
+        label={"mmlu": "MMLU", "boolq": "BoolQ", "gsm8k": "GSM8K", "winogrande": "WinoGrande"}.get(
+            task, task
+        ),
+        metric=metric,
+        value=value,
+        stderr=0.0081,
+        num_fewshot=shots,
+        num_samples=1000,
+        chance=chance,
+        version="1.0",
+        **changes,
+    )
+
+
+def a_comparison(measure: str, difference: float, *, num_items: int, test: str) -> Comparison:
+    stderr = 0.0069
+    return Comparison(
+        measure=measure,
+        difference=difference,
+        stderr=stderr,
+        low=difference - 1.96 * stderr,
+        high=difference + 1.96 * stderr,
+        confidence=0.95,
+        p_value=math.erfc(abs(difference) / stderr / math.sqrt(2)),
+        num_items=num_items,
+        test=test,
+    )
+
+
+def comparisons(evaluations: dict[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
+    """With the source, as a build holds them."""
+    source = evaluations["source"]
+    return {
+        name: (
+            a_comparison(
+                "loss",
+                evaluation.loss.nats - source.loss.nats,
+                num_items=source.loss.num_documents,
+                test="paired t",
+            ),
+            *(
+                a_comparison(
+                    new.task, new.value - old.value, num_items=old.num_samples, test="McNemar, exact"
+                )
+                for old, new in zip(source.tasks, evaluation.tasks, strict=True)
+            ),
+        )
+        for name, evaluation in evaluations.items()
+        if name != "source"
+    }
+
+
+SUBJECTS = {  # the source's score, what is lost, questions
+    "high_school_mathematics": (0.411, 0.162, 270),
+    "formal_logic": (0.532, 0.121, 126),
+    "abstract_algebra": (0.36, 0.11, 100),
+    "moral_scenarios": (0.571, 0.094, 895),
+    "college_physics": (0.451, 0.088, 102),
+    "virology": (0.542, 0.012, 166),
+    "sociology": (0.861, -0.005, 201),
+}
+
+
+def subjects(name: str) -> tuple[PartScore, ...]:
+    """MMLU's parts: the healed model lost what `SUBJECTS` says, the pruned one twice as much."""
+    share = {"source": 0, "pruned": 2, "healed": 1}[name]
+    return tuple(
+        PartScore(label=label, value=value - share * lost, num_samples=count)
+        for label, (value, lost, count) in SUBJECTS.items()
+    )
+
+
+def a_build(**changes: Any) -> Build:
+    values: dict[str, Any] = {
+        "factory_version": "0.1.0",
+        "seconds": {"measure": 81.2, "prune": 12.9, "heal": 19_204.1, "merge": 44.0, "evaluate": 3_022.5},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+        "stages": {"measure": "0123456789abcdef"},
+        "files": {"model.safetensors": "00" * 32},
+        "device": "NVIDIA H100 80GB HBM3",
+    }
+    build = Build.model_validate(values | changes)
+    return build.model_copy(update={"comparisons": comparisons(build.evaluations)})
+
+
+def demo_healed() -> Build:
+    """The embedded demo: no Hub repository, a text that is no Hub data set, healed."""
+    train = DataSource(name="stdlib:train", version="5b" * 32)
+    held_out = DataSource(name="stdlib:held-out", version="c4" * 32)
+    recipe, size = load_recipe("demo"), {"num_parameters": 3_412_224, "max_length": 32_768}
+    config = settle("demo", drop=0.3, recipe=recipe, is_folder=True, overrides={}, **size)
+    losses = {"source": 2.2214, "pruned": 4.9071, "healed": 2.6127}
+    lines = {"source": 0.781, "pruned": 0.344, "healed": 0.662}
+    return a_build(
+        name="demo-drop30",
+        reference="demo",
+        config=config.model_dump(mode="json"),
+        source=a_source(
+            name="demo",
+            repo_id=None,
+            commit="9d" * 20,
+            num_layers=10,
+            num_parameters=3_412_224,
+            layer_parameters=(295_424,) * 10,
+            size_bytes=6_831_104,
+            layer_bytes=(590_848,) * 10,
+            vocab_size=2048,
+        ),
+        plan=PruningPlan(
+            criterion="angular",
+            num_layers=10,
+            dropped=(5, 6, 7),
+            distance=0.0713,
+            runner_up_start=4,
+            runner_up_distance=0.0829,
+        ),
+        profile_samples=64,
+        calibration=train,
+        adapter=Adapter(
+            folder=Path(),
+            objective="distill",
+            quantization="none",
+            rank=config.heal.rank,
+            learning_rate=config.heal.learning_rate,
+            target_modules=("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj"),
+            num_steps=recipe.heal.num_steps,
+            num_tokens=117_343,
+            sequence_length=256,
+            num_trainable_parameters=602_112,
+            curve=(LossPoint(step=10, loss=1.4), LossPoint(step=60, loss=0.7)),
+            guard_curve=(LossPoint(step=40, loss=3.1), LossPoint(step=80, loss=2.7031)),
+            guard_loss_before=4.8125,
+            guard_loss_after=2.7031,
+            data=train,
+        ),
+        shipped="healed",
+        source_parameters=3_412_224,
+        result_parameters=2_525_952,
+        source_bytes=6_831_104,
+        result_bytes=5_057_536,
+        evaluations={
+            name: an_evaluation(
+                losses[name],
+                held_out,
+                a_score("next_line", lines[name], chance=0.25),
+                vocab_size=2048,
+                num_documents=64,
+            )
+            for name in losses
+        },
+        speed=SpeedComparison(
+            device="Intel Xeon, 2 threads",
+            rounds=5,
+            prompt_tokens=256,
+            new_tokens=32,
+            batch_size=1,
+            dtype="float32",
+            memory="weights and cache",
+            source=Speed(
+                prefill_tokens_per_second=2210.4,
+                prefill_spread=0.021,
+                decode_tokens_per_second=71.25,
+                decode_spread=0.034,
+                memory_bytes=14_390_208,
+                cache_bytes_per_token=2560.0,
+            ),
+            result=Speed(
+                prefill_tokens_per_second=3080.9,
+                prefill_spread=0.018,
+                decode_tokens_per_second=99.75,
+                decode_spread=0.029,
+                memory_bytes=10_619_904,
+                cache_bytes_per_token=1792.0,
+            ),
+        ),
+        seconds={"measure": 9.1, "prune": 0.2, "heal": 141.7, "merge": 0.3, "evaluate": 33.0},
+        device="Intel Xeon, 2 threads",
+    )
+
+
+def chat_with_other_licence() -> Build:
+    """A chat model under a licence of its own, healed, with other settings and four kinds of scores."""
+    c4 = DataSource(name="allenai/c4:en", version=C4, hub_id="allenai/c4", split="validation")
+    config = BuildConfig(reference="meta-llama/Llama-3.1-8B-Instruct", drop=0.25, seed=3)
+    heal = config.heal.model_copy(update={"rank": 8, "num_steps": 2000})
+    config = config.model_copy(update={"heal": heal})
+    losses = {"source": 2.6021, "pruned": 4.1188, "healed": 2.9154}
+    scores = {  # MMLU, BoolQ, GSM8K, WinoGrande, one that the source cannot do
+        "source": (0.6794, 0.8411, 0.7567, 0.7370, 0.2560),
+        "pruned": (0.5817, 0.6220, 0.0110, 0.6875, 0.2480),
+        "healed": (0.6341, 0.8302, 0.3215, 0.5080, 0.2510),
+    }
+    return a_build(
+        name="Llama-3.1-8B-Instruct-drop25",
+        reference="meta-llama/Llama-3.1-8B-Instruct",
+        config=config.model_dump(mode="json"),
+        source=a_source(
+            name="Llama-3.1-8B-Instruct",
+            repo_id="meta-llama/Llama-3.1-8B-Instruct",
+            commit="0e9e39f249a16976918f6564b8830bc894c89659",
+            model_type="llama",
+            architecture="LlamaForCausalLM",
+            num_parameters=8_030_261_248,
+            vocab_size=128_256,
+            license="other",
+            license_name="llama3.1",
+            license_link="LICENSE",
+            languages=("en", "de", "fr"),
+            has_chat_template=True,
+        ),
+        plan=PruningPlan(
+            criterion="angular",
+            num_layers=32,
+            dropped=tuple(range(20, 28)),
+            distance=0.2402,
+            runner_up_start=21,
+            runner_up_distance=0.2418,
+        ),
+        profile_samples=512,
+        calibration=c4,
+        adapter=Adapter(
+            folder=Path(),
+            objective="sft",
+            quantization="nf4",
+            rank=8,
+            learning_rate=3e-4,
+            target_modules=("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj"),
+            num_steps=2000,
+            num_tokens=61_204_992,
+            sequence_length=2048,
+            num_trainable_parameters=10_616_832,
+            curve=(LossPoint(step=10, loss=3.4), LossPoint(step=2000, loss=2.8)),
+            guard_loss_before=4.2071,
+            guard_loss_after=2.9612,
+            data=DataSource(name="allenai/c4:en", version=C4, hub_id="allenai/c4", split="train"),
+        ),
+        merge_base="source weights",
+        merge_losses={"source weights": 2.9581, "NF4 weights, unpacked": 2.9633},
+        guard_losses={"unhealed": 4.1893, "healed": 2.9581},
+        shipped="healed",
+        source_parameters=8_030_261_248,
+        result_parameters=6_285_365_248,
+        source_bytes=16_060_556_376,
+        result_bytes=12_570_751_640,
+        evaluations={
+            name: an_evaluation(
+                losses[name],
+                c4,
+                a_score("mmlu", scores[name][0], chance=0.25, shots=5, parts=subjects(name)),
+                a_score("boolq", scores[name][1], chance=0.5),
+                a_score(
+                    "gsm8k",
+                    scores[name][2],
+                    chance=None,
+                    shots=5,
+                    metric="exact_match",
+                    answers="strict-match",
+                ),
+                a_score("winogrande", scores[name][3], chance=0.5),
+                a_score("arc_fr|hard", scores[name][4], chance=0.25),
+                vocab_size=128_256,
+            )
+            for name in losses
+        },
+        speed=SpeedComparison(
+            device="NVIDIA H100 80GB HBM3",
+            rounds=5,
+            prompt_tokens=256,
+            new_tokens=32,
+            batch_size=1,
+            dtype="bfloat16",
+            memory="peak",
+            source=Speed(
+                prefill_tokens_per_second=14_210.0,
+                prefill_spread=0.011,
+                decode_tokens_per_second=41.2,
+                decode_spread=0.02,
+                memory_bytes=16_390_381_568,
+                cache_bytes_per_token=131_072.0,
+            ),
+            result=Speed(
+                prefill_tokens_per_second=18_533.0,
+                prefill_spread=0.014,
+                decode_tokens_per_second=54.1,
+                decode_spread=0.02,
+                memory_bytes=12_901_023_744,
+                cache_bytes_per_token=98_304.0,
+            ),
+        ),
+    )
+
+
+def unhealed() -> Build:
+    """Healing switched off, no tasks, speed not measured, no licence on the source's card."""
+    c4 = DataSource(name="allenai/c4:en", version=C4, hub_id="allenai/c4", split="validation")
+    config = BuildConfig(reference="mistral-7b", drop=0.28, heal_enabled=False)
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"tasks": ()})})
+    return a_build(
+        name="Mistral-7B-v0.1-drop28",
+        reference="mistral-7b",
+        config=config.model_dump(mode="json"),
+        source=a_source(license=None, languages=()),
+        plan=PruningPlan(
+            criterion="angular",
+            num_layers=32,
+            dropped=tuple(range(20, 29)),
+            distance=0.2011,
+            runner_up_start=21,
+            runner_up_distance=0.2043,
+        ),
+        profile_samples=512,
+        calibration=c4,
+        adapter=None,
+        shipped="pruned",
+        source_parameters=7_241_732_096,
+        result_parameters=5_278_724_096,
+        source_bytes=14_483_464_192,
+        result_bytes=10_557_448_192,
+        evaluations={"source": an_evaluation(2.1034, c4), "pruned": an_evaluation(3.6120, c4)},
+        speed=None,
+        seconds={"measure": 81.2, "prune": 12.9, "evaluate": 310.0},
+    )
+
+
+def healing_discarded() -> Build:
+    """Healing was tried and made the model worse."""
+    build = chat_with_other_licence()
+    assert build.adapter is not None
+    guard = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distillation"}
+    adapter = build.adapter.model_copy(update=guard)
+    limited = build.config | {
+        "evaluate": build.config["evaluate"] | {"limit": 1000},
+        "heal": build.config["heal"] | {"dropout": 0.1},
+    }
+    evaluations = dict(build.evaluations)
+    evaluations["pruned"], evaluations["healed"] = evaluations["healed"], evaluations["pruned"]
+    changes = {
+        "adapter": adapter,
+        "guard_losses": {"unhealed": 2.88, "healed": 3.04},
+        "config": limited,
+        "shipped": "pruned",
+        "evaluations": evaluations,
+        "comparisons": comparisons(evaluations),
+    }
+    return build.model_copy(update=changes)
+
+
+def perplexities(rises: bool | None, *values: float, **changes: Any) -> Build:
+    """The demo with a word perplexity as its task."""
+    build = demo_healed()
+    numbers = dict(zip(build.evaluations, values or (410.5, 9_000.25, 502.25), strict=True))
+    evaluations = {
+        name: evaluation.model_copy(
+            update={
+                "tasks": (
+                    a_score("wiki", numbers[name], chance=None, metric="word_perplexity").model_copy(
+                        update={"higher_is_better": rises, "is_share": False, **changes}
+                    ),
+                )
+            }
+        )
+        for name, evaluation in build.evaluations.items()
+    }
+    return build.model_copy(update={"evaluations": evaluations, "comparisons": comparisons(evaluations)})
+
+
+def chosen_by(criterion: str) -> Build:
+    """The demo with layers chosen otherwise, measured over all tokens in NF4."""
+    build = demo_healed()
+    changes: dict[str, Any] = {"criterion": criterion}
+    if criterion in ("block-influence", "greedy"):
+        changes["dropped"] = (2, 5, 6)
+    if criterion in ("loss", "greedy"):
+        changes |= {"num_documents": 32, "passes": 9.5}
+    if criterion == "greedy":
+        changes["order"] = (6, 2, 5)
+    nothing = {"distance": None, "runner_up_start": None, "runner_up_distance": None}
+    config = build.config | {
+        "measure": build.config["measure"] | {"tokens": "all", "four_bit": True},
+        "plan": build.config["plan"]
+        | ({"layers": build.plan.dropped} if criterion == "chosen" else {"criterion": criterion}),
+    }
+    return build.model_copy(
+        update={"plan": build.plan.model_copy(update=nothing | changes), "config": config}
+    )
+
+
+def with_a_full_card() -> Build:
+    build = demo_healed()
+    fields = {
+        "license": ("cc-by-nd-4.0", "other"),
+        "license_name": "own-1",
+        "license_link": "https://a.b/c",
+        "base_models": ("org/base", "org/other"),
+    }
+    return build.model_copy(update={"source": build.source.model_copy(update=fields)})
+
+
+def without_measurable_loss() -> Build:
+    """A healed model whose loss is that of its source, as far as the documents can tell."""
+    build = chat_with_other_licence()
+    same = a_comparison("loss", -0.001, num_items=1000, test="paired t")
+    others = build.comparisons["healed"][1:]
+    return build.model_copy(update={"comparisons": {"healed": (same, *others)}})
+
+
+# Golden files -----------------------------------------------------------------------------------
+
+CARDS = {
+    "demo": lambda: render(demo_healed(), has_healing_figure=True),
+    "chat": lambda: render(
+        chat_with_other_licence(), repo_id="someone/Llama-3.1-8B-Instruct-24-layers", has_healing_figure=True
+    ),
+    "unhealed": lambda: render(unhealed(), repo_id="someone/mistral-23-layers", has_healing_figure=False),
+    "discarded": lambda: render(healing_discarded(), has_healing_figure=False),
+    "greedy": lambda: render(chosen_by("greedy"), has_healing_figure=False),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_is_the_golden_one(name: str) -> None:
+    """After a wanted change: UPDATE_GOLDEN=1 pytest tests/report/test_card.py, then read the difference."""
+    path = GOLDEN / f"card_{name}.md"
+    card = CARDS[name]()
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(card, encoding="utf-8")
+    assert card == path.read_text(encoding="utf-8")
+
+
+def test_the_card_of_the_demo_that_people_are_shown_is_the_one_of_today() -> None:
+    """After a wanted change: `factory build demo --drop 0.3`, or `factory card` where only words changed."""
+    folder = CARD_TEMPLATES / "demo-drop30"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == render(Build.read(folder), has_healing_figure=True)
+
+
+# What the template names ------------------------------------------------------------------------
+
+
+def test_the_rate_after_a_loss_that_ran_away_is_the_one_trained_at() -> None:
+    build = demo_healed()
+    slowed = build.adapter.model_copy(update={"slowed_at_step": 900})
+    card = render(build.model_copy(update={"adapter": slowed}), has_healing_figure=False)
+    assert f"; {SLOWER} times that from step 900 on" in card
+
+
+def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> None:
+    build = chat_with_other_licence()
+    assert "of two bases" in render(build, has_healing_figure=False)
+    alone = build.model_copy(update={"merge_losses": {"source weights": 2.9}})
+    assert "of two bases" not in render(alone, has_healing_figure=False)
+
+
+def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (CARD_TEMPLATES / "card.md.j2").read_text(encoding="utf-8")
+    monkeypatch.setattr("factory.report.card.CARD_TEMPLATES", tmp_path)
+    words = {"if", "else", "elif", "endif", "for", "endfor", "in", "set", "and", "or", "not", "none", "is"}
+    survivors, tried = [], 0
+    others = [
+        partial(render, chosen_by(criterion), has_healing_figure=False)
+        for criterion in ("deepest", "loss", "chosen", "block-influence")
+    ]
+    foreign = demo_healed().source.model_copy(update={"remote_code": True})
+    others.append(
+        partial(render, demo_healed().model_copy(update={"source": foreign}), has_healing_figure=False)
+    )
+    others.append(partial(render, without_measurable_loss(), has_healing_figure=False))
+    others.append(partial(render, perplexities(None), has_healing_figure=False))
+    chat = chat_with_other_licence()
+    seam = chat.adapter.model_copy(
+        update={
+            "layers": "seam",
+            "slowed_at_step": 900,
+            "best_step": 950,
+            "ran_away_at_step": 990,
+            "experts": ("mlp.experts.up",),
+            "left_out": ("mlp.experts.down", "mlp.experts.gate"),
+        }
+    )
+    others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
+    others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
+    others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    head, *sections = re.split(r"(?m)^(?=## \w)", template)
+    names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use
+    # A section is tried without the others: to compile them all takes ten times as long.
+    for before, section, after in [("", head, "".join(sections)), *((names, each, "") for each in sections)]:
+        for expression in re.finditer(r"\{[{%].*?[%}]\}", section):
+            without_strings = re.sub(r'"[^"]*"', lambda found: " " * len(found[0]), expression[0])
+            for name in re.finditer(r"(?<![|.\w] )\b[a-z_]{3,}\b", without_strings):
+                is_filter = re.search(r"\|\s*$", without_strings[: name.start()])
+                if name[0] in words or is_filter or without_strings[name.end() :].startswith("="):
+                    continue
+                place = expression.start() + name.end()
+                renamed = f"{before}{section[:place]}_x{section[place:]}{after}"
+                (tmp_path / "card.md.j2").write_text(renamed, encoding="utf-8")
+                tried += 1
+                if not any(_fails(card) for card in (*CARDS.values(), *others)):
+                    survivors.append((section[:place].splitlines()[-1], name[0]))
+    assert tried > 100
+    assert survivors == []
+    for section in sections:  # by themselves they do not fail
+        (tmp_path / "card.md.j2").write_text(names + section, encoding="utf-8")
+        assert not any(_fails(card) for card in (*CARDS.values(), *others)), section
+
+
+def _fails(card: Callable[[], str]) -> bool:
+    try:
+        card()
+    except (UndefinedError, TypeError):  # formatting an undefined value is a TypeError
+        return True
+    return False
+
+
+# Numbers ----------------------------------------------------------------------------------------
+
+
+THE_DEMO = Build.read(CARD_TEMPLATES / "demo-drop30")
+
+
+@pytest.mark.parametrize(
+    "build", [demo_healed(), chat_with_other_licence(), unhealed(), healing_discarded(), THE_DEMO]
+)
+def test_every_number_on_the_card_is_in_the_build_or_follows_from_it(build: Build) -> None:
+    card = render(build, has_healing_figure=True)
+    body = card.split("\n---\n", 1)[1].split("## Citation")[0]
+    body = re.sub(r"```python.*?```", "", body, flags=re.DOTALL)
+    known = _written(json.loads(build.model_dump_json())) | _derived(build) | {"0", "1"}  # ends of scales
+    for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)*", body):
+        grouped = re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", number)
+        plain = number.replace(",", "") if grouped else number.rstrip(",")
+        assert plain in known, f"{number} comes from nowhere"
+
+
+@pytest.mark.parametrize("build", [demo_healed(), chat_with_other_licence(), unhealed(), THE_DEMO])
+def test_every_result_in_the_front_matter_is_the_builds_to_the_last_digit(build: Build) -> None:
+    evaluation = json.loads(build.model_dump_json())["evaluations"][build.shipped]
+    loss = evaluation["loss"]
+    known = [loss["nats"], loss["normalized"], math.exp(loss["nats"])]
+    known += [task["value"] for task in evaluation["tasks"]]
+    (model,) = front_matter(build, repo_id=None)["model-index"]
+    assert [metric["value"] for result in model["results"] for metric in result["metrics"]] == known
+
+
+def _written(value: Any) -> set[str]:
+    """Every number of a nested value, in each way that a card writes numbers."""
+    if isinstance(value, dict):
+        return set().union(*(_written(item) for item in value.values()), *(_written(key) for key in value))
+    if isinstance(value, list):
+        return set().union(*map(_written, value))
+    if isinstance(value, str):
+        return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)*", value)) | {value[:12]}
+    if isinstance(value, bool) or value is None:
+        return set()
+    value = abs(value)  # a sign is no digit
+    forms = {f"{value:.{digits}f}" for digits in range(4)} | {f"{value:g}", f"{100 * value:.0f}"}
+    return (
+        forms
+        | {f"{value / unit:.3g}" for unit in (1e9, 1e6, 60)}
+        | {f"{value / unit:.2f}" for unit in (1e9, 1e6)}
+        | {f"{value / 60:.0f}", f"{value / 3600:.1f}"}
+    )
+
+
+def _derived(build: Build) -> set[str]:
+    source, shipped = build.evaluations["source"], build.evaluations[build.shipped]
+    n, layers = len(build.dropped), build.plan.num_layers
+    values = [math.exp(evaluation.loss.nats) for evaluation in build.evaluations.values()]
+    values += [shipped.loss.nats - source.loss.nats, math.exp(shipped.loss.nats - source.loss.nats)]
+    values += [build.result_parameters / build.source_parameters, build.result_bytes / build.source_bytes]
+    values += [build.source_parameters - build.result_parameters, n, n / layers, layers - 1, layers - n - 1]
+    for before, after in zip(source.tasks, shipped.tasks, strict=True):
+        if before.chance is not None:
+            values.append((after.value - before.chance) / (before.value - before.chance))
+    if "healed" in build.evaluations:
+        loss = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
+        values.append((loss["pruned"] - loss["healed"]) / (loss["pruned"] - loss["source"]))
+    if build.comparisons:
+        values += [1 - 0.95, SMALLEST_P]
+    for before, after in zip(source.tasks, shipped.tasks, strict=True):
+        values += [after.value - before.value, len(before.parts)]
+        values += [b.value - a.value for a, b in zip(before.parts, after.parts, strict=True)]
+    if build.speed:
+        old, new = build.speed.source, build.speed.result
+        values.append((new.memory_bytes or 0) / (old.memory_bytes or 1))
+        values.append((new.cache_bytes_per_token or 0) / (old.cache_bytes_per_token or 1))
+        values.append(new.prefill_tokens_per_second / old.prefill_tokens_per_second)
+        values.append(new.decode_tokens_per_second / old.decode_tokens_per_second)
+    return _written(values)
+
+
+def test_the_template_itself_holds_no_numbers_but_the_ends_of_scales() -> None:
+    template = (CARD_TEMPLATES / "card.md.j2").read_text(encoding="utf-8").split("## Citation")[0]
+    prose = re.sub(r"```python.*?```|\{[{%].*?[%}]\}", "", template, flags=re.DOTALL)
+    assert set(re.findall(r"\d+", prose)) <= {"0", "1"}
+
+
+def test_no_measurable_loss_is_said_only_where_the_paired_test_finds_none() -> None:
+    card = render(chat_with_other_licence(), has_healing_figure=False)
+    assert re.findall(r"No measurable loss in (\w+)", card) == ["BoolQ"]
+    card = render(without_measurable_loss(), has_healing_figure=False)
+    assert "- No measurable loss in predicting this text: −0.001 nats per token, within chance" in card
+    assert "cannot rule out a loss of up to 0.013." in card
+    assert "It predicts text worse" not in card
+
+
+def test_a_build_from_before_the_models_were_compared_still_has_a_card() -> None:
+    card = render(chat_with_other_licence().model_copy(update={"comparisons": {}}), has_healing_figure=False)
+    assert "measurable" not in card
+    assert "| change |" not in card.split("## Limits")[0]
+    assert "MMLU fell from 0.679 to 0.634" in card
+
+
+def test_the_five_parts_of_a_group_that_fell_most_are_named_worst_first() -> None:
+    card = render(chat_with_other_licence(), has_healing_figure=False)
+    named = re.findall(r"^\| ([a-z\\_]+) \|.*−.* (\d+) \|$", card, flags=re.MULTILINE)
+    assert [name.replace("\\", "") for name, _ in named] == list(SUBJECTS)[:5]
+    assert [int(count) for _, count in named] == [count for *_, count in SUBJECTS.values()][:5]
+
+
+def test_a_perplexity_that_rose_is_a_loss_and_one_that_fell_is_none() -> None:
+    card = render(perplexities(False), has_healing_figure=False)
+    assert "| wiki, 0-shot, word\\_perplexity ↓ | 410.500" in card
+    assert "- wiki rose from 410.500 to 502.250.\n" in card
+    better = render(perplexities(False, 410.5, 9_000.25, 402.25), has_healing_figure=False)
+    assert "- wiki" not in better
+    same = render(perplexities(False, 410.5, 9_000.25, 410.503), has_healing_figure=False)
+    assert "No measurable loss in wiki: +0.003" in same
+    assert "cannot rule out a rise of up to 0.017" in same
+
+
+def test_a_metric_without_a_direction_is_no_loss_and_no_gain() -> None:
+    card = render(perplexities(None), has_healing_figure=False)
+    assert "| wiki, 0-shot, word\\_perplexity | 410.500" in card
+    assert "Which way word\\_perplexity of wiki is better, the task does not say" in card
+    assert "rose from" not in card
+    assert "fell from" not in card
+
+
+def test_the_parts_of_a_group_that_rose_most_are_those_that_lost_where_less_is_better() -> None:
+    build = chat_with_other_licence()
+    evaluations = {
+        name: evaluation.model_copy(
+            update={
+                "tasks": tuple(t.model_copy(update={"higher_is_better": False}) for t in evaluation.tasks)
+            }
+        )
+        for name, evaluation in build.evaluations.items()
+    }
+    (group,) = worst_parts(build.model_copy(update={"evaluations": evaluations}))
+    assert [row[0] for row in group["rows"]] == ["sociology"]
+    assert group["fall"] == ("rose", "rise")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_kept_and_shown_but_not_sent_to_the_hub(
+    tmp_path: Path, value: float
+) -> None:
+    build = perplexities(False, 410.5, value, value)
+    build.write(tmp_path)
+    assert Build.read(tmp_path).model_dump_json() == build.model_dump_json()
+    shown = {math.nan: "n/a", math.inf: "∞", -math.inf: "−∞"}[value]
+    card = render(build, has_healing_figure=False)
+    assert f" | {shown} ± 0.008" in card.replace("\u00a0", " ")
+    assert "word_perplexity" not in card.partition("\n---\n")[0]
+
+
+def test_free_writing_is_unknown_only_where_no_task_asks_for_it() -> None:
+    unknown = "In none of these tasks does the model write freely"
+    assert unknown in render(perplexities(False), has_healing_figure=False)
+    assert unknown not in render(perplexities(True, metric="bleu", writes=True), has_healing_figure=False)
+
+
+def test_the_command_on_the_card_lets_the_python_of_a_task_file_run() -> None:
+    assert "--run-task-code" not in reproduction_command(perplexities(False))
+    command = reproduction_command(perplexities(False, runs_code=True))
+    assert "--run-task-code" in command
+
+
+def test_recovery_counts_from_chance_and_is_unknown_where_the_source_is_at_chance() -> None:
+    source = a_score("mmlu", 0.75, chance=0.25)
+    assert recovery(source, a_score("mmlu", 0.50, chance=0.25)) == 0.5
+    assert recovery(source, source) == 1
+    assert recovery(source, a_score("mmlu", 0.25, chance=0.25)) == 0
+    assert recovery(a_score("mmlu", 0.26, chance=0.25), source) is None  # 0.01 above, stderr 0.0081
+    assert recovery(a_score("gsm8k", 0.7, chance=None), source) is None
+
+
+def test_a_perplexity_beyond_the_float_range_is_shown_as_infinite_and_kept_from_the_hub() -> None:
+    build = unhealed()
+    pruned = build.evaluations["pruned"]
+    loss = pruned.loss.model_copy(update={"nats": 800.0})
+    evaluations = build.evaluations | {"pruned": pruned.model_copy(update={"loss": loss})}
+    build = build.model_copy(update={"evaluations": evaluations})
+    assert "| Perplexity ↓ | 8.19 | ∞ |" in render(build, has_healing_figure=False)
+    metrics = front_matter(build, repo_id=None)["model-index"][0]["results"][0]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["loss", "normalized_loss"]
+
+
+# Front matter -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_the_hub_client_reads_the_front_matter_whole(card: Callable[[], str]) -> None:
+    data = ModelCard(card()).data
+    known = set(vars(ModelCardData())) | {"base_model_relation"}
+    assert set(vars(data)) <= known
+    assert data.eval_results
+    assert data.eval_results[0].metric_type == "loss"
+    assert "merge" not in data.tags
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_hub_accepts_every_golden_card(name: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    card = (GOLDEN / f"card_{name}.md").read_text(encoding="utf-8")
+    ModelCard(card).validate()
+    assert [(r.method, r.path) for r in hub.requests] == [("POST", "/api/validate-yaml")]
+    with pytest.raises(ValueError, match="base_model"):
+        ModelCard(card.replace("\nlibrary_name:", "\nbase_model: a/b/c\nlibrary_name:", 1)).validate()
+
+
+def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> None:
+    fields = front_matter(demo_healed(), repo_id=None)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(fields)
+    assert fields["license"] == "apache-2.0"
+
+
+def test_each_of_several_licences_is_on_the_card() -> None:
+    build = with_a_full_card()
+    assert front_matter(build, repo_id=None)["license"] == ["cc-by-nd-4.0", "other"]
+    said = "Those of the source, which all hold: cc-by-nd-4.0, own-1 ([text](https://a.b/c))."
+    assert said in render(build, has_healing_figure=False)
+
+
+def test_what_a_folder_descends_from_is_on_the_card() -> None:
+    fields = front_matter(with_a_full_card(), repo_id=None)
+    assert (fields["base_model"], fields["base_model_relation"]) == (["org/base", "org/other"], "finetune")
+    said = "By its card, the source was itself made from [org/base](https://huggingface.co/org/base), [org/"
+    assert said in render(with_a_full_card(), has_healing_figure=False)
+
+
+def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:
+    build = chat_with_other_licence()
+    link = front_matter(build, repo_id=None)["license_link"]
+    assert link == f"https://huggingface.co/{build.source.repo_id}/blob/{build.source.commit}/LICENSE"
+
+
+def test_a_discarded_healing_text_is_not_among_the_data_sets() -> None:
+    build = healing_discarded()
+    assert build.adapter is not None
+    data = build.adapter.data.model_copy(update={"hub_id": "somebody/else"})
+    build = build.model_copy(update={"adapter": build.adapter.model_copy(update={"data": data})})
+    assert front_matter(build, repo_id=None)["datasets"] == ["allenai/c4"]
+
+
+# Hostile names ----------------------------------------------------------------------------------
+
+PARSER = MarkdownIt("commonmark").enable("table")
+
+
+def _outline(card: str) -> list[str]:
+    """Every element of the body in order, links and images with their address; text is left out."""
+    outline = []
+    for token in PARSER.parse(card.split("\n---\n", 1)[1]):
+        for part in [token, *(token.children or [])]:
+            if part.type not in ("text", "text_special", "code_inline"):
+                outline.append(f"{part.type} {part.attrs.get('src', '')}{part.attrs.get('href', '')}")
+    return outline
+
+
+def _build_named(name: str) -> Build:
+    """The demo with everything that a model, a text, a task or a user can name called `name`."""
+    build = demo_healed()
+    assert build.adapter is not None
+    evaluation = build.evaluations["source"]
+    data = build.calibration.model_copy(update={"name": name, "version": name, "split": name or "-"})
+    score = evaluation.tasks[0].model_copy(update={"label": name, "metric": name, "task": name})
+    loss = evaluation.loss.model_copy(update={"data": data})
+    evaluation = evaluation.model_copy(
+        update={"tasks": (score,), "loss": loss, "harness": name, "dtype": name}
+    )
+    return build.model_copy(
+        update={
+            "name": f"x{name}",
+            "device": name,
+            "source": build.source.model_copy(update={"name": name, "license": f"x{name}"}),
+            "calibration": data,
+            "adapter": build.adapter.model_copy(update={"data": data, "target_modules": (name,)}),
+            "evaluations": dict.fromkeys(build.evaluations, evaluation),
+            "versions": {name: name},
+        }
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.text(max_size=60) | st.text(alphabet="`|*_[]()<>#!&~$\\\n\t -=+1.:/ab", max_size=60))
+@example(name="</code><script>alert(1)</script>")
+@example(name="a | b | c\n\n# A heading\n---\nlicense: mit")
+@example(name="[click](https://example.com) ![x](https://example.com/x.png) <https://example.com>")
+@example(name="`` ` ``` \\` \u202e\u200b\x1b[31m")
+@example(name="{{ 7 * 7 }} {% raw %} ~~a~~ **b** __c__ $d$ &lt;")
+def test_no_name_changes_the_shape_of_the_card(name: str) -> None:
+    assume(name != "exact_match")  # the one metric that means the model writes freely: another sentence
+    card = render(_build_named(name), has_healing_figure=True)
+    assert _outline(card) == _outline(render(_build_named("word"), has_healing_figure=True))
+    assert [c for c in card if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n"] == []
+    assert ModelCard(card, ignore_metadata_errors=True).data.library_name == "transformers"
+
+
+def test_an_address_in_a_name_does_not_become_a_link() -> None:
+    assert markdown("https://example.com") == r"https\://example.com"
+    assert markdown("WWW.example.com") == r"WWW\.example.com"
+
+
+# Code on the card -------------------------------------------------------------------------------
+
+
+def _tiny_model(folder: Path, *, chat: bool) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "A": 2, "glacier": 3, "is": 4, "What": 5, "a": 6, "?": 7}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_code_on_every_golden_card_runs_as_it_stands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (GOLDEN / f"card_{name}.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert code
+    place = re.search(r'model="(.*?)"', code[1])
+    assert place
+    _tiny_model(tmp_path / place[1], chat='"role"' in code[1])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code[1], "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        ("deepest", "the deepest layers but the last were dropped"),
+        ("block-influence", "by the Block Influence of ShortGPT"),
+        ("chosen", "whoever made this model chose the layers"),
+        ("loss", "raised the loss on 32 passages"),
+        ("greedy", "in the order 6, 2, 5."),
+    ],
+)
+def test_the_card_says_how_the_layers_were_chosen(criterion: str, said: str) -> None:
+    build = chosen_by(criterion)
+    card = render(build, has_healing_figure=False)
+    assert said in card
+    assert ("scattered" in card) == (build.dropped == (2, 5, 6))
+    assert said not in render(demo_healed(), has_healing_figure=False)
+
+
+# Reproduction and files -------------------------------------------------------------------------
+
+
+def _options(build: Build) -> dict[str, Any]:
+    words = shlex.split(str(reproduction_command(build)).replace("\\\n", " "))
+    assert words[:2] == ["factory", "build"]
+    return dict(command_line_build.make_context("build", words[2:]).params)
+
+
+def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:
+    options = _options(chat_with_other_licence())
+    assert options["model"].startswith("meta-llama/Llama-3.1-8B-Instruct@0e9e39f")
+    assert (options["drop"], options["seed"], options["heal_enabled"]) == (0.25, 3, True)
+    assert (options["heal_rank"], options["heal_steps"], options["samples"]) == (8, 2000, None)
+    options = _options(unhealed())
+    assert (options["model"], options["heal_enabled"], options["tasks"]) == ("mistral-7b", False, "none")
+
+
+def test_the_command_repeats_how_the_layers_were_measured_and_chosen() -> None:
+    build = demo_healed()
+    config = build.config | {
+        "measure": build.config["measure"] | {"tokens": "all", "four_bit": True, "exact_length": True},
+        "plan": build.config["plan"] | {"criterion": "greedy", "num_documents": 16},
+    }
+    changed = build.model_copy(update={"config": config})
+    options = _options(changed)
+    assert (options["tokens"], options["four_bit"]) == ("all", True)
+    assert (options["criterion"], options["plan_documents"]) == ("greedy", 16)
+    assert "settings without an option" not in render(changed, has_healing_figure=False)
+
+
+def test_the_command_of_a_recipe_left_alone_is_short() -> None:
+    assert str(reproduction_command(demo_healed())) == "factory build demo --drop 0.3"
+
+
+@pytest.mark.parametrize("name", ["$(touch x)", "a b; rm -r c", "it's", "`id`"])
+def test_a_folder_name_is_one_word_of_the_command(name: str) -> None:
+    build = demo_healed().model_copy(update={"reference": name})
+    assert shlex.split(str(reproduction_command(build)).replace("\\\n", " "))[2] == f"./{name}"
+
+
+def test_a_setting_without_an_option_is_still_on_the_card() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"dropout": 0.25}}
+    card = render(build.model_copy(update={"config": config}), has_healing_figure=False)
+    assert "| settings without an option | heal.dropout = 0.25 |" in card
+
+
+def test_a_build_with_settings_that_are_gone_by_now_still_has_its_card_which_names_them() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"schedule": "linear"}, "device_map": None}
+    card = render(build.model_copy(update={"config": config}), has_healing_figure=False)
+    told = '| settings without an option | heal.schedule = "linear", device\\_map = null |\n'
+    assert told in card
+    assert card.replace(told, "") == render(build, has_healing_figure=False)
+
+
+def test_a_setting_with_a_value_that_is_gone_by_now_is_named_in_one_line() -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"objective": "rl"}}
+    old = build.model_copy(update={"config": config, "factory_version": "0.0.9"})
+    with pytest.raises(
+        StoreError, match=r"demo-drop30 is of factory 0\.0\.9, .*: heal\.objective: "
+    ) as raised:
+        render(old, has_healing_figure=False)
+    assert raised.value.hint == "install hf-factory 0.0.9"
+
+
+def test_a_field_that_this_version_does_not_have_is_named_and_the_folder_can_be_built_into_again(
+    tmp_path: Path,
+) -> None:
+    build = demo_healed()
+    for name in (Build.file_name, "profile.json"):
+        value = build.model_dump(mode="json") | {"factory_version": "0.0.9", "mood": "good"}
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(StoreError, match=r"cannot read .*build\.json: mood: Extra inputs") as raised:
+        Build.read(tmp_path)
+    assert raised.value.hint == "install hf-factory 0.0.9, which wrote it"
+    assert read_if_same(build, tmp_path) is None
+
+
+def test_a_heal_that_left_no_model_has_its_infinite_loss_on_the_card_and_no_column() -> None:
+    build = healing_discarded()
+    del build.evaluations["healed"]
+    losses = {"unhealed": 2.88, "healed": math.inf}
+    text = render(build.model_copy(update={"guard_losses": losses}), has_healing_figure=False)
+    assert "of the files themselves, 2.880 without it and ∞ with it" in text
+    assert "*healed*" not in text
+    assert Build.model_validate_json(build.model_copy(update={"guard_losses": losses}).text())
+
+
+def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp_path: Path) -> None:
+    assert "healing.png" not in write_card(demo_healed(), tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "healing.png").touch()
+    path = write_card(demo_healed(), tmp_path, repo_id="me/demo-7-layers")
+    card = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "README.md"
+    assert "](figures/healing.png)" in card
+    assert 'model="me/demo-7-layers"' in card
+
+
+def test_the_card_says_of_a_text_what_another_use_has() -> None:
+    text = DataSource(name="t.jsonl", version="0" * 64, part="1 of 2")
+    assert text_name(text) == "t.jsonl, documents of part 1 of 2"
+    left = "without any of 20 documents that serve another use (0123456789abcdef)"
+    assert text_name(text.model_copy(update={"part": left})) == f"t.jsonl, {left}"
