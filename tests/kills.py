@@ -24,8 +24,9 @@ from factory.builds.garbage import collect_garbage
 from factory.builds.swap import whole_beside
 from factory.store.files import PARTIAL, sha256_of_file
 from factory.store.store import MANIFEST, damage
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
-from tests.tiny import rhymes, save_llama
 
 MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",

@@ -1,4 +1,4 @@
-"""Imports point one way, every file says what belongs in it, and a wheel carries all that is needed."""
+"""Imports point one way, every file says what it holds and has its tests beside it; a wheel carries all."""
 
 import ast
 import subprocess
@@ -22,6 +22,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))
 MOST_MODULES = 11  # of a folder
+NO_ROOM = ("spaces", "whole")  # folders of tests that are of no one folder of factory/
 
 
 def name_of(path: Path) -> str:
@@ -110,6 +111,14 @@ def test_a_wheel_carries_template_space_recipes_and_demo_model(tmp_path: Path) -
         next(name for name in names if name.endswith("entry_points.txt"))
     )
     assert b"hf-factory = factory.__main__:main" in entry_points
+
+
+def test_tests_lie_beside_what_they_test_and_import_builders_only() -> None:
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        room = path.relative_to(ROOT / "tests").parts[0]
+        assert room in (path.name, *NO_ROOM) or (ROOT / "factory" / room).is_dir(), path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.ImportFrom) or ".test_" not in f".{node.module}", path
 
 
 def test_the_embedded_model_is_small() -> None:

@@ -10,12 +10,13 @@ import yaml
 from factory.builds.integrity import take_sums
 from factory.resources import SPACE as APP
 from factory.store.files import sha256_of_file
+from tests.builders.builds import demo_healed
+from tests.builders.commands import LIGHT
+from tests.builders.files import content_of
+from tests.builders.models import save_llama
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
 from tests.loopback_hub.storage import Repository
-from tests.report.test_card import demo_healed
-from tests.tiny import save_llama
-from tests.whole.test_faults import LIGHT, content_of
 
 SOURCE = "acme/tiny"
 MODEL = "alice/tiny-drop30"

@@ -23,8 +23,8 @@ from factory.builds.garbage import collect_garbage
 from factory.cli.main import cli
 from factory.cli.options import Layers
 from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
+from tests.builders.models import save_llama
 from tests.loopback_hub import Hub
-from tests.tiny import save_llama
 
 
 @pytest.fixture

@@ -16,10 +16,12 @@ from factory.builds.swap import leftovers
 from factory.errors import StoreError, VerificationError
 from factory.hub.push import label
 from factory.report.card import write_card
+from tests.builders.commands import HEAVY, QUICK
+from tests.builders.files import content_of, flip_a_bit
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
-from tests.tiny import rhymes, save_llama
-from tests.whole.test_faults import HEAVY, QUICK, content_of
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +67,6 @@ def licensed(build: Path, **fields: str | list[str] | None) -> Path:
     (build / "model" / "README.md").unlink()  # of the other licence
     take_sums(Build.read(build), build)
     return build
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # it may share its bytes with another folder
-    path.write_bytes(content)
 
 
 def told(ended: Ended) -> str:

@@ -10,11 +10,12 @@ from factory.artifacts import Build
 from factory.builds.reproduce import check_same_texts, comparison
 from factory.errors import DataError
 from factory.text.text import Text, Texts
+from tests.builders.builds import a_build, demo_healed
+from tests.builders.commands import HEAVY, QUICK
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
-from tests.report.test_card import a_build, demo_healed
-from tests.tiny import rhymes, save_llama
-from tests.whole.test_faults import HEAVY, QUICK
 
 SHORT = "--drop 0.4 --tasks none --samples 4 --eval-documents 2 --sequence-length 32 --heal-steps 3"
 TEXTS = [word for use in ("calibration", "heal", "eval") for word in (f"--{use}-data", "acme/rhymes")]

@@ -14,9 +14,10 @@ from factory.cli.build import build
 from factory.cli.build_file import BuildOptions
 from factory.cli.build_file import read as buildfile_read
 from factory.cli.main import main
-from factory.cli.request import ONCE, Request, flag_of, requests
+from factory.cli.request import ONCE, Request, flag_of
 from factory.errors import UsageError
 from factory.evaluation.tasks import task_identity
+from tests.builders.commands import asked
 from tests.places import GOLDEN
 
 SCHEMA = GOLDEN / "build.schema.json"
@@ -152,11 +153,6 @@ def test_a_file_that_is_no_text_or_a_trap_is_refused(tmp_path: Path, content: by
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nix\.yaml: No such file"):
         buildfile_read(tmp_path / "nix.yaml")
-
-
-def asked(*arguments: str) -> list[Request]:
-    with build.make_context("build", list(arguments)) as context:
-        return requests(context.params.pop("model"), context.params)
 
 
 def as_file(found: list[Request], path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_llama
+from tests.builders.models import save_llama
 
 ENDED = 141  # what a shell says of `seq 100000 | true`
 

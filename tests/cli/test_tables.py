@@ -7,7 +7,7 @@ import pytest
 from factory.cli.console import console, printable
 from factory.cli.tables import result_table, show_stages, verdict
 from factory.units import count, duration, size
-from tests.report.test_card import a_comparison, chat_with_other_licence, healing_discarded, perplexities
+from tests.builders.builds import a_comparison, chat_with_other_licence, healing_discarded, perplexities
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:

@@ -14,8 +14,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from factory.artifacts import DataSource, Evaluation
-from factory.config.settings import EvaluateSettings
 from factory.errors import DataError, UsageError
 from factory.evaluation.answers import LOSSES, read_answers, read_losses
 from factory.evaluation.evaluate import evaluate
@@ -24,13 +22,13 @@ from factory.evaluation.speed import _footprint, compare_speed
 from factory.evaluation.tasks import check_backend
 from factory.model.loading import load_model
 from factory.model.tokenizer import load_tokenizer
-from factory.text.text import Text
+from tests.builders.evaluation import CHOICES, SETTINGS, evaluation_of, questions, quiet, save_task
+from tests.builders.models import END, byte_tokenizer, save_llama
+from tests.builders.texts import rhymes, text_of
 from tests.places import ROOT
-from tests.tiny import END, byte_tokenizer, rhymes, save_llama
 from tests.waiting import HUNG_SECONDS
 
 DEMO = ROOT / "factory" / "demo"
-CHOICES = "output_type: multiple_choice\ndoc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
 WRITTEN = """output_type: generate_until
 generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
 metric_list:
@@ -45,20 +43,6 @@ filter_list:
       - {function: regex, regex_pattern: "([0-9]+)"}
       - {function: take_first}
 """
-SETTINGS = EvaluateSettings(data="x", num_documents=50, sequence_length=64, tasks=())
-
-
-def text_of(documents: list[str]) -> Text:
-    return Text(DataSource(name="rhymes", version="1"), lambda: iter(documents))
-
-
-def quiet(_done: int, _total: int, _note: str) -> None: ...
-
-
-def evaluation_of(model: Path, into: Path, documents: list[str], **changes: Any) -> Evaluation:
-    into.mkdir(exist_ok=True)
-    settings = SETTINGS.model_copy(update=changes)
-    return evaluate(model, text_of(documents), settings=settings, into=into, progress=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -146,25 +130,6 @@ def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: P
     assert score.value == theirs["acc_norm,none"]
     assert score.stderr == theirs["acc_norm_stderr,none"]
     assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)
-
-
-def save_task(folder: Path, name: str, rows: list[dict[str, Any]], more: str = CHOICES) -> Path:
-    """A YAML task of lm-eval with its questions beside it."""
-    data = folder / f"{name}.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    task = folder / f"{name}.yaml"
-    task.write_text(
-        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
-        f"test_split: test\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: answer\n{more}"
-    )
-    return task
-
-
-def questions(count: int) -> list[dict[str, Any]]:
-    return [
-        {"q": f"{word} and", "choices": ["one", "two"], "answer": index % 2}
-        for index, word in enumerate("abcdefghij"[:count])
-    ]
 
 
 def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp_path: Path) -> None:

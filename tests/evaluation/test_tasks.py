@@ -13,8 +13,9 @@ from factory.errors import DataError, FactoryError, UsageError
 from factory.evaluation.answers import write_losses
 from factory.evaluation.harness import load_tasks
 from factory.evaluation.significance import compare, compare_losses
-from tests.evaluation.test_evaluate import CHOICES, evaluation_of, questions, save_task
-from tests.tiny import rhymes, save_llama
+from tests.builders.evaluation import CHOICES, evaluation_of, questions, save_task
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 
 ROLLING = "output_type: loglikelihood_rolling\nmetric_list:\n"
 ALL_ROLLING = (

@@ -21,8 +21,8 @@ from factory.hub.resolve import resolve
 from factory.model.layers import bypassed, record_forms
 from factory.model.loading import load_model
 from factory.pruning.prune import prune
-from tests.healing.test_heal import text_of
-from tests.tiny import byte_tokenizer, rhymes, save_llama
+from tests.builders.models import byte_tokenizer, save_llama
+from tests.builders.texts import rhymes, text_of
 
 DROPPED = (1, 3)
 SETTINGS = HealSettings(

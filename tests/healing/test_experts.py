@@ -7,10 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from factory.artifacts import PruningPlan
-from factory.config.settings import HealSettings
 from factory.errors import UnsupportedArchitectureError
 from factory.healing.heal import heal
 from factory.healing.lora import as_named, check_targets, find_targets
@@ -20,25 +18,14 @@ from factory.model.config_proof import on_meta
 from factory.model.loading import load_model
 from factory.pipeline.stages import describe_healing
 from factory.pruning.prune import prune
+from tests.builders.builds import an_adapter
+from tests.builders.healing import SETTINGS
+from tests.builders.models import save_family
+from tests.builders.texts import rhymes, text_of
 from tests.families import assert_same_logits, config_of
-from tests.healing.test_heal import text_of
-from tests.tiny import an_adapter, byte_tokenizer, rhymes
 
 EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 ATTENTION = [f"self_attn.{part}_proj" for part in "koqv"]
-SETTINGS = HealSettings(
-    data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=2, sequence_length=64
-)
-
-
-def save(folder: Path, model_type: str, **fields: Any) -> Path:
-    torch.manual_seed(0)
-    tokens = {"vocab_size": 257, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = config_of(model_type, num_hidden_layers=6, **tokens, **fields)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -65,7 +52,7 @@ def test_experts_are_healed_and_the_merged_model_is_the_one_in_training(
     settings: dict[str, Any],
     adapted: dict[int, list[str]],
 ) -> None:
-    source, dropped = save(tmp_path / "source", model_type, **fields), (2, 3)
+    source, dropped = save_family(tmp_path / "source", model_type, **fields), (2, 3)
     for name in ("pruned", "adapter", "merged"):
         (tmp_path / name).mkdir()
     plan = PruningPlan(criterion="chosen", num_layers=6, dropped=dropped)

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from transformers import (
     TrainerState,
 )
 
-from factory.artifacts import Adapter, Checkpoint, DataSource
+from factory.artifacts import Adapter, DataSource
 from factory.checkpoint.read import read_checkpoint, read_tensor_bytes
-from factory.config.settings import SLOWER, HealSettings
+from factory.config.settings import SLOWER
 from factory.errors import DataError, HealingError
 from factory.healing.callbacks import DivergedError, EarlyStop, refuse_run_away
 from factory.healing.data import data_sets, not_in, take_guard
-from factory.healing.heal import heal, last_whole_checkpoint
+from factory.healing.heal import last_whole_checkpoint
 from factory.healing.lora import find_targets
 from factory.healing.merge import judge, merge
 from factory.model.loading import load_model
@@ -40,46 +40,10 @@ from factory.model.tokenizer import load_encoder
 from factory.pipeline.stages import describe_healing
 from factory.text import text as texts
 from factory.text.text import Text
-from tests.tiny import an_adapter, rhymes, save_llama
-
-SETTINGS = HealSettings(
-    data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=2, sequence_length=64
-)
-
-
-def text_of(documents: list[str]) -> Text:
-    return Text(DataSource(name="rhymes", version="1"), lambda: iter(documents))
-
-
-def checkpoint(folder: Path) -> Checkpoint:
-    return Checkpoint(folder=folder, num_layers=4, num_parameters=1, size_bytes=1, files={})
-
-
-def quiet(_done: int, _total: int, _note: str) -> None: ...
-
-
-def run(
-    model: Path,
-    folder: Path,
-    *,
-    settings: HealSettings = SETTINGS,
-    progress: Callable[[int, int, str], None] = quiet,
-    documents: list[str] | None = None,
-    source: Path | None = None,
-    dropped: tuple[int, ...] = (),
-) -> Adapter:
-    folder.mkdir(exist_ok=True)
-    text = text_of(rhymes(60) if documents is None else documents)
-    return heal(
-        checkpoint(model),
-        text,
-        source_folder=source or model,
-        dropped=dropped,
-        settings=settings,
-        seed=0,
-        folder=folder,
-        progress=progress,
-    )
+from tests.builders.builds import an_adapter
+from tests.builders.healing import SETTINGS, checkpoint, run
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from factory.pipeline.run import Run
 from factory.pipeline.stages import merge_stage
 from factory.store.store import Store
 from factory.text.text import NOTHING, Texts
+from tests.builders.builds import an_adapter
 from tests.families import config_of
-from tests.tiny import an_adapter
 
 LLAMA = LlamaConfig(
     vocab_size=96,

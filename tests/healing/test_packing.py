@@ -9,9 +9,10 @@ from transformers import OPTConfig, OPTForCausalLM
 from factory.healing.data import data_sets
 from factory.healing.packing import use_packed_attention
 from factory.model.tokenizer import load_encoder
+from tests.builders.healing import SETTINGS, run
+from tests.builders.models import byte_tokenizer
+from tests.builders.texts import text_of
 from tests.families import build, config_of
-from tests.healing.test_heal import SETTINGS, run, text_of
-from tests.tiny import byte_tokenizer
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3_moe", "gpt2", "phi3", "gpt_neox"])

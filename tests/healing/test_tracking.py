@@ -16,7 +16,7 @@ from factory.cli.request import ask
 from factory.errors import UsageError
 from factory.healing.callbacks import Told
 from factory.healing.tracking import Tracking, choose
-from tests.cli.test_build_file import asked
+from tests.builders.commands import asked
 
 # As much of trackio as is used, for a machine without it: what it is told lands in a file.
 TRACKIO = """

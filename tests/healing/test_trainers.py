@@ -12,8 +12,8 @@ from factory.hub.resolve import resolve
 from factory.model.loading import load_model
 from factory.model.losses import token_loss
 from factory.pruning.prune import prune
-from tests.healing.test_experts import save
-from tests.healing.test_heal import SETTINGS, run
+from tests.builders.healing import SETTINGS, run
+from tests.builders.models import save_family
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from tests.healing.test_heal import SETTINGS, run
 def test_the_loss_is_of_next_tokens_by_the_models_own_head(
     tmp_path: Path, model_type: str, fields: dict[str, Any], objective: str
 ) -> None:
-    source, dropped = save(tmp_path / "source", model_type, **fields), (2, 3)
+    source, dropped = save_family(tmp_path / "source", model_type, **fields), (2, 3)
     (tmp_path / "pruned").mkdir()
     plan = PruningPlan(criterion="chosen", num_layers=6, dropped=dropped)
     pruned = prune(resolve(str(source)), plan, folder=tmp_path / "pruned")

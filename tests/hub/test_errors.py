@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.builders.models import save_llama
 from tests.loopback_hub import Hub
 from tests.loopback_hub.client import Answer, Client
 from tests.loopback_hub.server import ALICE
-from tests.tiny import save_llama
 
 JSON = {"content-type": "application/json"}
 HTML = "<html><title>Sign in to this network</title></html>"

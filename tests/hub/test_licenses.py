@@ -6,7 +6,7 @@ import pytest
 
 from factory.errors import LicenseError
 from factory.hub.source_card import check_license, forbids_sharing, remark
-from tests.report.test_card import a_source
+from tests.builders.builds import a_source
 
 
 @pytest.mark.parametrize("license_id", ["cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"])

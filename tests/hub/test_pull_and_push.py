@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from factory.hub.client import SILENCE_SECONDS
+from tests.builders.files import content_of
 from tests.loopback_hub import Hub
 from tests.loopback_hub.client import Answer, Client
 from tests.loopback_hub.server import ALICE, BOB
@@ -71,10 +72,6 @@ def client(request: pytest.FixtureRequest) -> Client:
     """Both ways up."""
     chosen: Client = request.getfixturevalue(request.param)
     return chosen
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def refused(answer: Answer, *words: str, error: str = "HubError") -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.commands import HEAVY, QUICK
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
-from tests.tiny import rhymes, save_llama
 from tests.waiting import HUNG_SECONDS
-from tests.whole.test_faults import HEAVY, QUICK
 
 CONFIGURATION = """
 from transformers import LlamaConfig

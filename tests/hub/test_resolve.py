@@ -10,7 +10,7 @@ from factory.checkpoint.header import TensorInfo
 from factory.errors import CheckpointError
 from factory.hub.inspect import _by_layer
 from factory.hub.resolve import resolve
-from tests.tiny import save_llama
+from tests.builders.models import save_llama
 
 
 def edited(folder: Path, **values: Any) -> Path:

@@ -21,12 +21,13 @@ import pytest
 import yaml
 
 from factory.jobs.submit import MOUNT
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
 from tests.loopback_hub.buckets import Bucket
 from tests.loopback_hub.jobs import Job
 from tests.loopback_hub.server import ALICE, BOB
-from tests.tiny import rhymes, save_llama
 from tests.waiting import HUNG_SECONDS, until
 
 LIGHT = (

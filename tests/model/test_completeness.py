@@ -13,8 +13,8 @@ from factory.cli.main import main
 from factory.errors import CheckpointError
 from factory.hub.resolve import resolve
 from factory.model.completeness import check_source
+from tests.builders.texts import rhymes
 from tests.families import build, config_of
-from tests.tiny import rhymes
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 LAYER = "model.layers.3"

@@ -11,25 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 from factory.errors import ModelError
 from factory.model.loading import fuse_norms, load_model
 from factory.model.losses import pad_batch
-from tests.tiny import save_llama
-
-# The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).
-NF4 = torch.tensor(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-        0.7229568362236023, 1.0,
-    ]
-)  # fmt: skip
-
-
-def nearest_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix whose blocks of 64 consecutive values are rounded to NF4."""
-    blocks = weight.float().flatten().view(-1, 64)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
-    nearest = NF4[(blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(dim=-1)]
-    return (nearest * scale).view(weight.shape)
+from tests.builders.models import nearest_nf4, save_llama
 
 
 @pytest.mark.parametrize("width", [64, 96, 128, 160])

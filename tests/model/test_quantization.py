@@ -16,8 +16,8 @@ from factory.hub.resolve import resolve
 from factory.model.completeness import check_source
 from factory.model.loading import load_model
 from factory.model.quantization import check_loads
-from tests.model.test_loading import nearest_nf4
-from tests.tiny import byte_tokenizer, rhymes
+from tests.builders.models import byte_tokenizer, nearest_nf4
+from tests.builders.texts import rhymes
 
 BLOCK = 32  # of FP8
 

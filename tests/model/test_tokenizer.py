@@ -19,8 +19,8 @@ from factory.pipeline.texts import check_tokens
 from factory.pruning.measure import take_samples
 from factory.pruning.search import SEARCH, take_sequences
 from factory.text.text import Texts, open_text
-from tests.pruning.test_measure import text_of
-from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
+from tests.builders.models import END, byte_encoder, byte_tokenizer, save_llama
+from tests.builders.texts import text_of
 
 AROUND = ["$A", f"{END} $A", f"{END} {END} $A", f"$A {END}", f"{END} $A {END}"]
 

@@ -36,10 +36,10 @@ from factory.pruning.measure import measure
 from factory.resources import ACCELERATE_CONFIGS
 from factory.store.store import Store
 from factory.text.text import open_text
-from tests.evaluation.test_evaluate import questions, save_task
-from tests.healing.test_experts import save
+from tests.builders.evaluation import questions, save_task
+from tests.builders.models import save_family, save_llama
+from tests.builders.texts import rhymes
 from tests.places import ROOT
-from tests.tiny import rhymes, save_llama
 from tests.waiting import HUNG_SECONDS, until
 from tests.workers import fail_in_the_second, vanish
 
@@ -208,7 +208,7 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
 def test_a_sharded_model_is_healed_as_a_whole_one_is(folder: Path, tmp_path: Path) -> None:
     for name in ("alone", "sharded"):
         (tmp_path / name).mkdir()
-    save(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 3])  # experts, and layers without
+    save_family(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 3])  # experts, and layers without
     shutil.copy(folder / "text.txt", tmp_path)
     work = partial(heal_sharded, tmp_path, tmp_path / "sharded")
     adapter, held = spread(work, processes=2, case="fsdp", progress=ignore)

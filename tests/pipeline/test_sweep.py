@@ -25,7 +25,8 @@ from factory.hub.resolve import resolve
 from factory.pipeline.sweep import RULE, before_the_cliff, share_kept
 from factory.pruning.profile_files import read_profile
 from factory.report.figures import sweep_figure
-from tests.tiny import rhymes, save_llama
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 
 DATA = DataSource(name="x", version="1")
 

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from factory.artifacts import DataSource, DistanceProfile, Source
+from factory.artifacts import DistanceProfile, Source
 from factory.config.settings import MeasureSettings
 from factory.errors import DataError, ModelError
 from factory.pruning.criteria import plan
 from factory.pruning.measure import Moments, Sums, angular_distances, measure, measure_batches, take_samples
 from factory.resources import DEMO_MODEL
-from factory.text.text import Text
+from tests.builders.builds import profile_from
+from tests.builders.models import byte_encoder
+from tests.builders.texts import text_of
 from tests.families import build, config_of
-from tests.tiny import byte_encoder
 
 SIZES = {
     "vocab_size": 64,
@@ -57,20 +58,6 @@ def profile_of(model: torch.nn.Module, batch_size: int = 3) -> DistanceProfile:
     sums = Sums(len(model.model.layers), ())
     sums.add(taken, list(measure_batches(model, taken, pad_token_id=0, max_tokens=12 * batch_size)))
     return profile_from(sums)
-
-
-def profile_from(sums: Sums) -> DistanceProfile:
-    """Unrounded, unlike that of `Sums.profile`."""
-    return DistanceProfile(
-        num_layers=sums.num_layers,
-        num_samples=sums.count,
-        sequence_length=12,
-        num_tokens=50,
-        mean=tuple(map(tuple, sums.distance.mean.tolist())),
-        stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
-        influence=tuple(sums.influence.mean.tolist()),
-        data=DataSource(name="x", version="1"),
-    )
 
 
 def test_distances_are_those_computed_naively_in_float64() -> None:
@@ -141,10 +128,6 @@ def test_angles_have_their_known_values() -> None:
     distances = angular_distances(states)[0]
     assert torch.allclose(distances[0], torch.tensor([0.0, 0.5, 1.0, 0.25], dtype=torch.float64))
     assert torch.allclose(distances, distances.T)
-
-
-def text_of(documents: list[str]) -> Text:
-    return Text(DataSource(name="some text", version="1"), lambda: iter(documents))
 
 
 def test_block_influence_is_the_mean_over_tokens_of_one_minus_the_cosine() -> None:

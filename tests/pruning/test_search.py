@@ -27,8 +27,8 @@ from factory.pruning.search import (
     take_sequences,
 )
 from factory.text.text import Text
-from tests.pruning.test_measure import profile_from
-from tests.tiny import byte_encoder, save_llama
+from tests.builders.builds import profile_from
+from tests.builders.models import byte_encoder, save_llama
 
 ROUNDING = 1e-5  # of a loss, nats per token
 FAMILIES: dict[str, dict[str, Any]] = {

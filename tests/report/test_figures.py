@@ -12,7 +12,7 @@ from PIL import Image
 from factory.artifacts import DataSource, DistanceProfile, LossPoint, PruningPlan
 from factory.pruning.criteria import plan
 from factory.report.figures import best_starts, distance_figure, healing_figure, terminal_heatmap
-from tests.tiny import an_adapter
+from tests.builders.builds import an_adapter
 
 
 def a_profile(steps: list[float]) -> DistanceProfile:

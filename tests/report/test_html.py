@@ -15,7 +15,7 @@ from factory.cli.main import cli
 from factory.errors import UsageError
 from factory.report.card import render
 from factory.report.html import webpage
-from tests.report.test_card import chat_with_other_licence
+from tests.builders.builds import chat_with_other_licence
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -31,9 +31,9 @@ from factory.builds.space import HOST, _held_back, free_port, pair_environment, 
 from factory.errors import FactoryError, HubError, ModelError, UsageError
 from factory.hub.resolve import resolve
 from factory.resources import DEMO_MODEL
+from tests.builders.builds import demo_healed, healing_discarded
+from tests.builders.models import END, byte_encoder, byte_tokenizer, save_llama
 from tests.compare import CHAT, SPACE, app, pair
-from tests.report.test_card import demo_healed, healing_discarded
-from tests.tiny import END, byte_encoder, byte_tokenizer, save_llama
 from tests.waiting import HUNG_SECONDS
 
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from factory.artifacts import Build
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.kills import MODULES
 from tests.loopback_hub import Hub
-from tests.tiny import rhymes, save_llama
 from tests.waiting import HUNG_SECONDS
 
 QUICK = [

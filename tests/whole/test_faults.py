@@ -21,23 +21,14 @@ from transformers import AutoModelForCausalLM
 from factory.artifacts import Build
 from factory.builds.integrity import take_sums
 from factory.store.files import sha256_of_file
+from tests.builders.commands import HEAVY, LIGHT, QUICK
+from tests.builders.files import content_of
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
 from tests.loopback_hub.server import ALICE
-from tests.tiny import rhymes, save_llama
 
-LIGHT = ("factory.hub.pull", "factory.report.card")
-HEAVY = (
-    *LIGHT,
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "factory.pruning.measure",
-    "factory.pruning.prune",
-    "factory.evaluation.evaluate",
-)
-SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
-TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
-QUICK = [*SHORT.split(), *TEXTS.split()]
 AT_ONCE = 24  # commands under way: most wait
 UP = ("LFS", "xet")
 NOBODY = "http://127.0.0.1:9"  # the port of a service that is run nowhere any more
@@ -165,10 +156,6 @@ class Bench:
     hub: Hub
     folder: Path
     processes: dict[str, Forks]  # a case's way → process
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def numbered(model: Path, number: int) -> dict[str, str]:

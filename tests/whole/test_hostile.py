@@ -20,10 +20,11 @@ from factory.artifacts import Build
 from factory.builds.integrity import take_sums
 from factory.checkpoint.auxiliary import check_json, check_sizes
 from factory.checkpoint.header import MOST_TENSORS
+from tests.builders.commands import HEAVY, QUICK
+from tests.builders.models import byte_tokenizer, save_llama
+from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
-from tests.tiny import byte_tokenizer, rhymes, save_llama
-from tests.whole.test_faults import HEAVY, QUICK
 
 CANARY = "canary"  # what foreign code would leave in the working directory
 CODE = f"open({CANARY!r}, 'w').close()\n"

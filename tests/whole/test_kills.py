@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.files import flip_a_bit
 from tests.kills import BUILD, COMMAND, KINDS, Bench, Outcome, bench, moments, strike
 
 MOMENTS = 20
@@ -55,13 +56,6 @@ def test_a_heal_that_is_killed_once_its_work_is_done_is_not_done_again(found: Be
     assert made.items() <= kept.items()
     assert again.stdout.count("reused") == 9
     assert not (healed.parent / "trainer").exists()
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # it may share its bytes with another folder
-    path.write_bytes(content)
 
 
 @pytest.fixture

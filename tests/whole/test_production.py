@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from factory.artifacts import Build, Publication
+from tests.builders.files import content_of
 from tests.loopback_hub import Hub, running_hub
 from tests.loopback_hub.app import Request
 from tests.loopback_hub.reading import card_errors
@@ -97,10 +98,6 @@ def lfs(xet: Way) -> Iterator[Way]:
 def way(request: pytest.FixtureRequest) -> Way:
     chosen: Way = request.getfixturevalue(request.param)
     return chosen
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -1,14 +1,20 @@
-"""Tiny models with a byte tokenizer, for tests that need a whole checkpoint on disk."""
+"""Tiny models with a byte tokenizer, for tests that need a whole checkpoint; and NF4 by its definition."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from factory.artifacts import Adapter, DataSource
 from factory.model.tokenizer import Encoder
+from tests.families import config_of
 
 END = "<|end|>"
 
@@ -57,27 +63,30 @@ def save_llama(folder: Path, *, num_layers: int = 4, seed: int = 0, **options: A
     return folder
 
 
-def rhymes(count: int) -> list[str]:
-    """Documents that a tiny model can learn something of in a few steps."""
-    words = ["one", "two", "three", "four", "five", "six"]
-    return [" ".join(words[(start + step) % len(words)] for step in range(40)) for start in range(count)]
+def save_family(folder: Path, model_type: str, **fields: Any) -> Path:
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 257, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = config_of(model_type, num_hidden_layers=6, **tokens, **fields)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
-def an_adapter(**fields: Any) -> Adapter:
-    """What a healing says of itself, with some of its facts chosen."""
-    values: dict[str, Any] = {
-        "objective": "sft",
-        "quantization": "nf4",
-        "rank": 4,
-        "learning_rate": 1e-2,
-        "target_modules": ("mlp.up_proj",),
-        "num_steps": 12,
-        "num_tokens": 1536,
-        "sequence_length": 64,
-        "num_trainable_parameters": 1,
-        "curve": (),
-        "guard_loss_before": 3.0,
-        "guard_loss_after": 2.5,
-        "data": DataSource(name="rhymes", version="1"),
-    }
-    return Adapter(**values | fields)
+# The sixteen values of NF4, as published (arXiv 2305.14314, appendix E).
+NF4 = torch.tensor(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+
+
+def nearest_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix whose blocks of 64 consecutive values are rounded to NF4."""
+    blocks = weight.float().flatten().view(-1, 64)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    nearest = NF4[(blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(dim=-1)]
+    return (nearest * scale).view(weight.shape)

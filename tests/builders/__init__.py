@@ -1,0 +1,1 @@
+"""What tests are made of: tiny models, texts, builds, healings, evaluations, commands."""

@@ -1,0 +1,22 @@
+"""Arguments of commands, what they ask for, and the modules that a process for them has ready."""
+
+from factory.cli.build import build
+from factory.cli.request import Request, requests
+
+LIGHT = ("factory.hub.pull", "factory.report.card")
+HEAVY = (
+    *LIGHT,
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "factory.pruning.measure",
+    "factory.pruning.prune",
+    "factory.evaluation.evaluate",
+)
+SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
+TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
+QUICK = [*SHORT.split(), *TEXTS.split()]
+
+
+def asked(*arguments: str) -> list[Request]:
+    with build.make_context("build", list(arguments)) as context:
+        return requests(context.params.pop("model"), context.params)
