@@ -26,6 +26,7 @@ from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import experts_of
 from factory.pipeline.run import Run
 from factory.text.text import text_identity
+from factory.units import count
 
 MADE_BY = {"pruned": "prune", "healed": "merge"}
 
@@ -219,7 +220,7 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
         work,
         parameters={"dropped": list(plan.dropped)},
         inputs={"source": source.commit},
-        summary=lambda c: f"{_millions(source.num_parameters)} → {_millions(c.num_parameters)} parameters",
+        summary=lambda c: f"{count(source.num_parameters)} → {count(c.num_parameters)} parameters",
     )
 
 
@@ -399,7 +400,3 @@ def _without_data(settings: Any) -> dict[str, Any]:
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")
     return values
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
