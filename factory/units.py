@@ -1,11 +1,11 @@
 """Bytes, counts and durations as text."""
 
 
-def size(num_bytes: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
+def size(num_bytes: int, *, decimals: int = 1) -> str:
+    """14483464192 → "14.5 GB"; powers of ten, as disks are sold."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
+            return f"{num_bytes / unit:.{decimals}f} {name}"
     return f"{num_bytes} bytes"
 
 
@@ -17,11 +17,28 @@ def count(number: int) -> str:
     return str(number)
 
 
+def count_in_words(number: int) -> str:
+    """7241732096 → "7.24 billion"."""
+    for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if number >= 0.9995 * unit:  # what rounds up to the unit is written in it
+            return f"{number / unit:.3g} {name}"
+    return str(number)
+
+
 def duration(seconds: float) -> str:
-    """Seconds for people: "4.1 s", "3 min 20 s", "5 h 12 min"."""
+    """200 → "3 min 20 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def rough_duration(seconds: float) -> str:
+    """200 → "3 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from factory.artifacts import Build
     from factory.cli.console import StageLines
-    from factory.healing.tracking import Tracking
+    from factory.config.tracking import Tracking
     from factory.hub.bucket import StageBucket
     from factory.pipeline.preview import Preview
     from factory.pipeline.run import Reporter, Run
@@ -290,15 +290,15 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
 
 
 def _tracking(asked: Asked, options: dict[str, Any]) -> "Tracking":
-    """Where the build is told, under a name that is no other build's, though folders may be called alike."""
+    """Return how healing is tracked; the run's name is unique, though folders may have the same name."""
     from factory.artifacts import canonical_json
-    from factory.healing.tracking import Tracking, choose
+    from factory.config.tracking import Tracking, choose_tracker
 
     out = asked.out.absolute()
     decides = [str(out), asked.source.commit, asked.config.model_dump(mode="json")]
-    told_apart = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
-    name = re.sub(r"[^\w.-]", "-", f"{out.name}-{told_apart}")
-    return Tracking(choose(options["report_to"]), name, out.parent / "runs", remark)
+    suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
+    return Tracking(choose_tracker(options["report_to"]), name, out.parent / "runs", remark)
 
 
 def _bucket(options: dict[str, Any]) -> "StageBucket | None":

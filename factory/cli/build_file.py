@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from factory.config.choices import MOST, Criterion, Where
+from factory.config.choices import MOST, Criterion, Tracker
 from factory.config.request import Entry
 from factory.config.settings import Settings
 from factory.errors import UsageError
@@ -70,7 +70,7 @@ class BuildOptions(Settings):
     trust_remote_code: bool = Field(default=UNSET)
     run_task_code: bool = Field(default=UNSET)
     push_to: Name = Field(default=UNSET)
-    report_to: Where = Field(default=UNSET)
+    report_to: Tracker = Field(default=UNSET)
     on: Name = Field(default=UNSET)
     timeout: Listed = Field(default=UNSET)
     state: Name = Field(default=UNSET)

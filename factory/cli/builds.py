@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from factory.artifacts import Publication, Source
 
 USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
-PAGE = "card.html"
 license_option = click.option(
     "--accept-license", is_flag=True, help="Publish although the source's licence forbids to share it."
 )
@@ -146,9 +145,7 @@ def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> Non
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
-@click.option("--preview", is_flag=True, help=f"Also write it as a page, BUILD/{PAGE}, and open that.")
-@click.option("--no-browser", is_flag=True, help="With --preview: only print where the page is.")
-def card(folder: Path, preview: bool, no_browser: bool) -> None:
+def card(folder: Path) -> None:
     """Write the card of a finished BUILD again, from its build.json.
 
     The card of a build that was published goes on naming its repository; `factory push` puts it there.
@@ -156,21 +153,10 @@ def card(folder: Path, preview: bool, no_browser: bool) -> None:
     from factory.artifacts import Build, Publication
     from factory.report.card import write_card
 
-    if no_browser and not preview:
-        raise UsageError("--no-browser without --preview", hint="add --preview, or leave it out")
     model = build_folder(folder) / "model"
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     names = {"repo_id": known.repo_id, "space": known.space} if known else {}
     click.echo(write_card(Build.read(folder), model, **names))
-    if not preview:
-        return
-    from factory.report.html import webpage
-    from factory.store.files import write_atomically
-
-    write_atomically(folder / PAGE, webpage(model))
-    click.echo(folder / PAGE)
-    if not no_browser:
-        click.launch(str((folder / PAGE).absolute()))
 
 
 def check_publishable(source: "Source", *, accepted: bool) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from factory.config.choices import MOST
+from factory.config.choices import MOST, TRACKERS
 from factory.errors import UsageError
-from factory.healing.tracking import WHERE
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
@@ -174,8 +173,8 @@ processes_option = click.option(
 )
 report_option = click.option(
     "--report-to",
-    type=click.Choice(WHERE),
-    help="Where healing and stage times can be followed.  [default: trackio, if installed]",
+    type=click.Choice(TRACKERS),
+    help="Experiment tracker that follows the healing.  [default: trackio, if installed]",
 )
 state_option = click.option(
     "--state", metavar="BUCKET", help="Keep finished stages in this private bucket on the Hub as well."

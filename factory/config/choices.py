@@ -7,4 +7,5 @@ Split = Literal["train", "validation"]  # of a Hub data set
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
-Where = Literal["trackio", "wandb", "tensorboard", "none"]
+Tracker = Literal["trackio", "wandb", "tensorboard", "none"]
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)

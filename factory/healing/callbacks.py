@@ -1,22 +1,27 @@
-"""What watches a healing run: progress with its speed, and whether the loss runs away."""
+"""Callbacks of a healing run: progress with its speed, tracking, and ends of a run that does not go well."""
 
+import io
 import math
+import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from factory.config.settings import SLOWER
+from factory.config.tracking import Tracking
 from factory.errors import HealingError
 from factory.gpus import peak_flops
-from factory.healing.tracking import Tracking
 
 SPIKE = 2.0  # times the first loss: worse than not having healed at all
 SPIKE_NATS = 1.0  # at least so far above the first
+PROJECT = "hf-factory"  # that trackers file runs under
 RISES = 3  # checkpoints in a row
 
 
@@ -77,25 +82,61 @@ def refuse_run_away(name: str, loss: float, *, first: float, step: int) -> None:
         )
 
 
-class Told(TrainerCallback):  # type: ignore[misc]
-    """Hands what the trainer logs to an experiment tracker."""
+class Report(TrainerCallback):  # type: ignore[misc]
+    """Reports a training by transformers' callback for the tracker, until the training or the tracker ends.
+
+    A tracker that fails costs one warning, and what it prints is not shown. A second attempt at a build
+    continues its run, except in TensorBoard, which shows the attempts of a folder together.
+    """
 
     def __init__(self, tracking: Tracking) -> None:
-        self.tracking, self.open = tracking, ExitStack()
+        self.tracking, self.callback = tracking, None
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        self.log = self.open.enter_context(self.tracking.run("heal"))
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with self._guarded():
+            self._end_wandb()
+            (callback_class,) = get_reporting_integration_callbacks(self.tracking.tracker)
+            self.callback = callback_class()
+        self._pass_on("on_train_begin", *args, **kwargs)
 
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-        numbers = {
-            name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._pass_on("on_log", *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._pass_on("on_train_end", *args, **kwargs)
+        with self._guarded():
+            self._end_wandb()
+        self.callback = None  # a loss that is logged afterwards would begin another run
+
+    def _pass_on(self, event: str, *args: Any, **kwargs: Any) -> None:
+        if self.callback is not None:
+            with self._guarded():
+                getattr(self.callback, event)(*args, **kwargs)
+
+    def _end_wandb(self) -> None:
+        """End the open run, which transformers leaves open and would take for the next build's."""
+        if self.tracking.tracker == "wandb":
+            import wandb
+
+            wandb.finish()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        name, printed = self.tracking.run_name, io.StringIO()
+        variables = {
+            "WANDB_PROJECT": os.environ.get("WANDB_PROJECT", PROJECT),
+            "WANDB_RUN_ID": name,
+            "WANDB_RESUME": "allow",
+            "WANDB_SILENT": "true",
+            "TENSORBOARD_LOGGING_DIR": self.tracking.folder / name,
         }
-        if hasattr(self, "log"):  # the guard's last loss comes after the training
-            self.log(numbers, state.global_step)
-
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        del self.log
-        self.open.close()
+        try:
+            with redirect_stdout(printed), redirect_stderr(printed), patch_environment(**variables):
+                yield
+        except Exception as error:  # noqa: BLE001  whatever it is, the build is worth no less
+            self.callback = None
+            reason = next(iter(str(error).splitlines()), repr(error))
+            self.tracking.warn(f"{self.tracking.tracker} failed; healing goes on without it: {reason}")
 
 
 class EarlyStop(TrainerCallback):  # type: ignore[misc]

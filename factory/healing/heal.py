@@ -23,9 +23,10 @@ from trl import SFTConfig
 
 from factory.artifacts import Adapter, Checkpoint, LossPoint
 from factory.config.settings import HealSettings
+from factory.config.tracking import NO_TRACKING, Tracking
 from factory.errors import HealingError
 from factory.healing.batch_size import fit_micro_batch
-from factory.healing.callbacks import DivergedError, EarlyStop, Progress, Slower, Told
+from factory.healing.callbacks import PROJECT, DivergedError, EarlyStop, Progress, Report, Slower
 from factory.healing.data import data_sets
 from factory.healing.lora import (
     GUARD,
@@ -38,7 +39,6 @@ from factory.healing.lora import (
     save_adapter,
 )
 from factory.healing.packing import use_packed_attention
-from factory.healing.tracking import NOWHERE, Tracking
 from factory.healing.trainers import DistillTrainer, HealTrainer
 from factory.model.config_proof import find_layers
 from factory.model.devices import best_device
@@ -78,7 +78,7 @@ def heal(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
-    tracking: Tracking = NOWHERE,
+    tracking: Tracking = NO_TRACKING,
 ) -> Adapter:
     """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
 
@@ -93,7 +93,7 @@ def heal(
         source_folder: The model that `pruned` was made from.
         dropped: Its layers that `pruned` lacks.
         progress: Gets steps done, steps in all, and loss and speed.
-        tracking: Is told the losses as well.
+        tracking: Tracker that gets the losses as well.
 
     Raises:
         DataError: Too little text.
@@ -246,7 +246,7 @@ def begin(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
-    tracking: Tracking = NOWHERE,
+    tracking: Tracking = NO_TRACKING,
 ) -> tuple[Student, HealTrainer]:
     """The student and its trainer, before the first step.
 
@@ -257,7 +257,14 @@ def begin(
     """
     student = _student(model, dropped=dropped, settings=settings)
     trainer = _trainer(
-        student, tokenizer, *texts, dropped=dropped, settings=settings, seed=seed, folder=folder
+        student,
+        tokenizer,
+        *texts,
+        dropped=dropped,
+        settings=settings,
+        seed=seed,
+        folder=folder,
+        tracking=tracking,
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -266,8 +273,8 @@ def begin(
     fit_micro_batch(trainer)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
-    if processes.is_main():
-        trainer.add_callback(Told(tracking))
+    if processes.is_main() and tracking.tracker != "none":
+        trainer.add_callback(Report(tracking))
     trainer.add_callback(EarlyStop())
     if (step := slowed_at(folder)) is not None:
         trainer.add_callback(Slower(step))
@@ -308,6 +315,7 @@ def _trainer(
     settings: HealSettings,
     seed: int,
     folder: Path,
+    tracking: Tracking,
 ) -> HealTrainer:
     on_gpu = best_device().type == "cuda"
     every = max(1, settings.num_steps // CURVE_POINTS)
@@ -344,7 +352,10 @@ def _trainer(
         metric_for_best_model="eval_loss",
         seed=seed,
         data_seed=seed,
-        report_to="none",
+        report_to="none",  # `Report` does, which a tracker that fails does not end
+        project=PROJECT,
+        run_name=tracking.run_name,
+        trackio_static_space_id=False,  # publishes no copy of what is tracked
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=True,  # an expert that no token went to

@@ -9,7 +9,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 from factory.artifacts import Artifact, Checkpoint
 from factory.config.settings import BuildConfig
-from factory.healing.tracking import NOWHERE, Tracking
+from factory.config.tracking import NO_TRACKING, Tracking
 from factory.store.files import sync_files, write_atomically
 from factory.store.stage import StageSpec
 from factory.store.store import Store, damage
@@ -76,7 +76,7 @@ class Run:
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
     in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
     seconds: dict[str, float] = field(default_factory=dict)
-    tracking: Tracking = NOWHERE
+    tracking: Tracking = NO_TRACKING
     unfinished: tuple[StageSpec, Path] | None = (
         None  # the stage under way that can be resumed, and its folder
     )
@@ -136,9 +136,6 @@ class Run:
         self.digests[result.key] = result.digest
         self.folders[name] = result.folder
         self.seconds[name] = result.seconds
-        if not self.only_look and not result.reused:
-            with self.tracking.run("stages") as log:
-                log({f"seconds/{name}": result.seconds}, None)
         if not self.only_look:
             self.reporter.finished(name, summary(value), result.seconds, result.reused)
         return value

@@ -1,4 +1,4 @@
-"""Markdown of the card: escaping what others named, and how numbers, sizes and texts are written."""
+"""Markdown of the card: escaping what others named, and how numbers and texts are written."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from factory.artifacts import DataSource, layer_ranges
+from factory.units import count_in_words, rough_duration
 
 HUB = "https://huggingface.co"
 SMALLEST_P = 0.001  # that is written out
@@ -21,8 +22,8 @@ def filters() -> dict[str, Any]:
     """Filters of the card's template; those that return `Markup` escape on their own."""
     return {
         "code": code,
-        "count": count,
-        "duration": duration,
+        "count": count_in_words,
+        "duration": rough_duration,
         "exact": lambda value: f"{value:,}",
         "general": lambda value: f"{value:g}",
         "hub_url": lambda repo_id: Markup(f"{HUB}/{quote(plain(repo_id))}"),
@@ -108,15 +109,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def duration(seconds: float) -> str:
-    """In the unit that fits."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def text_name(data: DataSource) -> Markup:
     """A Hub data set as a link; Python's own sources with what they are."""
     split = f", {data.split} split" if data.split else ""
@@ -128,22 +120,6 @@ def text_name(data: DataSource) -> Markup:
     if data.name.startswith("stdlib:"):
         return Markup(f"the source code of Python's standard library ({code(data.name)}{markdown(split)})")
     return Markup(f"{markdown(data.name)}{markdown(split)}")
-
-
-def count(value: int) -> str:
-    """7241732096 → "7.24 billion"."""
-    for unit, name in ((10**9, " billion"), (10**6, " million"), (10**3, " thousand")):
-        if value >= 0.9995 * unit:  # what rounds up to the unit is written in it
-            return f"{value / unit:.3g}{name}"
-    return str(value)
-
-
-def size(size_bytes: int) -> str:
-    """14483464192 → "14.48 GB"."""
-    for unit_bytes, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size_bytes >= unit_bytes:
-            return f"{size_bytes / unit_bytes:.2f} {unit}"
-    return f"{size_bytes} B"
 
 
 def ratio(after: float, before: float) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from factory.artifacts import Build, Comparison, DataSource, Evaluation, Speed, TaskScore
-from factory.report.markdown import number, percent, rate, ratio, signed, size, with_error
+from factory.report.markdown import number, percent, rate, ratio, signed, with_error
+from factory.units import size
 
 SIGNIFICANT = 2  # standard errors
 NUM_WORST = 5
@@ -169,7 +170,7 @@ def size_rows(build: Build) -> list[list[str]]:
     before, after = build.source_parameters, build.result_parameters
     rows = [["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]]
     before, after = build.source_bytes, build.result_bytes
-    rows.append(["Weight files", size(before), size(after), ratio(after, before)])
+    rows.append(["Weight files", size(before, decimals=2), size(after, decimals=2), ratio(after, before)])
     if build.speed:
         old, new = build.speed.source, build.speed.result
         rows += _memory_rows(old, new, counted=build.speed.memory or "")
@@ -186,7 +187,7 @@ def _memory_rows(old: Speed, new: Speed, *, counted: str) -> list[list[str]]:
     rows = []
     if old.memory_bytes is not None and new.memory_bytes is not None:
         label = "Memory, at its peak" if counted == "peak" else "Weights and cache in memory"
-        sizes = size(old.memory_bytes), size(new.memory_bytes)
+        sizes = size(old.memory_bytes, decimals=2), size(new.memory_bytes, decimals=2)
         rows.append([label, *sizes, ratio(new.memory_bytes, old.memory_bytes)])
     before, after = old.cache_bytes_per_token, new.cache_bytes_per_token
     if before is not None and after is not None:

@@ -1,9 +1,6 @@
-"""Locks between processes: freed when their holder dies, kept by signs of life, waited for with an end."""
+"""Locks between processes, which the operating system frees when their holder dies."""
 
 import errno
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +15,7 @@ try:
     import fcntl
 except ImportError:  # Windows: there age alone keeps `factory gc` from stages in use
     fcntl = None  # type: ignore[assignment]
-LIFE_SECONDS = 10.0  # between two signs of life of a holder
-PATIENCE_SECONDS = 600.0  # without a sign of life; a stopped process or a dead machine gives none
+POLL_SECONDS = 0.2
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 HOME = "--home or FACTORY_HOME"
 
@@ -55,35 +51,29 @@ def locked(
     path: Path,
     *,
     on_wait: Callable[[], None] | None = None,
-    patience_seconds: float = PATIENCE_SECONDS,
     passing: bool = False,
     option: str = HOME,
 ) -> Iterator[None]:
-    """Hold the lock of one file; the operating system frees it when its holder dies.
-
-    While it is held, the file's time moves on every few seconds. Whoever waits goes by that, not by how
-    long it takes: a stage may take days, but a process that was stopped is not waited for.
+    """Hold the lock of one file, once it is free; a stage may take days, so there is no limit.
 
     Args:
-        on_wait: Called once if somebody else holds it.
-        patience_seconds: Without a sign of life of the holder.
-        passing: Remove the file in the end; whoever waits for it makes it anew.
-        option: That would give another place.
+        on_wait: Called once if another process holds it.
+        passing: Remove the file in the end; a process that waits for it creates it again.
+        option: The option that would give another place.
 
     Raises:
-        StoreError: It cannot be written, its file system has no locks, or its holder gives no sign of life.
+        StoreError: The file cannot be written, or its file system has no locks.
     """
     lock = _lock(path)
     try:
         if not _taken(lock):
             if on_wait:
                 on_wait()
-            _wait(lock, path, patience_seconds=patience_seconds)
+            lock.acquire(poll_interval=POLL_SECONDS)
     except OSError as error:
         raise unwritable(path.parent, error, option=option) from error
     try:
-        with _signs_of_life(path):
-            yield
+        yield
     finally:
         _let_go(lock, passing=passing)
 
@@ -146,45 +136,3 @@ def is_held(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def _wait(lock: FileLock, path: Path, *, patience_seconds: float) -> None:
-    """Wait for the lock while its holder gives signs of life, by this process's own clock."""
-    last, since = _time_of(path), time.monotonic()
-    while True:
-        with suppress(Timeout):
-            lock.acquire(timeout=min(patience_seconds / 4, LIFE_SECONDS), poll_interval=0.1)
-            return
-        if (seen := _time_of(path)) != last:
-            last, since = seen, time.monotonic()
-        elif time.monotonic() - since > patience_seconds:
-            raise StoreError(
-                f"{path} is held by a process that has given no sign of life for {patience_seconds:.0f} s",
-                hint=f"`fuser {path}` names it on its machine; end it and run the same command again",
-            )
-
-
-def _time_of(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@contextmanager
-def _signs_of_life(path: Path) -> Iterator[None]:
-    """Let the file's time move on from a thread until the work is done."""
-    done = threading.Event()
-
-    def touch() -> None:
-        while not done.wait(LIFE_SECONDS):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=touch, name="signs of life", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

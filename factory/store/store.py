@@ -132,8 +132,7 @@ class Store:
         what it was when it was made. For `made_from` see `find`.
 
         Raises:
-            StoreError: The folder cannot be written, somebody who gives no sign of life is making it, or what
-                is to be made again is in use.
+            StoreError: The folder cannot be written, or what is to be made again is in use.
         """
         folder = self.folder(spec)
         partial = folder.with_name(folder.name + PARTIAL)

@@ -6,7 +6,7 @@ import pytest
 
 from factory.cli.console import console, printable
 from factory.cli.tables import result_table, show_stages, verdict
-from factory.units import count, duration, size
+from factory.units import count, count_in_words, duration, rough_duration, size
 from tests.builders.builds import a_comparison, chat_with_other_licence, healing_discarded, perplexities
 
 
@@ -35,6 +35,20 @@ def test_sizes(number: int, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_card_has_words_for_counts_and_rough_durations() -> None:
+    assert [count_in_words(number) for number in (999, 999_600, 7_241_732_096)] == [
+        "999",
+        "1 million",
+        "7.24 billion",
+    ]
+    assert [rough_duration(seconds) for seconds in (4.12, 119, 200, 18_725)] == [
+        "4.1 s",
+        "119 s",
+        "3 min",
+        "5.2 h",
+    ]
 
 
 def test_the_table_says_how_the_model_that_ships_differs_from_its_source() -> None:

@@ -1,52 +1,66 @@
-"""Following a build from elsewhere: what trackers are told, and that no result depends on it."""
+"""Following a healing from elsewhere: what trackers get, and that no result depends on it."""
 
 import json
-import pickle
+import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import TrainerState
 
 from factory.cli.build import _tracking
 from factory.cli.request import ask
+from factory.config.tracking import Tracking, choose_tracker
 from factory.errors import UsageError
-from factory.healing.callbacks import Told
-from factory.healing.tracking import Tracking, choose
+from factory.healing.callbacks import PROJECT, Report
 from tests.builders.commands import asked
 
-# As much of trackio as is used, for a machine without it: what it is told lands in a file.
+# As much of trackio as transformers uses, for a machine without it: what it gets lands in a file.
 TRACKIO = """
 import json, os, sys
+from types import SimpleNamespace
 def init(**settings):
     print("* a line that must not reach the progress lines")
     print("* nor this one", file=sys.stderr)
     _note(init=settings)
-def log(values, step=None):
-    _note(log=values, step=step)
+def log(values):
+    _note(log=values)
 def finish():
     _note(finish=True)
 def _note(**what):
-    with open("told.jsonl", "a") as file:
+    with open("noted.jsonl", "a") as file:
         file.write(json.dumps(what) + "\\n")
     if os.environ.get("FAILS_IN") in what:
         raise ConnectionError("no Hub\\nfar and wide")
+context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
+class config(dict):
+    update = staticmethod(lambda values, allow_val_change: None)
+config = config()
 """
+ARGUMENTS = SimpleNamespace(
+    to_dict=dict,
+    project=PROJECT,
+    run_name="demo",
+    trackio_space_id=None,
+    trackio_bucket_id=None,
+    hub_private_repo=None,
+)
 
 
-def test_a_missing_tracker_is_told_by_name_and_none_is_needed(
+def test_a_missing_tracker_is_named_and_none_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.path", [])
     for name in ("trackio", "wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         with pytest.raises(UsageError, match=f"--report-to {name}: {name} is not installed"):
-            choose(name)  # type: ignore[arg-type]
-    assert choose(None) == "none"
-    assert choose("none") == "none"
+            choose_tracker(name)  # type: ignore[arg-type]
+    assert choose_tracker(None) == "none"
+    assert choose_tracker("none") == "none"
 
 
 @pytest.fixture
@@ -56,65 +70,78 @@ def trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     kept = sys.modules.pop("trackio", None)
-    yield tmp_path / "told.jsonl"
+    yield tmp_path / "noted.jsonl"
     del sys.modules["trackio"]
     if kept:
         sys.modules["trackio"] = kept
 
 
-def test_trackio_is_taken_where_it_is_installed_and_told_in_one_run_a_part(
+def report(tracking: Tracking) -> None:
+    """Train for two steps, and log once more when it is over."""
+    callback, state = Report(tracking), TrainerState(global_step=3)
+    model = SimpleNamespace(num_parameters=lambda: 1)
+    callback.on_train_begin(ARGUMENTS, state, None, model=model)
+    for loss in (1.5, 1.25):
+        callback.on_log(ARGUMENTS, state, None, model=model, logs={"loss": loss})
+    callback.on_train_end(ARGUMENTS, state, None, model=model)
+    callback.on_log(ARGUMENTS, state, None, model=model, logs={"eval_loss": 1.0})
+
+
+def noted(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_trackio_is_chosen_if_it_is_installed_and_gets_the_losses_in_one_run(
     trackio: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert choose(None) == "trackio"
-    with Tracking("trackio", "demo-drop30").run("stages") as log:
-        log({"seconds/plan": 1.5}, None)
-    begun, *rest = [json.loads(line) for line in trackio.read_text().splitlines()]
-    assert (begun["init"]["name"], begun["init"]["resume"]) == ("demo-drop30-stages", "allow")
-    assert rest == [{"log": {"seconds/plan": 1.5}, "step": None}, {"finish": True}]
+    assert choose_tracker(None) == "trackio"
+    report(Tracking("trackio", "demo"))
+    begun, *rest = noted(trackio)
+    assert {"project": PROJECT, "name": "demo", "resume": "allow"}.items() <= begun["init"].items()
+    losses = [{"train/loss": loss, "train/global_step": 3} for loss in (1.5, 1.25)]
+    assert rest == [*({"log": values} for values in losses), {"finish": True}]
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_numbers_of_healing_are_told_with_their_steps(trackio: Path) -> None:
-    callback, state = Told(Tracking("trackio", "demo")), TrainerState(global_step=3)
-    callback.on_train_begin(None, state, None)
-    callback.on_log(None, state, None, logs={"loss": 1.5, "note": "no number"})
-    callback.on_train_end(None, state, None)
-    callback.on_log(None, state, None, logs={"eval_loss": 1.0})  # evaluated once more when it is over
-    told = [json.loads(line) for line in trackio.read_text().splitlines()]
-    assert told[1:] == [{"log": {"loss": 1.5}, "step": 3}, {"finish": True}]
-
-
 @pytest.mark.parametrize(
-    ("fails_in", "told"),
-    [("init", ["init"]), ("log", ["init", "log", "finish"]), ("finish", ["init", "log", "log", "finish"])],
+    ("fails_in", "calls"),
+    [("init", ["init"]), ("log", ["init", "log"]), ("finish", ["init", "log", "log", "finish"])],
 )
-def test_a_tracker_that_fails_costs_one_remark_and_nothing_else(
-    trackio: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str, told: list[str]
+def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(
+    trackio: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str, calls: list[str]
 ) -> None:
     monkeypatch.setenv("FAILS_IN", fails_in)
-    remarks: list[str] = []
-    tracking = Tracking("trackio", "demo", remark=remarks.append)
-    reached = 0
-    for part in ("stages", "heal", "stages"):
-        with tracking.run(part) as log:
-            log({"loss": 1.5}, 1)
-            log({"loss": 1.0}, 2)
-            reached += 1
-        tracking = pickle.loads(pickle.dumps(replace(tracking, remark=print)))  # as another process gets it
-    assert reached == 3
-    assert remarks == ["trackio cannot follow this build, which goes on without: no Hub"]
-    assert [next(iter(json.loads(line))) for line in trackio.read_text().splitlines()] == told
+    warnings: list[str] = []
+    report(Tracking("trackio", "demo", warn=warnings.append))
+    assert warnings == ["trackio failed; healing goes on without it: no Hub"]
+    assert [next(iter(note)) for note in noted(trackio)] == calls
 
 
-def test_a_fault_of_the_build_is_not_taken_for_one_of_the_tracker(trackio: Path) -> None:
-    tracking = Tracking("trackio", "demo", remark=print)
-    with pytest.raises(KeyError, match="of the build"), tracking.run("heal"):
-        raise KeyError("of the build")
-    assert not tracking.has_failed
-    assert "finish" in trackio.read_text()
+def test_the_files_of_tensorboard_lie_in_a_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorboard.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    folders: list[Path] = []
+
+    class Writer:
+        def __init__(self, log_dir: str) -> None:
+            folders.append(Path(log_dir))
+
+        def __getattr__(self, _name: str) -> Any:
+            return lambda *_args, **_kwargs: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    arguments, state = SimpleNamespace(to_json_string=str), TrainerState()
+    callback = Report(Tracking("tensorboard", "demo", tmp_path / "runs", warn=pytest.fail))
+    callback.on_train_begin(arguments, state, None)
+    callback.on_train_end(arguments, state, None)
+    assert folders == [tmp_path / "runs" / "demo"]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
-def test_each_build_of_a_file_is_told_under_a_name_of_its_own(
+def test_each_build_of_a_file_is_tracked_under_a_name_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,17 +150,17 @@ def test_each_build_of_a_file_is_told_under_a_name_of_its_own(
         f"model: demo\ndrop: 0.3\nreport-to: none\nbuilds: {json.dumps([{'out': out} for out in outs])}\n"
     )
     names, again = (
-        [_tracking(ask(one.model, one.options), one.options).name for one in asked("build.yaml")]
+        [_tracking(ask(one.model, one.options), one.options).run_name for one in asked("build.yaml")]
         for _ in range(2)
     )
     assert names == again  # a second attempt goes on with the run
     assert len(set(names)) == len(outs)
     assert all(re.fullmatch(r"x[\w-]*-[0-9a-f]{8}", name) for name in names), names
     (other,) = asked("demo", "--drop", "0.3", "--out", "a/x", "--seed", "1", "--report-to", "none")
-    assert _tracking(ask("demo", other.options), other.options).name not in names
+    assert _tracking(ask("demo", other.options), other.options).run_name not in names
 
 
-def test_no_setting_of_a_build_says_where_it_is_told() -> None:
-    told, silent = (asked("demo", "--drop", "0.3", "--report-to", where)[0] for where in ("wandb", "none"))
-    assert (told.options["report_to"], silent.options["report_to"]) == ("wandb", "none")
-    assert ask("demo", told.options).config == ask("demo", silent.options).config
+def test_no_setting_of_a_build_depends_on_its_tracking() -> None:
+    tracked, silent = (asked("demo", "--drop", "0.3", "--report-to", where)[0] for where in ("wandb", "none"))
+    assert (tracked.options["report_to"], silent.options["report_to"]) == ("wandb", "none")
+    assert ask("demo", tracked.options).config == ask("demo", silent.options).config

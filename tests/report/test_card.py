@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,9 @@ from markdown_it import MarkdownIt
 from factory.artifacts import Build, DataSource
 from factory.builds.folder import read_if_same
 from factory.cli.build import build as command_line_build
+from factory.cli.main import cli
 from factory.config.settings import SLOWER
-from factory.errors import StoreError
+from factory.errors import StoreError, UsageError
 from factory.report.card import front_matter, render, write_card
 from factory.report.command import reproduction_command
 from factory.report.markdown import SMALLEST_P, markdown, text_name
@@ -392,6 +394,39 @@ def test_a_discarded_healing_text_is_not_among_the_data_sets() -> None:
     data = build.adapter.data.model_copy(update={"hub_id": "somebody/else"})
     build = build.model_copy(update={"adapter": build.adapter.model_copy(update={"data": data})})
     assert front_matter(build, repo_id=None)["datasets"] == ["allenai/c4"]
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """What a build leaves, as far as its card goes."""
+    (tmp_path / "model").mkdir()
+    chat_with_other_licence().write(tmp_path)
+    return tmp_path
+
+
+def write_again(folder: Path) -> str:
+    return (
+        CliRunner().invoke(cli, ["card", str(folder)], catch_exceptions=False, standalone_mode=False).output
+    )
+
+
+def test_the_card_is_written_again_from_the_build(finished: Path) -> None:
+    assert write_again(finished).split() == [str(finished / "model" / "README.md")]
+    assert (finished / "model" / "README.md").read_text() == render(
+        chat_with_other_licence(), has_healing_figure=False
+    )
+    with pytest.raises(UsageError, match="is no build folder"):
+        write_again(finished / "model")
+
+
+def test_the_card_of_a_published_build_goes_on_naming_its_repository(finished: Path) -> None:
+    place = {"repo_id": "me/smaller", "url": "u", "commit": "c", "private": True, "files": {}}
+    Publication.model_validate(place).write(finished)
+    write_again(finished)
+    assert 'model="me/smaller"' in (finished / "model" / "README.md").read_text()
 
 
 # Hostile names ----------------------------------------------------------------------------------

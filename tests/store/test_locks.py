@@ -1,11 +1,8 @@
-"""Locks are freed by death, waited for with an end, refused where they do not work, and seen by `gc`."""
+"""Locks are freed by death, waited for, refused where they do not work, and seen by `gc`."""
 
-import itertools
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,40 +112,18 @@ def test_a_killed_holder_frees_its_lock_at_once(tmp_path: Path) -> None:
             pass
 
 
-def test_a_holder_without_a_sign_of_life_is_not_waited_for(tmp_path: Path) -> None:
-    path = tmp_path / "x.lock"
-    waits = []
+def test_a_lock_is_waited_for_until_its_holder_lets_go(tmp_path: Path) -> None:
+    path, waits = tmp_path / "x.lock", []
     with holder("lock", path) as process:
-        os.kill(process.pid, signal.SIGSTOP)
-        with (
-            pytest.raises(StoreError, match="no sign of life for 1 s") as caught,
-            locked(path, on_wait=lambda: waits.append(1), patience_seconds=1),
-        ):
-            pass
-    assert f"fuser {path}" in caught.value.hint
-    assert waits == [1]
+        assert process.stdin
 
+        def let_go() -> None:
+            waits.append(process.poll())
+            process.stdin.close()  # type: ignore[union-attr]
 
-def test_a_holder_that_lives_is_waited_for_however_long_it_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, patience, looks = tmp_path / "x.lock", 0.4, itertools.count(1)
-    with holder("lock", path) as process:
-        stdin = process.stdin
-        assert stdin
-
-        def clock() -> float:
-            """Each look at it finds a sign of life, after half of the time that the holder has for one."""
-            look = next(looks)
-            os.utime(path, (look, look))
-            if look == 10:
-                stdin.close()
-            return look * patience / 2
-
-        monkeypatch.setattr(time, "monotonic", clock)
-        with locked(path, patience_seconds=patience):
-            monkeypatch.undo()
-            assert process.wait() == 0  # it let go by itself
+        with locked(path, on_wait=let_go):
+            assert process.wait() == 0
+    assert waits == [None]
 
 
 def told(program: str, home: Path) -> list[str]:
