@@ -12,7 +12,7 @@ from factory.artifacts import Checkpoint, DataSource, PruningPlan, Source
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings, PlanSettings
 from factory.pipeline import stages
 from factory.pipeline.run import Missing, Run
-from factory.store.stage import StageSpec
+from factory.store.stage import STAGES, Stage, StageSpec
 from factory.store.store import Store, damage
 from factory.text.text import Text, Texts
 from tests.tiny import an_adapter
@@ -142,3 +142,9 @@ def test_a_store_that_an_earlier_version_filled_is_reused(tmp_path: Path) -> Non
     assert stages.evaluate_stage(run, "source", SOURCE).loss.num_documents == 4
     assert reporter.reused == {"measure": True, "plan": True, "evaluate source": True}
     assert [damage(folder) for folder in run.folders.values()] == [[], [], []]
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
+def test_a_row_of_the_table_names_a_value_and_lists_its_local_files_as_scratch(stage: Stage[Any]) -> None:
+    assert stage.artifact.file_name.endswith(".json")
+    assert set(stage.local) <= set(stage.scratch)

@@ -25,9 +25,19 @@ from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import experts_of
 from factory.pipeline.run import Run
+from factory.store.stage import (
+    COMPARE,
+    EVALUATE,
+    HEAL,
+    MADE_BY,
+    MEASURE,
+    MERGE,
+    PLAN,
+    PRUNE,
+    SEARCH,
+    SPEED,
+)
 from factory.text.text import text_identity
-
-MADE_BY = {"pruned": "prune", "healed": "merge"}
 
 
 def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
@@ -63,8 +73,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         return in_processes(run, part, name="measure", model=source.local_folder)
 
     return run.stage(
-        "measure",
-        DistanceProfile,
+        MEASURE,
         work,
         # A fixed number of samples serves every block size.
         parameters={
@@ -89,8 +98,7 @@ def plan_stage(
     settings = run.config.plan
     if settings.layers and criterion is None:
         return run.stage(
-            "plan",
-            PruningPlan,
+            PLAN,
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
@@ -116,8 +124,7 @@ def plan_stage(
         )
 
     return run.stage(
-        "plan",
-        PruningPlan,
+        PLAN,
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
@@ -147,8 +154,7 @@ def search_stage(
         )
 
     return run.stage(
-        "search",
-        PruningPlan,
+        SEARCH,
         work,
         parameters={
             **settings.model_dump(),
@@ -183,8 +189,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         )
 
     return run.stage(
-        "compare",
-        CutLosses,
+        COMPARE,
         work,
         parameters={
             **settings.model_dump(exclude={"criterion"}),
@@ -214,8 +219,7 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
         return prune(source, plan, folder=folder, progress=run.ticks("prune"))
 
     return run.stage(
-        "prune",
-        Checkpoint,
+        PRUNE,
         work,
         parameters={"dropped": list(plan.dropped)},
         inputs={"source": source.commit},
@@ -253,8 +257,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         return spread(part, processes=processes, case=None if fits else "fsdp", progress=run.ticks("heal"))
 
     return run.stage(
-        "heal",
-        Adapter,
+        HEAL,
         work,
         parameters={**_without_data(run.config.heal), "seed": run.config.seed},
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
@@ -306,8 +309,7 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
         return judge(merged, pruned, adapter)
 
     return run.stage(
-        "merge",
-        Checkpoint,
+        MERGE,
         work,
         parameters={"base": run.config.merge_base if run.config.heal.bits == 4 else "bf16"},
         inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
@@ -344,8 +346,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(
-        "evaluate",
-        Evaluation,
+        EVALUATE,
         work,
         label=name,
         parameters={
@@ -382,8 +383,7 @@ def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str
         return compare_speed(source.local_folder, shipped.folder, progress=run.ticks("speed"))
 
     return run.stage(
-        "speed",
-        SpeedComparison,
+        SPEED,
         work,
         parameters={},
         inputs={"source": source.commit, "result": run.keys[MADE_BY[shipped_name]]},
