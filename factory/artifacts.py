@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from factory import __version__
+from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
@@ -278,7 +279,7 @@ class Adapter(Artifact):
     file_name = "adapter.json"
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
-    objective: str  # "sft", "distill"
+    objective: ObjectiveName
     quantization: str  # "nf4", "none"
     rank: int
     learning_rate: float

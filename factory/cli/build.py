@@ -39,7 +39,7 @@ from factory.cli.request import (
     pull_source,
     requests,
 )
-from factory.config.choices import CRITERIA
+from factory.config.criteria import CRITERIA
 from factory.config.request import Request
 from factory.errors import FactoryError
 from factory.store.stage import STAGES

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from factory.config.choices import MOST
+from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, summaries
 from factory.errors import UsageError
 from factory.healing.tracking import WHERE
 
@@ -151,10 +152,9 @@ heal_option = click.option(
     "--heal",
     "heal_objective",
     is_flag=False,
-    flag_value="distill",
-    type=click.Choice(["sft", "distill"]),
-    help="distill: on what the source makes of the text; sft: on the text, as in the paper.  "
-    "[default: distill]",
+    flag_value=DEFAULT_OBJECTIVE.name,
+    type=click.Choice(OBJECTIVES),
+    help=f"{summaries()}.  [default: {DEFAULT_OBJECTIVE.name}]",
 )
 home_option = click.option(
     "--home",

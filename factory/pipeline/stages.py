@@ -19,7 +19,8 @@ from factory.artifacts import (
     SpeedComparison,
     layer_ranges,
 )
-from factory.config.choices import Criterion
+from factory.config.criteria import CRITERIA, criterion_of
+from factory.config.objectives import OBJECTIVES
 from factory.config.settings import num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
@@ -90,7 +91,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
 
 
 def plan_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: str | None = None
 ) -> PruningPlan:
     """Which layers go, by one criterion; the configuration's where none is given."""
     from factory.pruning.criteria import first_dropped, plan, plan_without
@@ -106,11 +107,11 @@ def plan_stage(
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
-    if criterion == "greedy":  # one search serves every smaller number of layers
+    if CRITERIA[criterion].nested:  # one search serves every smaller number of layers
         largest = max((n, *run.block_sizes))
         found = search_stage(run, source, profile, criterion=criterion, block_size=largest)
         return first_dropped(found, n, profile=profile)
-    if criterion == "loss":
+    if CRITERIA[criterion].searches:
         return search_stage(run, source, profile, criterion=criterion, block_size=n)
 
     def work(_folder: Path) -> Artifact:
@@ -133,7 +134,7 @@ def plan_stage(
 
 
 def search_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion, block_size: int
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: str, block_size: int
 ) -> PruningPlan:
     """Which layers go, by the loss without them; the profile only ranks the candidates."""
     settings = run.config.plan.model_copy(update={"criterion": criterion})
@@ -205,7 +206,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
 def _describe_plan(plan: PruningPlan) -> str:
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
-    by = {"angular": "", "chosen": " by choice"}.get(plan.criterion, f" by {plan.criterion}")
+    by = criterion_of(plan.criterion).by
     share = f"{n / plan.num_layers:.0%}"
     return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
 
@@ -247,7 +248,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             tracking=run.tracking,
         )
         processes = training_processes(run.processes, batch_size=run.config.heal.batch_size)
-        trained = source if run.config.heal.objective == "distill" else pruned
+        trained = source if OBJECTIVES[run.config.heal.objective].loads_source else pruned
         fits = trains_on_one(
             trained.num_parameters,
             best_device(),
