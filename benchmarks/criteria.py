@@ -9,7 +9,7 @@ from pathlib import Path
 
 from factory.artifacts import Plans, layer_ranges
 from factory.cli.console import StageLines, console
-from factory.config.choices import CRITERIA
+from factory.config.criteria import CRITERIA
 from factory.config.settings import BuildConfig, MeasureSettings, PlanSettings
 from factory.hub.pull import pull
 from factory.hub.resolve import resolve
@@ -25,7 +25,7 @@ def plans_for(run: Run, model: str, sizes: list[int]) -> list[Plans]:
     found = []
     for size in sizes:
         run.config = run.config.model_copy(update={"drop": size / source.num_layers})
-        found.append(make_plans(run, source, CRITERIA)[1])
+        found.append(make_plans(run, source, tuple(CRITERIA))[1])
     return found
 
 

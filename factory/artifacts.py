@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from factory import __version__
+from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
@@ -45,7 +47,6 @@ class Artifact(BaseModel):
 
     model_config = FROZEN
     file_name: ClassVar[str]
-    scratch: ClassVar[tuple[str, ...]] = ()  # patterns: of no use once the value is written
 
     def text(self) -> str:
         """What `write` writes; paths and other machine facts are left out."""
@@ -276,10 +277,9 @@ class Adapter(Artifact):
     """A LoRA adapter in peft's format, and how its training went. Losses in nats a token."""
 
     file_name = "adapter.json"
-    scratch = ("trainer*", "tokens", "slowed.json")
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
-    objective: str  # "sft", "distill"
+    objective: ObjectiveName
     quantization: str  # "nf4", "none"
     rank: int
     learning_rate: float
@@ -432,6 +432,22 @@ class SpeedComparison(Artifact):
     memory: Literal["peak", "weights and cache"] | None = None  # what was counted; a peak only on a GPU
     source: Speed
     result: Speed
+
+
+@dataclass(frozen=True)
+class Made:
+    """Everything the stages made; a build keeps each value that it has a field of the same name for."""
+
+    source: Source
+    profile: DistanceProfile
+    plan: PruningPlan
+    pruned: Checkpoint
+    adapter: Adapter | None
+    healed: Checkpoint | None
+    result: Checkpoint  # what ships: one of the two
+    shipped: str  # its name, "healed" or "pruned"
+    evaluations: dict[str, Evaluation]
+    speed: SpeedComparison
 
 
 class Build(Artifact):

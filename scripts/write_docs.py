@@ -1,6 +1,6 @@
-"""Write the generated pages of the documentation: docs/cli.md and docs/supported-models.md.
+"""Write the generated parts of the documentation: two pages, and the criteria in docs/choosing-layers.md.
 
-python scripts/write_docs.py                   write both pages
+python scripts/write_docs.py                   write them
 python scripts/write_docs.py --check           fail if a page is not what would be written now
 python scripts/write_docs.py --outcomes FILE   take over a table that benchmarks/architectures.py printed
 """
@@ -139,6 +139,23 @@ Equal to the last bit, for both cuts:
 """
 
 
+def with_criteria(page: str) -> str:
+    """Return a page with the table of criteria as it is now."""
+    from factory.config.criteria import CRITERIA, DEFAULT_CRITERION
+
+    rows = ["| criterion | drops |", "|---|---|"]
+    for criterion in CRITERIA.values():
+        drops = re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", criterion.summary)
+        default = "; the default" if criterion is DEFAULT_CRITERION else ""
+        rows.append(f"| `{criterion.name}` | {drops}{default} |")
+    return re.sub(
+        r"(<!-- criteria: .*? -->\n\n).*?(\n\n<!-- end of criteria -->)",
+        lambda found: found[1] + "\n".join(rows) + found[2],
+        page,
+        flags=re.DOTALL,
+    )
+
+
 def read_printed(path: Path) -> dict[str, Any]:
     """Read a table that benchmarks/architectures.py printed, with each reason shortened for readers."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -164,9 +181,14 @@ def write_outcomes(known: dict[str, Any]) -> None:
 
 
 def pages() -> dict[Path, str]:
-    """Return every generated page with its content."""
+    """Return every page that is generated, or partly so, with its content."""
     known = json.loads(OUTCOMES.read_text(encoding="utf-8"))
-    return {DOCS / "cli.md": cli_page(), DOCS / "supported-models.md": supported_page(known)}
+    choosing = DOCS / "choosing-layers.md"
+    return {
+        DOCS / "cli.md": cli_page(),
+        DOCS / "supported-models.md": supported_page(known),
+        choosing: with_criteria(choosing.read_text(encoding="utf-8")),
+    }
 
 
 def main() -> None:

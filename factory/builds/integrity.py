@@ -20,7 +20,7 @@ from factory.store.files import (
     write_sums,
 )
 from factory.store.locks import HOME
-from factory.store.stage import KEY, STAGES
+from factory.store.stage import KEY, MADE_BY, PRUNE, STAGES
 from factory.store.store import Store, damage
 
 # Files of a stage folder that are the store's, not the model's.
@@ -40,10 +40,9 @@ def check_weights(build: Build, folder: Path) -> None:
     """
     for name, sha256 in build.files.items():
         if not (folder / name).is_file() or sha256_once(folder / name) != sha256:
-            stage = "merge" if build.shipped == "healed" else "prune"
             raise VerificationError(
                 f"{name} is missing or has changed since it was made",
-                hint=f"run the build again with --rerun {stage}",
+                hint=f"run the build again with --rerun {MADE_BY.get(build.shipped, PRUNE.name)}",
             )
 
 

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,35 +13,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from factory import __version__
-from factory.artifacts import (
-    Adapter,
-    Build,
-    Checkpoint,
-    Comparison,
-    DistanceProfile,
-    Evaluation,
-    PruningPlan,
-    Source,
-    SpeedComparison,
-)
+from factory.artifacts import Build, Comparison, Made
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig, build_name
+from factory.store.stage import STAGES
 
 if TYPE_CHECKING:
     from factory.text.text import Texts
 
-LIBRARIES = (
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "huggingface_hub",
-    "lm_eval",
-    "peft",
-    "safetensors",
-    "torch",
-    "transformers",
-    "trl",
-)
+# Beside those in the keys of the stages.
+LIBRARIES = {"accelerate", "datasets", "huggingface_hub", "safetensors"}
 RECIPE = "recipe.yaml"
 PROGRAM = "hf-factory"
 
@@ -49,37 +30,34 @@ PROGRAM = "hf-factory"
 def describe_build(
     config: BuildConfig,
     texts: "Texts",
-    made: "Made",
+    made: Made,
     *,
     comparisons: dict[str, tuple[Comparison, ...]],
     keys: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Build:
     """Everything that `build.json` says, without paths."""
+    libraries = LIBRARIES.union(*(stage.libraries for stage in STAGES.values()))
+    kept = {field.name for field in fields(Made)} & Build.model_fields.keys()
     return Build(
+        **{name: getattr(made, name) for name in kept},
         factory_version=__version__,
         name=build_name(made.source.name, config.drop),
         reference=_without_path(config.reference, made.source.name, made.source.repo_id),
         config=_config_without_paths(config, texts, made),
-        source=made.source,
-        plan=made.plan,
         profile_samples=made.profile.num_samples,
         calibration=made.profile.data,
-        adapter=made.adapter,
-        merge_base=made.shipped.merge_base,
-        merge_losses=made.shipped.merge_losses,
+        merge_base=made.result.merge_base,
+        merge_losses=made.result.merge_losses,
         guard_losses=made.healed.guard_losses if made.healed else None,
-        shipped=made.shipped_name,
         source_parameters=made.source.num_parameters,
-        result_parameters=made.shipped.num_parameters,
+        result_parameters=made.result.num_parameters,
         source_bytes=made.source.size_bytes,
-        result_bytes=made.shipped.size_bytes,
-        evaluations=made.evaluations,
+        result_bytes=made.result.size_bytes,
         comparisons=comparisons,
-        speed=made.speed,
-        files=made.shipped.files,
+        files=made.result.files,
         stages=dict(keys),
-        versions={library: version(library) for library in LIBRARIES},
+        versions={library: version(library) for library in sorted(libraries)},
         libraries=installed_libraries(),
         seconds=dict(seconds),
         device=made.speed.device,
@@ -104,7 +82,7 @@ def write_recipe(build: Build, folder: Path) -> None:
     (folder / RECIPE).write_text(head + text, encoding="utf-8")
 
 
-def _config_without_paths(config: BuildConfig, texts: "Texts", made: "Made") -> dict[str, Any]:
+def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> dict[str, Any]:
     """Settings with data and tasks by name, so that nothing says where they lay on this machine."""
     values: dict[str, Any] = json.loads(config.model_dump_json())
     values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
@@ -145,19 +123,3 @@ def installed_libraries(*, of: str = PROGRAM) -> dict[str, str]:
                 left.append(entry)
     found.pop(canonicalize_name(of), None)
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
-
-
-@dataclass(frozen=True)
-class Made:
-    """Everything the stages made, ready for the card."""
-
-    source: Source
-    profile: DistanceProfile
-    plan: PruningPlan
-    pruned: Checkpoint
-    adapter: Adapter | None
-    healed: Checkpoint | None
-    shipped: Checkpoint
-    shipped_name: str  # "healed" or "pruned"
-    evaluations: dict[str, Evaluation]
-    speed: SpeedComparison

@@ -39,9 +39,10 @@ from factory.cli.request import (
     pull_source,
     requests,
 )
-from factory.config.choices import CRITERIA
+from factory.config.criteria import CRITERIA
 from factory.config.request import Request
 from factory.errors import FactoryError
+from factory.store.stage import STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from factory.pipeline.preview import Preview
     from factory.pipeline.run import Reporter, Run
 
-RERUN_STAGES = ("measure", "plan", "search", "prune", "heal", "merge", "evaluate", "speed")
+RERUN_STAGES = tuple(name for name, stage in STAGES.items() if stage.can_rerun)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -254,7 +255,7 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
     from factory.evaluation.tasks import check_backend, check_tasks
     from factory.pipeline.build import pending as pipeline_pending
     from factory.pipeline.run import Run
-    from factory.pipeline.texts import READS_TEXT, check_texts, open_texts
+    from factory.pipeline.texts import check_texts, open_texts, reads_text
     from factory.store.store import Store, default_home
 
     config = asked.config
@@ -274,12 +275,12 @@ def _prepare(asked: Asked, options: dict[str, Any], reporter: "Reporter") -> tup
         from factory.model.completeness import check_source
 
         check_source(asked.source)
-    if {"measure", "evaluate", "speed"} & set(pending):
+    if any(stage.loads_source for name, stage in STAGES.items() if name in pending):
         from factory.model.quantization import check_loads
 
         check_loads(asked.source.config, four_bit=config.measure.four_bit)
     check_tasks(config.evaluate, search="evaluate" in pending, run_code=run_code)
-    if READS_TEXT & set(pending):
+    if reads_text(pending):
         for message in check_texts(texts):
             remark(message)
     if pending or options["processes"]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from factory.config.choices import MOST, Criterion, Tracker
+from factory.config.choices import MOST, CriterionName, ObjectiveName, Tracker
 from factory.config.request import Entry
 from factory.config.settings import Settings
 from factory.errors import UsageError
@@ -47,13 +47,13 @@ class BuildOptions(Settings):
     load_in_4bit: bool = Field(default=UNSET)
     plan_documents: int = Field(default=UNSET, ge=2, le=MOST)
     seed: int = Field(default=UNSET, ge=0, le=2**32 - 1)
-    criterion: Criterion = Field(default=UNSET)
+    criterion: CriterionName = Field(default=UNSET)
     heal_data: Name = Field(default=UNSET)
     eval_data: Name = Field(default=UNSET)
     tasks: Listed = Field(default=UNSET)
     limit: int = Field(default=UNSET, ge=1, le=MOST)
     no_heal: bool = Field(default=UNSET)
-    heal: Literal["sft", "distill"] = Field(default=UNSET)
+    heal: ObjectiveName = Field(default=UNSET)
     heal_steps: int = Field(default=UNSET, ge=1, le=MOST)
     heal_lr: float = Field(default=UNSET, gt=0, allow_inf_nan=False)
     heal_rank: int = Field(default=UNSET, ge=1, le=MOST)

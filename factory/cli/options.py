@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from factory.config.choices import MOST, TRACKERS
+from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, summaries
 from factory.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -150,10 +151,9 @@ heal_option = click.option(
     "--heal",
     "heal_objective",
     is_flag=False,
-    flag_value="distill",
-    type=click.Choice(["sft", "distill"]),
-    help="distill: on what the source makes of the text; sft: on the text, as in the paper.  "
-    "[default: distill]",
+    flag_value=DEFAULT_OBJECTIVE.name,
+    type=click.Choice(OBJECTIVES),
+    help=f"{summaries()}.  [default: {DEFAULT_OBJECTIVE.name}]",
 )
 home_option = click.option(
     "--home",

@@ -26,7 +26,7 @@ from factory.cli.options import (
 )
 from factory.cli.request import open_tasks, pull_source, resolve_model, settle_options
 from factory.config import references
-from factory.config.choices import CRITERIA
+from factory.config.criteria import CRITERIA, DEFAULT_CRITERION
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option(
     "--criterion",
     type=click.Choice([*CRITERIA, "all"]),
-    default="angular",
+    default=DEFAULT_CRITERION.name,
     show_default=True,
     help="How layers are chosen; all: side by side, with the loss of each cut.",
 )
@@ -57,29 +57,21 @@ if TYPE_CHECKING:
 @click.option("--save", type=Place(file_okay=False), help="Folder for plans and figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for programs.")
 def plan(model: str, drop: float, **options: Any) -> None:
-    """Show which layers of MODEL could go, before anything is cut.
-
-    \b
-    angular          the block across which the states turn least (arXiv 2403.17887)
-    deepest          the last layers but one (the same paper's simple heuristic)
-    block-influence  the layers that each turn the states least (ShortGPT, arXiv 2403.03853)
-    loss             the block whose removal raises the loss least
-    greedy           one layer after another, each time the one that raises the loss least
-    """
+    """Show which layers of MODEL could go, before anything is cut."""
     from factory.cli.tables import show_plans
     from factory.pipeline.plans import make_plans
     from factory.pipeline.texts import check_tokens
-    from factory.pruning.criteria import FROM_PROFILE
     from factory.pruning.profile_files import read_profile
     from factory.report.figures import distance_figure, terminal_heatmap
 
     asked = options.pop("criterion")
-    measures = not (options["profile"] and asked in FROM_PROFILE)  # else neither text nor weights are read
+    from_profile = asked in CRITERIA and not CRITERIA[asked].searches
+    measures = not (options["profile"] and from_profile)  # else neither text nor weights are read
     source, run, reporter = _start(model, drop, options, measures=measures)
     profile = read_profile(options["profile"], source=source) if options["profile"] else None
     criteria = tuple(name for name in CRITERIA if asked in ("all", name))
     if asked == "all" and profile and profile.influence is None:
-        criteria = tuple(name for name in criteria if name != "block-influence")
+        criteria = tuple(name for name in criteria if not CRITERIA[name].needs_influence)
     if options["save"]:
         output_folder(options["save"])
     if measures:
@@ -103,6 +95,11 @@ def plan(model: str, drop: float, **options: Any) -> None:
     show_plans(screen, plans, command=_build_command(chosen))
 
 
+plan.help = f"{plan.help}\n\n\b\n" + "\n".join(
+    f"{criterion.name:<15}  {criterion.summary}" for criterion in CRITERIA.values()
+)
+
+
 def _build_command(chosen: "PruningPlan") -> str:
     """What builds the plan: the options that were typed; the layers where a profile led to them."""
     import shlex
@@ -118,7 +115,7 @@ def _build_command(chosen: "PruningPlan") -> str:
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
         if typed and name not in not_of_build:
             words += [option.opts[0], *([] if value is True else [str(value)])]
-    if not layers and chosen.criterion != "angular":
+    if not layers and chosen.criterion != DEFAULT_CRITERION.name:
         words += ["--criterion", chosen.criterion]
     return shlex.join(words)
 

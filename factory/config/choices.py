@@ -1,10 +1,17 @@
 """What a setting can be: criteria, splits, trackers; standard library alone, so that `--help` stays fast."""
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]  # how layers are chosen
+from factory.config.criteria import CRITERIA
+from factory.config.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    CriterionName = str
+    ObjectiveName = str
+else:  # one of the names in the table, which pydantic checks
+    CriterionName = Literal[tuple(CRITERIA)]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 Split = Literal["train", "validation"]  # of a Hub data set
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
 Tracker = Literal["trackio", "wandb", "tensorboard", "none"]

@@ -6,7 +6,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.config.choices import MOST, Criterion
+from factory.config.choices import MOST, CriterionName, ObjectiveName
+from factory.config.criteria import DEFAULT_CRITERION
+from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT
 from factory.config.references import aliases, unknown_model
 from factory.errors import DropError, UsageError
 from factory.resources import RECIPES
@@ -37,7 +39,7 @@ class MeasureSettings(Settings):
 class PlanSettings(Settings):
     """How the layers are chosen, and on how much text where a criterion looks at the loss."""
 
-    criterion: Criterion = "angular"
+    criterion: CriterionName = DEFAULT_CRITERION.name
     layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
     num_documents: int = Field(default=32, ge=2, le=MOST)  # of the calibration text
     sequence_length: int = Field(default=512, ge=8, le=MOST)  # tokens
@@ -47,7 +49,7 @@ class HealSettings(Settings):
     """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
 
     data: str = "allenai/c4:en"
-    objective: Literal["sft", "distill"] = "sft"  # next tokens of the text, or the source's distribution
+    objective: ObjectiveName = SFT.name  # next tokens of the text, or the source's distribution
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # those that get an adapter; seam: from the one before the cut on
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
@@ -97,7 +99,8 @@ class Recipe(Settings):
     provenance: str  # where each figure below comes from
     measure: MeasureSettings = MeasureSettings()
     heal: HealSettings = HealSettings()
-    distill: dict[str, Any] = {}  # over what distilling has by default, where that is tried for this model
+    # Objective → settings over its own, where that is tried for this model.
+    objectives: dict[ObjectiveName, dict[str, Any]] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
@@ -141,25 +144,6 @@ def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
     )
 
 
-DEFAULT_OBJECTIVE: Literal["distill"] = "distill"
-SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here NF4 saves little memory, and costs small models more
-
-
-def distill_settings_for(num_parameters: int) -> dict[str, Any]:
-    """What distilling has otherwise than `sft`: measured with `benchmarks/heal.py` on a 26 M-parameter Llama.
-
-    The learning rate falls from there, 5e-3, with the root of the size to the paper's 3e-4 at 7 B.
-    """
-    return {
-        "objective": "distill",
-        "modules": "all-linear",
-        "rank": 128,
-        "dropout": 0.0,
-        "learning_rate": float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.5, 5e-3):.1e}"),
-        "bits": 16 if num_parameters <= SIXTEEN_BIT_PARAMETERS else 4,
-    }
-
-
 def settle(
     reference: str,
     *,
@@ -195,8 +179,10 @@ def settle(
             "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
             "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
         }
-    if (overrides.get("heal", {}).get("objective") or DEFAULT_OBJECTIVE) == "distill":
-        base["heal"] |= distill_settings_for(num_parameters) | (recipe.distill if recipe else {})
+    asked = overrides.get("heal", {}).get("objective")
+    objective = OBJECTIVES.get(asked, DEFAULT_OBJECTIVE)  # an unknown one is refused below
+    base["heal"] |= {"objective": objective.name, **objective.settings(num_parameters)}
+    base["heal"] |= recipe.objectives.get(objective.name, {}) if recipe else {}
     for part in base.values():
         part["sequence_length"] = min(part["sequence_length"], max_length)
     fields: dict[str, Any] = {"reference": reference, "drop": drop, **base}

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from factory.artifacts import Adapter, Checkpoint, LossPoint
+from factory.config.objectives import OBJECTIVES
 from factory.config.settings import HealSettings
 from factory.config.tracking import NO_TRACKING, Tracking
 from factory.errors import HealingError
@@ -39,7 +40,7 @@ from factory.healing.lora import (
     save_adapter,
 )
 from factory.healing.packing import use_packed_attention
-from factory.healing.trainers import DistillTrainer, HealTrainer
+from factory.healing.trainers import TRAINERS, HealTrainer
 from factory.model.config_proof import find_layers
 from factory.model.devices import best_device
 from factory.model.loading import fuse_norms, load_model, matrix_weights
@@ -82,7 +83,7 @@ def heal(
 ) -> Adapter:
     """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
 
-    With `settings.objective` "distill", the source is loaded and its layers left out in memory: with them
+    Where the objective has a teacher, the source is loaded and its layers left out in memory: with them
     and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
     found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early where
     the guard's loss goes on rising, and the adapter is the one with the lowest. A loss that runs
@@ -115,7 +116,7 @@ def heal(
         progress=progress,
         tracking=tracking,
     )
-    base = source_folder if settings.objective == "distill" else pruned.folder
+    base = source_folder if OBJECTIVES[settings.objective].loads_source else pruned.folder
     load = partial(load_model, base, four_bit=settings.bits == 4, to_shard=processes.sharded())
     student, trainer = start(load())
     ran_away = train_on(trainer, folder)
@@ -251,7 +252,7 @@ def begin(
     """The student and its trainer, before the first step.
 
     Args:
-        model: NF4: the pruned model, or for distilling its source.
+        model: NF4: the pruned model, or its source, as the objective asks.
         texts: Guard and training sequences.
         dropped: Layers of the source that the student lacks.
     """
@@ -289,7 +290,7 @@ def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> S
             fuse_norms(model)
     prefix, layers = find_layers(model)
     targets = find_targets(model, settings.modules)
-    gone = frozenset(dropped if settings.objective == "distill" else ())
+    gone = frozenset(dropped if OBJECTIVES[settings.objective].loads_source else ())
     kept = [index for index in range(len(layers)) if index not in gone]
     survivors = [index for index in range(len(layers) + len(dropped) - len(gone)) if index not in dropped]
     first = survivors.index(first_adapted(survivors, dropped, seam=settings.layers == "seam"))
@@ -361,19 +362,16 @@ def _trainer(
         ddp_find_unused_parameters=True,  # an expert that no token went to
     )
     arguments._n_gpu = 1  # that this process uses; the batch would be multiplied by all it sees
-    trainer_class: Callable[..., HealTrainer] = HealTrainer
-    if settings.objective == "distill":
-        trainer_class = partial(
-            DistillTrainer, dropped=dropped, start=student.start, seam_weight=settings.seam_weight
-        )
+    trainer = TRAINERS[settings.objective]
     with as_named():
-        return trainer_class(
+        return trainer(
             model=student.model,
             args=arguments,
             train_dataset=train,
             eval_dataset=guard,
             processing_class=tokenizer,
             peft_config=student.lora,
+            **trainer.options(settings, dropped=dropped, start=student.start),
         )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
+from factory.config.settings import HealSettings
 from factory.healing.callbacks import rises
 from factory.model.config_proof import find_layers
 from factory.model.layers import Call, bypassed, decoder_layers, record_forms
@@ -28,6 +29,17 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
     step, passes = -1, 0  # where in training this process is, and its passes in that step
     control: Any
     fuses: bool | None = None  # whether TRL's head computes what the model's own does; None: not tried yet
+
+    @classmethod
+    def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
+        """Arguments that only this trainer takes.
+
+        Args:
+            settings: Settings of the healing.
+            dropped: Layers of the source that the student lacks.
+            start: First layer with an adapter.
+        """
+        return {}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -148,6 +160,11 @@ class DistillTrainer(HealTrainer):
         seam_weight: Of the relative squared error of the states behind each cut; 0: without.
     """
 
+    @classmethod
+    def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
+        """Arguments that only this trainer takes."""
+        return {"dropped": dropped, "start": start, "seam_weight": settings.seam_weight}
+
     def __init__(
         self, *args: Any, dropped: Sequence[int], start: int = 0, seam_weight: float = 0.0, **kwargs: Any
     ) -> None:
@@ -239,6 +256,9 @@ class DistillTrainer(HealTrainer):
     def _bypass(self, skipped: frozenset[int], given: dict[int, Call] | None = None) -> None:
         self.bypass.close()
         self.bypass.enter_context(bypassed(self.layers, skipped, self.forms, given=given))
+
+
+TRAINERS: Mapping[str, type[HealTrainer]] = {"sft": HealTrainer, "distill": DistillTrainer}  # by objective
 
 
 def _given(call: Call) -> torch.Tensor:

@@ -16,9 +16,9 @@ from factory.errors import HubError
 from factory.hub.client import hub_api, patiently
 from factory.hub.errors import hub_errors
 from factory.store.files import PARTIAL
+from factory.store.stage import STAGES
 from factory.store.store import MANIFEST
 
-REMADE = "tokens"  # folder of a partial stage: a cache that holds paths of this machine
 WHOLE = "whole.json"  # of a partial stage: which copy of it was uploaded completely
 Listing = dict[str, tuple[int, int]]  # name → bytes, nanoseconds of its last change
 
@@ -60,7 +60,7 @@ class StageBucket:
             before = list(self._files(place))
             if MANIFEST in before:  # made again: until it is whole, there is none
                 api.batch_bucket_files(self.bucket_id, delete=[f"{place}/{MANIFEST}"])
-            names = [name for name in _listing(folder) if name != MANIFEST]
+            names = [name for name in _listing(folder, stage) if name != MANIFEST]
             api.batch_bucket_files(self.bucket_id, add=[(folder / n, f"{place}/{n}") for n in names])
             api.batch_bucket_files(self.bucket_id, add=[(folder / MANIFEST, f"{place}/{MANIFEST}")])
             stale = [f"{place}/{name}" for name in before if name not in (*names, MANIFEST)]
@@ -88,14 +88,14 @@ class StageBucket:
             inside = {n.removeprefix(f"{copy}/"): f for n, f in files.items() if n.startswith(f"{copy}/")}
             self._download(inside, coming)
             coming.rename(folder)
-        self.kept[folder] = _listing(folder)
+        self.kept[folder] = _listing(folder, stage)
 
     def keep_partial(self, stage: str, key: str, folder: Path) -> None:
         """Upload what an unfinished stage would resume from, if that has changed.
 
         A copy during which a file changed is not used: it would be none that any moment has seen.
         """
-        listing = _listing(folder)
+        listing = _listing(folder, stage)
         if not listing or self.kept.get(folder) == listing:
             return
         place, copy = f"partial/{stage}/{key}", f"{time.time_ns():x}"
@@ -105,7 +105,7 @@ class StageBucket:
             api.batch_bucket_files(
                 self.bucket_id, add=[(folder / name, f"{place}/{copy}/{name}") for name in listing]
             )
-            if _listing(folder) != listing:
+            if _listing(folder, stage) != listing:
                 stale = [f"{copy}/{name}" for name in listing]
             else:
                 whole = json.dumps({"copy": copy}).encode()
@@ -177,12 +177,12 @@ def look_at_bucket(bucket_id: str) -> None:
         )
 
 
-def _listing(folder: Path) -> Listing:
-    """Files of a stage folder; not those that are being written, as their names say, nor caches."""
-    found = {}
+def _listing(folder: Path, stage: str) -> Listing:
+    """Files of a stage folder; not those that are being written, as their names say, nor local ones."""
+    found, local = {}, STAGES[stage].local
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not path.name.endswith(PARTIAL) and name.parts[0] != REMADE:
+        if path.is_file() and not path.name.endswith(PARTIAL) and name.parts[0] not in local:
             state = path.stat()
             found[name.as_posix()] = (state.st_size, state.st_mtime_ns)
     return found

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from factory.artifacts import Build, Checkpoint, Source
+from factory.artifacts import Build, Checkpoint, Made, Source
 from factory.builds.garbage import register
-from factory.builds.record import Made
 from factory.builds.swap import laying_out
 from factory.errors import HealingError
 from factory.pipeline.run import Missing, Run
@@ -19,9 +18,9 @@ from factory.pipeline.stages import (
     prune_stage,
     speed_stage,
 )
-from factory.store.stage import STAGES as STORED
+from factory.store import stage
 
-STAGES = (*STORED, "card")
+STAGES = (*stage.STAGES, "card")
 
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
@@ -66,9 +65,19 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
         models["healed"] = healed
     evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
     # A heal that did not lower the loss on text it had not seen is kept in the store but not shipped.
-    shipped, shipped_name = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
-    speed = speed_stage(run, source, shipped, shipped_name)
-    return Made(source, profile, plan, pruned, adapter, healed, shipped, shipped_name, evaluations, speed)
+    result, shipped = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
+    return Made(
+        source=source,
+        profile=profile,
+        plan=plan,
+        pruned=pruned,
+        adapter=adapter,
+        healed=healed,
+        result=result,
+        shipped=shipped,
+        evaluations=evaluations,
+        speed=speed_stage(run, source, result, shipped),
+    )
 
 
 def finish(run: Run, made: Made, *, out: Path) -> Build:
@@ -87,6 +96,6 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
         )  # before: what a kill leaves beside it is found by `factory gc`
         if not same:
             run.reporter.started("card")
-            lay_out(build, made.profile, made.shipped.folder, out=out)
+            lay_out(build, made.profile, made.result.folder, out=out)
     run.reporter.finished("card", str(out), 0.0, same is not None)
     return same or build

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from factory.artifacts import DistanceProfile, Plans, Source
-from factory.config.choices import Criterion
 from factory.pipeline.run import Run
 from factory.pipeline.stages import compare_stage, measure_stage, plan_stage
 
 
 def make_plans(
-    run: Run, source: Source, criteria: Sequence[Criterion], *, profile: DistanceProfile | None = None
+    run: Run, source: Source, criteria: Sequence[str], *, profile: DistanceProfile | None = None
 ) -> tuple[DistanceProfile, Plans]:
     """What each criterion would drop; where there are several, what that costs, on the same documents.
 

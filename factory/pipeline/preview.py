@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from factory.artifacts import Source
+from factory.config.objectives import OBJECTIVES
 from factory.config.settings import BuildConfig, num_dropped
 from factory.hub.pull import cache_demand
 from factory.pipeline.requirements import (
@@ -219,7 +220,7 @@ def _seconds(
         return 0.0
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     backward = FORWARD_BACKWARD if _is_cpu(machine.device) else WITH_RECOMPUTATION
-    taught = FORWARD * before if heal.objective == "distill" else 0
+    taught = FORWARD * before * OBJECTIVES[heal.objective].teacher_passes
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
     samples, length = _tokens(

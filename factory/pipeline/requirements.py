@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from factory.artifacts import Source
+from factory.config.objectives import LIGHTEST_OBJECTIVE, OBJECTIVES
 from factory.config.settings import BuildConfig, num_dropped
 from factory.errors import MachineError
 from factory.units import size
@@ -32,14 +33,15 @@ ROW_COPIES = 3  # of one of them in fp32: logits, their logarithms and what thos
 NF4_BYTES = 0.516  # a weight, with its scales and their scales
 # What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
 SMALL = {"rank": 8, "modules": "ffn"}
+LIGHT = LIGHTEST_OBJECTIVE.name
 LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--heal-layers seam", {"layers": "seam"}),
     ("--heal-rank 8 --heal-modules ffn", SMALL),
     ("--heal-rank 8 --heal-modules ffn --heal-layers seam", {**SMALL, "layers": "seam"}),
-    ("--heal sft --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": "sft"}),
+    (f"--heal {LIGHT} --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": LIGHT}),
     (
-        "--heal sft --heal-rank 8 --heal-modules ffn --heal-layers seam",
-        {**SMALL, "objective": "sft", "layers": "seam"},
+        f"--heal {LIGHT} --heal-rank 8 --heal-modules ffn --heal-layers seam",
+        {**SMALL, "objective": LIGHT, "layers": "seam"},
     ),
 )
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -111,9 +113,9 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
         states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
-        distils = heal.objective == "distill"
-        held = source.num_parameters if distils else parameters_after
-        experts = _num_experts_parameters(source, source.num_layers if distils else kept)
+        whole = OBJECTIVES[heal.objective].loads_source
+        held = source.num_parameters if whole else parameters_after
+        experts = _num_experts_parameters(source, source.num_layers if whole else kept)
         inside = held - outside - experts
         added = _num_experts_parameters(source, kept + 1)  # with their updates, and a layer's gradient
         weights = (inside // 2 if heal.bits == 4 else 4 * inside) + 4 * (outside + experts + added)
@@ -138,7 +140,7 @@ def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list
         weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * (outside + experts + added)
         # Of every layer its input, which is all that is kept where memory is short, and of one everything.
         states = 2 * (_num_kept(source, config) * width + 20 * width + 10 * inner)
-        logits = 4 * LOGIT_COPIES * source.vocab_size if heal.objective == "sft" else 0
+        logits = 4 * LOGIT_COPIES * source.vocab_size * OBJECTIVES[heal.objective].makes_logits
         trained = TRAINED_BYTES * _adapter_parameters(source, config)
         found.append(weights + trained + heal.sequence_length * (states + logits))
     return found
@@ -213,8 +215,8 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     seam alone 38.5 GB with one of 2,048 and 39.9 GB with one of 4,096 (benchmarks/heal_speed.py).
     """
     heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
-    distils = heal.objective == "distill"
-    held = source.num_layers if distils else kept
+    objective = OBJECTIVES[heal.objective]
+    held = source.num_layers if objective.loads_source else kept
     experts = _num_experts_parameters(source, held)
     inside = sum(source.layer_parameters) * held // source.num_layers - experts
     outside = source.num_parameters - sum(source.layer_parameters)
@@ -224,8 +226,8 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     unpacked = 2 * width * inner if heal.bits == 4 else 0
     # A layer's experts with their updates, and the gradient of these: 1.65 times the experts on a CPU.
     added = 2 * _num_experts_parameters(source, 2)
-    # The inputs of all layers, one layer's states, and distilled those behind both models' last layers.
-    token = 2 * (trained * width + 6 * inner + (12 if distils else 6) * width)
+    # The inputs of all layers, one layer's states, and those behind the last layer of student and teacher.
+    token = 2 * (trained * width + 6 * inner + 6 * (1 + objective.teacher_passes) * width)
     return int(
         CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + added + heal.sequence_length * token
     )
@@ -245,7 +247,7 @@ def healing_processes(
     from factory.model.devices import best_device, training_processes, trains_on_one
 
     heal = config.heal
-    distils = heal.objective == "distill"
+    distils = OBJECTIVES[heal.objective].loads_source
     number = training_processes(processes, batch_size=heal.batch_size)
     fits = number == 1 or trains_on_one(
         source.num_parameters if distils else pruned_parameters,

@@ -11,31 +11,10 @@ from factory.artifacts import Artifact, Checkpoint
 from factory.config.settings import BuildConfig
 from factory.config.tracking import NO_TRACKING, Tracking
 from factory.store.files import sync_files, write_atomically
-from factory.store.stage import StageSpec
+from factory.store.stage import Stage, StageSpec
 from factory.store.store import Store, damage
 from factory.text.text import Texts
 
-# Raised when a stage's code gives other results for the same input; part of its key.
-VERSIONS = {
-    "measure": 4,
-    "plan": 2,
-    "search": 3,
-    "compare": 3,
-    "prune": 3,
-    "heal": 9,
-    "merge": 3,
-    "evaluate": 5,
-    "speed": 3,
-}
-# Libraries whose version can change a stage's numbers; part of its key.
-LIBRARIES = {
-    "measure": ("torch", "transformers", "bitsandbytes"),
-    "search": ("torch", "transformers", "bitsandbytes"),
-    "compare": ("torch", "transformers", "bitsandbytes"),
-    "heal": ("torch", "transformers", "trl", "peft", "bitsandbytes"),
-    "evaluate": ("torch", "transformers", "lm_eval"),
-    "speed": ("torch", "transformers"),
-}
 A = TypeVar("A", bound=Artifact)
 
 
@@ -83,8 +62,7 @@ class Run:
 
     def stage(
         self,
-        stage: str,
-        artifact: type[A],
+        stage: Stage[A],
         work: Callable[[Path], Artifact],
         *,
         parameters: Mapping[str, Any],
@@ -93,28 +71,28 @@ class Run:
         label: str = "",
     ) -> A:
         """Reuse or make one stage; `work` returns the artefact, which is written beside its files."""
-        name = f"{stage} {label}".strip()
-        libraries = {library: version(library) for library in LIBRARIES.get(stage, ())}
-        spec = StageSpec(stage, VERSIONS[stage], {**parameters, "libraries": libraries}, inputs)
-        rerun = stage in self.rerun or not self.remade.isdisjoint(inputs.values())
+        name = f"{stage.name} {label}".strip()
+        libraries = {library: version(library) for library in stage.libraries}
+        spec = StageSpec(stage.name, stage.version, {**parameters, "libraries": libraries}, inputs)
+        rerun = stage.name in self.rerun or not self.remade.isdisjoint(inputs.values())
         made_from = {key: self.digests[key] for key in inputs.values() if key in self.digests}
         found = None if rerun else self.store.find(spec, made_from=made_from)
         if self.only_look and not (found and self._is_intact(name, found.folder)):
-            raise Missing(stage)
+            raise Missing(stage.name)
 
-        resumable = stage in ("measure", "search", "heal", "evaluate")
+        artifact = stage.artifact
 
         def make(folder: Path) -> Mapping[str, str]:
             self.reporter.started(name)
             if (folder / artifact.file_name).is_file():  # an attempt was cut short after its work
                 value: Artifact = artifact.read(folder)
             else:
-                self.unfinished = (spec, folder) if resumable else None
+                self.unfinished = (spec, folder) if stage.resumable else None
                 value = work(folder)
                 self.unfinished = None
                 sync_files(folder)  # what the value speaks of is there if it is there
                 write_atomically(folder / artifact.file_name, value.text())
-            for path in [path for pattern in value.scratch for path in folder.glob(pattern)]:
+            for path in [path for pattern in stage.scratch for path in folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return value.files if isinstance(value, Checkpoint) else {}
 
@@ -122,7 +100,7 @@ class Run:
             spec,
             make,
             made_from=made_from,
-            resumable=resumable,
+            resumable=stage.resumable,
             rerun=rerun,
             on_wait=lambda: self.reporter.waiting(name),
             is_intact=lambda folder: self._is_intact(name, folder),

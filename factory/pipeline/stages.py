@@ -19,16 +19,26 @@ from factory.artifacts import (
     SpeedComparison,
     layer_ranges,
 )
-from factory.config.choices import Criterion
+from factory.config.criteria import CRITERIA, criterion_of
 from factory.config.settings import num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
 from factory.pipeline.run import Run
+from factory.store.stage import (
+    COMPARE,
+    EVALUATE,
+    HEAL,
+    MADE_BY,
+    MEASURE,
+    MERGE,
+    PLAN,
+    PRUNE,
+    SEARCH,
+    SPEED,
+)
 from factory.text.text import text_identity
 from factory.units import count
-
-MADE_BY = {"pruned": "prune", "healed": "merge"}
 
 
 def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
@@ -64,8 +74,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         return in_processes(run, part, name="measure", model=source.local_folder)
 
     return run.stage(
-        "measure",
-        DistanceProfile,
+        MEASURE,
         work,
         # A fixed number of samples serves every block size.
         parameters={
@@ -82,7 +91,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
 
 
 def plan_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion | None = None
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: str | None = None
 ) -> PruningPlan:
     """Which layers go, by one criterion; the configuration's where none is given."""
     from factory.pruning.criteria import first_dropped, plan, plan_without
@@ -90,8 +99,7 @@ def plan_stage(
     settings = run.config.plan
     if settings.layers and criterion is None:
         return run.stage(
-            "plan",
-            PruningPlan,
+            PLAN,
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
@@ -99,11 +107,11 @@ def plan_stage(
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
-    if criterion == "greedy":  # one search serves every smaller number of layers
+    if CRITERIA[criterion].nested:  # one search serves every smaller number of layers
         largest = max((n, *run.block_sizes))
         found = search_stage(run, source, profile, criterion=criterion, block_size=largest)
         return first_dropped(found, n, profile=profile)
-    if criterion == "loss":
+    if CRITERIA[criterion].searches:
         return search_stage(run, source, profile, criterion=criterion, block_size=n)
 
     def work(_folder: Path) -> Artifact:
@@ -117,8 +125,7 @@ def plan_stage(
         )
 
     return run.stage(
-        "plan",
-        PruningPlan,
+        PLAN,
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
@@ -127,7 +134,7 @@ def plan_stage(
 
 
 def search_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: Criterion, block_size: int
+    run: Run, source: Source, profile: DistanceProfile, *, criterion: str, block_size: int
 ) -> PruningPlan:
     """Which layers go, by the loss without them; the profile only ranks the candidates."""
     settings = run.config.plan.model_copy(update={"criterion": criterion})
@@ -148,8 +155,7 @@ def search_stage(
         )
 
     return run.stage(
-        "search",
-        PruningPlan,
+        SEARCH,
         work,
         parameters={
             **settings.model_dump(),
@@ -184,8 +190,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         )
 
     return run.stage(
-        "compare",
-        CutLosses,
+        COMPARE,
         work,
         parameters={
             **settings.model_dump(exclude={"criterion"}),
@@ -201,7 +206,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
 def _describe_plan(plan: PruningPlan) -> str:
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
-    by = {"angular": "", "chosen": " by choice"}.get(plan.criterion, f" by {plan.criterion}")
+    by = criterion_of(plan.criterion).by
     share = f"{n / plan.num_layers:.0%}"
     return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
 
@@ -215,8 +220,7 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
         return prune(source, plan, folder=folder, progress=run.ticks("prune"))
 
     return run.stage(
-        "prune",
-        Checkpoint,
+        PRUNE,
         work,
         parameters={"dropped": list(plan.dropped)},
         inputs={"source": source.commit},
@@ -245,12 +249,11 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         processes, divided = healing_processes(
             source, run.config, processes=run.processes, pruned_parameters=pruned.num_parameters
         )
-        case = "fsdp" if divided else None
-        return spread(part, processes=processes, case=case, progress=run.ticks("heal"))
+        progress = run.ticks("heal")
+        return spread(part, processes=processes, case="fsdp" if divided else None, progress=progress)
 
     return run.stage(
-        "heal",
-        Adapter,
+        HEAL,
         work,
         parameters={**_without_data(run.config.heal), "seed": run.config.seed},
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
@@ -302,8 +305,7 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
         return judge(merged, pruned, adapter)
 
     return run.stage(
-        "merge",
-        Checkpoint,
+        MERGE,
         work,
         parameters={"base": run.config.merge_base if run.config.heal.bits == 4 else "bf16"},
         inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
@@ -340,8 +342,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(
-        "evaluate",
-        Evaluation,
+        EVALUATE,
         work,
         label=name,
         parameters={
@@ -378,8 +379,7 @@ def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str
         return compare_speed(source.local_folder, shipped.folder, progress=run.ticks("speed"))
 
     return run.stage(
-        "speed",
-        SpeedComparison,
+        SPEED,
         work,
         parameters={},
         inputs={"source": source.commit, "result": run.keys[MADE_BY[shipped_name]]},

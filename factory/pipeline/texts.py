@@ -7,11 +7,11 @@ from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig
+from factory.store.stage import STAGES
 from factory.text.overlap import Contents, Hashes, keep_apart, look
 from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
 
 FEW = 32  # documents of a data set on the Hub, to see whether it can be read and how long they are
-READS_TEXT = {"measure", "heal", "evaluate"}
 SPARE = 1_000  # documents
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # in this process: equal texts are read once
 
@@ -75,6 +75,11 @@ def contents(text: Text) -> Contents:
     return _look(text, most=FEW if text.data.hub_id else None)
 
 
+def reads_text(pending: Sequence[str]) -> bool:
+    """Whether a stage that is still to be made reads text."""
+    return any(stage.reads_text for name, stage in STAGES.items() if name in pending)
+
+
 class Known(TypedDict, total=False):
     """What `preview` takes of the texts."""
 
@@ -84,7 +89,7 @@ class Known(TypedDict, total=False):
 
 def known_lengths(texts: Texts, pending: Sequence[str]) -> Known:
     """How long the documents are, where stages that read them are pending: `check_texts` has read them."""
-    if not READS_TEXT & set(pending):
+    if not reads_text(pending):
         return {}
     calibration, _, evaluation = texts.whole
     return {"calibration": contents(calibration), "evaluation": contents(evaluation)}

@@ -1,14 +1,13 @@
 """Plan: from the distance profile to the layers that go, by each criterion that needs no other look."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from factory.artifacts import CutLosses, DistanceProfile, PruningPlan, layer_ranges
-from factory.config.choices import CRITERIA, Criterion
+from factory.config.criteria import CHOSEN, CRITERIA, DEFAULT_CRITERION
 from factory.errors import DataError, DropError, ModelError
 
 CERTAIN = 2.0  # standard errors of a paired difference
-FROM_PROFILE: tuple[Criterion, ...] = ("angular", "deepest", "block-influence")
 MayDrop = Callable[[tuple[int, ...]], bool]
 
 
@@ -16,10 +15,10 @@ def plan(
     profile: DistanceProfile,
     *,
     block_size: int,
-    criterion: Criterion = "angular",
+    criterion: str = DEFAULT_CRITERION.name,
     may_drop: MayDrop = lambda _: True,
 ) -> PruningPlan:
-    """Choose `block_size` layers by "angular", "deepest" or "block-influence".
+    """Choose `block_size` layers by a criterion that needs the profile alone.
 
     Args:
         may_drop: Whether the surgery allows a set of layers to be missing.
@@ -28,11 +27,7 @@ def plan(
         DataError: The profile does not hold what the criterion asks for.
         ModelError: The surgery does not allow the cut.
     """
-    if criterion == "deepest":
-        return deepest(profile, block_size=block_size, may_drop=may_drop)
-    if criterion == "block-influence":
-        return block_influence(profile, block_size=block_size, may_drop=may_drop)
-    return angular(profile, block_size=block_size, may_drop=may_drop)
+    return FROM_PROFILE[criterion](profile, block_size=block_size, may_drop=may_drop)
 
 
 def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
@@ -100,6 +95,13 @@ def block_influence(
     )
 
 
+FROM_PROFILE: Mapping[str, Callable[..., PruningPlan]] = {
+    "angular": angular,
+    "deepest": deepest,
+    "block-influence": block_influence,
+}
+
+
 def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
     """The plan that drops the layers somebody chose.
 
@@ -120,7 +122,7 @@ def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
             f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
             hint="at least 2 layers must stay; --layers names those that go",
         )
-    return PruningPlan(criterion="chosen", num_layers=num_layers, dropped=dropped)
+    return PruningPlan(criterion=CHOSEN.name, num_layers=num_layers, dropped=dropped)
 
 
 def first_dropped(plan: PruningPlan, count: int, *, profile: DistanceProfile) -> PruningPlan:
@@ -135,7 +137,7 @@ def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
     """The criterion to take, and why.
 
     The least loss decides; but a difference below two standard errors is none, and then the simplest
-    criterion among the level ones is taken, in the order angular, deepest, block-influence, loss, greedy.
+    criterion among the level ones is taken, in the order of `CRITERIA`.
 
     Args:
         plans: One a criterion.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 
 from factory.artifacts import CutLoss, CutLosses, DistanceProfile, PruningPlan, Source
+from factory.config.criteria import CRITERIA
 from factory.config.settings import PlanSettings
 from factory.errors import DataError, ModelError
 from factory.model.architecture import may_drop
@@ -154,7 +155,7 @@ def search(
     folder: Path,
     progress: Progress,
 ) -> PruningPlan:
-    """Choose layers by the loss on the calibration text, by `settings.criterion`: "loss" or "greedy".
+    """Choose layers by the loss on the calibration text, as `settings.criterion` says.
 
     Args:
         folder: Holds the layers that a greedy search has dropped so far; a later call goes on from there.
@@ -174,19 +175,9 @@ def search(
     def run(batch_size: int) -> tuple[list[int], Trial]:
         trial = _trial(model, sequences, encoder, batch_size=batch_size)
         trial.check()
-        if settings.criterion == "greedy":
-            order = search_greedily(
-                trial,
-                num_layers=block_size,
-                rank=_nearest(profile),
-                may_drop=allowed,
-                progress=progress,
-                state=folder / STATE,
-            )
-            return order, trial
-        starts = range(source.num_layers - block_size + 1)
-        blocks = [tuple(range(start, start + block_size)) for start in starts]
-        return list(search_block(trial, [b for b in blocks if allowed(b)], progress=progress)), trial
+        choose = BY_LOSS[settings.criterion]
+        options = {"block_size": block_size, "may_drop": allowed, "progress": progress}
+        return choose(trial, profile, **options, state=folder / STATE), trial
 
     order, trial = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
     (folder / STATE).unlink(missing_ok=True)
@@ -196,7 +187,7 @@ def search(
         num_layers=source.num_layers,
         dropped=dropped,
         distance=profile.across(dropped),
-        order=tuple(order) if settings.criterion == "greedy" else None,
+        order=tuple(order) if CRITERIA[settings.criterion].nested else None,
         passes=round(trial.passes, 2),
         num_documents=len(sequences),
     )
@@ -370,6 +361,42 @@ def _nearest(profile: DistanceProfile) -> Callable[[list[int]], list[int]]:
         return sorted(sorted(left, key=lambda layer: across[layer])[: max(len(left) // 2, 2 * FINALISTS)])
 
     return rank
+
+
+def _block(
+    trial: Trial,
+    _profile: DistanceProfile,
+    *,
+    block_size: int,
+    may_drop: Callable[[Layers], bool],
+    progress: Progress,
+    state: Path,
+) -> list[int]:
+    starts = range(len(trial.layers) - block_size + 1)
+    blocks = [tuple(range(start, start + block_size)) for start in starts]
+    return list(search_block(trial, [block for block in blocks if may_drop(block)], progress=progress))
+
+
+def _greedily(
+    trial: Trial,
+    profile: DistanceProfile,
+    *,
+    block_size: int,
+    may_drop: Callable[[Layers], bool],
+    progress: Progress,
+    state: Path,
+) -> list[int]:
+    return search_greedily(
+        trial,
+        num_layers=block_size,
+        rank=_nearest(profile),
+        may_drop=may_drop,
+        progress=progress,
+        state=state,
+    )
+
+
+BY_LOSS: Mapping[str, Callable[..., list[int]]] = {"loss": _block, "greedy": _greedily}
 
 
 def _cut_loss(cut: Layers, losses: torch.Tensor, *, best: torch.Tensor) -> CutLoss:

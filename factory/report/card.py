@@ -13,7 +13,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, Evaluation, is_block
+from factory.artifacts import Build, Evaluation, PruningPlan, is_block
+from factory.config.criteria import criterion_of
+from factory.config.objectives import OBJECTIVES
 from factory.config.references import HUB_NAME
 from factory.config.settings import SLOWER
 from factory.errors import StoreError
@@ -103,6 +105,8 @@ def render(
         .render(
             build=build,
             config=config,
+            objective=build.adapter and OBJECTIVES[build.adapter.objective],
+            choice=_choice(build.plan),
             front_matter=Markup(yaml.safe_dump(front_matter(build, repo_id=repo_id), **YAML_STYLE)),
             title=_title(build, repo_id=repo_id),
             model_id=repo_id or "./model",
@@ -212,6 +216,12 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
         if math.isfinite(score.value):
             results.append({"task": task, "dataset": dataset, "metrics": [metric]})
     return results
+
+
+def _choice(plan: PruningPlan) -> str:
+    """How the layers were chosen, where the distance did not decide."""
+    order = ", ".join(map(str, plan.order or ()))
+    return criterion_of(plan.criterion).card.format(num_documents=f"{plan.num_documents or 0:,}", order=order)
 
 
 def _by_recovery(finding: dict[str, Any]) -> float:

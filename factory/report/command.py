@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from factory import __version__
 from factory.artifacts import Build, first_problem
+from factory.config.objectives import DEFAULT_OBJECTIVE
 from factory.config.references import aliases
-from factory.config.settings import DEFAULT_OBJECTIVE, BuildConfig, load_recipe, settle
+from factory.config.settings import BuildConfig, load_recipe, settle
 from factory.errors import StoreError
 from factory.report.markdown import plain
 
@@ -84,7 +85,7 @@ def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
         is_folder=build.source.repo_id is None,
         overrides={"heal": {"objective": asked.heal.objective}},
     ).model_dump(mode="json")
-    usual["heal"]["objective"] = DEFAULT_OBJECTIVE
+    usual["heal"]["objective"] = DEFAULT_OBJECTIVE.name
     return {
         (section, key): value
         for section in SECTIONS

@@ -22,6 +22,7 @@ from factory.artifacts import (
     is_block,
     layer_ranges,
 )
+from factory.config.objectives import OBJECTIVES
 
 INK = "#1f2328"
 GRID = "#d8dee4"
@@ -76,7 +77,7 @@ def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: P
 def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
     """Draw the loss against the step, and the loss on held-back text before and after.
 
-    The line is the training loss, or for a distilled adapter, whose objective is none, the held-back loss.
+    The line is the training loss, or the held-back loss where the objective is none of next tokens.
 
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
@@ -84,7 +85,7 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 3.2), dpi=DPI, facecolor="white", layout="constrained")
         axes = figure.add_subplot()
-        trained = adapter.objective == "sft"
+        trained = OBJECTIVES[adapter.objective].curve_is_loss
         points = adapter.curve if trained else adapter.guard_curve
         steps, losses = [point.step for point in points], [point.loss for point in points]
         axes.plot(steps, losses, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None)

@@ -1,15 +1,114 @@
-"""A stage: what decides its result, and its key."""
+"""The stages of a build, one row each, and the key of one: what decides its result.
+
+The standard library alone, so that `--help` stays fast.
+"""
 
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from factory.artifacts import canonical_json
+if TYPE_CHECKING:
+    from factory.artifacts import (
+        Adapter,
+        Artifact,
+        Checkpoint,
+        CutLosses,
+        DistanceProfile,
+        Evaluation,
+        PruningPlan,
+        SpeedComparison,
+    )
 
-STAGES = ("measure", "plan", "search", "compare", "prune", "heal", "merge", "evaluate", "speed")
 KEY = re.compile("[0-9a-f]{16}")
+A = TypeVar("A", bound="Artifact")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[A]):
+    """What the store, the runner and the command line know of a stage."""
+
+    name: str  # part of its key
+    version: int  # raised when its code gives other results for the same input; part of its key
+    makes: str  # class of its value in `factory.artifacts`, a module that takes long to import
+    libraries: tuple[str, ...] = ()  # whose version can change its numbers; part of its key
+    resumable: bool = False  # goes on from what an attempt that was cut short has left
+    can_rerun: bool = True  # by --rerun
+    reads_text: bool = False
+    loads_source: bool = False  # the weights, as they are
+    scratch: tuple[str, ...] = ()  # patterns of files of no use once its value is written
+    local: tuple[str, ...] = ()  # files at the top of its folder that are of use on this machine alone
+
+    @property
+    def artifact(self) -> "type[A]":
+        """Class of its value."""
+        artifact: type[A] = getattr(import_module("factory.artifacts"), self.makes)
+        return artifact
+
+
+MEASURE: "Stage[DistanceProfile]" = Stage(
+    "measure",
+    version=4,
+    makes="DistanceProfile",
+    libraries=("torch", "transformers", "bitsandbytes"),
+    resumable=True,
+    reads_text=True,
+    loads_source=True,
+)
+PLAN: "Stage[PruningPlan]" = Stage("plan", version=2, makes="PruningPlan")
+SEARCH: "Stage[PruningPlan]" = Stage(
+    "search",
+    version=3,
+    makes="PruningPlan",
+    libraries=("torch", "transformers", "bitsandbytes"),
+    resumable=True,
+    reads_text=True,
+    loads_source=True,
+)
+COMPARE: "Stage[CutLosses]" = Stage(
+    "compare",
+    version=3,
+    makes="CutLosses",
+    libraries=("torch", "transformers", "bitsandbytes"),
+    can_rerun=False,  # of `factory plan` alone
+    reads_text=True,
+    loads_source=True,
+)
+PRUNE: "Stage[Checkpoint]" = Stage("prune", version=3, makes="Checkpoint")
+HEAL: "Stage[Adapter]" = Stage(
+    "heal",
+    version=9,
+    makes="Adapter",
+    libraries=("torch", "transformers", "trl", "peft", "bitsandbytes"),
+    resumable=True,
+    reads_text=True,
+    scratch=("trainer*", "tokens", "slowed.json"),
+    local=("tokens",),  # a cache that holds paths
+)
+MERGE: "Stage[Checkpoint]" = Stage("merge", version=3, makes="Checkpoint")
+EVALUATE: "Stage[Evaluation]" = Stage(
+    "evaluate",
+    version=5,
+    makes="Evaluation",
+    libraries=("torch", "transformers", "lm_eval"),
+    resumable=True,
+    reads_text=True,
+    loads_source=True,
+)
+SPEED: "Stage[SpeedComparison]" = Stage(
+    "speed",
+    version=3,
+    makes="SpeedComparison",
+    libraries=("torch", "transformers"),
+    loads_source=True,
+)
+# In the order in which a build comes to them.
+STAGES: Mapping[str, Stage[Any]] = {
+    stage.name: stage for stage in (MEASURE, PLAN, SEARCH, COMPARE, PRUNE, HEAL, MERGE, EVALUATE, SPEED)
+}
+MADE_BY = {"pruned": PRUNE.name, "healed": MERGE.name}  # model → the stage that wrote it
 
 
 @dataclass(frozen=True)
@@ -24,6 +123,8 @@ class StageSpec:
     @property
     def key(self) -> str:
         """First 16 hex digits of sha256 over the canonical JSON of the spec."""
+        from factory.artifacts import canonical_json
+
         value = {
             "stage": self.stage,
             "version": self.version,

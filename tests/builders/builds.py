@@ -400,7 +400,7 @@ def healing_discarded() -> Build:
     """Healing was tried and made the model worse."""
     build = chat_with_other_licence()
     assert build.adapter is not None
-    guard = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distillation"}
+    guard = {"guard_loss_before": 2.91, "guard_loss_after": 3.05, "objective": "distill"}
     adapter = build.adapter.model_copy(update=guard)
     limited = build.config | {
         "evaluate": build.config["evaluate"] | {"limit": 1000},

@@ -38,6 +38,7 @@ from factory.healing.merge import judge, merge
 from factory.model.loading import load_model
 from factory.model.tokenizer import load_encoder
 from factory.pipeline.stages import describe_healing
+from factory.store.stage import HEAL
 from factory.text import text as texts
 from factory.text.text import Text
 from tests.builders.builds import an_adapter
@@ -64,7 +65,7 @@ def test_healing_lowers_the_loss_on_text_held_back(healed: Adapter) -> None:
 
 def test_only_peft_files_stay_and_they_name_no_path(healed: Adapter, model: Path) -> None:
     # What training needed itself goes once the adapter is written down as made.
-    scratch = {path for pattern in Adapter.scratch for path in healed.folder.glob(pattern)}
+    scratch = {path for pattern in HEAL.scratch for path in healed.folder.glob(pattern)}
     names = sorted(path.name for path in {*healed.folder.iterdir()} - scratch)
     assert names == ["adapter_config.json", "adapter_model.safetensors", "guard.json"]
     config = json.loads((healed.folder / "adapter_config.json").read_text())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from factory.artifacts import Build, DataSource
+from factory.artifacts import Build, DataSource, Publication
 from factory.builds.folder import read_if_same
 from factory.cli.build import build as command_line_build
 from factory.cli.main import cli

@@ -1,0 +1,81 @@
+"""How layers can be chosen: one value each. The standard library alone, so that `--help` stays fast.
+
+A function of the same name does it, in `factory/pruning/criteria.py` or `factory/pruning/search.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How layers are chosen, and the words for it."""
+
+    name: str
+    summary: str  # layers that it drops, for `--help` and docs/choosing-layers.md
+    card: str  # paragraph for the model card, with {num_documents} and {order} of the plan; empty: none
+    searches: bool = False  # by the loss of the model without layers; otherwise the profile is enough
+    needs_influence: bool = False  # of each layer, which a profile from elsewhere may lack
+    nested: bool = False  # its choice of n layers begins its choice of more: one search serves all sizes
+    terminal: str | None = None  # behind the dropped layers; None: " by " and the name
+
+    @property
+    def by(self) -> str:
+        """What follows the dropped layers in the terminal."""
+        return f" by {self.name}" if self.terminal is None else self.terminal
+
+
+ANGULAR = Criterion(
+    "angular",
+    summary="the block across which the states turn least (arXiv 2403.17887)",
+    card="",
+    terminal="",
+)
+CHOSEN = Criterion(  # no choice of `--criterion`: the layers were given
+    "chosen",
+    summary="the layers of --layers",
+    card="The distance did not decide: whoever made this model chose the layers.",
+    terminal=" by choice",
+)
+# From the simplest to the one that takes most: of those that are equally good, the first is taken.
+CRITERIA: Mapping[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        ANGULAR,
+        Criterion(
+            "deepest",
+            summary="the last layers but one (the same paper's simple heuristic)",
+            card="The distance did not decide: the deepest layers but the last were dropped, the simple "
+            "heuristic of the paper cited below.",
+        ),
+        Criterion(
+            "block-influence",
+            summary="the layers that each turn the states least (ShortGPT, arXiv 2403.03853)",
+            card="The distance across blocks did not decide: the layers that each turn the states of a "
+            "passage's tokens least were dropped, by the Block Influence of ShortGPT (Men and others).",
+            needs_influence=True,
+        ),
+        Criterion(
+            "loss",
+            summary="the block whose removal raises the loss least",
+            card="The distance did not decide: of all blocks of this size, the one whose removal raised the "
+            "loss on {num_documents} passages of the same text least was dropped.",
+            searches=True,
+        ),
+        Criterion(
+            "greedy",
+            summary="one layer after another, each time the one that raises the loss least",
+            card="The distance did not decide: one layer after another was dropped, each time the one whose "
+            "removal raised the loss on {num_documents} passages of the same text least, in the order "
+            "{order}.",
+            searches=True,
+            nested=True,
+        ),
+    )
+}
+DEFAULT_CRITERION = ANGULAR
+
+
+def criterion_of(name: str) -> Criterion:
+    """Return the criterion of a plan, which another version may have made."""
+    return CHOSEN if name == CHOSEN.name else CRITERIA.get(name) or Criterion(name, summary="", card="")
