@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from factory.artifacts import Build, DistanceProfile, Pruning
-from factory.errors import StoreError
+from factory.errors import StoreError, UsageError
 from factory.store.files import OLD, PARTIAL, SUMS
 from factory.store.locks import locked, writing
 
@@ -135,3 +135,20 @@ def restore(out: Path) -> None:
     _, old = beside(out)
     if old in leftovers(out) and is_whole(old) and not os.path.lexists(out):
         old.rename(out)
+
+
+def output_folder(folder: Path) -> Path:
+    """A folder for results, made before the work that they take.
+
+    Raises:
+        UsageError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {str(folder)!r}: {error.strerror}", hint="give another one"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="give another one")
+    return folder

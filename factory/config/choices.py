@@ -6,5 +6,5 @@ Criterion = Literal["angular", "deepest", "block-influence", "loss", "greedy"]  
 Split = Literal["train", "validation"]  # of a Hub data set
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
-MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
-Where = Literal["trackio", "wandb", "tensorboard", "none"]
+MAX_COUNT = 10**9  # of whatever is counted: more is a slip of the hand
+Tracker = Literal["trackio", "wandb", "tensorboard", "none"]

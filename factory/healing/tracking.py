@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
-from factory.config.choices import Where
+from factory.config.choices import Tracker
 from factory.errors import UsageError
 
-WHERE: tuple[Where, ...] = get_args(Where)
+WHERE: tuple[Tracker, ...] = get_args(Tracker)
 PROJECT = "hf-factory"
 Log = Callable[[Mapping[str, float], int | None], None]
 
@@ -21,12 +21,12 @@ def _unheard(_told: str) -> None: ...
 
 @dataclass(eq=False)
 class Tracking:
-    """Where to tell it, and as which run; nothing that a build makes depends on it.
+    """Tracker to tell it, and as which run; nothing that a build makes depends on it.
 
     The processes of a stage get a copy each, which knows what has failed before.
     """
 
-    where: Where = "none"
+    where: Tracker = "none"
     name: str = ""  # of the build
     folder: Path = Path()  # for tensorboard's event files
     remark: Callable[[str], None] = _unheard  # told the first fault, after which nothing more is tried
@@ -73,7 +73,7 @@ class Tracking:
 NOWHERE = Tracking()
 
 
-def _begin(where: Where, name: str, folder: Path) -> tuple[Log, Callable[[], None]]:
+def _begin(where: Tracker, name: str, folder: Path) -> tuple[Log, Callable[[], None]]:
     """Begin a run, or go on with it: what logs in it, and what ends it."""
     if where == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -103,8 +103,8 @@ def _begin(where: Where, name: str, folder: Path) -> tuple[Log, Callable[[], Non
     return lambda values, step: tracker.log(dict(values), step=step), tracker.finish
 
 
-def choose(asked: Where | None) -> Where:
-    """Where to log: as asked for; by default trackio, where that is installed.
+def choose(asked: Tracker | None) -> Tracker:
+    """Tracker to log: as asked for; by default trackio, where that is installed.
 
     Raises:
         UsageError: What was asked for is not installed.
