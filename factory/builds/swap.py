@@ -24,9 +24,9 @@ def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Ite
         StoreError: The place cannot be written, or its file system has no locks.
     """
     build = build.resolve()  # a link stays, and what it leads to is written
-    with writing(build.parent, option="--out"):
+    with writing(build.parent, option="`out`"):
         build.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_of(build), on_wait=on_wait, passing=True, option="--out"):
+    with locked(lock_of(build), on_wait=on_wait, passing=True, option="`out`"):
         restore(build)
         yield
 
@@ -113,7 +113,7 @@ def check_beside(out: Path) -> None:
         if os.path.lexists(path) and not is_ours(path):
             raise StoreError(
                 f"{path} is in the way and was not made by the factory",
-                hint="move it away, or give another folder with --out",
+                hint="move it away, or give another folder with `out`",
             )
 
 

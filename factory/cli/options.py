@@ -17,11 +17,13 @@ from factory.errors import UsageError
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 F = TypeVar("F", bound=Callable[..., Any])
 NAMES = {
-    name
-    for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
-    for name in request.options()
-    if name != "model"
-}
+    *(
+        name
+        for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
+        for name in request.options()
+    ),
+    *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
+} - {"model"}
 SPOKEN = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # how messages name an option: `heal_steps=100`
 
 
@@ -53,7 +55,7 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(param, click.Option):
                 groups.setdefault(getattr(param, "group", "Options"), []).append(record)
         for group in (*GROUPS, "Options"):
             if group in groups:
@@ -167,7 +169,7 @@ def _option(request: type[Request], name: str, kind: Any, option: Option) -> Cal
         settings["is_flag"] = True
         settings["default"] = None
     else:
-        settings |= {"type": _type(kind), "metavar": option.metavar}
+        settings |= {"type": _type(kind), "metavar": option.metavar or _metavar(kind)}
         settings["required"] = _is_required(required)
     if option.bare is not None:
         settings |= {"is_flag": False, "flag_value": option.bare}
@@ -182,6 +184,12 @@ def _is_required(row: Any) -> bool:
     from dataclasses import MISSING
 
     return row.default is MISSING
+
+
+def _metavar(kind: Any) -> str | None:
+    """A short word for a number; its limits are shown where one is broken."""
+    base = (get_args(kind) or (kind,))[0]
+    return {int: "N", float: "X"}.get(base) if base in (int, float) and kind != kinds.Fraction else None
 
 
 def _type(kind: Any) -> Any:
@@ -213,10 +221,10 @@ def _choices(kind: Any) -> list[Any]:
 
 
 class Whole(click.IntRange):
-    """A whole number; its limits are shown only where they tell something."""
+    """A whole number, its limits not in the help."""
 
     def _describe_range(self) -> str:
-        return f"x>={self.min}" if self.min else ""
+        return ""
 
 
 class Number(click.FloatRange):
@@ -225,6 +233,9 @@ class Number(click.FloatRange):
     def __init__(self, limit: Gt | Ge | None) -> None:
         least: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
         super().__init__(least, min_open=isinstance(limit, Gt))
+
+    def _describe_range(self) -> str:
+        return ""
 
 
 def build_folder(folder: Path) -> Path:

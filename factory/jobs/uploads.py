@@ -127,7 +127,7 @@ def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
         return
     raise UsageError(
         f"{str(path)!r} is on this machine, where no job can read it",
-        hint=f"--upload puts it into your private bucket {bucket} first",
+        hint=f"`upload` puts it into your private bucket {bucket} first",
     )
 
 

@@ -33,12 +33,12 @@ NF4_BYTES = 0.516  # a weight, with its scales and their scales
 # What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
 SMALL = {"rank": 8, "modules": "ffn"}
 LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--heal-layers seam", {"layers": "seam"}),
-    ("--heal-rank 8 --heal-modules ffn", SMALL),
-    ("--heal-rank 8 --heal-modules ffn --heal-layers seam", {**SMALL, "layers": "seam"}),
-    ("--heal sft --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": "sft"}),
+    ("`heal_layers=seam`", {"layers": "seam"}),
+    ("`heal_rank=8` `heal_modules=ffn`", SMALL),
+    ("`heal_rank=8` `heal_modules=ffn` `heal_layers=seam`", {**SMALL, "layers": "seam"}),
+    ("`heal=sft` `heal_rank=8` `heal_modules=ffn`", {**SMALL, "objective": "sft"}),
     (
-        "--heal sft --heal-rank 8 --heal-modules ffn --heal-layers seam",
+        "`heal=sft` `heal_rank=8` `heal_modules=ffn` `heal_layers=seam`",
         {**SMALL, "objective": "sft", "layers": "seam"},
     ),
 )
@@ -243,8 +243,8 @@ def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> Non
     needed = healing_bytes(source, config)
     if needed <= gpu_total:
         return
-    packs = " --heal-bits 4" if config.heal.bits == 16 else ""
-    hint = "a GPU with more memory, or build without healing: --no-heal"
+    packs = " `heal_bits=4`" if config.heal.bits == 16 else ""
+    hint = "a GPU with more memory, or build without healing: `no_heal`"
     for flags, changes in LIGHTER:
         lighter = config.heal.model_copy(update={**changes, "bits": 4})
         fewer = healing_bytes(source, config.model_copy(update={"heal": lighter}))
@@ -282,5 +282,5 @@ def check_four_bit(device: Any) -> None:
 def _no_four_bit(device: Any, reason: str) -> MachineError:
     return MachineError(
         f"bitsandbytes cannot quantise to 4 bits on {device}: {reason}",
-        hint="install a bitsandbytes for this machine, or build without healing: --no-heal",
+        hint="install a bitsandbytes for this machine, or build without healing: `no_heal`",
     )

@@ -21,7 +21,7 @@ except ImportError:  # Windows: there age alone keeps `factory gc` from stages i
 LIFE_SECONDS = 10.0  # between two signs of life of a holder
 PATIENCE_SECONDS = 600.0  # without a sign of life; a stopped process or a dead machine gives none
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-HOME = "--home or FACTORY_HOME"
+HOME = "`home` or FACTORY_HOME"
 
 
 def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreError:
