@@ -37,7 +37,7 @@ class UnknownModelError(UsageError):
 
 
 class DropError(UsageError):
-    """`--drop` or a set of layers that leaves no usable model."""
+    """`drop` or a set of layers that leaves no usable model."""
 
 
 class DataError(FactoryError):

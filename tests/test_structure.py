@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "resources", "units", "gpus", "artifacts", "config"),
     *(("store",), ("checkpoint",), ("model",), ("hub",), ("text", "parallel")),
     ("pruning", "healing", "evaluation", "report", "serving", "demo"),
-    *(("builds",), ("pipeline",), ("jobs",), ("cli",), ("__main__",)),
+    *(("builds",), ("pipeline",), ("jobs", "api"), ("cli",), ("__main__",)),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = sorted((ROOT / "factory").rglob("*.py"))

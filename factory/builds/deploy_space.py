@@ -118,7 +118,7 @@ def _source_on_the_hub(build: Build) -> str:
         raise UsageError(
             f"{build.name} was made from {build.source.name!r}, which is not on the Hub: "
             "a Space could not load it",
-            hint="publish the source and build from there; without --deploy the page runs on this machine",
+            hint="publish the source and build from there; without `deploy` the page runs on this machine",
         )
     check_loadable(build)
     return build.source.repo_id
@@ -168,7 +168,7 @@ def _check_ours(info: SpaceInfo) -> None:
     if others and MARK not in tags:
         raise HubError(
             f"the Space {info.id} holds something else: {', '.join(sorted(others)[:3])}",
-            hint="nothing was deployed; choose another name with --deploy OWNER/NAME",
+            hint="nothing was deployed; choose another name with `deploy=OWNER/NAME`",
         )
 
 
@@ -180,12 +180,12 @@ def _payment_explained(repo_id: str, hardware: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         if error.response.status_code != 402:
             raise
-        free = f"--hardware {USUAL_HARDWARE} is free for two Spaces of any account"
+        free = f"`hardware={USUAL_HARDWARE}` is free for two Spaces of any account"
         if hardware == USUAL_HARDWARE:
             free = "without PRO an account may have two Spaces on ZeroGPU: delete one"
         raise HubError(
             f"the Hub asks for money to run {repo_id} on {hardware} (402): {error.server_message}",
-            hint=f"{free}, or see {endpoint()}/pricing; without --deploy the same page runs on this machine",
+            hint=f"{free}, or see {endpoint()}/pricing; without `deploy` the same page runs on this machine",
         ) from error
 
 

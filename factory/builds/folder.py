@@ -57,22 +57,22 @@ def check_out(out: Path) -> None:
     """
     out = out.resolve()
     if out == Path(out.anchor):
-        raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
+        raise StoreError(f"cannot write a build to {out}", hint="give another folder with `out`")
     try:  # it is laid out beside itself
         with suppress(FileNotFoundError, NotADirectoryError):
             beside(out)[0].lstat()
         writable = is_writable(out)
     except OSError as error:
         raise StoreError(
-            f"cannot write a build to {out}: {error.strerror}", hint="give another folder with --out"
+            f"cannot write a build to {out}: {error.strerror}", hint="give another folder with `out`"
         ) from error
     if not writable:
-        raise StoreError(f"cannot write a build to {out}", hint="give another folder with --out")
+        raise StoreError(f"cannot write a build to {out}", hint="give another folder with `out`")
     check_beside(out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not (is_build(out) or is_empty):
         raise StoreError(
-            f"{out} is there already and is no build", hint="give another folder with --out, or move it away"
+            f"{out} is there already and is no build", hint="give another folder with `out`, or move it away"
         )
 
 

@@ -42,7 +42,7 @@ def check_weights(build: Build, folder: Path) -> None:
         if not (folder / name).is_file() or sha256_once(folder / name) != sha256:
             raise VerificationError(
                 f"{name} is missing or has changed since it was made",
-                hint=f"run the build again with --rerun {MADE_BY.get(build.shipped, PRUNE.name)}",
+                hint=f"run the build again with `rerun={MADE_BY.get(build.shipped, PRUNE.name)}`",
             )
 
 
@@ -173,5 +173,5 @@ def check_all(found: Sequence[Verified]) -> None:
     others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     hint = "the same `factory build` again makes anew what has changed"
     if found[0].changed:
-        hint += "; if you changed it yourself: --accept"
+        hint += "; if you changed it yourself: `accept`"
     raise VerificationError(f"{changed[0]} is missing or has changed since it was made{others}", hint=hint)

@@ -30,13 +30,13 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
     out = out.resolve()
     too_long = len(os.fsencode(out.name)) > LONGEST_NAME
     if out == Path(out.anchor) or too_long or not is_writable(out):
-        raise StoreError(f"cannot write a model to {out}", hint="give another folder with --out")
+        raise StoreError(f"cannot write a model to {out}", hint="give another folder with `out`")
     if source.repo_id is None and source.folder:
         theirs, ours = source.folder.resolve(), out.resolve()
         if theirs == ours or theirs in ours.parents or ours in theirs.parents:
             raise StoreError(
                 f"{out} and the source {source.folder} lie in each other",
-                hint="give another folder with --out",
+                hint="give another folder with `out`",
             )
     check_beside(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -44,7 +44,7 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
     if not (out / Pruning.file_name).is_file():
         raise StoreError(
             f"{out} is there already and was not made by `factory prune`",
-            hint="give another folder with --out, or move it away",
+            hint="give another folder with `out`, or move it away",
         )
     found = Pruning.read(out)
     if _is_same(found, source, plan) and _is_whole(found, out):
@@ -52,7 +52,7 @@ def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: b
     if not force:
         raise StoreError(
             f"{out} holds another model: {found.source_name} without {len(found.dropped)} layers",
-            hint="give another folder with --out, or add --force to replace it",
+            hint="give another folder with `out`, or add `force` to replace it",
         )
     return None
 
@@ -76,7 +76,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
         DiskSpaceError: Says how much is needed and how much there is.
     """
     needed = source.size_bytes - sum(source.layer_bytes[layer] for layer in plan.dropped) + SPARE_BYTES
-    check_room(demands([(out.resolve().parent, "--out", needed), cache_demand(source)]))
+    check_room(demands([(out.resolve().parent, "`out`", needed), cache_demand(source)]))
 
 
 def remove_layers(

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from factory.artifacts import Build, Publication
+from factory.artifacts import Build, Publication, Source
+from factory.errors import ModelError
 
 
 def publish(
@@ -43,3 +44,27 @@ def publish(
     publication = pushed.model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited
+
+
+def check_publishable(source: Source, *, accepted: bool) -> str | None:
+    """Refuse what may not, or could not, be published.
+
+    Args:
+        accepted: The user says that they may share what the licence forbids sharing.
+
+    Returns:
+        What the licence asks for, where that is worth a note.
+
+    Raises:
+        LicenseError: The licence forbids sharing what is made from the model.
+        ModelError: The result needs code that is not on the Hub.
+    """
+    from factory.hub.source_card import check_license, remark
+
+    if source.remote_code and not source.repo_id:
+        raise ModelError(
+            f"what is made from the folder {source.name!r} needs its code, which is not on the Hub",
+            hint="publish the source with its code first, and build from there",
+        )
+    check_license(source, accepted=accepted)
+    return remark(source)

@@ -146,7 +146,7 @@ def same_settings(
     elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
         raise DataError(
             f"task {task_files[0]} was a file of whoever made {build.name}",
-            hint="give it with --tasks, or --tasks none: the weights do not depend on it",
+            hint="give it with `tasks`, or `tasks=none`: the weights do not depend on it",
         )
     return BuildConfig.model_validate(values)
 

@@ -125,7 +125,7 @@ def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
     if not isinstance(try_to_load_from_cache(repo_id, "config.json", revision=commit), str):
         raise HubError(
             f"{repo_id} at {commit[:12]} is not in the Hub's cache on this machine",
-            hint="give its folder with --source, or run the same build again, which downloads it",
+            hint="give its folder with `source`, or run the same build again, which downloads it",
         )
     return names | {"SOURCE_MODEL": repo_id, "SOURCE_REVISION": commit}
 
@@ -135,17 +135,17 @@ def _source_folder(build: Build, source: Path | None) -> Path:
     if source is None and build.reference != "demo":
         raise UsageError(
             f"{build.name} was made from a folder, {build.source.name!r}, and a build keeps no paths",
-            hint="say where it is with --source FOLDER",
+            hint="say where it is with `source=FOLDER`",
         )
     folder = source or DEMO_MODEL
     if not folder.is_dir():
-        raise UsageError(f"{str(folder)!r} is no folder", hint="give the source's folder with --source")
+        raise UsageError(f"{str(folder)!r} is no folder", hint="give the source's folder with `source`")
     commit = resolve(str(folder)).commit
     if build.source.repo_id is None and commit != build.source.commit:
         raise UsageError(
             f"{str(folder)!r} is not the source of {build.name}: "
             f"content hash {commit[:12]}, not {build.source.commit[:12]}",
-            hint="give the unchanged folder that the build was made from with --source",
+            hint="give the unchanged folder that the build was made from with `source`",
         )
     return folder.resolve()
 
@@ -158,7 +158,7 @@ def free_port(port: int | None) -> int:
             probe.bind((HOST, port or 0))
         except OSError as error:
             raise UsageError(
-                f"port {port} cannot be used: {error.strerror}", hint="leave --port out"
+                f"port {port} cannot be used: {error.strerror}", hint="leave `port` out"
             ) from error
         return int(probe.getsockname()[1])
 

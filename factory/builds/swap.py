@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from factory.artifacts import Build, DistanceProfile, Pruning
-from factory.errors import StoreError
+from factory.errors import StoreError, UsageError
 from factory.store.files import OLD, PARTIAL, SUMS
 from factory.store.locks import locked, writing
 
@@ -24,9 +24,9 @@ def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Ite
         StoreError: The place cannot be written, or its file system has no locks.
     """
     build = build.resolve()  # a link stays, and what it leads to is written
-    with writing(build.parent, option="--out"):
+    with writing(build.parent, option="`out`"):
         build.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_of(build), on_wait=on_wait, passing=True, option="--out"):
+    with locked(lock_of(build), on_wait=on_wait, passing=True, option="`out`"):
         restore(build)
         yield
 
@@ -113,7 +113,7 @@ def check_beside(out: Path) -> None:
         if os.path.lexists(path) and not is_ours(path):
             raise StoreError(
                 f"{path} is in the way and was not made by the factory",
-                hint="move it away, or give another folder with --out",
+                hint="move it away, or give another folder with `out`",
             )
 
 
@@ -135,3 +135,20 @@ def restore(out: Path) -> None:
     _, old = beside(out)
     if old in leftovers(out) and is_whole(old) and not os.path.lexists(out):
         old.rename(out)
+
+
+def output_folder(folder: Path) -> Path:
+    """A folder for results, made before the work that they take.
+
+    Raises:
+        UsageError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {str(folder)!r}: {error.strerror}", hint="give another one"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="give another one")
+    return folder

@@ -1,87 +1,49 @@
-"""A build as a YAML file: the flags of `factory build` by name, and the line of what is wrong with them."""
+"""Build files: the options of `factory build` in YAML, and the line of what is wrong with them."""
 
 import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from factory.config.choices import MOST, CriterionName, ObjectiveName, Tracker
-from factory.config.request import Entry
-from factory.config.settings import Settings
+from factory.config.options import Reads
+from factory.config.request import BuildRequest, Origin
 from factory.errors import UsageError
 
 SUFFIXES = (".yaml", ".yml")
-UNSET: Any = None  # where a file does not say; `null` itself is nothing that a flag can be given
+UNSET: Any = None  # where a file does not say; `null` is not a value of any option
 LARGEST_BYTES = 1_000_000
 LONGEST = 4096  # characters of one value: a path's limit, and within what Python takes for a number
 REPLACES = {"layers": ("drop", "criterion"), "drop": ("layers",), "criterion": ("layers",)}
 Path_ = tuple[str | int, ...]
 
 
-def _joined(value: Any) -> Any:
-    """A list as its flag writes it: [3, "7-9"] → "3,7-9"."""
-    parts = value if isinstance(value, list) else [value]
-    return ",".join(map(str, parts)) if all(type(part) in (str, int) for part in parts) else value
+def _in_file(kind: Any) -> Any:
+    """The type that a file may hold for an option; what its parts mean is read with the request."""
+    return next((note.written for note in get_args(kind) if isinstance(note, Reads)), kind)
 
 
-Listed = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | int | list[str | int])]
-Name = Annotated[str, Field(min_length=1)]
+BuildOptions: type[BaseModel] = create_model(  # type: ignore[call-overload]
+    "BuildOptions",
+    __config__=ConfigDict(
+        strict=True, frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-")
+    ),
+    __doc__="Options of `factory build`, by the names of the flags.",
+    **{
+        name: (_in_file(kind), Field(default=UNSET, description=f"{option.help}."))
+        for name, (kind, option) in BuildRequest.options().items()
+        if not option.of_run
+    },
+)
 
 
-class BuildOptions(Settings):
-    """What `factory build` can be given, by the names of its flags; nothing is taken for something else."""
+class BuildFile(BuildOptions):  # type: ignore[misc,valid-type]
+    """One build, or several after one another: options beside `builds` hold for each of them."""
 
-    model_config = ConfigDict(strict=True, alias_generator=lambda name: name.replace("_", "-"))
-
-    model: Name = Field(default=UNSET, description="An alias, a Hub repository, or a folder.")
-    drop: float = Field(default=UNSET, gt=0, lt=1)
-    layers: Listed = Field(default=UNSET)
-    calibration_data: Name = Field(default=UNSET)
-    samples: int = Field(default=UNSET, ge=2, le=MOST)
-    sequence_length: int = Field(default=UNSET, ge=8, le=MOST)
-    tokens: Literal["last", "all"] = Field(default=UNSET)
-    load_in_4bit: bool = Field(default=UNSET)
-    plan_documents: int = Field(default=UNSET, ge=2, le=MOST)
-    seed: int = Field(default=UNSET, ge=0, le=2**32 - 1)
-    criterion: CriterionName = Field(default=UNSET)
-    heal_data: Name = Field(default=UNSET)
-    eval_data: Name = Field(default=UNSET)
-    tasks: Listed = Field(default=UNSET)
-    limit: int = Field(default=UNSET, ge=1, le=MOST)
-    no_heal: bool = Field(default=UNSET)
-    heal: ObjectiveName = Field(default=UNSET)
-    heal_steps: int = Field(default=UNSET, ge=1, le=MOST)
-    heal_lr: float = Field(default=UNSET, gt=0, allow_inf_nan=False)
-    heal_rank: int = Field(default=UNSET, ge=1, le=MOST)
-    heal_modules: Literal["ffn", "all-linear"] = Field(default=UNSET)
-    heal_layers: Literal["all", "seam"] = Field(default=UNSET)
-    heal_bits: Literal[4, 16] = Field(default=UNSET)
-    seam_weight: float = Field(default=UNSET, ge=0, allow_inf_nan=False)
-    merge_base: Literal["auto", "bf16", "nf4"] = Field(default=UNSET)
-    require_healing: bool = Field(default=UNSET)
-    eval_documents: int = Field(default=UNSET, ge=2, le=MOST)
-    eval_backend: Literal["hf", "vllm"] = Field(default=UNSET)
-    out: Name = Field(default=UNSET)
-    processes: int = Field(default=UNSET, ge=1, le=MOST)
-    trust_remote_code: bool = Field(default=UNSET)
-    run_task_code: bool = Field(default=UNSET)
-    push_to: Name = Field(default=UNSET)
-    report_to: Tracker = Field(default=UNSET)
-    on: Name = Field(default=UNSET)
-    timeout: Listed = Field(default=UNSET)
-    state: Name = Field(default=UNSET)
-    public: bool = Field(default=UNSET)
-    accept_license: bool = Field(default=UNSET)
-
-
-class BuildFile(BuildOptions):
-    """One build, or several after one another: what stands beside `builds` holds for each of them."""
-
-    builds: list[BuildOptions] = Field(default=UNSET, min_length=1)
+    builds: list[BuildOptions] = Field(default=UNSET, min_length=1)  # type: ignore[valid-type]
 
 
 def replacing(values: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,8 +52,8 @@ def replacing(values: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in values.items() if key not in gone}
 
 
-def read(path: Path) -> list[Entry]:
-    """The builds of a file, each complete and within its limits.
+def read(path: Path) -> list[tuple[dict[str, Any], Origin]]:
+    """The builds of a file: the options that it gives each, within their limits, and where they stand.
 
     Raises:
         UsageError: The file, the line and the key of the first thing that is wrong.
@@ -99,49 +61,41 @@ def read(path: Path) -> list[Entry]:
     name = str(path)
     value, lines = _parsed(path)
     try:
-        found = BuildFile.model_validate(value)
+        found: Any = BuildFile.model_validate(value)
     except ValidationError as error:
         raise _explained(error, name, lines) from None
     common = _written(found)
-    entries = []
+    builds = []
     for index, build in enumerate(found.builds or [BuildOptions()]):
         own, place = _written(build), ("builds", index)
         values = replacing(common, own) | own
-        of_own = {key: lines[*place, key] for key in own}
-        entries.append(
-            Entry(
-                name,
-                values,
-                {key: of_own.get(key) or lines[key,] for key in values},
-                lines.get(place, lines[()]),
-            )
-        )
+        at = {
+            key: lines.get((*place, dashed)) or lines[dashed,]
+            for key in values
+            for dashed in [key.replace("_", "-")]
+        }
+        builds.append((values, Origin(name, lines.get(place, lines[()]), at)))
         if "model" not in values:
             raise UsageError(
-                f"{name}, line {entries[-1].line}: model is missing",
+                f"{name}, line {builds[-1][1].line}: model is missing",
                 hint="model: mistral-7b, an owner/name, or a folder",
             )
-    return entries
+    return builds
 
 
-def schema(descriptions: Mapping[str, str]) -> dict[str, Any]:
-    """JSON schema of a file, for editors.
-
-    Args:
-        descriptions: By the name of the flag.
-    """
-    made = BuildFile.model_json_schema(mode="validation")
+def schema() -> dict[str, Any]:
+    """JSON schema of a file, for editors."""
+    made: dict[str, Any] = BuildFile.model_json_schema(mode="validation")
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for part in (made, made["$defs"]["BuildOptions"]):
-        for key, field in part["properties"].items():
+        for field in part["properties"].values():
             del field["title"], field["default"]
-            if key in descriptions:
-                field["description"] = descriptions[key]
     return made
 
 
-def _written(options: BuildOptions) -> dict[str, Any]:
-    return options.model_dump(by_alias=True, exclude_unset=True, exclude={"builds"})
+def _written(options: BaseModel) -> dict[str, Any]:
+    """The options that a file gives, by name."""
+    return {name: getattr(options, name) for name in options.model_fields_set if name != "builds"}
 
 
 def _parsed(path: Path) -> tuple[Any, dict[Path_, int]]:

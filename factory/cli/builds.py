@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option
-from factory.errors import ModelError, UsageError
+from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option, remark
+from factory.errors import UsageError
 
 if TYPE_CHECKING:
-    from factory.artifacts import Publication, Source
+    from factory.artifacts import Publication
 
 USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
 license_option = click.option(
@@ -33,11 +33,13 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     repository is private unless --public is said; one that is there already stays as it is.
     """
     from factory.artifacts import Build
+    from factory.builds.publish import check_publishable
     from factory.hub.push import label
 
     build = Build.read(build_folder(folder))
     message = options.pop("message") or f"Publish {label(build)}"
-    check_publishable(build.source, accepted=options.pop("accept_license"))
+    if note := check_publishable(build.source, accepted=options.pop("accept_license")):
+        remark(note)
     click.echo(publish(folder, repository, message=message, **options).url)
 
 
@@ -157,30 +159,6 @@ def card(folder: Path) -> None:
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     names = {"repo_id": known.repo_id, "space": known.space} if known else {}
     click.echo(write_card(Build.read(folder), model, **names))
-
-
-def check_publishable(source: "Source", *, accepted: bool) -> None:
-    """Refuse what may not, or could not, be published; say on standard error what the licence asks for.
-
-    Args:
-        accepted: The user says that they may share what the licence forbids to share.
-
-    Raises:
-        LicenseError: It forbids to share what is made from the model.
-        ModelError: The result needs code that is nowhere on the Hub.
-    """
-    from factory.cli.console import printable
-    from factory.hub.source_card import check_license, remark
-
-    if source.remote_code and not source.repo_id:
-        raise ModelError(
-            f"what is made from the folder {source.name!r} needs its code, which is not on the Hub",
-            hint="publish the source with its code first, and build from there",
-        )
-    check_license(source, accepted=accepted)
-    told = remark(source)
-    if told:
-        click.echo(f"note: {printable(told)}", err=True)
 
 
 def publish(folder: Path, repository: str | None, **options: Any) -> "Publication":

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
+from factory.cli.options import as_flags
 from factory.units import duration
 
 STAGE_WIDTH = 16
@@ -97,6 +99,10 @@ class StageLines:
         """A finished stage is not what it was."""
         told = f"{printable(file)} has changed since it was made; making it again"
         self.out.print(f"  {stage:<{STAGE_WIDTH}}  {told}", soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Say on standard error what the user should know and nothing fails for."""
+        click.echo(f"note: {printable(as_flags(message))}", err=True)
 
     def stop(self) -> None:
         """Take the bar away."""

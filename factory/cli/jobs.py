@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ import click
 
 from factory.cli.options import CONTEXT, Group, print_json, remark
 from factory.cli.request import config_text
-from factory.config.request import Request
+from factory.config.request import BuildRequest
 from factory.errors import DiskSpaceError, HubError, UsageError
 from factory.jobs.uploads import carried
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from huggingface_hub import JobInfo
     from rich.console import Console
 
-    from factory.cli.request import Asked
+    from factory.cli.console import StageLines
     from factory.jobs.hardware import Flavor
+    from factory.pipeline.prepare import Settled
     from factory.pipeline.preview import Preview
     from factory.text.text import Texts
 
@@ -29,7 +30,7 @@ HOUR = 3600
 NEEDS_GPU = "take hardware with one, or leave the option out"
 
 
-def submit(requests: list[Request], options: dict[str, Any]) -> None:
+def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) -> None:
     """Submit the builds as one job, and follow it unless that is not wanted.
 
     Raises:
@@ -37,17 +38,18 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
         HubError: No token, no permission, no credit. Nothing was submitted then.
         JobError: The job did not end well.
     """
-    from factory.cli.console import console
+    from factory.cli.console import StageLines, console
     from factory.jobs.hardware import flavor
     from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
     from factory.jobs.submit import submit as jobs_submit
 
-    screen = console(stderr=options["as_json"])
+    reporter = StageLines(console(stderr=as_json))
+    screen, first = reporter.out, requests[0]
     hardware, timeout = _check_submission(requests)
     owner = user_name()
     found = flavor(hardware)
-    given, files = carried(requests, upload=options["upload"], bucket=f"{owner}/{STATE}")
-    asked, previews, build = _look(requests, found)
+    given, files = carried(requests, upload=first.upload, bucket=f"{owner}/{STATE}")
+    settled, previews, build = _look(requests, found, reporter)
     earlier = jobs_of(owner, build=build)
     if running := next((job for job in earlier if not is_over(job)), None):
         raise UsageError(
@@ -59,79 +61,80 @@ def submit(requests: list[Request], options: dict[str, Any]) -> None:
         timeout = HOUR * math.ceil(2 * seconds / HOUR)
     elif not earlier:
         _check_timeout(timeout, seconds, found)
-    _show(screen, asked, previews, found, seconds=seconds, timeout=timeout, earlier=bool(earlier))
-    uses_vllm = any(one.config.evaluate.backend == "vllm" for one in asked)
+    _show(screen, settled, previews, found, seconds=seconds, timeout=timeout, earlier=bool(earlier))
+    uses_vllm = any(one.config.evaluate.backend == "vllm" for one in settled)
     if uses_vllm and not find_spec("vllm"):
         remark("vLLM is not installed here: the job takes the library versions that it needs, not those here")
-    if options["dry_run"]:
+    if dry_run:
         return
-    name = asked[0].out.name if len(asked) == 1 else f"{asked[0].out.name}-and-{len(asked) - 1}-more"
+    name = settled[0].out.name + (f"-and-{len(settled) - 1}-more" if len(settled) > 1 else "")
     order = Order(
         owner,
         name,
         build,
         config_text(given).encode(),
         files,
-        options["rerun"],
-        trackers=tuple(sorted({r.options["report_to"] for r in requests} - {None, "none"})),
+        first.rerun,
+        trackers=tuple(sorted({r.report_to for r in requests if r.report_to not in (None, "none")})),
         uses_vllm=uses_vllm,
     )
     job = jobs_submit(order, hardware, timeout_seconds=timeout)
     screen.print(f"job {job.id} on {hardware}: {job.url}", soft_wrap=True)
-    if options["detach"]:
+    if first.detach:
         screen.print(f"  follow it   factory jobs follow {job.id}")
     else:
         job = _follow(owner, job.id, screen)
-    if options["as_json"]:
+    if as_json:
         print_json(_values(job))
 
 
-def _check_submission(requests: list[Request]) -> tuple[str, int | None]:
+def _check_submission(requests: Sequence[BuildRequest]) -> tuple[str, int | None]:
     """Hardware and timeout in seconds, the same for all builds: they run in one job."""
     from factory.jobs.hardware import parse_timeout
 
-    first = requests[0].options
+    first = requests[0]
     for request in requests:
         for name in ("on", "timeout"):
-            if request.options[name] != first[name]:
+            value, earlier = getattr(request, name), getattr(first, name)
+            if value != earlier:
                 with request.located(name):
                     raise UsageError(
-                        f"--{name} {request.options[name]} after {first[name]}",
-                        hint=f"builds of a file run in one job: give `{name}` once, beside `builds`",
+                        f"`{name}={value}` after {earlier}",
+                        hint=f"builds of a file run in one job: give {name} once, beside `builds`",
                     )
-    with requests[0].located("timeout"):
-        return first["on"], None if first["timeout"] is None else parse_timeout(first["timeout"])
+    assert first.on is not None
+    with first.located("timeout"):
+        return first.on, None if first.timeout is None else parse_timeout(first.timeout)
 
 
-def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list["Preview"], str]:
-    """Everything that can be wrong with the builds, before anything goes up; also their hash."""
+def _look(
+    requests: Sequence[BuildRequest], found: "Flavor", reporter: "StageLines"
+) -> tuple[list["Settled"], list["Preview"], str]:
+    """Check all that can be wrong with the builds, before anything goes up; also returns their hash."""
     from factory.artifacts import canonical_json
-    from factory.cli.request import look_at_all
     from factory.evaluation.tasks import check_tasks
     from factory.jobs.hardware import check_fits
-    from factory.model.completeness import check_source
-    from factory.model.quantization import check_loads
     from factory.pipeline.build import STAGES
+    from factory.pipeline.prepare import check_weights_load, settle_all
     from factory.pipeline.preview import preview
     from factory.pipeline.texts import check_texts, known_lengths, open_texts
 
-    asked = look_at_all(requests)
+    settled = settle_all(requests, reporter)
     previews, identities = [], []
-    for request, one in zip(requests, asked, strict=True):
+    for one in settled:
+        request, config = one.request, one.config
         with request.located(), _not_here():
-            run_code = request.options["run_task_code"]
-            check_tasks(one.config.evaluate, search=False, run_code=run_code)
-            if one.config.evaluate.backend == "vllm" and not found.has_gpu:
-                raise UsageError(f"--eval-backend vllm on {found.name}, which has no GPU", hint=NEEDS_GPU)
-            texts = open_texts(one.config)
+            check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+            if config.evaluate.backend == "vllm" and not found.has_gpu:
+                raise UsageError(f"`eval_backend=vllm` on {found.name}, which has no GPU", hint=NEEDS_GPU)
+            texts = open_texts(config)
             for message in (*texts.remarks, *check_texts(texts)):
-                remark(message)
-            identities.append(_identity(one, texts, push_to=request.options["push_to"]))
-            check_source(one.source)
-            check_loads(one.source.config, four_bit=one.config.measure.four_bit)
+                reporter.note(message)
+            identities.append(_identity(one, texts))
+            check_weights_load(one.source, config, STAGES)
             shown = preview(
                 one.source,
-                one.config,
+                config,
                 pending=STAGES,
                 home=Path(found.name),
                 machine=found.machine,
@@ -140,17 +143,17 @@ def _look(requests: list[Request], found: "Flavor") -> tuple[list["Asked"], list
             check_fits(found, shown.memory_needed)
             previews.append(shown)
     build = hashlib.sha256(canonical_json(sorted(identities)).encode()).hexdigest()[:16]
-    return asked, previews, build
+    return settled, previews, build
 
 
-def _identity(asked: "Asked", texts: "Texts", *, push_to: str | None) -> str:
+def _identity(settled: "Settled", texts: "Texts") -> str:
     """What a build makes and where it goes: equal however it was asked for."""
     from factory.artifacts import canonical_json
     from factory.evaluation.tasks import task_identity
     from factory.hub.push import full_name
     from factory.text.text import text_identity
 
-    config = asked.config
+    config, push_to = settled.config, settled.request.push_to
     used = [texts.calibration, texts.evaluation, *([texts.healing] if config.heal_enabled else [])]
     made_by = config.model_dump(
         mode="json", exclude={"reference", *(() if config.heal_enabled else ("heal", "merge_base"))}
@@ -159,7 +162,7 @@ def _identity(asked: "Asked", texts: "Texts", *, push_to: str | None) -> str:
         made_by.get(part, {}).pop("data", None)
     made_by["evaluate"]["tasks"] = [task_identity(task) for task in config.evaluate.tasks]
     names = [text_identity(text.data) for text in used]
-    return canonical_json([asked.source.commit, made_by, names, full_name(push_to) if push_to else None])
+    return canonical_json([settled.source.commit, made_by, names, full_name(push_to) if push_to else None])
 
 
 @contextmanager
@@ -178,15 +181,15 @@ def _check_timeout(timeout: int, seconds: float, found: "Flavor") -> None:
 
     if found.peak_flops and timeout < seconds * OF_PEAK:
         raise UsageError(
-            f"--timeout of {duration(timeout)} cannot suffice: even at its peak, {found.name} needs "
+            f"`timeout` of {duration(timeout)} cannot suffice: even at its peak, {found.name} needs "
             f"{duration(seconds * OF_PEAK)}",
-            hint=f"about {duration(seconds)} are likely: --timeout {math.ceil(2 * seconds / HOUR)}h",
+            hint=f"about {duration(seconds)} are likely: `timeout={math.ceil(2 * seconds / HOUR)}h`",
         )
 
 
 def _show(
     screen: "Console",
-    asked: list["Asked"],
+    settled: list["Settled"],
     previews: list["Preview"],
     found: "Flavor",
     *,
@@ -195,14 +198,11 @@ def _show(
     earlier: bool,
 ) -> None:
     """What will happen, and what it may cost."""
-    from factory.cli.request import preview_lines
     from factory.cli.tables import show_preview
     from factory.units import duration
 
-    for one, shown in zip(asked, previews, strict=True):
-        show_preview(
-            screen, shown, title=f"{one.source.name} → {one.out.name}", lines=preview_lines(one.config)
-        )
+    for one, shown in zip(settled, previews, strict=True):
+        show_preview(screen, shown, one.config, title=f"{one.source.name} → {one.out.name}")
     less = ", less what earlier jobs have finished" if earlier else ""
     screen.print(
         f"  {'on':<12}{found.title}, {found.name}\n"

@@ -17,7 +17,7 @@ from factory.cli.build import build, schema
 from factory.cli.builds import card, collect_garbage, list_stages, push, show, space, verify
 from factory.cli.console import finish, go_on, settle
 from factory.cli.jobs import jobs_group
-from factory.cli.options import CONTEXT, Command, Group
+from factory.cli.options import CONTEXT, Command, Group, as_flags
 from factory.cli.plan import plan, sweep
 from factory.cli.prune import prune
 from factory.errors import FactoryError, StoreError, UsageError
@@ -101,7 +101,7 @@ def main() -> None:
     except click.UsageError as error:
         _refuse(error)
     except FactoryError as error:
-        _fail(error.message, error.hint, code=error.exit_code)
+        _fail(as_flags(error.message), as_flags(error.hint), code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command goes on from here", code=130)
     except Exception as error:  # libraries wrap a full disk or memory in errors of their own

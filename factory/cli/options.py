@@ -1,22 +1,47 @@
-"""What several commands share: option types, common options, build folders, JSON for programs."""
+"""Options on the command line: click's options from the rows of a request, and what commands share."""
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from annotated_types import Ge, Gt, Le
 
-from factory.config.choices import MOST, TRACKERS
-from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, summaries
+from factory.config import options as kinds
+from factory.config.options import GROUPS, Option
+from factory.config.request import BuildRequest, PlanRequest, PruneRequest, Request, SweepRequest
 from factory.errors import UsageError
+from factory.store.stage import STAGES
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-LAYERS_HINT = "--layers 3,7,21-24 drops six layers, counted from 0"
+F = TypeVar("F", bound=Callable[..., Any])
+NAMES = {
+    *(
+        name
+        for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
+        for name in request.options()
+    ),
+    *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
+} - {"model"}
+SPOKEN = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # how messages name an option: `heal_steps=100`
+
+
+def as_flags(text: str) -> str:
+    """A message of the core, its options named as the command line does: `heal_steps=9` → --heal-steps 9."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name not in NAMES:
+            return match[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    return SPOKEN.sub(flag, text)
 
 
 class Command(click.Command):
-    """A command that refuses words by its own name: click's parser does not always say whose they are."""
+    """A command that refuses words by its own name, and shows its options in groups."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the words, or refuse them as those of this command."""
@@ -26,11 +51,36 @@ class Command(click.Command):
             error.ctx = error.ctx or ctx
             raise
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the headings of their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for group in (*GROUPS, "Options"):
+            if group in groups:
+                with formatter.section(group):
+                    formatter.write_dl(groups[group])
+
 
 class Group(Command, click.Group):
     """A command with commands of its own."""
 
     command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+class OptionInGroup(click.Option):
+    """An option with the heading that it stands under."""
+
+    def __init__(self, *args: Any, group: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group = group
 
 
 class Fraction(click.ParamType[float]):
@@ -61,38 +111,8 @@ class Fractions(click.ParamType[tuple[float, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
         """Refuse what holds something else, with that in the message."""
-        parts = str(value).split(",")
-        return tuple(sorted({Fraction().convert(part.strip(), param, ctx) for part in parts}))
-
-
-class Layers(click.ParamType[tuple[int, ...]]):
-    """Layer numbers and inclusive ranges of them: 3,7,21-24."""
-
-    name = "layers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Refuse what names no layers, or one of them twice, with the part that does."""
-        layers: list[int] = []
-        for part in str(value).split(","):
-            match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[-–]\s*([0-9]{1,5}))?\s*", part)
-            if match is None:
-                raise UsageError(f"--layers {value}: {part!r} is no layer number", hint=LAYERS_HINT)
-            first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
-                raise UsageError(f"--layers {value}: {part.strip()} runs backwards", hint=LAYERS_HINT)
-            if twice := sorted({*layers} & {*range(first, last + 1)}):
-                raise UsageError(f"--layers {value} names layer {twice[0]} twice", hint=LAYERS_HINT)
-            layers += range(first, last + 1)
-        return tuple(sorted(layers))
-
-
-class Count(click.IntRange):
-    """How many of something, at least so many."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__(least, MOST)
+        parts = value if isinstance(value, tuple) else str(value).split(",")
+        return tuple(sorted({Fraction().convert(str(part).strip(), param, ctx) for part in parts}))
 
 
 class Place(click.Path):
@@ -116,114 +136,108 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
-def measuring_options(command: Any) -> Any:
-    """Options of every command that measures."""
-    for option in reversed(
-        (
-            click.option("--calibration-data", metavar="DATA", help="Text to measure on."),
-            click.option(
-                "--samples",
-                type=Count(2),
-                help="Documents to measure on.  [default: until the choice is certain]",
-            ),
-            click.option("--sequence-length", type=Count(8), help="Tokens a sequence, in all stages."),
-            click.option(
-                "--tokens",
-                type=click.Choice(["last", "all"]),
-                help="Whose states are compared; all: without the first.  [default: last]",
-            ),
-            click.option("--load-in-4bit", "four_bit", is_flag=True, help="Measure the model in NF4."),
-            click.option("--plan-documents", type=Count(2), help="Documents for a choice by the loss."),
-            click.option(
-                "--seed",
-                type=click.IntRange(0, 2**32 - 1),
-                default=0,
-                show_default=True,
-                help="Of everything that is drawn.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+def request_options(request: type[Request]) -> Callable[[F], F]:
+    """A decorator that gives a command the options of a request, and the argument MODEL."""
+
+    def decorate(command: F) -> F:
+        for name, (kind, option) in reversed(request.options().items()):
+            if name != "model":
+                command = _option(request, name, kind, option)(command)
+        return click.argument("model")(command)
+
+    return decorate
 
 
-heal_option = click.option(
-    "--heal",
-    "heal_objective",
-    is_flag=False,
-    flag_value=DEFAULT_OBJECTIVE.name,
-    type=click.Choice(OBJECTIVES),
-    help=f"{summaries()}.  [default: {DEFAULT_OBJECTIVE.name}]",
-)
 home_option = click.option(
     "--home",
     type=Place(file_okay=False),
     envvar="FACTORY_HOME",
-    help="Where finished stages are kept, for reuse by all builds.  [default: user cache]",
-)
-backend_option = click.option(
-    "--eval-backend",
-    type=click.Choice(["hf", "vllm"]),
-    help="What answers the tasks; vllm must be installed.  [default: hf]",
-)
-processes_option = click.option(
-    "--processes",
-    type=Count(1),
-    help="Processes to measure, heal and evaluate with, one a GPU.  [default: one for each GPU]",
-)
-report_option = click.option(
-    "--report-to",
-    type=click.Choice(TRACKERS),
-    help="Experiment tracker that follows the healing.  [default: trackio, if installed]",
-)
-state_option = click.option(
-    "--state", metavar="BUCKET", help="Keep finished stages in this private bucket on the Hub as well."
+    help="Folder of finished stages, shared by all builds.  [default: user cache]",
 )
 
 
-def on_option(command: Any) -> Any:
-    """Options of a build that runs on rented hardware."""
-    for option in reversed(
-        (
-            click.option("--on", metavar="HARDWARE", help="Build on Hugging Face Jobs, as a100-large."),
-            click.option(
-                "--timeout", metavar="6h", help="With --on: how long at most.  [default: twice the estimate]"
-            ),
-            click.option("--detach", is_flag=True, help="With --on: submit, and do not follow."),
-            click.option(
-                "--upload", is_flag=True, help="With --on: upload local models and texts, privately, first."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+def read_request(request: type[Request], values: dict[str, Any]) -> Any:
+    """The request that the command line asks for: what was typed or exported, or is a default of click's."""
+    return request.read({name: value for name, value in values.items() if value is not None})
 
 
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run code that comes with MODEL, which must then be owner/name@COMMIT or a folder.",
-)
-task_code_option = click.option(
-    "--run-task-code", is_flag=True, help="Run the Python that task files in --tasks name."
-)
+def _option(request: type[Request], name: str, kind: Any, option: Option) -> Callable[[Any], Any]:
+    """One row as click's option."""
+    required = request.__dataclass_fields__[name]
+    help_text = f"{option.help}." + (f"  [default: {option.default}]" if option.default else "")
+    settings: dict[str, Any] = {"cls": OptionInGroup, "group": option.group, "help": help_text}
+    if kind is bool:
+        settings["is_flag"] = True
+        settings["default"] = None
+    else:
+        settings |= {"type": _type(kind), "metavar": option.metavar or _metavar(kind)}
+        settings["required"] = _is_required(required)
+    if option.bare is not None:
+        settings |= {"is_flag": False, "flag_value": option.bare}
+    if name == "rerun":
+        stages = [stage.name for stage in STAGES.values() if stage.can_rerun]
+        settings |= {"multiple": True, "type": click.Choice(stages)}
+    if name == "home":
+        settings["envvar"] = "FACTORY_HOME"
+    return click.option(f"--{name.replace('_', '-')}", name, **settings)
 
 
-def output_folder(folder: Path) -> Path:
-    """A folder for results, made before the work that they take.
+def _is_required(row: Any) -> bool:
+    from dataclasses import MISSING
 
-    Raises:
-        UsageError: It cannot be made, or not be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot make the folder {str(folder)!r}: {error.strerror}", hint="give another one"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="give another one")
-    return folder
+    return row.default is MISSING
+
+
+def _metavar(kind: Any) -> str | None:
+    """A short word for a number; its limits are shown where one is broken."""
+    base = (get_args(kind) or (kind,))[0]
+    return {int: "N", float: "X"}.get(base) if base in (int, float) and kind != kinds.Fraction else None
+
+
+def _type(kind: Any) -> Any:
+    """click's type for an option's."""
+    if kind == kinds.Fraction:
+        return Fraction()
+    if kind == kinds.Fractions:
+        return Fractions()
+    if kind == kinds.Location:
+        return Place()
+    if choices := _choices(kind):
+        return click.Choice(choices)
+    base, *limits = get_args(kind) or (kind,)
+    if base is int:
+        least: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+        most: Any = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+        return Whole(least, most)
+    if base is float:
+        return Number(next((limit for limit in limits if isinstance(limit, Gt | Ge)), None))
+    return str
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The values of a Literal, also of several; empty for any other type."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    parts = [_choices(part) for part in get_args(kind)] if get_args(kind) else [[]]
+    return [value for part in parts for value in part] if all(parts) else []
+
+
+class Whole(click.IntRange):
+    """A whole number, its limits not in the help."""
+
+    def _describe_range(self) -> str:
+        return ""
+
+
+class Number(click.FloatRange):
+    """A number above, or from, a limit."""
+
+    def __init__(self, limit: Gt | Ge | None) -> None:
+        least: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
+        super().__init__(least, min_open=isinstance(limit, Gt))
+
+    def _describe_range(self) -> str:
+        return ""
 
 
 def build_folder(folder: Path) -> Path:
@@ -233,11 +247,11 @@ def build_folder(folder: Path) -> Path:
     return folder
 
 
-def remark(told: str) -> None:
+def remark(message: str) -> None:
     """Say on standard error what the user should know and nothing fails for."""
     from factory.cli.console import printable
 
-    click.echo(f"note: {printable(told)}", err=True)
+    click.echo(f"note: {printable(as_flags(message))}", err=True)
 
 
 def print_json(value: Any) -> None:

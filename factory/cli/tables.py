@@ -12,6 +12,7 @@ from rich.text import Text
 from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.builds.integrity import Verified
 from factory.cli.console import STAGE_WIDTH, printable
+from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
@@ -20,14 +21,14 @@ from factory.report.tables import comparison
 from factory.units import count, duration, size
 
 
-def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tuple[str, str]]) -> None:
+def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: str) -> None:
     """What will happen, before it does."""
     n, total = shown.num_dropped, shown.num_layers
     rows = [
         ("layers", f"dropping {n} of {total} ({n / total:.0%}), {total - n} stay; the last one always does"),
         ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
         ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
-        *lines,
+        *_stage_rows(config),
         ("disk", f"{size(shown.disk_needed)} needed, {size(shown.disk_free)} free"),
         *(("", f"{size(one.needed)} at {one.place}, {size(one.free)} free") for one in shown.other_disks),
     ]
@@ -48,6 +49,26 @@ def show_preview(out: Console, shown: Preview, *, title: str, lines: Sequence[tu
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
     out.print()
+
+
+def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
+    """What the long stages read."""
+    heal, measure, evaluate = config.heal, config.measure, config.evaluate
+    samples = measure.num_samples or f"until the choice is certain, at most {measure.max_samples:,}"
+    tokens = heal.num_steps * heal.batch_size * heal.sequence_length
+    healing = (
+        f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
+        f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
+        f"LoRA rank {heal.rank} over {heal.bits} bits, rate {heal.learning_rate:g}"
+        if config.heal_enabled
+        else "no"
+    )
+    tasks = ", ".join(evaluate.tasks) or "no tasks (--tasks mmlu,boolq adds some)"
+    return [
+        ("measure", f"{samples} documents of {measure.data}"),
+        ("heal", healing),
+        ("evaluate", f"loss on {evaluate.num_documents} documents of {evaluate.data}; {tasks}"),
+    ]
 
 
 def _host(shown: Preview) -> str:

@@ -13,6 +13,5 @@ else:  # one of the names in the table, which pydantic checks
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 Split = Literal["train", "validation"]  # of a Hub data set
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
-MOST = 10**9  # of whatever is counted: what is more is a slip, and no arithmetic here is made for it
+MAX_COUNT = 10**9  # of whatever is counted: more is a slip of the hand
 Tracker = Literal["trackio", "wandb", "tensorboard", "none"]
-TRACKERS: tuple[Tracker, ...] = get_args(Tracker)

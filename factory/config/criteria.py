@@ -33,7 +33,7 @@ ANGULAR = Criterion(
 )
 CHOSEN = Criterion(  # no choice of `--criterion`: the layers were given
     "chosen",
-    summary="the layers of --layers",
+    summary="the layers that were given",
     card="The distance did not decide: whoever made this model chose the layers.",
     terminal=" by choice",
 )

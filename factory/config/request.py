@@ -1,48 +1,514 @@
-"""What was asked for: one build of a command line or of a build file."""
+"""Requests: what each command can be asked, one row an option; all that lists options reads these rows."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from factory.errors import FactoryError
+from annotated_types import Ge, Gt, Le, Lt
+
+from factory.config.choices import CriterionName, ObjectiveName, Tracker
+from factory.config.criteria import DEFAULT_CRITERION
+from factory.config.objectives import DEFAULT_OBJECTIVE, summaries
+from factory.config.options import (
+    CUT,
+    EVALUATION,
+    HEALING,
+    MEASURING,
+    PUBLISHING,
+    RENTING,
+    RUNNING,
+    Eight,
+    Fraction,
+    Fractions,
+    Layers,
+    Location,
+    Names,
+    One,
+    Option,
+    Text,
+    Timeout,
+    Two,
+    problem_of,
+    unknown_option,
+    without_none,
+)
+from factory.config.references import check_data, check_model
+from factory.errors import FactoryError, UsageError
+
+REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One build of a file."""
+class Origin:
+    """Where in a build file a request comes from."""
 
     file: str
-    values: dict[str, Any]  # by the names of the flags; only what is written there
-    lines: dict[str, int]  # of these
-    line: int  # where it starts
+    line: int  # where it begins
+    lines: Mapping[str, int]  # of its options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every command on a model can be asked."""
+
+    reads: ClassVar[tuple[str, ...]] = ()  # options that name a text
+
+    model: Annotated[Text, Option("Alias, Hub repository, or folder", CUT, repeats=True)]
+    trust_remote_code: Annotated[
+        bool,
+        Option(
+            "Run code that comes with the model, which must be owner/name@COMMIT or a folder",
+            RUNNING,
+            repeats=True,
+        ),
+    ] = False
+    home: Annotated[
+        Location | None,
+        Option(
+            "Folder of finished stages, shared by all builds",
+            RUNNING,
+            default="user cache",
+            metavar="FOLDER",
+            of_run=True,
+            repeats=True,
+        ),
+    ] = None
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[Any, Option]]:
+        """Name → type without None, and how it is shown: the rows above, in their order."""
+        found = {}
+        for each in fields(cls):
+            if each.name == "origin":
+                continue
+            kind, *notes = get_args(each.type)
+            (option,) = [note for note in notes if isinstance(note, Option)]
+            limits = [note for note in notes if note is not option]
+            found[each.name] = (Annotated[kind, *limits] if limits else without_none(kind), option)
+        return found
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], *, origin: Origin | None = None) -> Self:
+        """A request from names and values, each checked; None and what is missing mean the default.
+
+        Raises:
+            UsageError: An unknown name, a value outside its limits, or values that exclude each other.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        known = cls.options()
+        if unknown := sorted(values.keys() - known.keys()):
+            raise unknown_option(unknown[0], known)
+        read: dict[str, Any] = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            try:
+                read[name] = TypeAdapter(known[name][0]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise UsageError(f"`{name}`: {problem_of(error)}", hint=known[name][1].help) from None
+        request = cls(**read, origin=origin)
+        with request.located():
+            request.check()
+        return request
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults, by name."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name != "origin" and getattr(self, each.name) != each.default
+        }
+
+    def file_values(self) -> dict[str, Any]:
+        """What differs from the defaults as a build file writes it, by the names of the flags."""
+        return {
+            name.replace("_", "-"): _as_yaml(value)
+            for name, value in self.given.items()
+            if not self.options()[name][1].of_run
+        }
 
     @contextmanager
     def located(self, key: str = "model") -> Iterator[None]:
-        """Put file and line before an error: of the flag it names, or else of `key`."""
+        """Put file and line before an error: of the option it names, or else of `key`."""
         try:
             yield
         except FactoryError as error:
-            named = next((k for k in re.findall(r"--([a-z][\w-]*)", error.message) if k in self.lines), key)
-            where = f"{self.file}, line {self.lines.get(named, self.line)}"
+            if self.origin is None or error.message.startswith(f"{self.origin.file}, line "):
+                raise
+            lines = self.origin.lines
+            named = next((n for n in re.findall(r"`([a-z_0-9]+)[`=]", error.message) if n in lines), key)
+            where = f"{self.origin.file}, line {lines.get(named, self.origin.line)}"
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
 
+    def check(self) -> None:
+        """Refuse what the types let through; looks at local files and nothing else.
 
-@dataclass(frozen=True)
-class Request:
-    """One build that is asked for."""
+        Raises:
+            UnknownModelError: Not an alias, a folder or a repository name.
+            DataError: A text that does not exist or has a format that is not read.
+        """
+        check_model(self.model)
+        for name in self.reads:
+            if (reference := getattr(self, name)) is not None:
+                with self.located(name):
+                    check_data(reference)
 
-    model: str
-    options: dict[str, Any]  # complete, by the names of click's parameters
-    given: dict[str, Any]  # what was typed or stands in the file, by the names of the flags
-    entry: Entry | None  # in a file
 
-    @contextmanager
-    def located(self, key: str = "model") -> Iterator[None]:
-        """Put the line before an error, where there is one."""
-        if self.entry is None:
-            yield
-        else:
-            with self.entry.located(key):
-                yield
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Request):
+    """How the layers are measured."""
+
+    reads: ClassVar[tuple[str, ...]] = ("calibration_data",)
+
+    calibration_data: Annotated[
+        Text | None,
+        Option("Text to measure on", MEASURING, sets=("measure.data",), metavar="DATA", repeats=True),
+    ] = None
+    samples: Annotated[
+        Two | None,
+        Option(
+            "Number of documents to measure on",
+            MEASURING,
+            default="until the choice is certain",
+            sets=("measure.num_samples",),
+        ),
+    ] = None
+    sequence_length: Annotated[
+        Eight | None,
+        Option(
+            "Tokens per sequence, in all stages",
+            MEASURING,
+            sets=(
+                "measure.sequence_length",
+                "plan.sequence_length",
+                "heal.sequence_length",
+                "evaluate.sequence_length",
+            ),
+        ),
+    ] = None
+    tokens: Annotated[
+        Literal["last", "all"] | None,
+        Option(
+            "Token positions to compare: last, or all but the first",
+            MEASURING,
+            default="last",
+            sets=("measure.tokens",),
+        ),
+    ] = None
+    load_in_4bit: Annotated[
+        bool, Option("Measure the model in NF4", MEASURING, sets=("measure.four_bit",))
+    ] = False
+    plan_documents: Annotated[
+        Two | None,
+        Option("Number of documents for a choice by loss", MEASURING, sets=("plan.num_documents",)),
+    ] = None
+    seed: Annotated[
+        Annotated[int, Ge(0), Le(2**32 - 1)] | None,
+        Option("Random seed", RUNNING, default="0", sets=("seed",)),
+    ] = None
+    processes: Annotated[
+        One | None,
+        Option("Processes to measure, heal and evaluate with", RUNNING, default="one per GPU", repeats=True),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest(Measuring):
+    """What `plan` can be asked."""
+
+    drop: Annotated[Fraction, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))]
+    criterion: Annotated[
+        CriterionName | Literal["all"],
+        Option("How layers are chosen; all: every criterion side by side, with the loss of each cut", CUT),
+    ] = DEFAULT_CRITERION.name
+    profile: Annotated[
+        Location | None,
+        Option("Distances measured before: a profile.json, or a CSV of PruneMe", MEASURING, metavar="FILE"),
+    ] = None
+    save: Annotated[
+        Location | None, Option("Folder for the plans and the figure", RUNNING, metavar="FOLDER")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluating(Measuring):
+    """What source and results are compared on, and how the cut is healed."""
+
+    reads: ClassVar[tuple[str, ...]] = ("calibration_data", "heal_data", "eval_data")
+
+    heal: Annotated[
+        ObjectiveName | None,
+        Option(
+            f"Training objective. {summaries()}",
+            HEALING,
+            default=DEFAULT_OBJECTIVE.name,
+            bare=DEFAULT_OBJECTIVE.name,
+            sets=("heal.objective",),
+        ),
+    ] = None
+    heal_data: Annotated[
+        Text | None, Option("Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)
+    ] = None
+    heal_steps: Annotated[
+        One | None,
+        Option("Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",)),
+    ] = None
+    eval_data: Annotated[
+        Text | None,
+        Option(
+            "Text for the loss; keep it apart from the other two",
+            EVALUATION,
+            sets=("evaluate.data",),
+            metavar="DATA",
+            repeats=True,
+        ),
+    ] = None
+    eval_documents: Annotated[
+        Two | None, Option("Number of documents for the loss", EVALUATION, sets=("evaluate.num_documents",))
+    ] = None
+    eval_backend: Annotated[
+        Literal["hf", "vllm"] | None,
+        Option(
+            "Library that answers the tasks; vllm must be installed",
+            EVALUATION,
+            default="hf",
+            sets=("evaluate.backend",),
+        ),
+    ] = None
+    tasks: Annotated[
+        Names | None,
+        Option(
+            "lm-eval tasks or YAML files of your own, or none",
+            EVALUATION,
+            sets=("evaluate.tasks",),
+            metavar="A,B",
+            repeats=True,
+        ),
+    ] = None
+    run_task_code: Annotated[
+        bool, Option("Run the Python that task files name", EVALUATION, repeats=True)
+    ] = False
+    limit: Annotated[
+        One | None, Option("Samples per task, for a quick look", EVALUATION, sets=("evaluate.limit",))
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest(Evaluating):
+    """What `sweep` can be asked; cuts are healed where `heal` is given."""
+
+    drop: Annotated[
+        Fractions, Option("Fractions of the decoder layers to drop, each in turn", CUT, metavar="A,B")
+    ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    criterion: Annotated[
+        CriterionName | None,
+        Option("How layers are chosen", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)),
+    ] = None
+    limit: Annotated[One, Option("Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = (
+        100
+    )
+    out: Annotated[
+        Location | None, Option("Folder for the results", RUNNING, default="sweeps/NAME", metavar="FOLDER")
+    ] = None
+
+    @property
+    def no_heal(self) -> bool:
+        """Cuts are healed only where that is asked for."""
+        return self.heal is None
+
+    def check(self) -> None:
+        """As the base class; healing options need `heal`."""
+        super().check()
+        for name in ("heal_data", "heal_steps"):
+            if getattr(self, name) is not None and self.heal is None:
+                raise UsageError(
+                    f"`{name}` without `heal`: no cut is healed", hint="add `heal`, or leave it out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest(Evaluating):
+    """What `build` can be asked."""
+
+    drop: Annotated[
+        Fraction | None, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))
+    ] = None
+    layers: Annotated[
+        Layers | None,
+        Option(
+            "Layers to drop, counted from 0, instead of a fraction",
+            CUT,
+            sets=("plan.layers",),
+            metavar="3,7,21-24",
+        ),
+    ] = None
+    criterion: Annotated[
+        CriterionName | None,
+        Option("How layers are chosen", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)),
+    ] = None
+    reproduce: Annotated[
+        bool,
+        Option("Repeat MODEL, which is a build, and compare the weights", CUT, of_run=True, repeats=True),
+    ] = False
+    no_heal: Annotated[bool, Option("Leave the cut unhealed", HEALING)] = False
+    heal_lr: Annotated[
+        Annotated[float, Gt(0), Lt(math.inf)] | None,
+        Option(
+            "Peak learning rate", HEALING, default="by the size of the model", sets=("heal.learning_rate",)
+        ),
+    ] = None
+    heal_rank: Annotated[One | None, Option("LoRA rank; alpha equals it", HEALING, sets=("heal.rank",))] = (
+        None
+    )
+    heal_modules: Annotated[
+        Literal["ffn", "all-linear"] | None,
+        Option("Modules that get an adapter", HEALING, sets=("heal.modules",)),
+    ] = None
+    heal_layers: Annotated[
+        Literal["all", "seam"] | None,
+        Option(
+            "Layers that get an adapter; seam: only from the one before the cut onwards",
+            HEALING,
+            sets=("heal.layers",),
+        ),
+    ] = None
+    heal_bits: Annotated[
+        Literal[4, 16] | None,
+        Option("Bits per weight under the adapter; 4 is NF4", HEALING, sets=("heal.bits",)),
+    ] = None
+    seam_weight: Annotated[
+        Annotated[float, Ge(0), Lt(math.inf)] | None,
+        Option(
+            "Weight of the hidden-state loss at the cut, when distilling", HEALING, sets=("heal.seam_weight",)
+        ),
+    ] = None
+    merge_base: Annotated[
+        Literal["auto", "bf16", "nf4"] | None,
+        Option(
+            "Weights that the adapter is added to: the source's, NF4's, or whichever has the lower loss",
+            HEALING,
+            default="auto",
+            sets=("merge_base",),
+        ),
+    ] = None
+    require_healing: Annotated[bool, Option("Fail if healing does not lower the held-out loss", HEALING)] = (
+        False
+    )
+    push_to: Annotated[
+        Text | None,
+        Option("Hub repository owner/name to publish in when done", PUBLISHING, metavar="REPO", repeats=True),
+    ] = None
+    public: Annotated[bool, Option("Make the repository public, not private", PUBLISHING, repeats=True)] = (
+        False
+    )
+    accept_license: Annotated[
+        bool, Option("Publish although the source's licence forbids sharing it", PUBLISHING, repeats=True)
+    ] = False
+    on: Annotated[
+        Text | None,
+        Option(
+            "Hugging Face Jobs hardware to build on, such as a100-large",
+            RENTING,
+            metavar="HARDWARE",
+            on_terminal=True,
+        ),
+    ] = None
+    timeout: Annotated[
+        Timeout | None,
+        Option(
+            "Longest time that the job may run",
+            RENTING,
+            default="twice the estimate",
+            metavar="6h",
+            on_terminal=True,
+        ),
+    ] = None
+    detach: Annotated[
+        bool, Option("Submit the job, and do not follow it", RENTING, of_run=True, on_terminal=True)
+    ] = False
+    upload: Annotated[
+        bool,
+        Option(
+            "Upload local models and texts to your private bucket first",
+            RENTING,
+            of_run=True,
+            on_terminal=True,
+        ),
+    ] = False
+    state: Annotated[
+        Text | None,
+        Option(
+            "Private Hub bucket that keeps finished stages as well", RENTING, metavar="BUCKET", repeats=True
+        ),
+    ] = None
+    out: Annotated[
+        Location | None,
+        Option("Build folder", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True),
+    ] = None
+    report_to: Annotated[
+        Tracker | None, Option("Tracker that follows healing", RUNNING, default="trackio, if installed")
+    ] = None
+    rerun: Annotated[
+        Names, Option("Stage to make again although it is finished", RUNNING, of_run=True, repeats=True)
+    ] = ()
+
+    def check(self) -> None:
+        """As the base class; options that exclude each other, or that need another."""
+        super().check()
+        self._check_cut()
+        for one, other in (("no_heal", "require_healing"), ("on", "state"), ("on", "home")):
+            if getattr(self, one) and getattr(self, other):
+                raise UsageError(f"`{other}` cannot be combined with `{one}`", hint="remove one of them")
+        for name, needed in (("public", "push_to"), ("timeout", "on"), ("detach", "on"), ("upload", "on")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise UsageError(f"`{name}` without `{needed}`", hint=f"add `{needed}`, or remove `{name}`")
+        if self.push_to is not None and not REPOSITORY.fullmatch(self.push_to):
+            raise UsageError(
+                f"`push_to` {self.push_to!r} is not a repository name", hint="`push_to=owner/name`"
+            )
+        for name, value in self.given.items():
+            if isinstance(value, str) and not value.strip():
+                raise UsageError(f"`{name}` is empty", hint=f"give `{name}` a value, or remove it")
+
+    def _check_cut(self) -> None:
+        """Exactly one of the ways to say which layers to drop."""
+        if self.reproduce:
+            for name in self.given:
+                if not self.options()[name][1].repeats:
+                    raise UsageError(
+                        f"`{name}` with `reproduce`, which repeats a build as it was",
+                        hint="remove one of them",
+                    )
+        elif self.layers and (self.drop or self.criterion):
+            other = "drop" if self.drop else "criterion"
+            raise UsageError(f"`layers` with `{other}`: each chooses layers", hint="remove one of them")
+        elif not self.layers and self.drop is None:
+            raise UsageError(
+                "`drop` is missing", hint="`drop=0.3` drops three of ten layers, `layers=3,7` those two"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest(Request):
+    """What `prune` can be asked."""
+
+    layers: Annotated[Layers, Option("Layers to drop, counted from 0", CUT, metavar="3,7,21-24")]
+    out: Annotated[Location, Option("Folder of the smaller model", RUNNING, metavar="FOLDER")]
+    verify: Annotated[
+        Literal["auto", "full"],
+        Option("Compare logits with the source; auto: of small models only", RUNNING, default="auto"),
+    ] = "auto"
+    force: Annotated[bool, Option("Replace the folder, if `factory prune` wrote it", RUNNING)] = False
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value) or "none"
+    return str(value) if isinstance(value, Path) else value

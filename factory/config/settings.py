@@ -1,15 +1,18 @@
 """What was asked: the configuration of a build and its parts, and the recipes of known models."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from factory.config.choices import MOST, CriterionName, ObjectiveName
+from factory.artifacts import Source
+from factory.config.choices import MAX_COUNT, CriterionName, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT
 from factory.config.references import aliases, unknown_model
+from factory.config.request import Request
 from factory.errors import DropError, UsageError
 from factory.resources import RECIPES
 
@@ -27,10 +30,10 @@ class MeasureSettings(Settings):
 
     data: str = "allenai/c4:en"
     num_samples: int | None = Field(
-        default=None, ge=2, le=MOST
+        default=None, ge=2, le=MAX_COUNT
     )  # None: until the choice of the block is certain
-    max_samples: int = Field(default=2048, ge=2, le=MOST)  # then at most this many
-    sequence_length: int = Field(default=2048, ge=2, le=MOST)  # tokens
+    max_samples: int = Field(default=2048, ge=2, le=MAX_COUNT)  # then at most this many
+    sequence_length: int = Field(default=2048, ge=2, le=MAX_COUNT)  # tokens
     exact_length: bool = False  # it was asked for: at least one sample must have it
     tokens: Literal["last", "all"] = "last"  # whose states are compared
     four_bit: bool = False  # NF4
@@ -41,8 +44,8 @@ class PlanSettings(Settings):
 
     criterion: CriterionName = DEFAULT_CRITERION.name
     layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
-    num_documents: int = Field(default=32, ge=2, le=MOST)  # of the calibration text
-    sequence_length: int = Field(default=512, ge=8, le=MOST)  # tokens
+    num_documents: int = Field(default=32, ge=2, le=MAX_COUNT)  # of the calibration text
+    sequence_length: int = Field(default=512, ge=8, le=MAX_COUNT)  # tokens
 
 
 class HealSettings(Settings):
@@ -55,23 +58,23 @@ class HealSettings(Settings):
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
     bits: Literal[4, 16] = 4  # of the weights under the adapter: NF4, or as they are
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
-    rank: int = Field(default=64, ge=1, le=MOST)  # LoRA alpha equals it
+    rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    num_steps: int = Field(default=5000, ge=1, le=MOST)
-    warmup_steps: int = Field(default=100, ge=0, le=MOST)
-    batch_size: int = Field(default=16, ge=1, le=MOST)  # sequences an optimiser step
-    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
+    num_steps: int = Field(default=5000, ge=1, le=MAX_COUNT)
+    warmup_steps: int = Field(default=100, ge=0, le=MAX_COUNT)
+    batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences an optimiser step
+    sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
 
 
 class EvaluateSettings(Settings):
     """What the three models are compared on."""
 
     data: str = "allenai/c4:en"
-    num_documents: int = Field(default=1000, ge=2, le=MOST)
-    sequence_length: int = Field(default=2048, ge=8, le=MOST)  # tokens
+    num_documents: int = Field(default=1000, ge=2, le=MAX_COUNT)
+    sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
     tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
-    limit: int | None = Field(default=None, ge=1, le=MOST)  # samples a task; None: all of them
+    limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)  # samples a task; None: all of them
     backend: Literal["hf", "vllm"] = "hf"  # that answers the tasks; the loss is always transformers'
 
 
@@ -97,6 +100,7 @@ class Recipe(Settings):
     source: Literal["hub", "embedded"] = "hub"
     note: str | None = None  # what to know before the first build: gates, custom code
     provenance: str  # where each figure below comes from
+    license: str | None = None  # of the embedded model
     measure: MeasureSettings = MeasureSettings()
     heal: HealSettings = HealSettings()
     # Objective → settings over its own, where that is tried for this model.
@@ -144,63 +148,82 @@ def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
     )
 
 
-def settle(
-    reference: str,
-    *,
-    drop: float,
-    recipe: Recipe | None,
-    num_parameters: int,
-    max_length: int,
-    is_folder: bool,
-    overrides: dict[str, Any],
-) -> BuildConfig:
-    """One complete configuration: what was typed over the recipe over the defaults.
+def settle(request: Request, source: Source, *, drop: float | None = None) -> BuildConfig:
+    """Every setting decided: what was asked for over the recipe over the defaults.
 
     Args:
-        recipe: Of a known model, else None.
-        max_length: Tokens the model was made for; longer default sequences are cut to it.
-        is_folder: A folder gets no tasks unless they are asked for, since their data is on the Hub.
-        overrides: {"measure": {…}, "heal": {…}, "evaluate": {…}, "seed": …}; None values are unset.
+        drop: Fraction of the layers to drop; None: as the request says.
 
     Raises:
-        UsageError: Settings that exclude each other.
+        UsageError: Settings that exclude each other, or sequences longer than the model was made for.
     """
-    if recipe:
-        base = {
-            "measure": recipe.measure.model_dump(),
-            "plan": PlanSettings().model_dump(),
-            "heal": recipe.heal.model_dump(),
-            "evaluate": recipe.evaluate.model_dump(),
-        }
-    else:
-        base = {
-            "measure": MeasureSettings().model_dump(),
-            "plan": PlanSettings().model_dump(),
-            "heal": heal_settings_for(num_parameters, max_length=max_length).model_dump(),
-            "evaluate": EvaluateSettings(tasks=() if is_folder else EvaluateSettings().tasks).model_dump(),
-        }
-    asked = overrides.get("heal", {}).get("objective")
-    objective = OBJECTIVES.get(asked, DEFAULT_OBJECTIVE)  # an unknown one is refused below
-    base["heal"] |= {"objective": objective.name, **objective.settings(num_parameters)}
-    base["heal"] |= recipe.objectives.get(objective.name, {}) if recipe else {}
-    for part in base.values():
-        part["sequence_length"] = min(part["sequence_length"], max_length)
-    fields: dict[str, Any] = {"reference": reference, "drop": drop, **base}
-    for name, value in overrides.items():
-        if isinstance(value, dict):
-            fields[name] = {**fields[name], **{k: v for k, v in value.items() if v is not None}}
-        elif value is not None:
-            fields[name] = value
+    recipe = load_recipe(request.model) if request.model in aliases() else None
+    longest = longest_sequence(source.config)
+    asked = {
+        path: value
+        for name, (_, option) in request.options().items()
+        if (value := getattr(request, name)) not in (None, False)
+        for path in option.sets
+    }
+    length = asked.get("measure.sequence_length")
+    if length is not None and length > longest:
+        raise UsageError(
+            f"`sequence_length={length}` is more than the {longest} tokens the model was made for",
+            hint=f"give {longest} or fewer",
+        )
+    if length is not None:
+        asked["measure.exact_length"] = True
+    asked["heal_enabled"] = not getattr(request, "no_heal", False)
+    if drop is not None:
+        asked["drop"] = drop
+    fields = _defaults(recipe, source, longest=longest, objective=asked.get("heal.objective"))
+    for path, value in asked.items():
+        section, _, name = path.rpartition(".")
+        (fields[section] if section else fields)[name] = value
     steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
     if steps < 2 * warmup:  # fewer steps than the recipe's: the peak rate must still be reached
         fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
-    config = BuildConfig.model_validate(fields)
+    config = BuildConfig.model_validate({"reference": request.model, **fields})
     if config.merge_base == "nf4" and config.heal_enabled and config.heal.bits == 16:
         raise UsageError(
-            "--merge-base nf4, but this model is healed over 16-bit weights: there are none in NF4",
-            hint="--heal-bits 4 heals over NF4; or leave --merge-base away",
+            "`merge_base=nf4`, but this model is healed over 16-bit weights: there are none in NF4",
+            hint="`heal_bits=4` heals over NF4; or remove `merge_base`",
         )
     return config
+
+
+def _defaults(
+    recipe: Recipe | None, source: Source, *, longest: int, objective: str | None
+) -> dict[str, dict[str, Any]]:
+    """Section → setting → value, where nothing was asked for."""
+    if recipe:
+        measure, heal, evaluate = recipe.measure, recipe.heal, recipe.evaluate
+    else:
+        measure, heal = MeasureSettings(), heal_settings_for(source.num_parameters, max_length=longest)
+        # A folder gets no tasks unless they are asked for, since their data is on the Hub.
+        evaluate = EvaluateSettings() if source.repo_id else EvaluateSettings(tasks=())
+    sections = {
+        "measure": measure.model_dump(),
+        "plan": PlanSettings().model_dump(),
+        "heal": heal.model_dump(),
+        "evaluate": evaluate.model_dump(),
+    }
+    chosen = OBJECTIVES[objective] if objective else DEFAULT_OBJECTIVE
+    sections["heal"] |= {"objective": chosen.name, **chosen.settings(source.num_parameters)}
+    sections["heal"] |= recipe.objectives.get(chosen.name, {}) if recipe else {}
+    for section in sections.values():
+        section["sequence_length"] = min(section["sequence_length"], longest)
+    return sections
+
+
+def longest_sequence(config: Mapping[str, Any]) -> int:
+    """Tokens that a model was made for, by its config.json; 2048 where that does not say."""
+    text_config = config.get("text_config")
+    for part in (text_config if isinstance(text_config, Mapping) else {}, config):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if type(part.get(name)) is int and part[name] > 0:
+                return int(part[name])
+    return 2048
 
 
 def num_dropped(drop: float, num_layers: int) -> int:
@@ -212,13 +235,13 @@ def num_dropped(drop: float, num_layers: int) -> int:
     n = math.floor(drop * num_layers + 0.5)
     if n < 1:
         raise DropError(
-            f"--drop {drop:g} of {num_layers} layers rounds to 0 layers",
-            hint=f"the smallest cut is --drop {1 / num_layers:.2g}",
+            f"`drop={drop:g}` of {num_layers} layers rounds to 0 layers",
+            hint=f"the smallest cut is `drop={1 / num_layers:.2g}`",
         )
     if num_layers - n < 2:
         raise DropError(
-            f"--drop {drop:g} of {num_layers} layers leaves {num_layers - n}",
-            hint=f"at least 2 layers must stay: --drop {(num_layers - 2) / num_layers:.2g} at most"
+            f"`drop={drop:g}` of {num_layers} layers leaves {num_layers - n}",
+            hint=f"at least 2 layers must stay: `drop={(num_layers - 2) / num_layers:.2g}` at most"
             if num_layers > 2
             else "at least 2 layers must stay, so this model has none to spare",
         )

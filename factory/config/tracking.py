@@ -41,5 +41,5 @@ def choose_tracker(asked: Tracker | None) -> Tracker:
     if asked is None:
         return "trackio" if find_spec("trackio") else "none"
     if asked != "none" and find_spec(asked) is None:
-        raise UsageError(f"--report-to {asked}: {asked} is not installed", hint=f"pip install {asked}")
+        raise UsageError(f"`report_to={asked}`: {asked} is not installed", hint=f"pip install {asked}")
     return asked

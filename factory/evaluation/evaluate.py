@@ -104,7 +104,7 @@ def token_loss(
     if len(losses) < 2:
         raise DataError(
             f"{text.data.name} holds {len(losses)} usable documents; the loss needs at least 2",
-            hint="give more text with --eval-data",
+            hint="give more text with `eval_data`",
         )
     tokens = sum(count for count, _ in losses)
     nats = sum(total for _, total in losses) / tokens

@@ -153,7 +153,7 @@ def load_tasks(settings: EvaluateSettings) -> None:
         for row in rows_of(name, loaded):
             if row in asked:
                 raise UsageError(
-                    f"--tasks asks for {row!r} twice, by {asked[row]} and by {task}",
+                    f"`tasks` asks for {row!r} twice, by {asked[row]} and by {task}",
                     hint="leave one of them out",
                 )
             asked[row] = task
@@ -193,7 +193,7 @@ def _with_data(task: str, name: str, manager: Any) -> Any:
             raise  # over the task's own settings
         raise told or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="its data set must be there and within reach; --tasks can leave it out",
+            hint="its data set must be there and within reach; `tasks` can leave it out",
         ) from error
 
 
@@ -222,7 +222,7 @@ def _explained(task: str) -> Iterator[None]:
     except ArithmeticError as error:
         raise DataError(
             f"lm-eval cannot compute the score of {task!r}: {error}",
-            hint="another metric may suit these texts; --tasks can leave the task out",
+            hint="another metric may suit these texts; `tasks` can leave the task out",
         ) from error
     except ImportError as error:
         raise UsageError(

@@ -60,20 +60,20 @@ def check_scored(task: str, name: str, loaded: Any) -> None:
         some = ",".join(list(rows)[:3])
         raise UsageError(
             f"{task!r} has no score of its own, but {len(rows)} members that have one",
-            hint=f"name those that matter, as in --tasks {some}",
+            hint=f"name those that matter, as in `tasks={some}`",
         )
     for part, one in loaded["tasks"].items():
         if getattr(one, "UNSAFE_CODE", False):
             raise UsageError(
                 f"task {part!r} runs the programs that a model writes, which is not done here",
-                hint="leave it out of --tasks",
+                hint="leave it out of `tasks`",
             )
         if getattr(one, "MULTIMODAL", False):
             raise UsageError(
-                f"task {part!r} asks about images or sounds, not text", hint="leave it out of --tasks"
+                f"task {part!r} asks about images or sounds, not text", hint="leave it out of `tasks`"
             )
         if set(one.aggregation()) == {NO_METRIC}:
-            raise UsageError(f"task {part!r} has no metric but {NO_METRIC!r}", hint="leave it out of --tasks")
+            raise UsageError(f"task {part!r} has no metric but {NO_METRIC!r}", hint="leave it out of `tasks`")
 
 
 def task_score(
@@ -137,7 +137,7 @@ def _shown(name: str, values: dict[str, Any]) -> str:
         if not key.startswith(f"{NO_METRIC},")
     ]
     if not keys:
-        raise DataError(f"lm-eval gives no number for task {name!r}", hint="leave it out of --tasks")
+        raise DataError(f"lm-eval gives no number for task {name!r}", hint="leave it out of `tasks`")
     known = (key for metric in METRICS for key in keys if key.startswith(f"{metric},"))
     return next(known, keys[0])
 

@@ -48,7 +48,7 @@ def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> 
         name = _accepted(Path(task), run_code=run_code) if is_task_file(task) else task
         if name in named:
             raise UsageError(
-                f"--tasks names {name!r} twice: {named[name]} and {task}", hint="leave one of them out"
+                f"`tasks` names {name!r} twice: {named[name]} and {task}", hint="leave one of them out"
             )
         named[name] = task
         if is_task_file(task):
@@ -70,7 +70,7 @@ def _accepted(path: Path, *, run_code: bool) -> str:
     if found.code and not run_code:
         raise UsageError(
             f"task file {str(path)!r} runs Python: {', '.join(found.code)}",
-            hint="read it; --run-task-code runs it, with your rights",
+            hint="read it; `run_task_code` runs it, with your rights",
         )
     return found.name
 
@@ -83,7 +83,7 @@ def check_backend(settings: EvaluateSettings) -> None:
     """
     if settings.backend == "vllm" and find_spec("vllm") is None:
         raise UsageError(
-            "--eval-backend vllm: vLLM is not installed here",
+            "`eval_backend=vllm`: vLLM is not installed here",
             hint="`pip install vllm` on a machine with a GPU, or leave the option out",
         )
 

@@ -51,7 +51,7 @@ def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
 def _recompute(trainer: Any) -> None:
     """Enabled here, not by the trainer: that lets the backward pass go down to the embeddings each time.
 
-    With `--heal-layers seam` it may end where the first adapter lies, and nothing below is kept for it.
+    With `heal_layers=seam` it may end where the first adapter lies, and nothing below is kept for it.
     """
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.model.disable_input_require_grads()

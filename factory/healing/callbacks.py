@@ -78,7 +78,7 @@ def refuse_run_away(name: str, loss: float, *, first: float, step: int) -> None:
     if not (math.isfinite(loss) and loss <= first + max((SPIKE - 1) * first, SPIKE_NATS)):
         raise DivergedError(
             f"the {name} is {loss:.4g} at step {step}, after {first:.4g} at the start",
-            hint="a lower --heal-lr usually helps",
+            hint="a lower `heal_lr` usually helps",
         )
 
 

@@ -40,7 +40,7 @@ def data_sets(
     if first is None:
         raise DataError(
             f"{text.data.name} holds too little text to heal on",
-            hint="give more with --heal-data, or build without healing: --no-heal",
+            hint="give more with `heal_data`, or build without healing: `no_heal`",
         )
     scratch = folder / "tokens"
     if processes.is_main():

@@ -202,7 +202,7 @@ def back_to_best(trainer: HealTrainer) -> None:
     if not (before and math.isfinite(before[0]["eval_loss"])):
         raise HealingError(
             "the loss on held-back text is not a number before the first step of healing",
-            hint="the model's weights or its 4-bit form overflow; --no-heal leaves the healing out",
+            hint="the model's weights or its 4-bit form overflow; `no_heal` leaves the healing out",
         )
     with torch.no_grad():
         for parameter in trainer.model.parameters():

@@ -50,7 +50,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: its experts are one parameter ({left_out[0]}) that no LoRA is known "
             "to fit",
-            hint="--heal-modules all-linear adapts attention; or build it without healing: --no-heal",
+            hint="`heal_modules=all-linear` adapts attention; or build it without healing: `no_heal`",
         )
     names: set[str] = set()
     for layer in decoder_layers(model):
@@ -62,7 +62,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
     if not names and not experts:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: no linear modules ({which}) for LoRA to adapt",
-            hint="build it without healing: --no-heal",
+            hint="build it without healing: `no_heal`",
         )
     return Targets(sorted(names), experts, left_out)
 
@@ -82,7 +82,7 @@ def check_targets(config: dict[str, Any], which: Modules) -> None:
         method = packing_method(config)
         raise UnsupportedArchitectureError(
             f"{config['model_type']}: its weights are packed ({method}); no LoRA can be merged into those",
-            hint="start from the unquantised model, or build it without healing: --no-heal",
+            hint="start from the unquantised model, or build it without healing: `no_heal`",
         )
     find_targets(on_meta(config), which)
 

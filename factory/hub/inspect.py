@@ -118,11 +118,11 @@ def _needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None
     if not trusted:
         raise UnsupportedArchitectureError(
             f"model type {model_type!r} needs its own code ({classes})",
-            hint=f"read that code; {pin or 'the same'} with --trust-remote-code runs it",
+            hint=f"read that code; {pin or 'the same'} with `trust_remote_code` runs it",
         )
     if pin:
         raise UsageError(
-            f"--trust-remote-code without a commit would run whatever is there tomorrow ({classes})",
+            f"`trust_remote_code` without a commit would run whatever is there tomorrow ({classes})",
             hint=f"read the code, then give {pin}",
         )
     return True

@@ -109,7 +109,7 @@ def push(
     """
     if create_pr and revision not in (None, "main"):
         raise UsageError(
-            f"a pull request goes to main, not to {revision!r}", hint="leave out --revision or --create-pr"
+            f"a pull request goes to main, not to {revision!r}", hint="leave out `revision` or `create_pr`"
         )
     repo_id = full_name(repo_id)
     api = hub_api()
@@ -169,7 +169,7 @@ def _public(repo_id: str, *, create_pr: bool) -> HubError:
     shown = ", and everybody would see what is proposed to it" if create_pr else ""
     return HubError(
         f"{repo_id} is there already and public{shown}",
-        hint="nothing was published; --public publishes there, or choose another name",
+        hint="nothing was published; `public` publishes there, or choose another name",
     )
 
 
@@ -270,7 +270,7 @@ def _check_others(others: list[str], local: dict[str, str], *, repo_id: str, acc
         raise HubError(
             f"{repo_id} holds content that is not a build's: "
             f"{', '.join(others[:3])}{', …' * (len(others) > 3)}",
-            hint="nothing was published; choose another name, or --create-pr, or --force to overwrite it",
+            hint="nothing was published; choose another name, or `create_pr`, or `force` to overwrite it",
         )
     if WEIGHTS in others and WEIGHTS not in local:
         raise HubError(

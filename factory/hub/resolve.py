@@ -18,7 +18,8 @@ from factory.checkpoint.auxiliary import (
     names_in,
 )
 from factory.checkpoint.read import WEIGHTS, is_shard_name, read_checkpoint, sha256_of_files
-from factory.config.references import HUB_NAME, local_path, unknown_model
+from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
+from factory.config.settings import load_recipe
 from factory.errors import CheckpointError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import UNREACHABLE, hub_errors
@@ -34,6 +35,18 @@ from factory.hub.inspect import (
 )
 from factory.hub.remote_header import read_remote_headers
 from factory.hub.source_card import README, folder_name, read_card
+from factory.resources import DEMO_MODEL
+
+
+def resolve_model(reference: str, *, trust_remote_code: bool = False) -> Source:
+    """The source that an alias, a repository or a folder means; see `resolve`."""
+    if reference not in aliases():
+        return resolve(reference, trust_remote_code=trust_remote_code)
+    recipe = load_recipe(reference)
+    if recipe.source == "embedded":
+        return resolve(str(DEMO_MODEL)).model_copy(update={"name": recipe.alias, "license": recipe.license})
+    assert recipe.repo_id is not None
+    return resolve(recipe.repo_id, trust_remote_code=trust_remote_code)
 
 
 def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_code: bool = False) -> Source:

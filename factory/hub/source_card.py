@@ -93,7 +93,7 @@ def check_license(source: Source, *, accepted: bool) -> None:
     """
     if forbids_sharing(source) and not accepted:
         raise LicenseError(
-            f"{remark(source)}", hint="with a permission from its owner, --accept-license publishes it"
+            f"{remark(source)}", hint="with a permission from its owner, `accept_license` publishes it"
         )
 
 

@@ -51,7 +51,7 @@ def flavor(name: str) -> Flavor:
     if name not in offered:
         listed = ", ".join(f"{h.name} (${h.unit_cost_usd * 60:.2f}/h)" if h.unit_label == "minute" else h.name
                            for h in offered.values())  # fmt: skip
-        raise UsageError(f"--on {name!r} is no hardware of Jobs", hint=f"there are: {listed}")
+        raise UsageError(f"`on={name!r}` is no hardware of Jobs", hint=f"there are: {listed}")
     return _flavor(offered[name])
 
 
@@ -85,7 +85,7 @@ def parse_timeout(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text.strip())
     seconds = int(float(match[1]) * SECONDS[match[2] or "s"]) if match else 0
     if seconds < 1:
-        raise UsageError(f"--timeout {text} is no duration", hint="--timeout 90m, 6h or 1d")
+        raise UsageError(f"`timeout={text}` is no duration", hint="`timeout=90m`, 6h or 1d")
     return seconds
 
 
@@ -99,5 +99,5 @@ def check_fits(found: Flavor, memory_needed: int) -> None:
     if has and memory_needed > has:
         raise ModelError(
             f"the build needs about {size(memory_needed)} of memory, and {found.name} has {size(has)}",
-            hint="take larger hardware, or --load-in-4bit for the measurement",
+            hint="take larger hardware, or `load_in_4bit` for the measurement",
         )

@@ -12,7 +12,7 @@ import click
 
 from factory.config import references
 from factory.config.references import local_path
-from factory.config.request import Request
+from factory.config.request import BuildRequest
 from factory.errors import UsageError
 
 OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
@@ -21,7 +21,9 @@ FILES = ("model", "calibration-data", "heal-data", "eval-data")
 Files = dict[str, Path | bytes]  # name below the mount → what goes up
 
 
-def carried(requests: list[Request], *, upload: bool, bucket: str) -> tuple[list[dict[str, Any]], Files]:
+def carried(
+    requests: Sequence[BuildRequest], *, upload: bool, bucket: str
+) -> tuple[list[dict[str, Any]], Files]:
     """What the job's build file says, and the local files that go up for it, by their names there.
 
     Args:
@@ -33,19 +35,19 @@ def carried(requests: list[Request], *, upload: bool, bucket: str) -> tuple[list
     files: Files = {}
     given = []
     for request in requests:
-        values = {key: value for key, value in request.given.items() if key not in OF_SUBMITTING}
-        if not request.options["heal_enabled"]:
+        values = {key: value for key, value in request.file_values().items() if key not in OF_SUBMITTING}
+        if request.no_heal:
             values.pop("heal-data", None)
         for key in [key for key in FILES if key in values]:
             path = references.local_path(str(values[key]))
             if values[key] in references.aliases() or not path.exists():
                 continue
-            with request.located(key):
+            with request.located(key.replace("-", "_")):
                 _check_upload(path, upload=upload, bucket=bucket)
             values[key] = _take(path, files)
-        if "tasks" in values:
+        if request.tasks:
             with request.located("tasks"):
-                values["tasks"] = _tasks(str(values["tasks"]), files, upload=upload, bucket=bucket)
+                values["tasks"] = _tasks(request.tasks, files, upload=upload, bucket=bucket)
         given.append(values)
     return given, files
 
@@ -57,11 +59,11 @@ def _take(path: Path, files: Files) -> str:
     return _mounted(place)
 
 
-def _tasks(tasks: str, files: Files, *, upload: bool, bucket: str) -> str:
-    """--tasks for the job: a task file goes up with all that it names, and lies there as it does here."""
+def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> list[str]:
+    """The tasks for the job: a task file goes up with all that it names, and lies there as it does here."""
     from factory.evaluation.task_files import is_task_file, read_task_file
 
-    names = [name.strip() for name in tasks.split(",")]
+    names = [*tasks]
     for index, name in enumerate(names):
         if not is_task_file(name):
             continue
@@ -73,7 +75,7 @@ def _tasks(tasks: str, files: Files, *, upload: bool, bucket: str) -> str:
             inside = part.relative_to(root).as_posix()
             files[f"{place}/{inside}"] = _part(part, files, upload=upload, bucket=bucket)
         names[index] = _mounted(f"{place}/{task.relative_to(root).as_posix()}")
-    return ",".join(names)
+    return names
 
 
 def _plain(path: Path) -> Path:
@@ -125,7 +127,7 @@ def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
         return
     raise UsageError(
         f"{str(path)!r} is on this machine, where no job can read it",
-        hint=f"--upload puts it into your private bucket {bucket} first",
+        hint=f"`upload` puts it into your private bucket {bucket} first",
     )
 
 

@@ -113,7 +113,7 @@ def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
     method = packing_method(config)
     if four_bit:
         raise UsageError(
-            f"--load-in-4bit: the weights are packed already ({method})", hint="leave the option out"
+            f"`load_in_4bit`: the weights are packed already ({method})", hint="leave the option out"
         )
     from transformers.quantizers.auto import AutoHfQuantizer
 

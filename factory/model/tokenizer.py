@@ -49,7 +49,7 @@ class Encoder:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ModelError(
                 f"the tokenizer puts {self._around[1]} behind each text, also behind a task's question",
-                hint="set add_eos_token to false in its tokenizer_config.json, or give --tasks none",
+                hint="set add_eos_token to false in its tokenizer_config.json, or give `tasks=none`",
             )
         names = tokenizer.convert_ids_to_tokens(self.prefix)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

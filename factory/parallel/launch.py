@@ -42,7 +42,7 @@ def num_processes(asked: int | None) -> int:
         return max(gpus, 1)
     if asked > (gpus or cores):
         raise UsageError(
-            f"--processes {asked} is more than the {gpus or cores} {'GPUs' if gpus else 'cores'} here",
+            f"`processes={asked}` is more than the {gpus or cores} {'GPUs' if gpus else 'cores'} here",
             hint=f"give {gpus or cores} or fewer; CUDA_VISIBLE_DEVICES says which GPUs may be used",
         )
     return asked

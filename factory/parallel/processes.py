@@ -9,7 +9,7 @@ from torch import distributed
 
 from factory.errors import WorkerError
 
-IF_GONE = "out of memory? the same command goes on from here; --processes 1 works in one process"
+IF_GONE = "out of memory? the same command goes on from here; `processes=1` works in one process"
 T = TypeVar("T")
 
 

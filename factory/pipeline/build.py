@@ -57,8 +57,8 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
             "healing took the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
                 **healed.guard_losses
             )
-            + ", and --require-healing is on",
-            hint=f"more --heal-steps or another --heal-lr may help; the adapter is in {run.folders['heal']}",
+            + ", and `require_healing` is on",
+            hint=f"more `heal_steps` or another `heal_lr` may help; the adapter is in {run.folders['heal']}",
         )
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed and healed.is_finite:

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from factory.artifacts import DistanceProfile, Plans, Source
-from factory.pipeline.run import Run
+from factory.builds.swap import output_folder
+from factory.config.criteria import CRITERIA
+from factory.config.request import PlanRequest
+from factory.pipeline.prepare import begin, pull_and_trust
+from factory.pipeline.run import Reporter, Run
 from factory.pipeline.stages import compare_stage, measure_stage, plan_stage
+from factory.pipeline.texts import check_tokens
+from factory.pruning.profile_files import read_profile
 
 
 def make_plans(
@@ -33,3 +39,25 @@ def make_plans(
         chosen=chosen,
         reason=reason,
     )
+
+
+def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile, Plans]:
+    """What a request for plans asks for, from the source to the plans.
+
+    Raises:
+        DataError: The profile is not of this model, or does not fit.
+    """
+    asked = request.criterion
+    from_profile = asked in CRITERIA and not CRITERIA[asked].searches
+    measures = not (request.profile and from_profile)  # else neither text nor weights are read
+    source, run = begin(request, reporter, drop=request.drop, measures=measures)
+    profile = read_profile(request.profile, source=source) if request.profile else None
+    criteria = tuple(name for name in CRITERIA if asked in ("all", name))
+    if asked == "all" and profile and profile.influence is None:
+        criteria = tuple(name for name in criteria if not CRITERIA[name].needs_influence)
+    if request.save:
+        output_folder(request.save)
+    if measures:
+        source = pull_and_trust(source, reporter)
+        check_tokens(source, run.texts)
+    return make_plans(run, source, criteria, profile=profile)

@@ -169,9 +169,9 @@ def preview(
 
 def _copies(size_bytes: int, *, home: Path, out: Path | None) -> list[tuple[Path, str, int]]:
     """What the build takes beside the stages: nothing on one disk with them, since it shares their bytes."""
-    if out is None or len(demands([(home, HOME, 1), (out, "--out", 1)])) == 1:
+    if out is None or len(demands([(home, HOME, 1), (out, "`out`", 1)])) == 1:
         return []
-    return [(out, "--out", size_bytes)]
+    return [(out, "`out`", size_bytes)]
 
 
 def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, machine: Machine) -> None:

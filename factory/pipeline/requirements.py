@@ -35,12 +35,12 @@ NF4_BYTES = 0.516  # a weight, with its scales and their scales
 SMALL = {"rank": 8, "modules": "ffn"}
 LIGHT = LIGHTEST_OBJECTIVE.name
 LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--heal-layers seam", {"layers": "seam"}),
-    ("--heal-rank 8 --heal-modules ffn", SMALL),
-    ("--heal-rank 8 --heal-modules ffn --heal-layers seam", {**SMALL, "layers": "seam"}),
-    (f"--heal {LIGHT} --heal-rank 8 --heal-modules ffn", {**SMALL, "objective": LIGHT}),
+    ("`heal_layers=seam`", {"layers": "seam"}),
+    ("`heal_rank=8` `heal_modules=ffn`", SMALL),
+    ("`heal_rank=8` `heal_modules=ffn` `heal_layers=seam`", {**SMALL, "layers": "seam"}),
+    (f"`heal={LIGHT}` `heal_rank=8` `heal_modules=ffn`", {**SMALL, "objective": LIGHT}),
     (
-        f"--heal {LIGHT} --heal-rank 8 --heal-modules ffn --heal-layers seam",
+        f"`heal={LIGHT}` `heal_rank=8` `heal_modules=ffn` `heal_layers=seam`",
         {**SMALL, "objective": LIGHT, "layers": "seam"},
     ),
 )
@@ -272,8 +272,8 @@ def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> Non
     needed = healing_bytes(source, config)
     if needed <= gpu_total:
         return
-    packs = " --heal-bits 4" if config.heal.bits == 16 else ""
-    hint = "a GPU with more memory, or build without healing: --no-heal"
+    packs = " `heal_bits=4`" if config.heal.bits == 16 else ""
+    hint = "a GPU with more memory, or build without healing: `no_heal`"
     for flags, changes in LIGHTER:
         lighter = config.heal.model_copy(update={**changes, "bits": 4})
         fewer = healing_bytes(source, config.model_copy(update={"heal": lighter}))
@@ -311,5 +311,5 @@ def check_four_bit(device: Any) -> None:
 def _no_four_bit(device: Any, reason: str) -> MachineError:
     return MachineError(
         f"bitsandbytes cannot quantise to 4 bits on {device}: {reason}",
-        hint="install a bitsandbytes for this machine, or build without healing: --no-heal",
+        hint="install a bitsandbytes for this machine, or build without healing: `no_heal`",
     )

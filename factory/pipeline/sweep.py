@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from factory.artifacts import Evaluation, Source, Sweep, SweepPoint
+from factory.builds.swap import output_folder
+from factory.config.request import SweepRequest
 from factory.config.settings import num_dropped
-from factory.pipeline.run import Run
+from factory.pipeline.prepare import begin, pull_and_trust
+from factory.pipeline.run import Reporter, Run
 from factory.pipeline.stages import (
     evaluate_stage,
     heal_stage,
@@ -14,6 +19,7 @@ from factory.pipeline.stages import (
     plan_stage,
     prune_stage,
 )
+from factory.pipeline.texts import check_tokens
 
 SHARE_KEPT = 0.8
 RULE = (
@@ -22,6 +28,41 @@ RULE = (
     "(score − chance) / (source − chance), averaged; without such a task by the loss, "
     "(log V − loss) / (log V − source loss)"
 )
+
+
+@dataclass(frozen=True)
+class PreparedSweep:
+    """A sweep that was checked."""
+
+    source: Source
+    run: Run
+    drops: tuple[float, ...]  # rising, each another number of layers
+    out: Path
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of layers to drop."""
+        return [num_dropped(drop, self.source.num_layers) for drop in self.drops]
+
+
+def prepare_sweep(request: SweepRequest, reporter: Reporter) -> PreparedSweep:
+    """Resolve, settle and check a sweep, before it begins."""
+    source, run = begin(request, reporter, drop=request.drop[0])
+    by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(request.drop)}
+    out = output_folder(request.out or Path("sweeps") / source.name)
+    return PreparedSweep(source, run, tuple(by_size[size] for size in sorted(by_size)), out)
+
+
+def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
+    """Make and measure every cut; write the result and its figure."""
+    from factory.report.figures import sweep_figure
+
+    source = pull_and_trust(prepared.source, reporter)
+    check_tokens(source, prepared.run.texts)
+    found = sweep(prepared.run, source, prepared.drops)
+    found.write(prepared.out)
+    sweep_figure(found, path_stem=prepared.out / "sweep")
+    return found
 
 
 def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:

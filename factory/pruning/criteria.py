@@ -81,7 +81,7 @@ def block_influence(
     Ties go to the deepest layer.
     """
     if profile.influence is None:
-        raise DataError("the profile holds no Block Influence", hint="measure the model, without --profile")
+        raise DataError("the profile holds no Block Influence", hint="measure the model, without `profile`")
     influence = profile.influence
     ranking = sorted(range(profile.num_layers), key=lambda layer: (influence[layer], -layer))
     dropped = tuple(sorted(ranking[:block_size]))
@@ -114,13 +114,13 @@ def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
     dropped = tuple(sorted(layers))
     if not dropped or dropped[-1] >= num_layers:
         raise DropError(
-            f"--layers {layer_ranges(dropped)}: the model's {num_layers} layers are 0 to {num_layers - 1}",
+            f"`layers={layer_ranges(dropped)}`: the model's {num_layers} layers are 0 to {num_layers - 1}",
             hint="layers are counted from 0",
         )
     if num_layers - len(dropped) < 2:
         raise DropError(
-            f"--layers {layer_ranges(dropped)} leaves {num_layers - len(dropped)} of {num_layers} layers",
-            hint="at least 2 layers must stay; --layers names those that go",
+            f"`layers={layer_ranges(dropped)}` leaves {num_layers - len(dropped)} of {num_layers} layers",
+            hint="at least 2 layers must stay; `layers` names those that go",
         )
     return PruningPlan(criterion=CHOSEN.name, num_layers=num_layers, dropped=dropped)
 
@@ -173,7 +173,7 @@ def _refused(what: str) -> ModelError:
         f"{what} can be dropped: the fields of this architecture would no longer fit the layers that stay"
         if what.startswith("no ")
         else f"{what} cannot be dropped: this architecture's fields would no longer fit those that stay",
-        hint="take another criterion or another --drop",
+        hint="take another criterion or another `drop`",
     )
 
 

@@ -104,18 +104,18 @@ def _check_enough(sums: "Sums", text: Text, *, settings: MeasureSettings) -> Non
     if settings.num_samples and sums.count < settings.num_samples:
         raise DataError(
             f"{text.data.name} holds {sums.count} usable documents; {settings.num_samples} were asked for",
-            hint=f"--samples {sums.count}, or give more text with --calibration-data",
+            hint=f"`samples={sums.count}`, or give more text with `calibration_data`",
         )
     if sums.count < 2:
         raise DataError(
             f"{text.data.name} holds {sums.count} usable documents; measuring needs at least 2",
-            hint="give more text with --calibration-data",
+            hint="give more text with `calibration_data`",
         )
     if settings.exact_length and sums.longest < settings.sequence_length:
         raise DataError(
             f"the longest of {sums.count} documents of {text.data.name} has {sums.longest} tokens; "
             f"sequences of {settings.sequence_length} were asked for",
-            hint=f"--sequence-length {sums.longest}, or give longer text with --calibration-data",
+            hint=f"`sequence_length={sums.longest}`, or give longer text with `calibration_data`",
         )
 
 

@@ -25,13 +25,13 @@ def read_profile(path: Path, *, source: Source) -> DistanceProfile:
     if profile.num_layers != source.num_layers:
         raise DataError(
             f"{path} is of a model with {profile.num_layers} layers; {source.name} has {source.num_layers}",
-            hint="measure this model, without --profile",
+            hint="measure this model, without `profile`",
         )
     if profile.source_commit not in (None, source.commit):
         raise DataError(
             f"{path} is of another model or revision: commit {str(profile.source_commit)[:12]}, "
             f"not {source.commit[:12]}",
-            hint="measure this one, without --profile",
+            hint="measure this one, without `profile`",
         )
     return profile
 
@@ -82,7 +82,7 @@ def _read_pruneme(file: Path, *, source: Source) -> DistanceProfile:
     if highest != source.num_layers:
         raise DataError(
             f"{file} is of a model with {highest} layers; {source.name} has {source.num_layers}",
-            hint="measure this model, without --profile",
+            hint="measure this model, without `profile`",
         )
     rows_of_zero = tuple((0.0,) * size for _ in range(size))
     return DistanceProfile(

@@ -30,7 +30,7 @@ def compares_logits(source: Source, *, thoroughness: Thoroughness) -> bool:
     if quantized and thoroughness == "full":
         method = packing_method(source.config)
         raise UsageError(
-            f"--verify full cannot run {source.name}: its weights are packed ({method})",
+            f"`verify=full` cannot run {source.name}: its weights are packed ({method})",
             hint="without it, names, shapes and the architecture are compared",
         )
     return not quantized and (thoroughness == "full" or source.num_parameters <= SMALL_PARAMETERS)

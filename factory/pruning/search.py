@@ -113,7 +113,7 @@ class Trial:
             raise ModelError(
                 f"{self.model.config.model_type}: leaving layers out gives a loss of {float(found):.4g}, not "
                 f"{float(expected):.4g}: a layer hands on more than its states",
-                hint="choose the layers by --criterion angular",
+                hint="choose the layers by `criterion=angular`",
             )
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, without: int = 0) -> None:
@@ -252,7 +252,7 @@ def take_sequences(
     if len(sequences) < 2:
         raise DataError(
             f"{text.data.name} holds {len(sequences)} usable documents here; comparing losses needs 2",
-            hint="give more text with --calibration-data",
+            hint="give more text with `calibration_data`",
         )
     return sequences
 
@@ -298,7 +298,7 @@ def search_block(trial: Trial, candidates: Sequence[Layers], *, progress: Progre
         ModelError: The surgery allows none.
     """
     if not candidates:
-        raise ModelError("no block of this size can be dropped", hint="choose another --drop")
+        raise ModelError("no block of this size can be dropped", hint="choose another `drop`")
     progress(0, 1, f"{len(candidates)} blocks")
     return best_candidate(trial, (), candidates)[0]
 
@@ -334,7 +334,7 @@ def search_greedily(
         if not allowed:
             raise ModelError(
                 f"after {step} layers none can be dropped alone",
-                hint="this architecture drops only whole groups of layers: use --criterion angular",
+                hint="this architecture drops only whole groups of layers: use `criterion=angular`",
             )
         chosen, _ = best_candidate(trial, order, allowed)
         order += chosen

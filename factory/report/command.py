@@ -11,36 +11,21 @@ from factory import __version__
 from factory.artifacts import Build, first_problem
 from factory.config.objectives import DEFAULT_OBJECTIVE
 from factory.config.references import aliases
-from factory.config.settings import BuildConfig, load_recipe, settle
+from factory.config.request import BuildRequest
+from factory.config.settings import BuildConfig, settle
 from factory.errors import StoreError
 from factory.report.markdown import plain
 
 EMBEDDED = "demo"  # the one alias that is no repository
-FLAGS = {
-    ("measure", "data"): "--calibration-data",
-    ("measure", "num_samples"): "--samples",
-    ("measure", "tokens"): "--tokens",
-    ("measure", "four_bit"): "--load-in-4bit",
-    ("plan", "criterion"): "--criterion",
-    ("plan", "num_documents"): "--plan-documents",
-    ("heal", "data"): "--heal-data",
-    ("heal", "objective"): "--heal",
-    ("heal", "num_steps"): "--heal-steps",
-    ("heal", "learning_rate"): "--heal-lr",
-    ("heal", "rank"): "--heal-rank",
-    ("heal", "modules"): "--heal-modules",
-    ("heal", "layers"): "--heal-layers",
-    ("heal", "bits"): "--heal-bits",
-    ("heal", "seam_weight"): "--seam-weight",
-    ("evaluate", "data"): "--eval-data",
-    ("evaluate", "num_documents"): "--eval-documents",
-    ("evaluate", "tasks"): "--tasks",
-    ("evaluate", "limit"): "--limit",
-    ("evaluate", "backend"): "--eval-backend",
-}
 SECTIONS = ("measure", "plan", "heal", "evaluate")
 WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option
-IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by --sequence-length, in place of --drop
+IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by the sequence length, in place of a fraction
+# (section, setting) → the option that decides it alone.
+FLAGS = {
+    tuple(option.sets[0].split(".")): "--" + name.replace("_", "-")
+    for name, (_, option) in BuildRequest.options().items()
+    if len(option.sets) == 1 and "." in option.sets[0]
+}
 
 
 def reproduction_command(build: Build) -> Markup:
@@ -75,16 +60,11 @@ def reproduction_command(build: Build) -> Markup:
 def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
     """(section, name) → value of each setting that the reference and the drop alone would not give."""
     asked = settings_of(build)[0]
-    text_config = build.source.config.get("text_config") or build.source.config
-    usual = settle(
-        asked.reference,
-        drop=asked.drop,
-        recipe=load_recipe(build.reference) if _reference(build) in aliases() else None,
-        num_parameters=build.source.num_parameters,
-        max_length=int(text_config.get("max_position_embeddings") or 2048),
-        is_folder=build.source.repo_id is None,
-        overrides={"heal": {"objective": asked.heal.objective}},
-    ).model_dump(mode="json")
+    request = BuildRequest(
+        model=_reference(build) if _reference(build) in aliases() else "owner/name",
+        heal=asked.heal.objective,
+    )
+    usual = settle(request, build.source, drop=asked.drop).model_dump(mode="json")
     usual["heal"]["objective"] = DEFAULT_OBJECTIVE.name
     return {
         (section, key): value

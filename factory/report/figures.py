@@ -55,15 +55,23 @@ STYLE: dict[str, Any] = {
 
 
 def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: Path) -> list[Path]:
+    """Save `draw_distances`.
+
+    Args:
+        path_stem: Path of the files without their endings.
+
+    Returns:
+        The PNG and the SVG file. Equal arguments give equal bytes.
+    """
+    return _save(draw_distances(profile, plan), path_stem)
+
+
+def draw_distances(profile: DistanceProfile, plan: PruningPlan) -> Figure:
     """Draw the distances of every block, the best block of each size, and where the cut was made.
 
     Args:
         profile: Distances in [0, 1] between all L + 1 layer inputs.
         plan: The dropped layers; a block among them is outlined, scattered layers are only shaded.
-        path_stem: Path of the files without their endings.
-
-    Returns:
-        The PNG and the SVG file. Equal arguments give equal bytes.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 4.7), dpi=DPI, facecolor="white", layout="constrained")
@@ -71,7 +79,7 @@ def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: P
         _draw_heat_map(figure.add_subplot(grid[:, 0]), profile, plan)
         _draw_best_by_size(figure.add_subplot(grid[0, 1]), profile, plan)
         _draw_single_layers(figure.add_subplot(grid[1, 1]), profile, plan)
-        return _save(figure, path_stem)
+        return figure
 
 
 def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
@@ -107,11 +115,16 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
 
 
 def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
-    """Draw loss / log V and task scores against the fraction dropped, as the paper's figures 1 and 4 do.
+    """Save `draw_sweep`.
 
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
     """
+    return _save(draw_sweep(sweep), path_stem)
+
+
+def draw_sweep(sweep: Sweep) -> Figure:
+    """Draw loss / log V and task scores against the fraction dropped, as the paper's figures 1 and 4 do."""
     tasks = _task_panels(sweep.source.tasks)
     with matplotlib.rc_context(STYLE):
         width = 4.1 * max(1 + len(tasks), 2)
@@ -133,7 +146,7 @@ def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlabel("layers dropped; line: the largest cut before the cliff")
             axes.legend(frameon=False)
-        return _save(figure, path_stem)
+        return figure
 
 
 def _task_panels(tasks: Sequence[TaskScore]) -> dict[str, list[int]]:
@@ -394,6 +407,7 @@ def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) 
 def _save(figure: Figure, path_stem: Path) -> list[Path]:
     png, svg = path_stem.with_name(path_stem.name + ".png"), path_stem.with_name(path_stem.name + ".svg")
     # By default the files carry the date and the version of matplotlib.
-    figure.savefig(png, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return [png, svg]

@@ -17,7 +17,7 @@ except ImportError:  # Windows: there age alone keeps `factory gc` from stages i
     fcntl = None  # type: ignore[assignment]
 POLL_SECONDS = 0.2
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-HOME = "--home or FACTORY_HOME"
+HOME = "`home` or FACTORY_HOME"
 
 
 def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreError:

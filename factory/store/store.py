@@ -141,7 +141,7 @@ class Store:
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
             if rerun and is_held(folder / MANIFEST):  # nobody comes to hold it while the lock is held
                 raise StoreError(
-                    f"another build is using {spec.stage} {spec.key}, which --rerun would make again",
+                    f"another build is using {spec.stage} {spec.key}, which `rerun` would make again",
                     hint="run the same command once that build is done",
                 )
             with writing(folder.parent):

@@ -1,0 +1,237 @@
+"""One function a command: the command line calls these, and so does `import factory`."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from factory.api.progress import Bars
+from factory.api.results import BuildResult, PlansResult, PreviewResult, PruneResult, SweepResult
+from factory.artifacts import Build
+from factory.config.request import BuildRequest, PlanRequest, PruneRequest, Request, SweepRequest
+from factory.errors import UsageError
+from factory.pipeline.prepare import Prepared, load_questions, prepare
+from factory.pipeline.run import Reporter
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes(request: type[Request]) -> Callable[[F], F]:
+    """Give a function the options of a request as its signature and in its docstring."""
+
+    def decorate(function: F) -> F:
+        keyword, parameters, lines = inspect.Parameter.KEYWORD_ONLY, [], []
+        for name, (kind, option) in request.options().items():
+            if option.on_terminal:
+                continue
+            row = request.__dataclass_fields__[name]
+            default = inspect.Parameter.empty if _is_required(row) else row.default
+            place = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else keyword
+            parameters.append(inspect.Parameter(name, place, default=default, annotation=kind))
+            lines.append(
+                f"        {name}: {option.help}{f' (default: {option.default})' if option.default else ''}."
+            )
+        own = [p for p in inspect.signature(function).parameters.values() if p.name == "reporter"]
+        function.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+        assert function.__doc__ is not None
+        function.__doc__ = function.__doc__.replace(
+            "        options:", "\n".join([*lines, "        options:"]), 1
+        )
+        function.__doc__ = function.__doc__.replace("        options: see above\n", "", 1)
+        return function
+
+    return decorate
+
+
+def _is_required(row: Any) -> bool:
+    from dataclasses import MISSING
+
+    return row.default is MISSING
+
+
+@takes(BuildRequest)
+def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> BuildResult:
+    """Make a smaller model: measure, drop, heal, evaluate, write the card; publish it with `push_to`.
+
+    Finished stages are reused, and a build that was interrupted continues where it stopped.
+
+    Example:
+        >>> import factory
+        >>> small = factory.build("demo", drop=0.3)  # doctest: +SKIP
+        >>> small.table  # doctest: +SKIP
+
+    Args:
+        options: see above
+        reporter: Hears how the build goes; None shows progress bars in a notebook and on a terminal.
+
+    Raises:
+        FactoryError: One of its subclasses, with a message and a hint.
+    """
+    reporter = reporter or Bars()
+    (prepared,) = prepare([_read(BuildRequest, model, options)], reporter)
+    if "evaluate" in prepared.pending:
+        load_questions(prepared.settled.request, prepared.settled.config, reporter)
+    return make(prepared, reporter)
+
+
+def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
+    """Make a build that was prepared, and publish it where that was asked for."""
+    from factory.builds.folder import kept_aside
+    from factory.builds.publish import publish
+    from factory.builds.reproduce import comparison
+    from factory.pipeline.build import build as run_stages
+    from factory.pipeline.prepare import pull_and_trust
+    from factory.pipeline.texts import check_tokens
+
+    settled, run = prepared.settled, prepared.run
+    request, out = settled.request, settled.out
+    kept = kept_aside(out)
+    try:
+        source = settled.source
+        if prepared.pending:
+            source = pull_and_trust(source, reporter)
+            check_tokens(source, run.texts)
+        record = run_stages(run, source, out=out, require_healing=request.require_healing)
+    finally:
+        run.release()
+        reporter.stop()
+    for name in sorted(kept_aside(out) - kept):
+        reporter.note(f"your edits to the build that was there are kept as {out / name}")
+    publication = None
+    if request.push_to:
+        publication, is_edited = publish(
+            out, request.push_to, private=not request.public, message=f"Publish {record.name}"
+        )
+        if is_edited:
+            reporter.note("the edited card was kept; its model id may be out of date")
+    compared = comparison(settled.repeats, record, reference=request.model) if settled.repeats else None
+    return BuildResult(out, record, publication, compared)
+
+
+@takes(PlanRequest)
+def plan(model: str | PlanRequest, *, reporter: Reporter | None = None, **options: Any) -> PlansResult:
+    """Show which layers could go, before anything is cut.
+
+    Example:
+        >>> import factory
+        >>> factory.plan("demo", drop=0.3, criterion="all").table  # doctest: +SKIP
+
+    Args:
+        options: see above
+        reporter: Hears how the work goes.
+
+    Raises:
+        FactoryError: One of its subclasses, with a message and a hint.
+    """
+    from factory.pipeline.plans import plan_for
+
+    reporter = reporter or Bars()
+    request = _read(PlanRequest, model, options)
+    try:
+        profile, plans = plan_for(request, reporter)
+    finally:
+        reporter.stop()
+    result = PlansResult(profile, plans)
+    if request.save:
+        from factory.report.figures import distance_figure
+
+        profile.write(request.save)
+        plans.write(request.save)
+        distance_figure(profile, result.chosen, path_stem=request.save / "angular-distance")
+    return result
+
+
+@takes(SweepRequest)
+def sweep(
+    model: str,
+    *,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> SweepResult:
+    """Measure quality against the fraction of layers dropped: the plateau, and the cliff.
+
+    Args:
+        options: see above
+        reporter: Hears how the work goes.
+
+    Raises:
+        FactoryError: One of its subclasses, with a message and a hint.
+    """
+    from factory.pipeline.sweep import prepare_sweep, run_sweep
+
+    reporter = reporter or Bars()
+    request = _read(SweepRequest, model, options)
+    prepared = prepare_sweep(request, reporter)
+    load_questions(request, prepared.run.config, reporter)
+    try:
+        found = run_sweep(prepared, reporter)
+    finally:
+        reporter.stop()
+    return SweepResult(prepared.out, found)
+
+
+@takes(PruneRequest)
+def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> PruneResult:
+    """Remove layers of your own choice, verify the result, and do nothing else.
+
+    Example:
+        >>> import factory
+        >>> factory.prune("demo", layers=[3, 7], out="smaller")  # doctest: +SKIP
+
+    Args:
+        options: see above
+        reporter: Hears how the work goes.
+
+    Raises:
+        FactoryError: One of its subclasses, with a message and a hint.
+    """
+    from factory.pipeline.prune import make_pruned, prepare_prune
+
+    reporter = reporter or Bars()
+    prepared = prepare_prune(_read(PruneRequest, model, options), reporter)
+    try:
+        pruning, reused = make_pruned(prepared, reporter)
+    finally:
+        reporter.stop()
+    return PruneResult(prepared.out, pruning, prepared.plan, reused)
+
+
+@takes(BuildRequest)
+def preview(model: str, *, reporter: Reporter | None = None, **options: Any) -> PreviewResult:
+    """Show what `build` with the same options would do and take; nothing is downloaded.
+
+    Args:
+        options: see above
+        reporter: Hears notes.
+
+    Raises:
+        FactoryError: Whatever would stop the build, with a message and a hint.
+    """
+    request = _read(BuildRequest, model, options)
+    (prepared,) = prepare([request], reporter or Bars(), dry_run=True)
+    return PreviewResult(prepared.settled.source, prepared.settled.config, prepared.preview)
+
+
+def load(folder: str | Path) -> BuildResult:
+    """Read a finished build.
+
+    Args:
+        folder: The build folder, which holds `build.json` and `model`.
+
+    Raises:
+        UsageError: Not a build folder.
+    """
+    path = Path(folder)
+    if not (path / Build.file_name).is_file() or not (path / "model").is_dir():
+        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give what `factory build` made")
+    return BuildResult(path, Build.read(path))
+
+
+def _read(request: type[Any], model: Any, options: dict[str, Any]) -> Any:
+    """The request that a function was given, as such or as a model and options."""
+    if isinstance(model, request):
+        return model
+    for name in options:
+        if name in request.options() and request.options()[name][1].on_terminal:
+            raise UsageError(f"`{name}` works on the command line only", hint=f"factory build … --{name}")
+    return request.read({"model": model, **options})

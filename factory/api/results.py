@@ -1,0 +1,256 @@
+"""What the functions return: tables, figures and models, which a notebook shows by themselves."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factory.artifacts import (
+    Build,
+    DistanceProfile,
+    Evaluation,
+    Plans,
+    Pruning,
+    PruningPlan,
+    Publication,
+    Source,
+    Sweep,
+    layer_ranges,
+)
+from factory.config.settings import BuildConfig
+from factory.pipeline.preview import Preview
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+class Shown:
+    """A result that a notebook shows as its table."""
+
+    @property
+    def table(self) -> "DataFrame":
+        """The result as a table of text or numbers."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        html: str = self.table.to_html(index=False)
+        return html
+
+
+@dataclass(frozen=True)
+class BuildResult(Shown):
+    """A finished build.
+
+    Attributes:
+        folder: The build folder; `folder / "model"` holds what is published.
+        record: Everything that `build.json` says.
+        publication: Where it was published, if it was.
+        comparison: With `reproduce=True`: whether the weights came out equal, in one line.
+    """
+
+    folder: Path
+    record: Build
+    publication: Publication | None = None
+    comparison: str | None = None
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The layers that were dropped, 0-based, and why."""
+        return self.record.plan
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Loss and task scores of "source", "pruned" and, where it was healed, "healed"."""
+        return dict(self.record.evaluations)
+
+    @cached_property
+    def profile(self) -> DistanceProfile:
+        """Angular distances, in [0, 1], of every block of layers."""
+        return DistanceProfile.read(self.folder)
+
+    @property
+    def table(self) -> "DataFrame":
+        """The results as on the card: a row a measure, a column a model."""
+        from pandas import DataFrame
+
+        from factory.report.tables import quality_rows
+
+        head, *rows = quality_rows(self.record)
+        return DataFrame(rows, columns=["measure", *head[1:]])
+
+    def figure(self) -> "Figure":
+        """The angular distances, and where the cut was made."""
+        from factory.report.figures import draw_distances
+
+        return draw_distances(self.profile, self.plan)
+
+    @property
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        return (self.folder / "model" / "README.md").read_text(encoding="utf-8")
+
+    @cached_property
+    def model(self) -> Any:
+        """The smaller model, loaded by transformers onto the best device."""
+        from factory.model.loading import load_model
+
+        return load_model(self.folder / "model")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        from factory.model.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder / "model")
+
+    def push(
+        self,
+        repository: str | None = None,
+        *,
+        private: bool = True,
+        accept_license: bool = False,
+        **options: Any,
+    ) -> Publication:
+        """Publish the build on the Hub, in one commit.
+
+        Args:
+            repository: `owner/name`; None: the build's name, under the account that is logged in.
+            private: A new repository is private; an existing one stays as it is.
+            accept_license: Publish although the source's licence forbids sharing it.
+            options: `message`, `revision`, `create_pr`, `force`, as for `factory push`.
+
+        Raises:
+            HubError: Not logged in, no permission or no connection; nothing was published then.
+            LicenseError: The licence forbids sharing what is made from the model.
+        """
+        from factory.builds.publish import check_publishable, publish
+
+        check_publishable(self.record.source, accepted=accept_license)
+        options.setdefault("message", f"Publish {self.record.name}")
+        publication, _ = publish(self.folder, repository, private=private, **options)
+        return publication
+
+
+@dataclass(frozen=True)
+class PlansResult(Shown):
+    """What each criterion would drop, and what that costs before healing."""
+
+    profile: DistanceProfile
+    plans: Plans
+
+    @property
+    def chosen(self) -> PruningPlan:
+        """The plan to take."""
+        return next(plan for plan in self.plans.plans if plan.criterion == self.plans.chosen)
+
+    @property
+    def table(self) -> "DataFrame":
+        """A row a criterion."""
+        from pandas import DataFrame
+
+        losses = self.plans.losses
+        rows = [
+            {
+                "criterion": plan.criterion,
+                "layers": layer_ranges(plan.dropped),
+                "angular distance": plan.distance,
+                "loss, unhealed": losses.cuts[index].nats if losses else None,
+                "chosen": plan.criterion == self.plans.chosen,
+            }
+            for index, plan in enumerate(self.plans.plans)
+        ]
+        return DataFrame(rows)
+
+    def figure(self) -> "Figure":
+        """The angular distances, and where the chosen plan cuts."""
+        from factory.report.figures import draw_distances
+
+        return draw_distances(self.profile, self.chosen)
+
+
+@dataclass(frozen=True)
+class SweepResult(Shown):
+    """Quality against the fraction of dropped layers."""
+
+    folder: Path
+    sweep: Sweep
+
+    @property
+    def table(self) -> "DataFrame":
+        """A row a cut, the source first."""
+        from pandas import DataFrame
+
+        from factory.pipeline.sweep import share_kept
+
+        source = self.sweep.source
+        cuts = [(point.drop, layer_ranges(point.plan.dropped), point.best) for point in self.sweep.points]
+        rows = [
+            {
+                "dropped": drop,
+                "layers": layers,
+                "loss": evaluation.loss.nats,
+                **{task.name: task.value for task in evaluation.tasks},
+                "kept": share_kept(evaluation, source),
+            }
+            for drop, layers, evaluation in [(0.0, "", source), *cuts]
+        ]
+        return DataFrame(rows)
+
+    def figure(self) -> "Figure":
+        """Loss and task scores against the fraction dropped."""
+        from factory.report.figures import draw_sweep
+
+        return draw_sweep(self.sweep)
+
+
+@dataclass(frozen=True)
+class PruneResult(Shown):
+    """A model without the layers that were chosen."""
+
+    folder: Path
+    pruning: Pruning
+    plan: PruningPlan
+    reused: bool  # it was there already
+
+    @property
+    def table(self) -> "DataFrame":
+        """Source and result in numbers."""
+        from pandas import DataFrame
+
+        kept, total = len(self.plan.kept), self.plan.num_layers
+        before, after = self.pruning.source_parameters, self.pruning.result_parameters
+        return DataFrame({"": ["layers", "parameters"], "source": [total, before], "result": [kept, after]})
+
+    @cached_property
+    def model(self) -> Any:
+        """The smaller model, loaded by transformers onto the best device."""
+        from factory.model.loading import load_model
+
+        return load_model(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        from factory.model.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+
+@dataclass(frozen=True)
+class PreviewResult(Shown):
+    """What a build would do and take; nothing was downloaded."""
+
+    source: Source
+    config: BuildConfig
+    numbers: Preview
+
+    @property
+    def table(self) -> "DataFrame":
+        """Sizes before and after, and what the build takes."""
+        from dataclasses import asdict
+
+        from pandas import DataFrame
+
+        values = asdict(self.numbers)
+        return DataFrame({"": list(values), "value": [str(value) for value in values.values()]})

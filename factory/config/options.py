@@ -1,0 +1,133 @@
+"""Options: how one is read, limited, shown, and which settings it decides."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from factory.config.choices import MAX_COUNT
+from factory.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+CUT, MEASURING, HEALING, EVALUATION, PUBLISHING, RENTING, RUNNING = GROUPS = (
+    *("What to cut", "Measuring", "Healing", "Evaluation", "Publishing", "Rented hardware"),
+    "This run",
+)
+LAYERS_HINT = "`layers=3,7,21-24` drops six layers, counted from 0"
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one option is shown, and what it decides."""
+
+    help: str  # begins with a noun or a verb
+    group: str
+    default: str = ""  # what leaving it out means, where that is not a fixed value
+    sets: tuple[str, ...] = ()  # settings of `BuildConfig` that it decides, as "heal.num_steps"
+    metavar: str | None = None
+    bare: str | None = None  # the value of the option given without one
+    of_run: bool = False  # says how to run, not what to build: a build file does not hold it
+    on_terminal: bool = False  # has no meaning in Python
+    repeats: bool = False  # can be given with `reproduce`
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Turns what was typed, or what a file holds, into the value of an option."""
+
+    read: Callable[[Any], Any]
+    written: Any  # the types that a build file may hold
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+
+def read_layers(value: Any) -> Any:
+    """Layer numbers and inclusive ranges of them, "3,7,21-24" or [3, 7, "21-24"], sorted."""
+    parts = str(value).split(",") if isinstance(value, str | int) else value
+    if not isinstance(parts, list | tuple) or not all(type(part) in (str, int) for part in parts):
+        return value  # refused by its type
+    found: list[int] = []
+    for part in parts:
+        match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[-–]\s*([0-9]{1,5}))?\s*", str(part))
+        if match is None:
+            raise UsageError(f"`layers`: {str(part)[:60]!r} is not a layer number", hint=LAYERS_HINT)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UsageError(f"`layers`: {str(part).strip()} runs backwards", hint=LAYERS_HINT)
+        if twice := sorted({*found} & {*range(first, last + 1)}):
+            raise UsageError(f"`layers` names layer {twice[0]} twice", hint=LAYERS_HINT)
+        found += range(first, last + 1)
+    return tuple(sorted(found))
+
+
+def read_names(value: Any) -> Any:
+    """Names with commas between them, or a list of names; "none" for none of them."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(type(part) in (str, int) for part in parts):
+        return value  # refused by its type
+    names = [str(part).strip() for part in parts]
+    if not all(names):
+        raise UsageError(f"`tasks` {value!r} has an empty name", hint="`tasks=mmlu,boolq`, or `tasks=none`")
+    return () if names == ["none"] else tuple(names)
+
+
+def read_fractions(value: Any) -> Any:
+    """Fractions with commas between them, "0.1,0.2", or a list of them: sorted, each once."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(sorted({float(part) for part in parts}))
+    except (TypeError, ValueError):
+        return value  # refused by its type
+
+
+def read_path(value: Any) -> Any:
+    """A path; an empty one would mean the current folder."""
+    return Path(value) if isinstance(value, str) and value.strip() else value
+
+
+LISTED = str | int | list[str | int]
+Text = Annotated[str, MinLen(1)]
+Location = Annotated[Path, Reads(read_path, Text)]
+Layers = Annotated[tuple[int, ...], Reads(read_layers, LISTED)]
+Names = Annotated[tuple[str, ...], Reads(read_names, LISTED)]
+Timeout = Annotated[str, Reads(lambda value: str(value) if type(value) is int else value, str | int)]
+Fraction = Annotated[float, Gt(0), Lt(1)]
+Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]
+One = Annotated[int, Ge(1), Le(MAX_COUNT)]
+Two = Annotated[int, Ge(2), Le(MAX_COUNT)]
+Eight = Annotated[int, Ge(8), Le(MAX_COUNT)]
+
+
+def without_none(kind: Any) -> Any:
+    """The type of an optional value."""
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return members[0] if len(members) == 1 and NoneType in get_args(kind) else kind
+
+
+def problem_of(error: "ValidationError") -> str:
+    """The first problem that pydantic found: the value, and what it should be."""
+    problem = error.errors()[0]
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    if problem.get("ctx", {}).get("lt") == math.inf:
+        return f"{shown} should be finite"
+    wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
+    return f"{shown} {wanted}"
+
+
+def unknown_option(name: str, known: Mapping[str, Any]) -> UsageError:
+    """The error for a name that no option has; the hint offers the nearest."""
+    near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+    return UsageError(f"unknown option {name!r}", hint=hint)

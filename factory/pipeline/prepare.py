@@ -1,0 +1,284 @@
+"""From a request to a run: the source resolved, every setting decided, and checked before the work."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory.artifacts import Build, Source, canonical_json
+from factory.builds.folder import check_out
+from factory.builds.publish import check_publishable
+from factory.builds.reproduce import (
+    check_same_source,
+    check_same_texts,
+    read_build,
+    same_settings,
+    source_reference,
+)
+from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
+from factory.config.settings import BuildConfig, build_name, settle
+from factory.config.tracking import Tracking, choose_tracker
+from factory.errors import UsageError
+from factory.evaluation.tasks import check_backend, check_tasks
+from factory.hub.bucket import StageBucket
+from factory.pipeline.build import pending
+from factory.pipeline.preview import Preview, preview
+from factory.pipeline.run import Reporter, Run
+from factory.pipeline.texts import check_texts, known_lengths, open_texts, reads_text
+from factory.store.stage import PRUNE, STAGES
+from factory.store.store import Store, default_home
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A request with every setting decided; no weight was read."""
+
+    request: BuildRequest
+    source: Source
+    config: BuildConfig
+    out: Path
+    repeats: Build | None = None  # a finished build that is made again
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A build that was checked, and what it will take."""
+
+    settled: Settled
+    run: Run
+    pending: tuple[str, ...]  # stages still to run
+    preview: Preview
+
+
+def prepare(requests: Sequence[BuildRequest], reporter: Reporter, *, dry_run: bool = False) -> list[Prepared]:
+    """Resolve, settle and check all requests, before any of them begins.
+
+    Args:
+        dry_run: Nothing will be built: no bucket is made, and no stage fetched.
+
+    Raises:
+        FactoryError: Whatever can be wrong with one of them, with its line where it comes from a file.
+    """
+    settled = settle_all(requests, reporter)
+    prepared = []
+    for each in settled:
+        with each.request.located():
+            prepared.append(_checked(each, reporter, dry_run=dry_run))
+    return prepared
+
+
+def settle_all(requests: Sequence[BuildRequest], reporter: Reporter) -> list[Settled]:
+    """What each build is to make, and that none overwrites another."""
+    settled = []
+    for request in requests:
+        with request.located():
+            settled.append(_settled(request, reporter))
+    _check_apart(settled)
+    return settled
+
+
+def begin(
+    request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float, measures: bool = True
+) -> tuple[Source, Run]:
+    """What `plan` and `sweep` begin with: the source, and a run for it whose texts and tasks were checked.
+
+    Args:
+        drop: Fraction of the layers to drop, at least.
+        measures: Whether text and weights are read at all.
+    """
+    source = resolve_source(request, reporter)
+    config = settle(request, source, drop=drop)
+    check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
+    sweeps = isinstance(request, SweepRequest)
+    if isinstance(request, SweepRequest):
+        if config.heal_enabled and not source.remote_code:
+            from factory.healing.lora import check_targets
+
+            check_targets(source.config, config.heal.modules)
+        check_backend(config.evaluate)
+        check_tasks(config.evaluate, search=True, run_code=request.run_task_code)
+    texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
+    for message in (*texts.remarks, *check_texts(texts)):
+        reporter.note(message)
+    run = Run(config, Store((request.home or default_home()).absolute()), reporter, texts)
+    if measures:
+        from factory.parallel.launch import num_processes
+
+        run.processes = num_processes(request.processes)
+    return source, run
+
+
+def resolve_source(request: Request, reporter: Reporter) -> Source:
+    """The source that a request names; asks the Hub, and reads no weight."""
+    from factory.hub.resolve import resolve_model
+    from factory.hub.source_card import README, unread_card
+
+    source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
+    if source.folder and (reason := unread_card(source.folder)):
+        reporter.note(f"{source.folder / README} is not read, so no licence is known: {reason}")
+    return source
+
+
+def pull_and_trust(source: Source, reporter: Reporter) -> Source:
+    """Download the source's weights, and register its code with transformers where that is trusted."""
+    from factory.hub.pull import pull
+    from factory.hub.remote_code import register
+
+    if source.folder is None:
+        reporter.started("pull")
+        source = pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
+        reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+    if source.remote_code:
+        register(source)
+    return source
+
+
+def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
+    from factory.hub.push import full_name
+    from factory.pruning.criteria import plan_without
+
+    _check_stages(request.rerun)
+    if request.push_to:
+        full_name(request.push_to)  # not logged in: an error now, not after hours
+    if request.reproduce:
+        settled = _settled_again(request, reporter)
+    else:
+        source = resolve_source(request, reporter)
+        drop = request.drop
+        if request.layers:
+            plan_without(request.layers, num_layers=source.num_layers)  # refuses what the model lacks
+            drop = len(request.layers) / source.num_layers
+        config = settle(request, source, drop=drop)
+        out = request.out or Path("builds") / build_name(source.name, config.drop)
+        settled = Settled(request, source, config, out)
+    if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
+        reporter.note(note)
+    return settled
+
+
+def _check_stages(names: Sequence[str]) -> None:
+    known = [name for name, stage in STAGES.items() if stage.can_rerun]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"`rerun={name}` is not a stage", hint=f"stages: {', '.join(known)}")
+
+
+def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
+    """The same for a build that repeats a finished one."""
+    from dataclasses import replace
+
+    found = read_build(request.model)
+    source = resolve_source(replace(request, model=source_reference(found)), reporter)
+    check_same_source(found, source)
+    files = {"measure": request.calibration_data, "heal": request.heal_data, "evaluate": request.eval_data}
+    config = same_settings(found, files=files, tasks=request.tasks)
+    out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
+    return Settled(request, source, config, out, repeats=found)
+
+
+def _check_apart(settled: Sequence[Settled]) -> None:
+    """Refuse builds that would overwrite one another, however their places are written."""
+    from factory.hub.push import full_name
+
+    taken: dict[tuple[str, str], int] = {}
+    for one in settled:
+        line, repository = one.request.origin.line if one.request.origin else 0, one.request.push_to
+        places = [("out", str(one.out), str(one.out.resolve()))]
+        if repository is not None:
+            places.append(("push_to", repository, full_name(repository).casefold()))
+        for key, written, place in places:
+            if (key, place) in taken:
+                with one.request.located(key):
+                    raise UsageError(
+                        f"{written} is where the build in line {taken[key, place]} goes",
+                        hint=f"give each build its own `{key}`",
+                    )
+            taken[key, place] = line
+
+
+def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared:
+    """Check all that one build needs: texts, tasks, tensors, disk, memory."""
+    request, source, config = settled.request, settled.source, settled.config
+    check_out(settled.out)
+    home = (request.home or default_home()).absolute()
+    store = Store(home, _bucket(request, reporter, dry_run=dry_run))
+    check_backend(config.evaluate)
+    check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+    texts = open_texts(config)
+    if settled.repeats:
+        check_same_texts(settled.repeats, texts)
+    for message in texts.remarks:
+        reporter.note(message)
+    run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
+    run.tracking = _tracking(settled, reporter)
+    left = pending(run, source)
+    check_weights_load(source, config, left)
+    check_tasks(config.evaluate, search="evaluate" in left, run_code=request.run_task_code)
+    if reads_text(left):
+        for message in check_texts(texts):
+            reporter.note(message)
+    if left or request.processes:
+        from factory.parallel.launch import num_processes
+
+        run.processes = num_processes(request.processes)
+    shown = preview(
+        source,
+        config,
+        pending=left,
+        home=home,
+        out=settled.out,
+        processes=run.processes,
+        **known_lengths(texts, left),
+    )
+    return Prepared(settled, run, left, shown)
+
+
+def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str]) -> None:
+    """That the weights hold the whole model, and that transformers can load them here; from headers alone."""
+    if PRUNE.name in stages:
+        from factory.model.completeness import check_source
+
+        check_source(source)
+    if any(stage.loads_source for name, stage in STAGES.items() if name in stages):
+        from factory.model.quantization import check_loads
+
+        check_loads(source.config, four_bit=config.measure.four_bit)
+
+
+def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> StageBucket | None:
+    """Where stages are kept besides this machine."""
+    if request.state is None:
+        return None
+    from factory.hub.bucket import look_at_bucket, open_bucket
+    from factory.hub.push import full_name
+
+    name = full_name(request.state)
+    if not dry_run:
+        return open_bucket(name, remark=reporter.note)
+    look_at_bucket(name)
+    reporter.note(f"what {name} holds already is not counted in a dry run")
+    return None
+
+
+def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
+    """Where the build is followed, under a name of its own, though folders may be called alike."""
+    out = settled.out.absolute()
+    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json")]
+    suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
+    return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs", reporter.note)
+
+
+def load_questions(request: Request, config: BuildConfig, reporter: Reporter) -> None:
+    """Load the questions that the models will answer: hours later is too late to find that they are gone."""
+    if not config.evaluate.tasks:
+        return
+    from factory.evaluation.harness import load_tasks
+
+    reporter.started("questions")
+    try:
+        with request.located("tasks"):
+            load_tasks(config.evaluate)
+    finally:
+        reporter.stop()
