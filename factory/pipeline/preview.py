@@ -13,7 +13,7 @@ from factory.pipeline.requirements import (
     check_four_bit,
     check_healing,
     check_memory,
-    experts_of,
+    healing_processes,
     host_bytes,
     needs,
 )
@@ -154,12 +154,9 @@ def preview(
     if is_here:
         _check_here(config, pending, needed, machine)
     if "heal" in pending and config.heal_enabled:
-        distils = config.heal.objective == "distill"
-        trained = source.num_parameters if distils else parameters_after
-        unpacked = int(experts_of(source)[0] * (1 if distils else 1 - share))
         sharers = 1
         if is_here:
-            sharers = _sharers(config, trained, num_unpacked=unpacked, processes=processes)
+            sharers = _sharers(source, config, processes=processes, pruned_parameters=parameters_after)
         if not source.remote_code:
             from factory.healing.lora import check_targets
 
@@ -187,16 +184,14 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
         check_four_bit(best_device())
 
 
-def _sharers(config: BuildConfig, num_parameters: int, *, num_unpacked: int, processes: int) -> int:
+def _sharers(source: Source, config: BuildConfig, *, processes: int, pruned_parameters: int) -> int:
     """Among how many GPUs a model in training is divided: where it fits one, each holds the whole."""
-    from factory.model.devices import best_device, training_processes, trains_on_one
     from factory.parallel.launch import check_sharding
 
-    number = training_processes(processes, batch_size=config.heal.batch_size)
-    four_bit = config.heal.bits == 4
-    if number == 1 or trains_on_one(
-        num_parameters, best_device(), four_bit=four_bit, num_unpacked=num_unpacked
-    ):
+    number, divided = healing_processes(
+        source, config, processes=processes, pruned_parameters=pruned_parameters
+    )
+    if not divided:
         return 1
     check_sharding()
     return number

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from factory.artifacts import Source
-from factory.config.settings import BuildConfig
+from factory.config.settings import BuildConfig, num_dropped
 from factory.errors import MachineError
 from factory.units import size
 
@@ -145,7 +145,7 @@ def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list
 
 
 def _num_kept(source: Source, config: BuildConfig) -> int:
-    return source.num_layers - math.floor(config.drop * source.num_layers + 0.5)
+    return source.num_layers - num_dropped(config.drop, source.num_layers)
 
 
 def _adapter_parameters(source: Source, config: BuildConfig) -> int:
@@ -229,6 +229,33 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     return int(
         CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + added + heal.sequence_length * token
     )
+
+
+def healing_processes(
+    source: Source, config: BuildConfig, *, processes: int, pruned_parameters: int
+) -> tuple[int, bool]:
+    """Return how many processes share a step of healing, and whether the model is divided among them.
+
+    Where the model and its training fit one device, each process holds the whole.
+
+    Args:
+        processes: The most there may be.
+        pruned_parameters: Parameter count of the pruned model.
+    """
+    from factory.model.devices import best_device, training_processes, trains_on_one
+
+    heal = config.heal
+    distils = heal.objective == "distill"
+    number = training_processes(processes, batch_size=heal.batch_size)
+    fits = number == 1 or trains_on_one(
+        source.num_parameters if distils else pruned_parameters,
+        best_device(),
+        four_bit=heal.bits == 4,
+        num_unpacked=_num_experts_parameters(
+            source, source.num_layers if distils else _num_kept(source, config)
+        ),
+    )
+    return number, not fits
 
 
 def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> None:

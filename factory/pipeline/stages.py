@@ -23,7 +23,7 @@ from factory.config.choices import Criterion
 from factory.config.settings import num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
-from factory.pipeline.requirements import experts_of
+from factory.pipeline.requirements import healing_processes
 from factory.pipeline.run import Run
 from factory.text.text import text_identity
 from factory.units import count
@@ -229,7 +229,6 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
     def work(folder: Path) -> Artifact:
         from factory.healing.heal import heal
-        from factory.model.devices import best_device, training_processes, trains_on_one
         from factory.parallel.launch import spread
 
         part = partial(
@@ -243,15 +242,10 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             folder=folder,
             tracking=run.tracking,
         )
-        processes = training_processes(run.processes, batch_size=run.config.heal.batch_size)
-        trained = source if run.config.heal.objective == "distill" else pruned
-        fits = trains_on_one(
-            trained.num_parameters,
-            best_device(),
-            four_bit=run.config.heal.bits == 4,
-            num_unpacked=experts_of(source)[0] * trained.num_layers // source.num_layers,
+        processes, divided = healing_processes(
+            source, run.config, processes=run.processes, pruned_parameters=pruned.num_parameters
         )
-        return spread(part, processes=processes, case=None if fits else "fsdp", progress=run.ticks("heal"))
+        return spread(part, processes=processes, case="fsdp" if divided else None, progress=run.ticks("heal"))
 
     return run.stage(
         "heal",
