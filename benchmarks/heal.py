@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
-from factory.cli.options import Layers
+from factory.config.options import read_layers
 from factory.config.settings import HealSettings
 from factory.healing.heal import heal
 from factory.healing.merge import merge
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the adapters of the first seed")
     options = parser.parse_args()
     source = pull(resolve(options.model))
-    dropped = Layers().convert(options.layers, None, None)
+    dropped = read_layers(options.layers)
     data = [options.heal_data, options.eval_data, *([options.dev_data] if options.dev_data else [])]
     texts = [open_text(reference, split="train") for reference in data]
     length = options.sequence_length

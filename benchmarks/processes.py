@@ -18,7 +18,7 @@ import torch
 from heal import settings_of
 
 from factory.artifacts import PruningPlan
-from factory.cli.options import Layers
+from factory.config.options import read_layers
 from factory.healing.heal import heal
 from factory.hub.pull import pull
 from factory.hub.resolve import resolve
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     several = num_processes(options.processes)
     source = pull(resolve(options.model))
-    dropped = Layers().convert(options.layers, None, None)
+    dropped = read_layers(options.layers)
     text = open_text(options.heal_data, split="train")
     settings = settings_of(
         options.setting,

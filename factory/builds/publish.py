@@ -16,7 +16,7 @@ def publish(
 
     Args:
         folder: The build.
-        repository: `owner/name`; None: the source's name and the fraction, under who is logged in.
+        repository: `owner/name`; None: the build's name, under who is logged in.
         space: The comparison Space that the card links to; None: the one it links to already, if any.
         options: Of `hub.push`.
 
@@ -24,15 +24,13 @@ def publish(
         What lies on the Hub, and whether the card is an edited one.
     """
     from factory.builds.integrity import check_nothing_added, check_whole
-    from factory.hub.push import default_repo_name, full_name, label, push
+    from factory.hub.push import full_name, label, push
     from factory.report.card import renewed_card
 
     build = Build.read(folder)
     check_nothing_added(folder)
     check_whole(build, folder)
-    if repository is None:
-        repository = default_repo_name(build.source, build.config["drop"])
-    repo_id = full_name(repository)
+    repo_id = full_name(build.name if repository is None else repository)
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     pull_request = None
     if known and known.repo_id == repo_id:

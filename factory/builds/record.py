@@ -100,6 +100,7 @@ def _without_path(reference: str, name: str, repo_id: str | None) -> str:
 def installed_libraries(*, of: str = PROGRAM) -> dict[str, str]:
     """Name → version of every installed distribution below one, by its metadata; and Python's own.
 
+    Nothing else that is installed: build.json is published, and other packages are the user's business.
     Optional dependencies count where an extra asks for them. What is not installed is left out.
     """
     found: dict[str, str] = {}

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.builds.integrity import Verified
 from factory.cli.console import STAGE_WIDTH, printable
 from factory.config.settings import BuildConfig
@@ -17,7 +17,7 @@ from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
-from factory.report.tables import comparison
+from factory.report.tables import comparison, quality_table, size_table
 from factory.units import count, duration, size
 
 
@@ -79,72 +79,35 @@ def _host(shown: Preview) -> str:
     return f"; about {size(shown.host_needed)}{of} beside it"
 
 
-def result_table(build: Build) -> Table:
-    """Source, pruned and healed side by side, and how the one that ships (←) differs from the source."""
-    names = list(build.evaluations)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("")
-    for name in names:
-        table.add_column(name + (" ←" if name == build.shipped else ""), justify="right")
-    if build.comparisons:
-        table.add_column("← less source", justify="right")
-    evaluations = [build.evaluations[name] for name in names]
-    loss = comparison(build, build.shipped, "loss")
-    table.add_row(
-        "loss, nats a token",
-        *(f"{e.loss.nats:.3f} ± {e.loss.stderr:.3f}" for e in evaluations),
-        _change(loss, "+.3f"),
-    )
-    table.add_row("loss / log V", *(f"{e.loss.normalized:.3f}" for e in evaluations))
-    table.add_row("perplexity", *(f"{e.loss.perplexity:.2f}" for e in evaluations))
-    for index, task in enumerate(evaluations[0].tasks):
-        chance = f" (chance {task.chance:.1%})" if task.chance is not None else ""
-        table.add_row(
-            f"{task.label}, {task.shots} {task.metric}{' ↓' if task.arrow == '↓' else ''}{chance}",
-            *(_score(e.tasks[index], like=task) for e in evaluations),
-            _change(comparison(build, build.shipped, task.task), "+.1%" if task.is_share else "+,.3f"),
-        )
-    after, bytes_after = count(build.result_parameters), size(build.result_bytes)
-    others = len(names) - 1
-    table.add_row("parameters", count(build.source_parameters), *[after] * others)
-    table.add_row("weights", size(build.source_bytes), *[bytes_after] * others)
-    if build.speed:
-        _add_speed(table, build, names)
-    return table
-
-
-def _change(compared: Comparison | None, form: str) -> str:
-    """The difference with its interval; "≈" where chance alone could have made it."""
-    if compared is None:
-        return ""
-    sign = "" if compared.significant else "≈ "
-    return f"{sign}{compared.difference:{form}} ({compared.low:{form}} to {compared.high:{form}})"
-
-
-def _add_speed(table: Table, build: Build, names: list[str]) -> None:
-    assert build.speed is not None
-    speeds = {"source": build.speed.source, build.shipped: build.speed.result}
-    for label, field in (("prefill, tokens/s", "prefill"), ("decode, tokens/s", "decode")):
-        cells = []
-        for name in names:
-            speed = speeds.get(name)
-            cells.append("" if speed is None else f"{getattr(speed, f'{field}_tokens_per_second'):,.0f}")
-        table.add_row(label, *cells)
-    taken = {name: speed.memory_bytes for name, speed in speeds.items() if speed.memory_bytes is not None}
-    if taken:
-        label = "memory, at its peak" if build.speed.memory == "peak" else "weights and cache, in memory"
-        table.add_row(label, *(size(taken[name]) if name in taken else "" for name in names))
+def result_tables(build: Build) -> tuple[Table, Table]:
+    """Quality and size of the models side by side, as on the card."""
+    tables = []
+    for head, *rows in (quality_table(build), size_table(build)):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for index, name in enumerate(head):
+            # The card says below its table what a change is.
+            title = "change vs source" if name == "change" else name
+            table.add_column(title, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def _score(task: TaskScore, *, like: TaskScore) -> str:
-    """A score with its error, in the unit of the source's."""
+    """Return a score with its error, in the unit of the source's."""
     return like.shown(task.value) + (f" ± {like.shown(task.stderr)}" if task.stderr is not None else "")
 
 
 def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
-    """The table, what it means in a line, and what to type next."""
+    """The tables, what they mean in a line, and what to type next."""
+    quality, sizes = result_tables(build)
     out.print()
-    out.print(result_table(build))
+    out.print(quality)
+    if build.comparisons:
+        out.print("± is one standard error; * differs from the source by more than chance.", style="dim")
+    out.print()
+    out.print(sizes)
     out.print()
     out.print(verdict(build), soft_wrap=True)
     out.print()
@@ -269,7 +232,7 @@ def verdict(build: Build) -> str:
     compared = comparison(build, build.shipped, "loss")
     if compared and not compared.significant:
         return (
-            f"No measurable loss: {compared.difference:+.3f} nats a token is within chance "
+            f"No measurable loss: {compared.difference:+.3f} nats per token is within chance "
             f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
             f"{compared.high:+.3f}."
         )

@@ -20,10 +20,9 @@ from huggingface_hub.hf_api import CommitInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
-from factory.artifacts import Build, Publication, Source, canonical_json
+from factory.artifacts import Build, Publication, canonical_json
 from factory.checkpoint.read import WEIGHTS
 from factory.config.references import HUB_NAME
-from factory.config.settings import build_name
 from factory.errors import HubError, UsageError
 from factory.hub.client import account_name, hub_api, patiently
 from factory.hub.errors import AGAIN, CLIENT_ERRORS, endpoint, explain, hub_errors, is_unknown, not_logged_in
@@ -31,11 +30,6 @@ from factory.store.files import sha256_once, visible_files
 
 README = "README.md"
 THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
-
-
-def default_repo_name(source: Source, drop: float) -> str:
-    """Name of the repository for a source without some of its layers: "Mistral-7B-v0.1-drop30"."""
-    return build_name(source.name, drop)
 
 
 def label(build: Build) -> str:

@@ -49,12 +49,11 @@ def resolve_model(reference: str, *, trust_remote_code: bool = False) -> Source:
     return resolve(recipe.repo_id, trust_remote_code=trust_remote_code)
 
 
-def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_code: bool = False) -> Source:
+def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
     """Find out what a model is, without its weights: configuration and safetensors headers only.
 
     Args:
         reference: A folder, or `owner/name[@revision]`.
-        recipe_repo_id: The repository that an alias stands for; `reference` then gives the revision alone.
         trust_remote_code: Accept a model type that only code of its own repository knows, at a pinned commit.
 
     Raises:
@@ -64,10 +63,9 @@ def resolve(reference: str, *, recipe_repo_id: str | None = None, trust_remote_c
         ModelError: A model that the factory cannot work on.
     """
     folder = local_path(reference)
-    if recipe_repo_id is None and folder.is_dir():
+    if folder.is_dir():
         return _resolve_folder(folder, trust_remote_code=trust_remote_code)
-    name, _, revision = reference.partition("@")
-    repo_id = recipe_repo_id or name
+    repo_id, _, revision = reference.partition("@")
     if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
         raise unknown_model(reference)
     with hub_errors(repo_id, revision=revision or None):

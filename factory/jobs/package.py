@@ -7,6 +7,8 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
 
+from packaging.utils import canonicalize_name
+
 from factory import __version__
 from factory.errors import StoreError
 from factory.resources import PACKAGE
@@ -33,8 +35,11 @@ def program(*, with_vllm: bool = False) -> dict[str, bytes]:
         metadata = str(distribution(DISTRIBUTION).metadata).encode()
     except PackageNotFoundError as error:
         raise StoreError(f"{DISTRIBUTION} is not installed", hint="pip install hf-factory") from error
-    pins = {f"{d.metadata['Name']}=={d.version.partition('+')[0]}" for d in distributions()}
-    pins = {pin for pin in pins if not pin.lower().replace("_", "-").startswith(f"{DISTRIBUTION}==")}
+    pins = {
+        f"{package.name}=={package.version.partition('+')[0]}"
+        for package in distributions()
+        if canonicalize_name(package.name) != DISTRIBUTION
+    }
     requirements = b"-c constraints.txt\n"  # uv takes constraints from a file of requirements only
     if with_vllm:
         requirements = requirements + b"vllm\n" if find_spec("vllm") else f"{VLLM}\n".encode()
@@ -46,7 +51,11 @@ def program(*, with_vllm: bool = False) -> dict[str, bytes]:
 
 
 def _wheel(metadata: bytes) -> bytes:
-    """The package as a wheel (packaging.python.org, binary distribution format)."""
+    """Return the package as a wheel (packaging.python.org, binary distribution format).
+
+    Written by hand as long as no index has the program: an installation holds no sources to build from,
+    and a job must run what runs here. After a release, `hf-factory==VERSION` takes its place.
+    """
     info = f"hf_factory-{__version__}.dist-info"
     files = _files()
     files[f"{info}/METADATA"] = metadata

@@ -10,6 +10,7 @@ from factory.checkpoint.header import DTYPE_BITS, TensorInfo
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 from factory.model import config_fields as fields
 from factory.model.config_fields import packing
+from factory.model.config_proof import num_layers_of, text_config, values_of, verify_structure
 
 FIRST_NUMBER = re.compile(r"^(|.*?\.)(0|[1-9][0-9]{0,8})\.")
 # What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
@@ -21,16 +22,11 @@ WORDS = ("U8", "I32")  # hold several weights each
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """Where the decoder layers of a checkpoint are.
-
-    Tensors of layer i start with f"{tensor_prefix}{i}."; `config_path` leads to the decoder's fields in
-    config.json: () or ("text_config",).
-    """
+    """The decoder layers of a checkpoint; tensors of layer i start with f"{tensor_prefix}{i}."."""
 
     model_type: str
     num_layers: int
     tensor_prefix: str
-    config_path: tuple[str, ...]
 
 
 def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
@@ -44,7 +40,7 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
         UnsupportedArchitectureError: An encoder-decoder, or no single stack of the configured size.
     """
     model_type = str(config.get("model_type", ""))
-    path, num_layers = _path_and_count(config)
+    _, num_layers = _path_and_count(config)
     indices: dict[str, set[int]] = {}
     for name in tensor_names:
         if match := FIRST_NUMBER.match(name):
@@ -56,7 +52,7 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
         if sum(index < num_layers for index in found) == num_layers > 0
     ]
     prefix = fields.only_decoder(whole, model_type=model_type, num_layers=num_layers)
-    return DecoderStack(model_type, num_layers, prefix, path)
+    return DecoderStack(model_type, num_layers, prefix)
 
 
 def renumber(name: str, *, stack: DecoderStack, kept_index: Mapping[int, int]) -> str | None:
@@ -86,8 +82,6 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
         UnsupportedArchitectureError: transformers does not know the model type, or it is no decoder.
         UnsupportedFieldError: A field would give a kept layer another kind, window or position encoding.
     """
-    from factory.model.config_proof import text_config, values_of
-
     path, num_layers = _path_and_count(config)
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < num_layers:
         raise ValueError(f"kept layers {list(kept)} are not ascending numbers below {num_layers}")
@@ -106,8 +100,6 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
 
 def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
     """Whether the fields of a configuration allow these layers to be missing; not yet proven by building."""
-    from factory.model.config_proof import text_config, values_of
-
     path, num_layers = _path_and_count(config)
     kept = [layer for layer in range(num_layers) if layer not in dropped]
     values = {**values_of(text_config(config)), **_at(config, path)}
@@ -116,33 +108,6 @@ def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
     except (UnsupportedArchitectureError, UnsupportedFieldError):
         return False
     return True
-
-
-def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
-    """Prove that each kept layer of the pruned configuration is built as in the original one.
-
-    Raises:
-        UnsupportedArchitectureError: transformers cannot build the model.
-        UnsupportedFieldError: A layer, or something beside the layers, is built differently.
-    """
-    from factory.model.config_proof import verify_structure as verify
-
-    verify(config, pruned_config, kept)
-
-
-def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
-    """Refuse early, whatever the cut, what is no decoder that transformers can build.
-
-    Args:
-        num_parameters: That the weights hold. What they lack would be made up, in any size, while loading.
-
-    Raises:
-        UnsupportedArchitectureError: Says the model type.
-        CheckpointError: The configuration describes a model that is much larger than the weights.
-    """
-    from factory.model.config_proof import check
-
-    check(config, num_parameters=num_parameters)
 
 
 def _rewritten(values: dict[str, Any], **cut: Any) -> dict[str, Any]:
@@ -172,8 +137,6 @@ def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     counts = [value for name in fields.COUNTS if isinstance(value := _at(config, path).get(name), int)]
     if counts:
         return path, counts[0]
-    from factory.model.config_proof import num_layers_of, text_config
-
     return path, num_layers_of(text_config(config))
 
 

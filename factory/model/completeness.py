@@ -6,9 +6,9 @@ from typing import Any
 
 from factory.artifacts import Source
 from factory.errors import CheckpointError, VerificationError
-from factory.model.architecture import check_decoder, locate
+from factory.model.architecture import locate
 from factory.model.config_fields import packing
-from factory.model.config_proof import find_layers, on_meta
+from factory.model.config_proof import check_decoder, find_layers, on_meta
 from factory.model.loading import loading_report, some, told
 
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")  # others hold packed weights, in shapes of their own

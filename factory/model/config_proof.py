@@ -133,8 +133,17 @@ def num_layers_of(config: Any) -> int:
     return count
 
 
-def check(config: dict[str, Any], *, num_parameters: int) -> None:
-    """See `factory.model.architecture.check_decoder`."""
+def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
+    """Refuse early, whatever the cut, what is no decoder that transformers can build.
+
+    Args:
+        num_parameters: Parameter count of the stored weights; a larger configuration is refused, since
+            loading would fill in what they lack, in any size.
+
+    Raises:
+        UnsupportedArchitectureError: Says the model type.
+        CheckpointError: The configuration describes a model that is much larger than the weights.
+    """
     model = on_meta(config)
     described = int(model.num_parameters())
     most = MOST_PACKED if fields.packing(config) else MOST_MADE_UP  # several weights in a stored number
@@ -148,7 +157,12 @@ def check(config: dict[str, Any], *, num_parameters: int) -> None:
 
 
 def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept: Sequence[int]) -> None:
-    """See `factory.model.architecture.verify_structure`."""
+    """Prove that each kept layer of the pruned configuration is built as in the original one.
+
+    Raises:
+        UnsupportedArchitectureError: transformers cannot build the model.
+        UnsupportedFieldError: A layer, or something beside the layers, is built differently.
+    """
     old = on_meta(config)
     try:
         new = on_meta(pruned_config)

@@ -1,10 +1,11 @@
-"""Findings: the tables of the card, and what follows from the numbers of a build."""
+"""Rows of the results, for card and terminal, and what follows from the numbers of a build."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from factory.artifacts import Build, Comparison, DataSource, Evaluation, Speed, TaskScore
+from factory.artifacts import Build, Comparison, DataSource, Evaluation, TaskScore
 from factory.report.markdown import number, percent, rate, ratio, signed, with_error
 from factory.units import size
 
@@ -12,49 +13,69 @@ SIGNIFICANT = 2  # standard errors
 NUM_WORST = 5
 
 
-def quality_rows(build: Build) -> list[list[str]]:
-    """Head, losses and tasks: a column a model, then change and recovery where they are known.
+@dataclass(frozen=True)
+class Row:
+    """A row of the results: a text for each model, and what follows from them where that is known."""
+
+    label: str
+    cells: list[str]
+    change: str = ""
+    recovery: str = ""
+
+
+def quality_table(build: Build) -> list[list[str]]:
+    """Return head and rows: a column for each model, then change and recovery where they are known.
 
     A star marks what differs from the source by more than chance.
     """
     names = [name for name in ("source", "pruned", "healed") if name in build.evaluations]
+    models = [f"{name} (this model)" if name == build.shipped else name for name in names]
+    findings = task_findings(build)
+    rows = [
+        Row("", models, change="change", recovery="recovery"),
+        loss_row(build, names),
+        normalized_loss_row(build, names),
+        perplexity_row(build, names),
+        *(task_row(build, names, finding) for finding in findings),
+    ]
+    return [
+        [row.label, *row.cells, *[row.change] * bool(build.comparisons), *[row.recovery] * bool(findings)]
+        for row in rows
+    ]
+
+
+def loss_row(build: Build, names: Sequence[str]) -> Row:
+    """Mean loss with its standard error."""
     losses = [build.evaluations[name].loss for name in names]
     stars = [_star(comparison(build, name, "loss")) for name in names]
-    rows = [
-        ["", *(f"{name} (this model)" if name == build.shipped else name for name in names)],
-        [
-            "Loss, nats per token ↓",
-            *(with_error(loss.nats, loss.stderr) + star for loss, star in zip(losses, stars, strict=True)),
-        ],
-        ["Loss / log V ↓", *(number(loss.normalized) for loss in losses)],
-        ["Perplexity ↓", *(number(loss.perplexity, digits=2) for loss in losses)],
-    ]
-    changes: list[Comparison | None] = [comparison(build, build.shipped, "loss"), None, None]
-    findings = task_findings(build)
-    for finding in findings:
-        rows.append([_task_label(finding["source"]), *_scores(build, names, finding["source"])])
-        changes.append(finding["comparison"])
-    if build.comparisons:
-        for row, change in zip(rows, ["change", *map(_change, changes)], strict=True):
-            row.append(change)
-    if findings:
-        recoveries = [finding["recovery"] for finding in findings]
-        shown = ["n/a" if recovery is None else percent(recovery) for recovery in recoveries]
-        for row, cell in zip(rows, ["recovery", "", "", "", *shown], strict=True):
-            row.append(cell)
-    return rows
+    cells = [with_error(loss.nats, loss.stderr) + star for loss, star in zip(losses, stars, strict=True)]
+    return Row("Loss, nats per token ↓", cells, change=_change(comparison(build, build.shipped, "loss")))
 
 
-def _task_label(task: TaskScore) -> str:
+def normalized_loss_row(build: Build, names: Sequence[str]) -> Row:
+    """Loss as a share of a uniform guess's."""
+    return Row("Loss / log V ↓", [number(build.evaluations[name].loss.normalized) for name in names])
+
+
+def perplexity_row(build: Build, names: Sequence[str]) -> Row:
+    """Exponential of the loss."""
+    cells = [number(build.evaluations[name].loss.perplexity, digits=2) for name in names]
+    return Row("Perplexity ↓", cells)
+
+
+def task_row(build: Build, names: Sequence[str], finding: dict[str, Any]) -> Row:
+    """Score of each model in one task."""
+    task: TaskScore = finding["source"]
     chance = "" if task.chance is None else f" (chance {number(task.chance)})"
     answers = "" if task.answers is None else f" by {task.answers}"
-    return f"{task.label}, {task.shots}, {task.metric}{answers} {task.arrow}".rstrip() + chance
-
-
-def _scores(build: Build, names: Sequence[str], task: TaskScore) -> list[str]:
     scores = [_score_of(build.evaluations[name], task) for name in names]
     stars = [_star(comparison(build, name, task.task)) for name in names]
-    return [with_error(s.value, s.stderr) + star for s, star in zip(scores, stars, strict=True)]
+    return Row(
+        f"{task.label}, {task.shots}, {task.metric}{answers} {task.arrow}".rstrip() + chance,
+        [with_error(s.value, s.stderr) + star for s, star in zip(scores, stars, strict=True)],
+        change=_change(finding["comparison"]),
+        recovery="n/a" if finding["recovery"] is None else percent(finding["recovery"]),
+    )
 
 
 def _star(compared: Comparison | None) -> str:
@@ -165,34 +186,63 @@ def recovery(source: TaskScore, shipped: TaskScore) -> float | None:
     return (shipped.value - source.chance) / (source.value - source.chance)
 
 
-def size_rows(build: Build) -> list[list[str]]:
-    """Label, source, this model, ratio: parameters, bytes and, where measured, memory and tokens a second."""
+def size_table(build: Build) -> list[list[str]]:
+    """Return head and rows: source, this model, and their ratio, of whatever was measured."""
+    rows = (
+        parameters_row(build),
+        weights_row(build),
+        memory_row(build),
+        cache_row(build),
+        speed_row(build, "Prefill (reading the prompt), tokens/s", "prefill"),
+        speed_row(build, "Decode (writing), tokens/s", "decode"),
+    )
+    return [["", "source", "this model", "ratio"], *(row for row in rows if row)]
+
+
+def parameters_row(build: Build) -> list[str]:
+    """Parameter count."""
     before, after = build.source_parameters, build.result_parameters
-    rows = [["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]]
-    before, after = build.source_bytes, build.result_bytes
-    rows.append(["Weight files", size(before, decimals=2), size(after, decimals=2), ratio(after, before)])
-    if build.speed:
-        old, new = build.speed.source, build.speed.result
-        rows += _memory_rows(old, new, counted=build.speed.memory or "")
-        for label, speed, spread in (
-            ("Prefill (reading the prompt), tokens/s", "prefill_tokens_per_second", "prefill_spread"),
-            ("Decode (writing), tokens/s", "decode_tokens_per_second", "decode_spread"),
-        ):
-            rates = [rate(getattr(side, speed), getattr(side, spread)) for side in (old, new)]
-            rows.append([label, *rates, ratio(getattr(new, speed), getattr(old, speed))])
-    return rows
+    return ["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]
 
 
-def _memory_rows(old: Speed, new: Speed, *, counted: str) -> list[list[str]]:
-    rows = []
-    if old.memory_bytes is not None and new.memory_bytes is not None:
-        label = "Memory, at its peak" if counted == "peak" else "Weights and cache in memory"
-        sizes = size(old.memory_bytes, decimals=2), size(new.memory_bytes, decimals=2)
-        rows.append([label, *sizes, ratio(new.memory_bytes, old.memory_bytes)])
-    before, after = old.cache_bytes_per_token, new.cache_bytes_per_token
-    if before is not None and after is not None:
-        rows.append(["Cache, bytes a token", f"{before:,.0f}", f"{after:,.0f}", ratio(after, before)])
-    return rows
+def weights_row(build: Build) -> list[str]:
+    """Bytes of the weight files."""
+    return ["Weight files", *_sizes(build.source_bytes, build.result_bytes)]
+
+
+def memory_row(build: Build) -> list[str]:
+    """Memory while generating; empty if it was not measured."""
+    if build.speed is None:
+        return []
+    before, after = build.speed.source.memory_bytes, build.speed.result.memory_bytes
+    if before is None or after is None:
+        return []
+    label = "Memory, at its peak" if build.speed.memory == "peak" else "Weights and cache in memory"
+    return [label, *_sizes(before, after)]
+
+
+def cache_row(build: Build) -> list[str]:
+    """Growth of the cache; empty if it was not measured."""
+    if build.speed is None:
+        return []
+    before, after = build.speed.source.cache_bytes_per_token, build.speed.result.cache_bytes_per_token
+    if before is None or after is None:
+        return []
+    return ["Cache, bytes per token", f"{before:,.0f}", f"{after:,.0f}", ratio(after, before)]
+
+
+def speed_row(build: Build, label: str, phase: str) -> list[str]:
+    """Tokens per second in one phase, "prefill" or "decode"; empty if it was not measured."""
+    if build.speed is None:
+        return []
+    sides = (build.speed.source, build.speed.result)
+    rates = [getattr(side, f"{phase}_tokens_per_second") for side in sides]
+    spreads = [getattr(side, f"{phase}_spread") for side in sides]
+    return [label, *map(rate, rates, spreads), ratio(rates[1], rates[0])]
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    return size(before, decimals=2), size(after, decimals=2), ratio(after, before)
 
 
 def data_rows(build: Build) -> list[tuple[str, DataSource]]:

@@ -20,6 +20,7 @@ from factory.artifacts import (
     TaskScore,
     TokenLoss,
 )
+from factory.config.request import BuildRequest
 from factory.config.settings import BuildConfig, load_recipe, settle
 from factory.pruning.measure import Sums
 
@@ -161,8 +162,9 @@ def demo_healed() -> Build:
     """The embedded demo: no Hub repository, a text that is no Hub data set, healed."""
     train = DataSource(name="stdlib:train", version="5b" * 32)
     held_out = DataSource(name="stdlib:held-out", version="c4" * 32)
-    recipe, size = load_recipe("demo"), {"num_parameters": 3_412_224, "max_length": 32_768}
-    config = settle("demo", drop=0.3, recipe=recipe, is_folder=True, overrides={}, **size)
+    recipe = load_recipe("demo")
+    source = a_source(name="demo", repo_id=None, num_parameters=3_412_224)
+    config = settle(BuildRequest(model="demo", drop=0.3), source)
     losses = {"source": 2.2214, "pruned": 4.9071, "healed": 2.6127}
     lines = {"source": 0.781, "pruned": 0.344, "healed": 0.662}
     return a_build(

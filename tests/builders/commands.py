@@ -1,7 +1,8 @@
 """Arguments of commands, what they ask for, and the modules that a process for them has ready."""
 
 from factory.cli.build import build
-from factory.cli.request import Request, requests
+from factory.cli.request import read_requests
+from factory.config.request import BuildRequest
 
 LIGHT = ("factory.hub.pull", "factory.report.card")
 HEAVY = (
@@ -17,6 +18,9 @@ TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data 
 QUICK = [*SHORT.split(), *TEXTS.split()]
 
 
-def asked(*arguments: str) -> list[Request]:
+def asked(*arguments: str) -> list[BuildRequest]:
+    """The requests of a command line."""
     with build.make_context("build", list(arguments)) as context:
-        return requests(context.params.pop("model"), context.params)
+        names = BuildRequest.options()
+        values = {name: value for name, value in context.params.items() if name in names}
+        return read_requests(values.pop("model"), values)

@@ -21,7 +21,7 @@ from factory.artifacts import layer_ranges
 from factory.builds import pruned_folder as removal
 from factory.builds.garbage import collect_garbage
 from factory.cli.main import cli
-from factory.cli.options import Layers
+from factory.config.options import read_layers
 from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
 from tests.builders.models import save_llama
 from tests.loopback_hub import Hub
@@ -46,13 +46,13 @@ def prune(model: Path, layers: str, out: Path, *options: str) -> None:
 @given(st.sets(st.integers(0, 99_999), min_size=1, max_size=30), st.sampled_from(["-", "–", " - "]))
 def test_layers_read_as_they_are_shown(layers: set[int], dash: str) -> None:
     typed = layer_ranges(sorted(layers)).replace("–", dash)
-    assert Layers().convert(typed, None, None) == tuple(sorted(layers))
+    assert read_layers(typed) == tuple(sorted(layers))
 
 
 @given(st.text(st.sampled_from("0123456789,- –."), max_size=12) | st.text(max_size=8))
 def test_any_text_is_layers_or_a_usage_error(typed: str) -> None:
     try:
-        layers = Layers().convert(typed, None, None)
+        layers = read_layers(typed)
     except UsageError:
         return
     assert layers == tuple(sorted(set(layers)))

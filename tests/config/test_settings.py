@@ -8,35 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from factory.config.request import BuildRequest
 from factory.config.settings import (
     MOST_TOKENS,
     BuildConfig,
     HealSettings,
     MeasureSettings,
-    Recipe,
     heal_settings_for,
     load_recipe,
     settle,
 )
 from factory.errors import UnknownModelError, UsageError
+from tests.builders.builds import a_source
 
 
-def config_of(recipe: Recipe | None = None, **changes: Any) -> BuildConfig:
-    fields: dict[str, Any] = {
-        "drop": 0.3,
-        "num_parameters": 7_000_000_000,
-        "max_length": 4096,
-        "is_folder": False,
-        "overrides": {},
-    }
-    return settle("some/model", recipe=recipe, **(fields | changes))
-
-
-SFT = {"heal": {"objective": "sft"}}
+def config_of(
+    model: str = "some/model", *, longest: int = 4096, repo_id: str | None = "some/model", **asked: Any
+) -> BuildConfig:
+    source = a_source(
+        repo_id=repo_id, num_parameters=7_000_000_000, config={"max_position_embeddings": longest}
+    )
+    return settle(BuildRequest(**{"model": model, "drop": 0.3, **asked}), source)
 
 
 def test_the_defaults_of_a_7b_model_are_the_papers_where_its_objective_is_asked_for() -> None:
-    heal = config_of(overrides=SFT).heal
+    heal = config_of(heal="sft").heal
     assert (heal.modules, heal.layers, heal.bits) == ("ffn", "all", 4)
     assert (heal.learning_rate, heal.batch_size, heal.sequence_length) == (3e-4, 16, 2048)
     assert (heal.warmup_steps, heal.dropout) == (100, 0.05)
@@ -45,28 +41,27 @@ def test_the_defaults_of_a_7b_model_are_the_papers_where_its_objective_is_asked_
 
 def test_the_recipe_wins_over_the_defaults_and_what_was_typed_over_the_recipe() -> None:
     recipe = load_recipe("mistral-7b")
-    assert config_of(recipe, overrides=SFT).heal.learning_rate == 3e-6
-    asked = {"objective": "sft", "learning_rate": 1e-5, "rank": None}
-    typed = config_of(recipe, overrides={"heal": asked, "seed": 7})
+    assert config_of("mistral-7b", heal="sft").heal.learning_rate == 3e-6
+    typed = config_of("mistral-7b", heal="sft", heal_lr=1e-5, seed=7)
     assert (typed.heal.learning_rate, typed.heal.rank, typed.seed) == (1e-5, recipe.heal.rank, 7)
 
 
 def test_a_model_is_distilled_unless_something_else_is_asked_for() -> None:
-    heal = config_of(load_recipe("mistral-7b")).heal
+    heal = config_of("mistral-7b").heal
     assert (heal.objective, heal.modules, heal.rank, heal.bits) == ("distill", "all-linear", 128, 4)
     assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (pytest.approx(3e-4, rel=0.05), 5000, 16)
 
 
 def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
-    config = config_of(max_length=512)
+    config = config_of(longest=512)
     lengths = {config.measure.sequence_length, config.heal.sequence_length, config.evaluate.sequence_length}
     assert lengths == {512}
 
 
 def test_a_folder_gets_no_tasks_unless_they_are_asked_for() -> None:
     assert config_of().evaluate.tasks == ("mmlu", "boolq", "gsm8k")
-    assert config_of(is_folder=True).evaluate.tasks == ()
-    asked = config_of(is_folder=True, overrides={"evaluate": {"tasks": ("boolq",)}})
+    assert config_of(repo_id=None).evaluate.tasks == ()
+    asked = config_of(repo_id=None, tasks=("boolq",))
     assert asked.evaluate.tasks == ("boolq",)
 
 
@@ -102,11 +97,10 @@ def test_unknown_names_and_values_out_of_range_are_refused() -> None:
 
 
 def test_adding_to_nf4_weights_is_refused_where_healing_sees_none() -> None:
-    asked: dict[str, Any] = {"merge_base": "nf4", "heal": {"bits": 16}}
-    with pytest.raises(UsageError, match=r"--merge-base nf4, but .* 16-bit weights") as caught:
-        config_of(None, overrides=asked)
-    assert "--heal-bits 4" in caught.value.hint
-    assert config_of(None, overrides={**asked, "heal": {"bits": 4}}).merge_base == "nf4"
+    with pytest.raises(UsageError, match=r"`merge_base=nf4`, but .* 16-bit weights") as caught:
+        config_of(merge_base="nf4", heal_bits=16)
+    assert "`heal_bits=4`" in caught.value.hint
+    assert config_of(merge_base="nf4", heal_bits=4).merge_base == "nf4"
 
 
 def test_an_unknown_alias_offers_the_nearest() -> None:
@@ -116,9 +110,5 @@ def test_an_unknown_alias_offers_the_nearest() -> None:
 
 
 def test_a_short_run_warms_up_for_a_tenth_of_its_steps() -> None:
-    recipe = load_recipe("mistral-7b")
-    warmups = [
-        config_of(recipe, overrides={"heal": {"num_steps": steps}}).heal.warmup_steps
-        for steps in (1, 10, 150, 5000)
-    ]
+    warmups = [config_of("mistral-7b", heal_steps=steps).heal.warmup_steps for steps in (1, 10, 150, 5000)]
     assert warmups == [1, 1, 15, 100]

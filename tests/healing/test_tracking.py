@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from factory.cli.build import _tracking
-from factory.cli.request import ask
+from factory.api.progress import Bars
 from factory.config.tracking import Tracking, choose_tracker
 from factory.errors import UsageError
 from factory.healing.callbacks import PROJECT, Report
+from factory.pipeline.prepare import _tracking, settle_all
 from tests.builders.commands import asked
+
+SILENT = Bars()
 
 # As much of trackio as transformers uses, for a machine without it: what it gets lands in a file.
 TRACKIO = """
@@ -150,17 +152,20 @@ def test_each_build_of_a_file_is_tracked_under_a_name_of_its_own(
         f"model: demo\ndrop: 0.3\nreport-to: none\nbuilds: {json.dumps([{'out': out} for out in outs])}\n"
     )
     names, again = (
-        [_tracking(ask(one.model, one.options), one.options).run_name for one in asked("build.yaml")]
-        for _ in range(2)
+        [_tracking(one, SILENT).run_name for one in settle_all(asked("build.yaml"), SILENT)] for _ in range(2)
     )
     assert names == again  # a second attempt goes on with the run
     assert len(set(names)) == len(outs)
     assert all(re.fullmatch(r"x[\w-]*-[0-9a-f]{8}", name) for name in names), names
-    (other,) = asked("demo", "--drop", "0.3", "--out", "a/x", "--seed", "1", "--report-to", "none")
-    assert _tracking(ask("demo", other.options), other.options).run_name not in names
+    requests = asked("demo", "--drop", "0.3", "--out", "a/x", "--seed", "1", "--report-to", "none")
+    (other,) = settle_all(requests, SILENT)
+    assert _tracking(other, SILENT).run_name not in names
 
 
 def test_no_setting_of_a_build_depends_on_its_tracking() -> None:
-    tracked, silent = (asked("demo", "--drop", "0.3", "--report-to", where)[0] for where in ("wandb", "none"))
-    assert (tracked.options["report_to"], silent.options["report_to"]) == ("wandb", "none")
-    assert ask("demo", tracked.options).config == ask("demo", silent.options).config
+    tracked, silent = (
+        settle_all(asked("demo", "--drop", "0.3", "--report-to", where), SILENT)[0]
+        for where in ("wandb", "none")
+    )
+    assert (tracked.request.report_to, silent.request.report_to) == ("wandb", "none")
+    assert tracked.config == silent.config

@@ -140,8 +140,6 @@ def test_a_revision_is_pinned(hub: Hub, xet: Client, model: Path) -> None:
     second = hub.put_model("org/pinned", model, NOTICE=b"new")
     assert xet.call("resolve", "org/pinned", token=None).value["commit"] == second
     assert xet.call("resolve", f"org/pinned@{first}", token=None).value["commit"] == first
-    by_recipe = xet.call("resolve", f"alias@{first}", recipe_repo_id="org/pinned", token=None)
-    assert by_recipe.value["commit"] == first
 
 
 def test_what_is_no_reference_is_a_usage_error(hub: Hub, xet: Client) -> None:
@@ -617,11 +615,3 @@ def test_what_was_published_is_compared_with_what_was_sent(hub: Hub, lfs: Client
 
     hub.fail("GET", "/tree/", meanwhile=tamper)
     refused(push(lfs, build, "alice/compared"), "config.json on alice/compared", "not what was uploaded")
-
-
-@pytest.mark.parametrize(("drop", "name"), [(0.3, "tiny-drop30"), (0.125, "tiny-drop12.5")])
-def test_a_repository_is_named_after_model_and_fraction(
-    xet: Client, model: Path, drop: float, name: str
-) -> None:
-    source = xet.call("resolve", str(model), token=None).value
-    assert xet.call("default_repo_name", source, drop, token=None).value == name

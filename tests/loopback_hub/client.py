@@ -77,9 +77,6 @@ def open_text(reference, split):
     text = open_text(reference, split=split)
     return {**text.data.model_dump(), "documents": list(text.documents())}
 
-def default_repo_name(source, drop):
-    return factory.hub.push.default_repo_name(Source.model_validate(source), drop)
-
 def push(folder, **options):
     return json.loads(factory.hub.push.push(Path(folder), **options).model_dump_json())
 

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 from factory.model.architecture import (
     DecoderStack,
-    check_decoder,
     locate,
     prune_config,
     renumber,
-    verify_structure,
 )
+from factory.model.config_proof import check_decoder, verify_structure
 from factory.model.layers import decoder_layers, skip_layers
 from tests.families import FAMILIES, assert_same_logits, build, config_of, plain
 
@@ -42,14 +41,13 @@ def test_the_stack_is_found_without_importing_torch() -> None:
 @pytest.mark.parametrize("prefix", ["model.layers.", "transformer.h.", "h.", "gpt_neox.layers."])
 def test_the_stack_is_the_first_numbered_part_of_the_names(prefix: str) -> None:
     config = {"model_type": "any", "num_hidden_layers": 4}
-    assert locate(config, ["wte.weight", *names(prefix, 4)]) == DecoderStack("any", 4, prefix, ())
+    assert locate(config, ["wte.weight", *names(prefix, 4)]) == DecoderStack("any", 4, prefix)
 
 
 def test_the_text_stack_is_taken_where_the_vision_tower_is_as_deep() -> None:
     config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 4}, "vision_config": {}}
     tensors = names("model.language_model.layers.", 4) + names("model.vision_tower.encoder.layers.", 4)
-    stack = locate(config, tensors)
-    assert (stack.tensor_prefix, stack.config_path) == ("model.language_model.layers.", ("text_config",))
+    assert locate(config, tensors).tensor_prefix == "model.language_model.layers."
 
 
 def test_a_count_that_config_json_leaves_out_comes_from_the_class() -> None:
@@ -88,7 +86,7 @@ def test_renumbering_is_a_bijection_onto_the_layers_that_stay(
     data: st.DataObject, num_layers: int, num_extra: int
 ) -> None:
     kept = sorted(data.draw(st.sets(st.integers(0, num_layers - 1), min_size=1)))
-    stack = DecoderStack("any", num_layers, "model.layers.", ())
+    stack = DecoderStack("any", num_layers, "model.layers.")
     kept_index = {old: new for new, old in enumerate(kept)}
     old_names = ["lm_head.weight", *names("model.layers.", num_layers + num_extra)]
     new_names = [renumber(name, stack=stack, kept_index=kept_index) for name in old_names]

@@ -28,7 +28,7 @@ CARD = """# it
 
 | | source | this model | ratio, of which much could be said |
 |---|--:|--:|--:|
-| loss, nats a token, and some more words | 1.000 | 2.000 | 2.00 × |
+| loss, nats per token, and some more words | 1.000 | 2.000 | 2.00 × |
 
 ## Why
 

@@ -125,7 +125,7 @@ def test_the_build_says_what_it_will_do_what_it_does_and_what_came_of_it(built: 
     ):
         assert f"✓ {stage}" in output
     assert "source" in output
-    assert "loss, nats a token" in output
+    assert "Loss, nats per token" in output
     assert "factory push builds/demo-drop30" in output
     assert "\x1b" not in output  # no terminal, no colours
 
@@ -270,7 +270,7 @@ def test_json_is_the_build_and_nothing_else_on_standard_output(forks: Forks, bui
 def test_show_prints_the_map_and_the_table(forks: Forks, built: Path) -> None:
     done = forked(forks, "show", str(BUILD), home=built)
     assert done.code == 0, done.stderr
-    assert "loss, nats a token" in done.stdout
+    assert "Loss, nats per token" in done.stdout
 
 
 def test_ls_and_gc_know_what_the_builds_use(forks: Forks, built: Path) -> None:
