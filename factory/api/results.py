@@ -74,9 +74,9 @@ class BuildResult(Shown):
         """The results as on the card: a row a measure, a column a model."""
         from pandas import DataFrame
 
-        from factory.report.tables import quality_rows
+        from factory.report.tables import quality_table
 
-        head, *rows = quality_rows(self.record)
+        head, *rows = quality_table(self.record)
         return DataFrame(rows, columns=["measure", *head[1:]])
 
     def figure(self) -> "Figure":
