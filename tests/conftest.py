@@ -12,10 +12,11 @@ from tests.loopback_hub import Hub, running_hub
 
 # A file is one worker's, so the files that take minutes come first: the others fill what is left of the time.
 LONGEST_FIRST = (
-    "whole/test_kills", "whole/test_build", "whole/test_production", "parallel/test_launch",
-    "whole/test_faults", "jobs/test_jobs", "healing/test_heal", "pipeline/test_preview",
-    "spaces/test_browser", "builds/test_reproduce", "evaluation/test_evaluate", "spaces/test_space",
-    "pipeline/test_sweep",
+    "whole/test_build", "whole/test_production", "whole/test_hostile", "whole/test_kills",
+    "parallel/test_launch", "whole/test_faults", "jobs/test_jobs", "hub/test_remote_code",
+    "hub/test_pull_and_push", "builds/test_publish", "spaces/test_browser", "healing/test_heal",
+    "builds/test_reproduce", "pipeline/test_preview", "pipeline/test_sweep", "spaces/test_space",
+    "evaluation/test_evaluate", "builds/test_pruned_folder", "report/test_card",
 )  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children

@@ -146,7 +146,7 @@ def can_mount() -> bool:
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
     """Make the model, and build it once undisturbed."""
-    save_llama(folder / "tiny", num_layers=6)
+    save_llama(folder / "tiny", num_layers=6, max_length=2048)
     for name in ("measured", "healed", "evaluated"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(4)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))

@@ -12,6 +12,9 @@ HEAVY = (
     "factory.pruning.measure",
     "factory.pruning.prune",
     "factory.evaluation.evaluate",
+    "factory.evaluation.speed",
+    "factory.report.figures",
+    "matplotlib.backends.backend_svg",
 )
 SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
 TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"

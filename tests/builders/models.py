@@ -39,8 +39,15 @@ def byte_encoder(around: str = "$A") -> Encoder:
     return Encoder(byte_tokenizer(around), vocab_size=257)
 
 
-def save_llama(folder: Path, *, num_layers: int = 4, seed: int = 0, **options: Any) -> Path:
-    """Write a random Llama with its tokenizer, in bf16; layers do turn the stream."""
+def save_llama(
+    folder: Path, *, num_layers: int = 4, seed: int = 0, max_length: int = 256, **options: Any
+) -> Path:
+    """Write a random Llama with its tokenizer, in bf16; layers do turn the stream.
+
+    Args:
+        max_length: Tokens that it was made for. It sets the batch of a healing by default: 16 texts per step
+            for 256 tokens, 2 for 2048.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257,
@@ -50,7 +57,7 @@ def save_llama(folder: Path, *, num_layers: int = 4, seed: int = 0, **options: A
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=max_length,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,

@@ -38,7 +38,7 @@ def commands(served_hub: Hub, folder: Path) -> Iterator[Forks]:
 def world(served_hub: Hub, commands: Forks, folder: Path) -> Hub:
     """A Hub with a model, a data set, and a published build of both, alice/smaller."""
     served_hub.reset()
-    served_hub.put_model("acme/tiny", save_llama(folder / "tiny", num_layers=6))
+    served_hub.put_model("acme/tiny", save_llama(folder / "tiny", num_layers=6, max_length=2048))
     put_rhymes(served_hub, "first")
     for name in ("measured", "healed", "evaluated"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(8)]
@@ -70,7 +70,7 @@ def told(ended: Ended) -> str:
 def test_a_published_build_comes_out_equal_although_model_and_data_have_moved_on(
     world: Hub, commands: Forks, folder: Path
 ) -> None:
-    world.put_model("acme/tiny", save_llama(folder / "other", num_layers=6, seed=1))
+    world.put_model("acme/tiny", save_llama(folder / "other", num_layers=6, seed=1, max_length=2048))
     put_rhymes(world, "second")
     done = run(commands, folder, "build", "alice/smaller", "--reproduce", home="elsewhere")
     assert done.code == 0, done.stderr

@@ -401,7 +401,7 @@ def generated(model: Any, messages: list[dict[str, str]], num_tokens: int) -> st
 
 
 def test_many_visitors_at_once_each_have_their_own_conversation(chatting: tuple[Any, Any]) -> None:
-    visitors, num_tokens = 20, 4
+    visitors, num_tokens = 10, 4
     demo = app.page(chatting, most_tokens=64)
     _, url, _ = demo.launch(**app.LOOK, server_name=HOST, prevent_thread_lock=True, quiet=True)
 

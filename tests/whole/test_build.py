@@ -240,9 +240,9 @@ def test_a_build_file_and_the_same_flags_have_the_same_stage_keys(forks: Forks, 
     }
 
 
-def test_one_build_that_fails_does_not_stop_those_after_it(built: Path, hub: Hub) -> None:
+def test_one_build_that_fails_does_not_stop_those_after_it(forks: Forks, built: Path, hub: Hub) -> None:
     online = {**hub.environment(built / "hf"), "HF_HUB_OFFLINE": "0"}
-    text = factory(*DEMO, "--print-config", home=built).stdout
+    text = forked(forks, *DEMO, "--print-config", home=built).stdout
     (built / "three.yaml").write_text(f"{text}builds: [{{push-to: bob/x}}, {{no-heal: true, out: other}}]\n")
     done = factory("build", "three.yaml", home=built, **online)
     assert done.returncode == 1
@@ -334,7 +334,7 @@ def test_a_folder_that_is_no_build_is_not_overwritten(forks: Forks, built: Path)
 def test_any_folder_can_be_built_from_local_files_though_its_tracker_fails(
     forks: Forks, tmp_path: Path
 ) -> None:
-    save_llama(tmp_path / "tiny", num_layers=6)
+    save_llama(tmp_path / "tiny", num_layers=6, max_length=2048)
     for name in ("calibration", "healing", "evaluation"):
         lines = [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -368,7 +368,7 @@ def test_a_build_is_published_whole_and_comes_back_byte_for_byte(built: Path, hu
 
 
 def test_a_model_and_texts_from_the_hub_are_pinned_to_their_commits(tmp_path: Path, hub: Hub) -> None:
-    commit = hub.put_model("acme/tiny", save_llama(tmp_path / "tiny", num_layers=6))
+    commit = hub.put_model("acme/tiny", save_llama(tmp_path / "tiny", num_layers=6, max_length=2048))
     lines = {name: [json.dumps({"text": f"{name} {text}"}) for text in rhymes(30)] for name in SPLITS}
     files = {f"{name}.jsonl": "\n".join(rows).encode() for name, rows in lines.items()}
     data = hub.put_dataset("acme/rhymes", files)
