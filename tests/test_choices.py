@@ -11,7 +11,7 @@ from factory.healing.trainers import TRAINERS
 from factory.pipeline.stages import _describe_plan
 from factory.pruning.criteria import FROM_PROFILE
 from factory.pruning.search import BY_LOSS
-from tests.builders import an_adapter
+from tests.builders.builds import an_adapter
 
 
 def test_each_criterion_has_a_function_that_reads_what_its_row_says() -> None:

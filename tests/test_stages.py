@@ -15,7 +15,7 @@ from factory.pipeline.run import Missing, Run
 from factory.store.stage import STAGES, Stage, StageSpec
 from factory.store.store import Store, damage
 from factory.text.text import Text, Texts
-from tests.builders import an_adapter
+from tests.builders.builds import an_adapter
 
 STORE = Path(__file__).parent / "golden" / "store"  # written before there was a table of stages
 SOURCE = Source(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory.cli.options import CONTEXT, Command, print_json, request_options
+from factory.cli.console import print_json
+from factory.cli.options import CONTEXT, Command, request_options
 from factory.cli.request import config_text, read_requests
 from factory.config.request import BuildRequest
 from factory.errors import FactoryError
@@ -124,8 +125,7 @@ def _make_all(prepared: Sequence["Prepared"], reporter: "StageLines", *, as_json
     Raises:
         FactoryError: Some failed; raised once all have run.
     """
-    from factory.cli.console import printable
-    from factory.cli.options import as_flags
+    from factory.cli.console import as_flags, printable
     from factory.cli.tables import show_summary
 
     rows: list[tuple[Path, Build | FactoryError]] = []

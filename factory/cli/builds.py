@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option, remark
+from factory.cli.console import remark
+from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option
 from factory.errors import UsageError
 
 if TYPE_CHECKING:

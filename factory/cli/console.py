@@ -2,13 +2,15 @@
 
 import errno
 import io
+import json
 import os
+import re
 import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -16,12 +18,33 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.segment import Segment
 from rich.text import Text
 
-from factory.cli.options import as_flags
+from factory.config.request import BuildRequest, PlanRequest, PruneRequest, SweepRequest
 from factory.units import duration
 
+NAMES = {
+    *(
+        name
+        for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
+        for name in request.options()
+    ),
+    *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
+} - {"model"}
+SPOKEN = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # how messages name an option: `heal_steps=100`
 STAGE_WIDTH = 16
 PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
 ENDED = 128 + signal.SIGPIPE  # what a shell reports of a program that its reader left
+
+
+def as_flags(text: str) -> str:
+    """A message of the core, its options named as the command line does: `heal_steps=9` → --heal-steps 9."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name not in NAMES:
+            return match[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    return SPOKEN.sub(flag, text)
 
 
 class PlainConsole(Console):
@@ -102,7 +125,7 @@ class StageLines:
 
     def note(self, message: str) -> None:
         """Say on standard error what the user should know and nothing fails for."""
-        click.echo(f"note: {printable(as_flags(message))}", err=True)
+        remark(message)
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -115,6 +138,16 @@ class StageLines:
 def printable(text: str) -> str:
     """Text from outside without the control characters that could move the cursor."""
     return "".join(letter for letter in text if letter.isprintable())
+
+
+def remark(message: str) -> None:
+    """Say on standard error what the user should know and nothing fails for."""
+    click.echo(f"note: {printable(as_flags(message))}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs."""
+    click.echo(json.dumps(value, indent=2))
 
 
 class Output(io.TextIOWrapper):

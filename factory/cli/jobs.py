@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from factory.cli.options import CONTEXT, Group, print_json, remark
+from factory.cli.console import print_json, remark
+from factory.cli.options import CONTEXT, Group
 from factory.cli.request import config_text
 from factory.config.request import BuildRequest
 from factory.errors import DiskSpaceError, HubError, UsageError

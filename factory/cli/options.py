@@ -1,7 +1,6 @@
 """Options on the command line: click's options from the rows of a request, and what commands share."""
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -11,33 +10,12 @@ from annotated_types import Ge, Gt, Le
 
 from factory.config import options as kinds
 from factory.config.options import GROUPS, Option
-from factory.config.request import BuildRequest, PlanRequest, PruneRequest, Request, SweepRequest
+from factory.config.request import Request
 from factory.errors import UsageError
 from factory.store.stage import STAGES
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 F = TypeVar("F", bound=Callable[..., Any])
-NAMES = {
-    *(
-        name
-        for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
-        for name in request.options()
-    ),
-    *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
-} - {"model"}
-SPOKEN = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # how messages name an option: `heal_steps=100`
-
-
-def as_flags(text: str) -> str:
-    """A message of the core, its options named as the command line does: `heal_steps=9` → --heal-steps 9."""
-
-    def flag(match: re.Match[str]) -> str:
-        name, value = match[1], match[2]
-        if name not in NAMES:
-            return match[0]
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
-
-    return SPOKEN.sub(flag, text)
 
 
 class Command(click.Command):
@@ -245,17 +223,3 @@ def build_folder(folder: Path) -> Path:
     if not (folder / "build.json").is_file() or not (folder / "model").is_dir():
         raise UsageError(f"{str(folder)!r} is no build folder", hint="give what `factory build` made")
     return folder
-
-
-def remark(message: str) -> None:
-    """Say on standard error what the user should know and nothing fails for."""
-    from factory.cli.console import printable
-
-    click.echo(f"note: {printable(as_flags(message))}", err=True)
-
-
-def print_json(value: Any) -> None:
-    """Print a result for programs."""
-    import json
-
-    click.echo(json.dumps(value, indent=2))
