@@ -28,9 +28,9 @@ def test_settings_and_values_take_the_names_of_the_tables_alone() -> None:
         assert PlanSettings(criterion=name).criterion == name
     for name in OBJECTIVES:
         assert HealSettings(objective=name).objective == an_adapter(objective=name).objective
-    with pytest.raises(ValidationError, match="Input should be 'angular', 'deepest'"):
+    with pytest.raises(ValidationError, match="Input should be 'angular', "):
         PlanSettings(criterion="shallowest")
-    with pytest.raises(ValidationError, match="Input should be 'sft' or 'distill'"):
+    with pytest.raises(ValidationError, match="Input should be 'sft'"):
         HealSettings(objective="reward")
 
 

@@ -95,6 +95,7 @@ def block_influence(
     )
 
 
+# By the criteria's names.
 FROM_PROFILE: Mapping[str, Callable[..., PruningPlan]] = {
     "angular": angular,
     "deepest": deepest,

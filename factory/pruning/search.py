@@ -370,32 +370,20 @@ def _block(
     block_size: int,
     may_drop: Callable[[Layers], bool],
     progress: Progress,
-    state: Path,
+    **_: Any,
 ) -> list[int]:
+    """Choose a block: quick enough to begin again after a kill."""
     starts = range(len(trial.layers) - block_size + 1)
     blocks = [tuple(range(start, start + block_size)) for start in starts]
     return list(search_block(trial, [block for block in blocks if may_drop(block)], progress=progress))
 
 
-def _greedily(
-    trial: Trial,
-    profile: DistanceProfile,
-    *,
-    block_size: int,
-    may_drop: Callable[[Layers], bool],
-    progress: Progress,
-    state: Path,
-) -> list[int]:
-    return search_greedily(
-        trial,
-        num_layers=block_size,
-        rank=_nearest(profile),
-        may_drop=may_drop,
-        progress=progress,
-        state=state,
-    )
+def _greedily(trial: Trial, profile: DistanceProfile, *, block_size: int, **options: Any) -> list[int]:
+    """Choose one layer after another, among those that the profile ranks first."""
+    return search_greedily(trial, num_layers=block_size, rank=_nearest(profile), **options)
 
 
+# By the criteria's names.
 BY_LOSS: Mapping[str, Callable[..., list[int]]] = {"loss": _block, "greedy": _greedily}
 
 

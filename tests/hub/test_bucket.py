@@ -40,6 +40,8 @@ def make(folder):
 def cut_short(folder):
     (folder / "checkpoint").write_text("step 4")
     (folder / "draft.partial").write_text("half")
+    (folder / "tokens").mkdir()  # a cache of this machine
+    (folder / "tokens" / "paths").write_text(str(folder))
     store.elsewhere.keep_partial("heal", spec.key, folder)
     store.elsewhere.keep_partial("heal", spec.key, folder)  # unchanged: does not go up again
     raise KeyboardInterrupt
