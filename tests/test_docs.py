@@ -34,7 +34,7 @@ def anchors(path: Path) -> set[str]:
 
 @cache
 def texts_of_the_program() -> list[str]:
-    """Return every string of the source, with a NUL where a value is filled in."""
+    """Return every string of the source as the command line shows it, with a NUL where a value is filled in."""
     found = []
     for path in (ROOT / "factory").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -43,7 +43,16 @@ def texts_of_the_program() -> list[str]:
             elif isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
                 found.append("".join(map(str, parts)))
-    return found
+    return [as_shown(text) for text in found]
+
+
+def as_shown(text: str) -> str:
+    """Return a message with its options as the command line names them, whatever their values are."""
+    return re.sub(
+        r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`",
+        lambda option: f"--{option[1].replace('_', '-')}" + (f" {option[2]}" if option[2] else ""),
+        text,
+    )
 
 
 def messages() -> list[str]:

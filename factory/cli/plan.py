@@ -53,7 +53,7 @@ def _build_command(result: "PlansResult") -> str:
     if layers:
         words += ["--layers", ",".join(map(str, result.chosen.dropped))]
     skipped = {"model", "criterion", *(["drop"] if layers else [])}
-    for param in context.command.params:
+    for param in sorted(context.command.params, key=lambda param: param.name != "drop"):
         name = str(param.name)
         typed = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
         if typed and name in BuildRequest.options() and name not in skipped:

@@ -18,8 +18,9 @@ def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
     """
     context = click.get_current_context()
     given = {name: value for name, value in values.items() if value is not None}
+    exported = context.get_parameter_source("home") != ParameterSource.COMMANDLINE
     if not model.endswith((".yaml", ".yml")):
-        return [BuildRequest.read({"model": model, **given})]
+        return [BuildRequest.read(_without_home({"model": model, **given}, exported))]
     from factory.cli.build_file import read, replacing
 
     if given.get("reproduce"):
@@ -33,8 +34,15 @@ def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
     found = []
     for entry, origin in read(Path(model)):
         of_file = replacing(entry, typed)
-        found.append(BuildRequest.read(of_file | typed, origin=origin))
+        found.append(BuildRequest.read(_without_home(of_file | typed, exported), origin=origin))
     return found
+
+
+def _without_home(values: dict[str, Any], exported: bool) -> dict[str, Any]:
+    """A job has a store of its own, whatever FACTORY_HOME says on this machine."""
+    if exported and values.get("on") is not None:
+        values.pop("home", None)
+    return values
 
 
 def config_text(builds: list[dict[str, Any]]) -> str:

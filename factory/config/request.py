@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -49,6 +49,18 @@ class Origin:
     file: str
     line: int  # where it begins
     lines: Mapping[str, int]  # of its options
+
+    @contextmanager
+    def located(self, key: str = "model") -> Iterator[None]:
+        """Put file and line before an error: of the option that it names, or else of `key`."""
+        try:
+            yield
+        except FactoryError as error:
+            if error.message.startswith(f"{self.file}, line "):
+                raise
+            named = next((n for n in re.findall(r"`([a-z_0-9]+)[`=]", error.message) if n in self.lines), key)
+            where = f"{self.file}, line {self.lines.get(named, self.line)}"
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +121,12 @@ class Request:
             if value is None:
                 continue
             try:
-                read[name] = TypeAdapter(known[name][0]).validate_python(value, strict=True)
+                with origin.located(name) if origin else nullcontext():
+                    read[name] = TypeAdapter(known[name][0]).validate_python(value, strict=True)
             except ValidationError as error:
-                raise UsageError(f"`{name}`: {problem_of(error)}", hint=known[name][1].help) from None
+                raise UsageError(
+                    f"`{name}`: {problem_of(error)}", hint=f"`{name}`: {known[name][1].help}"
+                ) from None
         request = cls(**read, origin=origin)
         with request.located():
             request.check()
@@ -136,16 +151,9 @@ class Request:
 
     @contextmanager
     def located(self, key: str = "model") -> Iterator[None]:
-        """Put file and line before an error: of the option it names, or else of `key`."""
-        try:
+        """Put file and line before an error, where the request comes from a file; see `Origin.located`."""
+        with self.origin.located(key) if self.origin else nullcontext():
             yield
-        except FactoryError as error:
-            if self.origin is None or error.message.startswith(f"{self.origin.file}, line "):
-                raise
-            lines = self.origin.lines
-            named = next((n for n in re.findall(r"`([a-z_0-9]+)[`=]", error.message) if n in lines), key)
-            where = f"{self.origin.file}, line {lines.get(named, self.origin.line)}"
-            raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
 
     def check(self) -> None:
         """Refuse what the types let through; looks at local files and nothing else.
@@ -325,12 +333,12 @@ class SweepRequest(Evaluating):
 
     def check(self) -> None:
         """As the base class; healing options need `heal`."""
-        super().check()
         for name in ("heal_data", "heal_steps"):
             if getattr(self, name) is not None and self.heal is None:
                 raise UsageError(
                     f"`{name}` without `heal`: no cut is healed", hint="add `heal`, or leave it out"
                 )
+        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by the sequence l
 FLAGS = {
     tuple(option.sets[0].split(".")): "--" + name.replace("_", "-")
     for name, (_, option) in BuildRequest.options().items()
-    if len(option.sets) == 1 and "." in option.sets[0]
+    if len(option.sets) == 1 and "." in option.sets[0] and name != "layers"
 }
 
 

@@ -280,8 +280,8 @@ def test_a_dry_run_prints_the_preview_and_writes_nothing(tmp_path: Path) -> None
 def test_a_build_that_is_not_healed_cannot_require_it(tmp_path: Path) -> None:
     options = ("--drop", "0.3", "--no-heal", "--require-healing")
     code, message, hint = error_of("build", "demo", *options, home=tmp_path)
-    assert (code, hint) == (2, "leave one of them away")
-    assert "--require-healing and --no-heal" in message
+    assert (code, hint) == (2, "remove one of them")
+    assert "--require-healing cannot be combined with --no-heal" in message
 
 
 def test_a_place_where_no_build_can_lie_is_refused_before_any_work(tmp_path: Path) -> None:

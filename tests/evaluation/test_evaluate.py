@@ -288,7 +288,7 @@ def test_vllm_that_is_not_installed_is_a_clear_error() -> None:
     if find_spec("vllm"):
         check_backend(settings)
         return
-    with pytest.raises(UsageError, match="--eval-backend vllm: vLLM is not installed here") as raised:
+    with pytest.raises(UsageError, match="`eval_backend=vllm`: vLLM is not installed here") as raised:
         check_backend(settings)
     assert "pip install vllm" in raised.value.hint
 

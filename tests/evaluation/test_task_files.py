@@ -170,7 +170,7 @@ def test_the_python_of_a_task_file_is_named_and_asks_to_be_let_run(tmp_path: Pat
         "sampler: os.path.join (module os.path)",
         "metric: nothing_of_the_kind (fetched by the library evaluate)",
     ])  # fmt: skip
-    assert "--run-task-code" in refused.value.hint
+    assert "`run_task_code`" in refused.value.hint
     check_tasks(tasks, search=False, run_code=True)
     found = read_task_file(tmp_path / "all.yaml")
     assert {path.relative_to(tmp_path).as_posix() for path in found.parts} == set(files) - {"unnamed.yaml"}

@@ -125,7 +125,7 @@ LLAMA4 = ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"]
 def test_other_experts_are_refused_by_name_and_attention_is_offered() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"\(feed_forward\.experts\.down_proj\)") as caught:
         check_targets(config_of("llama4_text"), "ffn")
-    assert "--heal-modules all-linear" in caught.value.hint
+    assert "`heal_modules=all-linear`" in caught.value.hint
     targets = find_targets(on_meta(config_of("llama4_text")), "all-linear")
     assert (targets.experts, targets.left_out) == ([], LLAMA4)
     assert set(ATTENTION) < set(targets.modules)
@@ -147,7 +147,7 @@ def test_packed_weights_are_refused_before_there_are_any() -> None:
     packed = config_of("gpt_oss") | {"quantization_config": {"quant_method": "mxfp4"}}
     with pytest.raises(UnsupportedArchitectureError, match=r"packed \(mxfp4\)") as caught:
         check_targets(packed, "all-linear")
-    assert "--no-heal" in caught.value.hint
+    assert "`no_heal`" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_missing_tracker_is_named_and_none_is_needed(
     monkeypatch.setattr("sys.path", [])
     for name in ("trackio", "wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-        with pytest.raises(UsageError, match=f"--report-to {name}: {name} is not installed"):
+        with pytest.raises(UsageError, match=f"`report_to={name}`: {name} is not installed"):
             choose_tracker(name)  # type: ignore[arg-type]
     assert choose_tracker(None) == "none"
     assert choose_tracker("none") == "none"

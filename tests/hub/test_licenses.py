@@ -14,7 +14,7 @@ def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: st
     source = a_source(license=license_id)
     with pytest.raises(LicenseError, match=f"{license_id}, forbids to share") as caught:
         check_license(source, accepted=False)
-    assert "--accept-license" in caught.value.hint
+    assert "`accept_license`" in caught.value.hint
     check_license(source, accepted=True)
 
 

@@ -435,13 +435,13 @@ def test_somebody_elses_content_is_not_overwritten_unasked(hub: Hub, xet: Client
         refused(push(xet, build, "alice/thesis", revision=branch), "thesis.txt", "nothing was published")
     assert hub.files("alice/thesis") == before
     assert hub.repository("alice/thesis").refs.keys() == {"main"}
-    refused(push(xet, build, "alice/thesis", create_pr=True), "public", "proposed", "--public")
+    refused(push(xet, build, "alice/thesis", create_pr=True), "public", "proposed", "`public`")
     assert hub.count("POST", "/preupload/") == 0
     proposal = push(xet, build, "alice/thesis", create_pr=True, private=False)
     assert hub.files("alice/thesis") == before
     assert hub.files("alice/thesis", revision=proposal.value["commit"]) == before | content_of(build)
     assert proposal.value["url"] == f"{hub.url}/alice/thesis/discussions/1"
-    refused(push(xet, build, "alice/thesis", force=True), "public", "--public", "nothing was published")
+    refused(push(xet, build, "alice/thesis", force=True), "public", "`public`", "nothing was published")
     assert push(xet, build, "alice/thesis", force=True, private=False).error is None
     assert hub.files("alice/thesis") == before | content_of(build)
 
@@ -562,7 +562,7 @@ def test_a_refused_repository_is_told(hub: Hub, xet: Client, build: Path, status
 
 def test_a_pull_request_to_a_branch_is_a_usage_error(xet: Client, build: Path) -> None:
     answer = push(xet, build, "alice/both", create_pr=True, revision="v2")
-    refused(answer, "'v2'", "--create-pr", error="UsageError")
+    refused(answer, "'v2'", "`create_pr`", error="UsageError")
 
 
 def test_a_file_that_lfs_refuses_is_told(hub: Hub, lfs: Client, build: Path) -> None:

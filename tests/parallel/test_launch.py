@@ -253,7 +253,7 @@ def test_an_error_in_one_process_ends_all_and_is_raised_here() -> None:
 def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
     with pytest.raises(WorkerError, match="is gone") as raised:
         spread(vanish, processes=2, progress=ignore)
-    assert "--processes 1" in raised.value.hint
+    assert "`processes=1`" in raised.value.hint
 
 
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_shares_put_together_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_processes_than_cores_are_refused() -> None:
     assert num_processes(None) == max(torch.cuda.device_count(), 1)
-    with pytest.raises(UsageError, match=r"--processes 1000 is more than the [0-9]+ (cores|GPUs) here"):
+    with pytest.raises(UsageError, match=r"`processes=1000` is more than the [0-9]+ (cores|GPUs) here"):
         num_processes(1000)
 
 

@@ -168,13 +168,13 @@ def test_healing_that_does_not_fit_the_gpu_is_refused_with_the_flags_that_do() -
     default = {"objective": "distill", "modules": "all-linear", "rank": 128}
     with pytest.raises(MachineError, match=r"healing by distill needs about 60\.\d GB of GPU") as caught:
         check_healing(LLAMA_70B, healing_of(**default), gpu_total=42_300_000_000)
-    assert caught.value.hint.startswith("--heal-rank 8 --heal-modules ffn --heal-layers seam takes about 4")
+    assert caught.value.hint.startswith("`heal_rank=8` `heal_modules=ffn` `heal_layers=seam` takes about 4")
     with pytest.raises(MachineError, match=r"there are 32\.0 GB") as caught:
         check_healing(LLAMA_70B, healing_of(**default), gpu_total=32 * 10**9)
-    assert caught.value.hint.startswith("--heal sft --heal-rank 8 --heal-modules ffn takes about 2")
+    assert caught.value.hint.startswith("`heal=sft` `heal_rank=8` `heal_modules=ffn` takes about 2")
     with pytest.raises(MachineError) as caught:
         check_healing(LLAMA_70B, healing_of(**default, bits=16), gpu_total=16 * 10**9)
-    assert "--no-heal" in caught.value.hint
+    assert "`no_heal`" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_where_bitsandbytes_does_not_work_it_is_said_before_anything_is_done(
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # as if it were not installed
     with pytest.raises(MachineError, match="bitsandbytes cannot quantise to 4 bits on cpu") as caught:
         preview_of(pending=STAGES, home=tmp_path)
-    assert "--no-heal" in caught.value.hint
+    assert "`no_heal`" in caught.value.hint
 
 
 OTHER_DISK = Path("/dev/not/there")  # no file system of a test's folder
@@ -349,7 +349,7 @@ def test_a_model_of_two_layers_is_not_told_to_drop_nothing(tmp_path: Path) -> No
     small = SOURCE.model_copy(update={"num_layers": 2})
     with pytest.raises(DropError) as caught:
         preview_of(small, drop=0.5, pending=(), home=tmp_path)
-    assert "--drop 0" not in caught.value.hint
+    assert "`drop=0" not in caught.value.hint
 
 
 def test_a_cut_that_leaves_no_model_is_refused(tmp_path: Path) -> None:

@@ -560,10 +560,10 @@ def _options(build: Build) -> dict[str, Any]:
 def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:
     options = _options(chat_with_other_licence())
     assert options["model"].startswith("meta-llama/Llama-3.1-8B-Instruct@0e9e39f")
-    assert (options["drop"], options["seed"], options["heal_enabled"]) == (0.25, 3, True)
+    assert (options["drop"], options["seed"], options["no_heal"]) == (0.25, 3, None)
     assert (options["heal_rank"], options["heal_steps"], options["samples"]) == (8, 2000, None)
     options = _options(unhealed())
-    assert (options["model"], options["heal_enabled"], options["tasks"]) == ("mistral-7b", False, "none")
+    assert (options["model"], options["no_heal"], options["tasks"]) == ("mistral-7b", True, "none")
 
 
 def test_the_command_repeats_how_the_layers_were_measured_and_chosen() -> None:
@@ -574,7 +574,7 @@ def test_the_command_repeats_how_the_layers_were_measured_and_chosen() -> None:
     }
     changed = build.model_copy(update={"config": config})
     options = _options(changed)
-    assert (options["tokens"], options["four_bit"]) == ("all", True)
+    assert (options["tokens"], options["load_in_4bit"]) == ("all", True)
     assert (options["criterion"], options["plan_documents"]) == ("greedy", 16)
     assert "settings without an option" not in render(changed, has_healing_figure=False)
 

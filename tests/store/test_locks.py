@@ -138,12 +138,12 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
     (tmp_path / "builds").mkdir()
     hint = "give a folder on another disk with"
     stages = (
-        f"the file system of {tmp_path / 'stages' / 'prune'} has no locks | {hint} --home or FACTORY_HOME"
+        f"the file system of {tmp_path / 'stages' / 'prune'} has no locks | {hint} `home` or FACTORY_HOME"
     )
     assert told(WITHOUT_LOCKS, tmp_path) == [
         stages,
         stages,
-        f"the file system of {tmp_path / 'builds'} has no locks | {hint} --out",
+        f"the file system of {tmp_path / 'builds'} has no locks | {hint} `out`",
     ]
     assert left.is_dir()
 

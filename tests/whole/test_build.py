@@ -51,6 +51,8 @@ INHERITED = (
     "HOME",
     "COVERAGE_PROCESS_START",
     "COVERAGE_PROCESS_CONFIG",
+    "ATEN_CPU_CAPABILITY",  # how sums are rounded, and on what: as in the processes of `forks`
+    "CUDA_VISIBLE_DEVICES",
 )
 
 
