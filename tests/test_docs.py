@@ -34,7 +34,7 @@ def anchors(path: Path) -> set[str]:
 
 @cache
 def texts_of_the_program() -> list[str]:
-    """Return every string of the source as the command line shows it, with a NUL where a value is filled in."""
+    """Return every string of the source as it is shown, with a NUL where a value is filled in."""
     found = []
     for path in (ROOT / "factory").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
