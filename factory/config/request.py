@@ -164,6 +164,8 @@ class Request:
         """
         check_model(self.model)
         for name in self.reads:
+            if name == "heal_data" and getattr(self, "no_heal", False):
+                continue  # not read
             if (reference := getattr(self, name)) is not None:
                 with self.located(name):
                     check_data(reference)
