@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
-import factory.decoder_proof  # loaded once, before the forks
-import factory.prune
+import factory.model.config_proof  # loaded once, before the forks
+import factory.pruning.prune
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -284,7 +284,7 @@ def examine(model_type: str) -> Outcome:
             try:
                 source = resolve(str(original))
                 check_source(source)
-                factory.prune.prune(source, plan, folder=pruned)
+                factory.pruning.prune.prune(source, plan, folder=pruned)
                 wrong = None if reason else compare(original, pruned, dropped, limit=limit)
             except FactoryError as error:
                 notes.append(f"{list(dropped)}: {type(error).__name__}: {error.message} ({error.hint})")
@@ -326,7 +326,7 @@ def _reason(error: Exception) -> str:
 def _examine_into(model_type: str, path: str) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    factory.prune.SMALL_PARAMETERS = 0  # the logits are compared here
+    factory.pruning.prune.SMALL_PARAMETERS = 0  # the logits are compared here
     outcome = examine(model_type)
     Path(path).write_text(json.dumps([outcome.model_type, outcome.verdict, outcome.note]))
 
