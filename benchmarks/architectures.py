@@ -28,14 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 
-import factory.model.config_proof  # loaded once, before the forks
-import factory.pruning.prune
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import factory.model.config_proof  # loaded once, before the forks
+import factory.pruning.prune
 from factory.artifacts import PruningPlan
 from factory.errors import FactoryError
 from factory.hub.resolve import resolve

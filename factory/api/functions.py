@@ -1,9 +1,12 @@
 """One function a command: the command line calls these, and so does `import factory`."""
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from factory.api.progress import Bars
 from factory.api.results import BuildResult, PlansResult, PreviewResult, PruneResult, SweepResult
@@ -27,18 +30,26 @@ def takes(request: type[Request]) -> Callable[[F], F]:
             row = request.__dataclass_fields__[name]
             default = inspect.Parameter.empty if _is_required(row) else row.default
             place = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else keyword
-            parameters.append(inspect.Parameter(name, place, default=default, annotation=kind))
+            parameters.append(
+                inspect.Parameter(name, place, default=default, annotation=_plain(kind, default))
+            )
             lines.append(
                 f"        {name}: {option.help}{f' (default: {option.default})' if option.default else ''}."
             )
         own = [p for p in inspect.signature(function).parameters.values() if p.name == "reporter"]
-        function.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
+
+        @wraps(function)
+        def quietly(*args: Any, **options: Any) -> Any:
+            with _quiet():
+                return function(*args, **options)
+
+        quietly.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
         assert function.__doc__ is not None
-        function.__doc__ = function.__doc__.replace(
+        quietly.__doc__ = function.__doc__.replace(
             "        options:", "\n".join([*lines, "        options:"]), 1
         )
         function.__doc__ = function.__doc__.replace("        options: see above\n", "", 1)
-        return function
+        return quietly  # type: ignore[return-value]
 
     return decorate
 
@@ -47,6 +58,26 @@ def _is_required(row: Any) -> bool:
     from dataclasses import MISSING
 
     return row.default is MISSING
+
+
+def _plain(kind: Any, default: Any) -> Any:
+    """A type without its limits, for a signature that people read."""
+    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return base | None if default is None else base
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the advice that libraries give to programmers out of a notebook, while a function runs."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "lm_eval", "datasets", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @takes(BuildRequest)
