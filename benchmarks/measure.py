@@ -7,9 +7,9 @@
 The rival is the method of PruneMe (github.com/arcee-ai/PruneMe, layer_similarity.py), reimplemented: all
 hidden states, logits and cache of a pass, the last state after the final norm, one block size per run,
 cosines in 16 bits, batches in the order of the text, every sample's distances kept. It reads the last tokens
-in one step per layer, where PruneMe takes one per layer and sequence. With --shape, weights and tokens are random
-and made on the device, for speed and memory only. With --cap-gb, using more GPU memory than that, including
-the CUDA context, is an error.
+in one step per layer, where PruneMe takes one per layer and sequence. With --shape, weights and tokens are
+random and made on the device, for speed and memory only. With --cap-gb, using more GPU memory than that,
+including the CUDA context, is an error.
 """
 
 import argparse
