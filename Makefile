@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` builds the embedded model, `make test` runs the suite.
-# `make coverage` runs it too, a quarter slower, and says which branches no test takes.
+# `make coverage` also reports the branches that no test takes, and is a quarter slower.
 # `make docs` builds the documentation in site/ and checks its links.
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +34,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python scripts/write_docs.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # --quiet would hide warnings from --strict
 
-ifdef HASHES  # every file but torch's is compared with hashes.txt
+ifdef HASHES  # every file but torch's is checked against hashes.txt
 $(VENV)/.installed $(VENV)/.installed-test &: pyproject.toml constraints.txt hashes.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
@@ -53,7 +53,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 endif
 
-$(VENV)/.installed-docs: $(VENV)/.installed  # never compared with hashes.txt
+$(VENV)/.installed-docs: $(VENV)/.installed  # never checked against hashes.txt
 	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@
 

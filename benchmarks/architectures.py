@@ -1,8 +1,8 @@
-"""Which architectures are pruned right: a tiny random model of each type, pruned on disk and in memory.
+"""Test which architectures are pruned correctly: a tiny random model of each type, on disk and in memory.
 
 For every model type that transformers can load as a causal language model: make a tiny random model,
 prune a block and a scattered set of layers on disk, load the result, and compare logits (fp32) and cached
-generation with the original model whose dropped layers hand on their input. The reference knows nothing of
+generation with the original model whose dropped layers pass on their input. The reference is independent of
 the surgery. Prints a Markdown table; exits with 1 if any result is wrong.
 
     python benchmarks/architectures.py [TYPE ...] [--verbose] [--write-readme README.md]
@@ -46,12 +46,12 @@ from factory.model.layers import skip_layers
 NUM_LAYERS = 8
 CUTS = ((3, 4), (1, 3, 6))
 MEMORY_BYTES = 12 << 30
-SECONDS = 240  # a model type
+SECONDS = 240  # per model type
 VOCABULARY = 120
 GENERATE = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 NOISE = 0.1  # added to every weight, so that no layer is close to the identity
 
-# Sizes by the names that configurations use; a name that a class does not have is left out.
+# Sizes by the names that configurations use; names that a class lacks are skipped.
 TINY: dict[str, Any] = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "dim", "word_embed_proj_dim"), 64
@@ -91,7 +91,7 @@ TINY: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 4),
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
-# What a type needs beside that, so that it can be built, is small, and has layers of every kind.
+# What else a type needs to be buildable, small, and to have layers of every kind.
 ENCODER = {"is_decoder": True, "type_vocab_size": 2}
 SEQ2SEQ = {"encoder_layers": NUM_LAYERS, "num_encoder_layers": NUM_LAYERS, "is_encoder_decoder": False}
 HYBRID = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -163,24 +163,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-# Where the README's table begins and ends.
+# Start and end of the table in the README.
 START, END = "<!-- support-table -->", "<!-- /support-table -->"
 
-# Equal in exact arithmetic alone: logits may differ by 1e-5 of the largest.
+# Equal only in exact arithmetic: logits may differ by 1e-5 of the largest.
 ROUNDED = {"rwkv": "states are halved after every 6th layer (rescale_every), which is now another one"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one model type."""
+    """The outcome for one model type."""
 
     model_type: str
-    verdict: str  # of the words in the table
+    verdict: str  # a word of the table
     note: str
 
 
 def tiny_config(model_type: str) -> Any:
-    """A configuration of the type with eight narrow layers."""
+    """Make a configuration of the type with eight narrow layers."""
     return CONFIG_MAPPING[model_type](**_tiny_fields(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {})))
 
 
@@ -205,7 +205,7 @@ def _tiny_fields(config_class: type, special: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_model(model_type: str) -> Any:
-    """A random model of the type, in fp32, whose every layer changes what it is given."""
+    """Make a random fp32 model of the type, in which every layer changes its input."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         tiny_config(model_type), dtype=torch.float32, attn_implementation="eager"
@@ -217,9 +217,9 @@ def tiny_model(model_type: str) -> Any:
 
 
 def load(folder: Path) -> Any:
-    """A checkpoint as fp32 model in evaluation mode, its weights aligned alike wherever they lay in files.
+    """Load a checkpoint as an fp32 model in evaluation mode, with its weights aligned alike.
 
-    Sums over weights that start at another offset from a cache line may be rounded differently.
+    Sums over weights with another offset from a cache line may be rounded differently.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for parameter in model.parameters():
@@ -229,7 +229,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def why_unbuilt(model: Any) -> str | None:
-    """What keeps the original from running forward and generating with a cache, if anything."""
+    """Return why the original cannot run forward or generate with a cache, or None."""
     tokens, prompt = _inputs()
     try:
         logits = model(tokens).logits
@@ -246,7 +246,7 @@ def _inputs() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def compare(original: Path, pruned: Path, dropped: tuple[int, ...], *, limit: float) -> str | None:
-    """What differs between the pruned checkpoint and the original with its layers skipped, if anything."""
+    """Return how the pruned checkpoint differs from the original with its layers skipped, or None."""
     source, result = load(original), load(pruned)
     tokens, prompt = _inputs()
     whole = source(tokens).logits  # [b, s, V]
@@ -255,7 +255,7 @@ def compare(original: Path, pruned: Path, dropped: tuple[int, ...], *, limit: fl
         words = source.generate(**prompt, **GENERATE)
     actual = result(tokens).logits
     if float((whole - expected).abs().max()) < 1e-4:
-        return "the dropped layers do nothing, so nothing is shown"
+        return "the dropped layers do nothing, so this proves nothing"
     difference = float((actual - expected).abs().max())
     if not difference <= limit * float(expected.abs().max()):
         return f"logits differ by {difference:.2g}"
@@ -307,7 +307,7 @@ def _config_type(folder: Path) -> str:
 
 
 def _refusal(model_type: str) -> Outcome | None:
-    """The refusal of a type whose tiny model does not run, if it is refused by its configuration."""
+    """Return the refusal of a type by its configuration, for a tiny model that does not run."""
     try:
         prune_config(tiny_config(model_type).to_dict(), kept=range(NUM_LAYERS - 1))
     except FactoryError as error:
@@ -332,7 +332,7 @@ def _examine_into(model_type: str, path: str) -> None:
 
 
 def examine_apart(model_type: str) -> Outcome:
-    """`examine` in a process of its own, so that a crash or a hang costs one type only."""
+    """Run `examine` in a separate process, so that a crash or a hang affects one type only."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcome.json"
         process = multiprocessing.get_context("fork").Process(
@@ -342,14 +342,14 @@ def examine_apart(model_type: str) -> Outcome:
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
-            return Outcome(model_type, "unbuilt", f"not done after {SECONDS} s")
+            return Outcome(model_type, "unbuilt", f"not finished after {SECONDS} s")
         if not path.exists():
             return Outcome(model_type, "unbuilt", f"the process ended with {process.exitcode}")
         return Outcome(*json.loads(path.read_text()))
 
 
 def examine_all(model_types: list[str]) -> list[Outcome]:
-    """Examine each type in turn, and print a line as soon as it is done."""
+    """Examine each type in turn, and print its line immediately."""
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {NUM_LAYERS} layers, "
           f"without {' and without '.join(str(list(cut)) for cut in CUTS)}\n")  # fmt: skip
     print("| model type | result | why |\n|---|---|---|")
@@ -362,13 +362,13 @@ def examine_all(model_types: list[str]) -> list[Outcome]:
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """What an earlier run printed."""
+    """Read the table that an earlier run printed."""
     rows = [line.strip("| \n").split(" | ", 2) for line in path.read_text().splitlines() if line[:2] == "| "]
     return [Outcome(*row, *[""] * (3 - len(row))) for row in rows if row[0] != "model type"]
 
 
 def support_table(outcomes: list[Outcome]) -> str:
-    """The part of the README: what is exact in one paragraph, the rest in a table with its reasons."""
+    """Return the README section: exact types in one paragraph, the others in a table with reasons."""
     exact = [outcome.model_type for outcome in outcomes if outcome.verdict == "exact"]
     counts = Counter(outcome.verdict for outcome in outcomes)
     listed = f"{counts['exact']} exact, {counts['wrong']} wrong, {counts['refused']} refused by name"
@@ -400,13 +400,13 @@ model cannot be made or run.
 
 
 def readable(outcome: Outcome) -> str:
-    """A reason without what only a log needs: the cut, the error's class, the type that the row names."""
+    """Return a reason without the cut, the class of the error and the model type."""
     note = re.sub(r"\b\w+Error: ", "", outcome.note).replace("|", "/")
     return re.sub(r"^\[[\d, ]+\]: ", "", note).removeprefix(f"{outcome.model_type}: ")
 
 
 def write_readme(outcomes: list[Outcome], path: Path) -> None:
-    """Put the table between its two marks."""
+    """Replace the table between its two marks."""
     text = path.read_text(encoding="utf-8")
     before, found, rest = text.partition(START)
     _, found_end, after = rest.partition(END)
@@ -416,12 +416,12 @@ def write_readme(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main() -> int:
-    """Examine the types asked for, or all; print a table and a summary."""
+    """Examine the requested types, or all; print a table and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="model types; all that transformers knows by default")
-    parser.add_argument("--verbose", action="store_true", help="tracebacks of what could not be built")
-    parser.add_argument("--outcomes", type=Path, help="what an earlier run printed, instead of a new one")
-    parser.add_argument("--write-readme", type=Path, metavar="README", help="renew the table in this file")
+    parser.add_argument("types", nargs="*", help="model types; default: all that transformers knows")
+    parser.add_argument("--verbose", action="store_true", help="show the tracebacks of failures")
+    parser.add_argument("--outcomes", type=Path, help="read the output of an earlier run instead of running")
+    parser.add_argument("--write-readme", type=Path, metavar="README", help="file whose table to replace")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
     if arguments.outcomes:

@@ -1,6 +1,6 @@
-"""Criteria beside one another: which layers each drops for several sizes, and the unhealed loss that costs.
+"""Compare criteria: the layers that each drops for several sizes, and the unhealed loss of each cut.
 
-One measurement serves all sizes; searches read one half of the documents, losses are of the other half.
+One measurement serves all sizes. Searches read one half of the documents; the losses are of the other half.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from factory.store.store import Store
 
 
 def plans_for(run: Run, model: str, sizes: list[int]) -> list[Plans]:
-    """Plans of every criterion for each number of layers."""
+    """Return the plans of every criterion for each number of layers."""
     source = pull(resolve(model))
     found = []
     for size in sizes:
@@ -30,14 +30,14 @@ def plans_for(run: Run, model: str, sizes: list[int]) -> list[Plans]:
 
 
 def table(plans: Plans) -> str:
-    """One size as Markdown."""
+    """Return one size as Markdown."""
     assert plans.losses is not None
     source = plans.losses.source
     n, num_layers = len(plans.plans[0].dropped), plans.plans[0].num_layers
     lines = [
         f"n = {n} of {num_layers}; source {source.nats:.3f} ± {source.stderr:.3f}; take {plans.chosen}",
         "",
-        "| criterion | layers that go | loss, unhealed | behind the best | passes |",
+        "| criterion | dropped | loss, unhealed | behind the best | search passes |",
         "|---|---|--:|--:|--:|",
     ]
     for plan, cut in zip(plans.plans, plans.losses.cuts, strict=True):
@@ -51,7 +51,7 @@ def table(plans: Plans) -> str:
 
 
 def main() -> None:
-    """Print a table a size."""
+    """Print one table per size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--data", required=True, help="text that the model was not trained on")

@@ -1,9 +1,9 @@
-"""Claim: the default healing wins back more of the loss that a cut costs than the paper's, at equal tokens.
+"""Claim: the default healing takes back more of the loss that a cut adds than the paper's, at equal tokens.
 
     python benchmarks/heal.py MODEL --layers 11-20 --heal-data TEXT --eval-data TEXT --seeds 3
 
 Every recipe heals the same pruned checkpoint on the same text in the same order; the losses are of the
-merged weights, loaded from disk, on text that no recipe saw. Recovered is
+merged weights, loaded from disk, on text that no recipe saw. The recovered share is
 (pruned − healed) / (pruned − source). A recipe is given as settings of healing, `rank=8,learning_rate=3e-3`;
 the first one below is the paper's (QLoRA on the feed-forward modules, next tokens) at its best rate for a
 model of 26 M parameters.
@@ -39,7 +39,7 @@ RECIPES = (
 
 
 def loss_of(folder: Path, text: Text, *, length: int) -> float:
-    """Token loss of the checkpoint in a folder over a whole text in pieces of at most `length`, in nats."""
+    """Return the token loss, in nats, of a checkpoint over a whole text in pieces of at most `length`."""
     model, encoder = load_model(folder), load_encoder(folder)
     documents = encoder.encode(list(text.documents()))
     pieces = [piece for tokens in documents for piece in encoder.windows(tokens, length=length)]
@@ -56,7 +56,7 @@ def healed_loss(
     seed: int,
     keep: Path | None,
 ) -> tuple[list[float], float]:
-    """Losses of the merged weights on the texts behind the first, and the seconds that healing took."""
+    """Heal on the first text; return the losses of the merged weights on the others, and the seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         adapter_folder, merged_folder = keep or Path(scratch) / "adapter", Path(scratch) / "merged"
         adapter_folder.mkdir(parents=True)
@@ -78,7 +78,7 @@ def healed_loss(
 
 
 def settings_of(recipe: str, *, tokens: int, length: int, batch_size: int) -> HealSettings:
-    """Settings for a number of tokens: `name=value,…` over the other arguments."""
+    """Return settings for a number of tokens; those in the recipe, `name=value,…`, override the others."""
     fields: dict[str, object] = {"batch_size": batch_size, "sequence_length": length}
     for name, value in (pair.split("=") for pair in recipe.split(",")):
         fields[name] = int(value) if value.isdigit() else value
@@ -89,14 +89,14 @@ def settings_of(recipe: str, *, tokens: int, length: int, batch_size: int) -> He
 
 
 def main() -> None:
-    """Print a line a recipe and seed as it ends, then the table."""
+    """Print a line after each recipe and seed, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--layers", required=True, help="that are dropped: 11-20")
+    parser.add_argument("--layers", required=True, help="layers to drop: 11-20")
     parser.add_argument("--heal-data", required=True)
     parser.add_argument("--eval-data", required=True)
-    parser.add_argument("--dev-data", help="text to choose recipes by; its loss is shown beside the other")
-    parser.add_argument("--recipe", action="append", help="settings of healing; may be repeated")
+    parser.add_argument("--dev-data", help="text to choose recipes on; its loss is shown as well")
+    parser.add_argument("--recipe", action="append", help="settings of healing; repeatable")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -3,12 +3,12 @@
     python benchmarks/heal_speed.py --shape mistral-7b --drop 0.3
     python benchmarks/heal_speed.py --shape llama-70b --drop 0.4 --cap-gb 40 --ways sft,distill
 
-The other side is `SFTTrainer` with QLoRA and its own defaults, packing on, at several batches a pass. All
+The rival is `SFTTrainer` with QLoRA and its own defaults, packing on, at several batch sizes. All
 train the same feed-forward adapters of rank 64 on the same text, the demo's, at the same effective batch;
 `seam` trains only from the last layer before the cut on, `distill` learns from the source. The weights are
-random and made on the device: for speed, memory and the agreement of losses alone. MFU counts 4 operations a
-token and weight of the student's matrices (a pass forward, and backward for the states alone), against the
-maker's dense bf16 peak; what is computed twice, adapters and the teacher are not counted.
+random and made on the device, for speed, memory and the agreement of losses only. MFU counts 4 operations per
+token and weight of the student's matrices (forward, and backward for the states only) against the maker's
+dense bf16 peak. Recomputation, adapters and the teacher are not counted.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from factory.model.tokenizer import load_encoder
 from factory.resources import DEMO_MODEL
 from factory.text.text import open_text
 
-WARM_STEPS = 2  # of every run, not timed
-LAST = 5  # steps whose mean loss is shown
+WARM_STEPS = 2  # untimed steps of every run
+LAST = 5  # last steps, whose mean loss is shown
 
 
 class Clock(TrainerCallback):
-    """The moment and the tokens after each step."""
+    """Records time and tokens after each step."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, int]] = []
@@ -58,7 +58,7 @@ class Clock(TrainerCallback):
 def plain(
     model: Any, tokenizer: Any, texts: Any, *, settings: HealSettings, seed: int, folder: Path, batch: int
 ) -> Any:
-    """TRL's trainer as its documentation would have it."""
+    """Make TRL's trainer as its documentation suggests."""
     return SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -94,7 +94,7 @@ def plain(
 
 
 def run(make: Callable[[], Any], *, weights: int) -> dict[str, Any]:
-    """Train, and tell tokens a second, utilisation, peak memory and the last losses."""
+    """Train, and return tokens per second, utilisation, peak memory and the last losses."""
     gc.collect()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -119,13 +119,13 @@ def run(make: Callable[[], Any], *, weights: int) -> dict[str, Any]:
         "GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan"),
         "loss": (losses[0], mean(losses[-LAST:])),
         "pass": f"{trainer.args.per_device_train_batch_size} × {trainer.args.max_length}"
-        + ", activations again" * trainer.model.is_activation_checkpointing,
+        + ", activations recomputed" * trainer.model.is_activation_checkpointing,
         "attention": trainer.model.config._attn_implementation,
     }
 
 
 def main() -> None:
-    """Print a line a way as it ends."""
+    """Print a line after each way of training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--drop", type=float, default=0.3125)
@@ -142,7 +142,7 @@ def main() -> None:
         cap(options.cap_gb)
     config = SHAPES[options.shape]
     number = int(options.drop * config.num_hidden_layers + 0.5)
-    start = (config.num_hidden_layers - number) * 2 // 3  # of the block: where deep blocks usually begin
+    start = (config.num_hidden_layers - number) * 2 // 3  # where deep blocks usually begin
     dropped = tuple(range(start, start + number))
     settings = HealSettings(
         num_steps=options.steps,
@@ -204,7 +204,7 @@ def main() -> None:
             print(
                 f"{way}: {result['tokens/s']:,.0f} tokens/s ({low:,.0f}–{high:,.0f}), "
                 f"MFU {result['MFU']:.3f}, "
-                f"peak {result['GB']:.1f} GB, {result['pass']} a pass, {result['attention']}; loss first "
+                f"peak {result['GB']:.1f} GB, {result['pass']} per pass, {result['attention']}; loss first "
                 f"{result['loss'][0]:.4f}, mean of the last {LAST} {result['loss'][1]:.4f}",
                 flush=True,
             )

@@ -1,15 +1,15 @@
-"""Claim: one pass measures every cut, no slower and in less memory than a pass a block size.
+"""Claim: one pass measures every cut, no slower and in less memory than one pass per block size.
 
     python benchmarks/measure.py --model FOLDER --data FILE [--reference-samples 4000]
     python benchmarks/measure.py --shape mistral-7b
     python benchmarks/measure.py --shape llama-70b --four-bit --cap-gb 40
 
-The other side is the method of PruneMe (github.com/arcee-ai/PruneMe, layer_similarity.py) in code of our own:
-all hidden states and the logits and cache of a pass, the last state after the final norm, one block size a
-run, cosines in 16 bits, batches in the order of the text, every sample's distances kept. It reads the last
-tokens in one step a layer, where PruneMe takes one a layer and sequence. With --shape the weights are random
-and made on the device, and so are the tokens: that is for speed and memory alone. With --cap-gb, more than
-that much memory on the GPU, the CUDA context included, is an error.
+The rival is the method of PruneMe (github.com/arcee-ai/PruneMe, layer_similarity.py), reimplemented: all
+hidden states, logits and cache of a pass, the last state after the final norm, one block size per run,
+cosines in 16 bits, batches in the order of the text, every sample's distances kept. It reads the last tokens
+in one step per layer, where PruneMe takes one per layer and sequence. With --shape, weights and tokens are
+random and made on the device, for speed and memory only. With --cap-gb, using more GPU memory than that,
+including the CUDA context, is an error.
 """
 
 import argparse
@@ -48,14 +48,14 @@ from factory.text.text import open_text
 PAPER_SAMPLES = 10_000  # arXiv 2403.17887, section 3.2
 PRUNEME_SAMPLES = 4_000  # its run_layer_similarity.sh
 
-Batches = Callable[[list[Sample], int], None]  # samples, sequences of full length a batch
+Batches = Callable[[list[Sample], int], None]  # samples, full-length sequences per batch
 
 
 # The model and the samples ----------------------------------------------------------------------
 
 
 def random_samples(count: int, *, length: int, vocab_size: int) -> list[Sample]:
-    """Sequences of random tokens, all of full length."""
+    """Return full-length sequences of random tokens."""
     generator = torch.Generator().manual_seed(0)
     return list(enumerate(torch.randint(vocab_size, (count, length), generator=generator).tolist()))
 
@@ -72,26 +72,26 @@ class PruneMe:
 
     @torch.no_grad()
     def add(self, model: Any, samples: list[Sample], *, batch_size: int, pad_token_id: int) -> None:
-        """Measure some samples."""
+        """Measure the samples."""
         for start in range(0, len(samples), batch_size):
             batch = [tokens for _, tokens in samples[start : start + batch_size]]
             ids, mask = (tensor.to(model.device) for tensor in pad_batch(batch, pad_token_id=pad_token_id))
             states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             rows, last = torch.arange(len(batch), device=mask.device), mask.sum(dim=1) - 1
-            # Where the model runs in fp32, on a CPU, the states are rounded to what PruneMe would have.
+            # On a CPU the model runs in fp32: round the states to the precision of PruneMe.
             ends = [state[rows, last].to(torch.bfloat16) for state in states[1:]]
             for distances, before, after in zip(self.kept, ends, ends[self.n :], strict=False):
                 distances.extend(self.distance(before, after).tolist())
 
     @staticmethod
     def distance(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """arccos of the cosine over π, in the precision of the states: two of [b, d] → [b]."""
+        """Return arccos(cosine) / π in the precision of the states: two of [b, d] → [b]."""
         before, after = (state / state.norm(dim=-1, keepdim=True) for state in (before, after))
         return (before * after).sum(dim=-1).clamp(-1, 1).arccos() / torch.pi
 
     @property
     def start(self) -> int:
-        """First layer of the nearest block. The first state is a layer's output: no block starts at 0."""
+        """Return the first layer of the nearest block; none starts at 0, as the first state is an output."""
         means = [statistics.fmean(distances) for distances in self.kept]
         return means.index(min(means)) + 1
 
@@ -110,14 +110,14 @@ class Ways:
         ]
 
     def use_fused(self, wanted: bool) -> None:
-        """Norms as our measurement has them, or as the model came."""
+        """Use fused norms, as our measurement does, or the original ones."""
         for module, forward in self.fused:
             vars(module).pop("forward", None)
             if wanted:
                 module.forward = forward
 
     def ours(self, samples: list[Sample], batch_size: int) -> None:
-        """As `factory.pruning.measure.measure` does a chunk."""
+        """Measure as `factory.pruning.measure.measure` does a chunk."""
         self.use_fused(True)
         measured = measure_batches(
             self.model, samples, pad_token_id=self.pad_token_id, max_tokens=batch_size * self.length
@@ -125,13 +125,13 @@ class Ways:
         self.sums.add(samples, list(measured))
 
     def theirs(self, samples: list[Sample], batch_size: int) -> None:
-        """As PruneMe does."""
+        """Measure as PruneMe does."""
         self.use_fused(False)
         self.pruneme.add(self.model, samples, batch_size=batch_size, pad_token_id=self.pad_token_id)
 
     @torch.inference_mode()
     def forward(self, samples: list[Sample], batch_size: int) -> None:
-        """The layers alone on our batches, which nothing can be faster than."""
+        """Run only the layers on our batches: the lower limit of the time."""
         self.use_fused(True)
         ordered = sorted(samples, key=lambda sample: -len(sample[1]))
         while ordered:
@@ -141,7 +141,7 @@ class Ways:
             self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)
 
     def largest_batch(self, way: Batches, samples: list[Sample], *, first: int) -> int | None:
-        """Sequences that fit, halved from `first`; None if not even one does."""
+        """Return how many sequences fit, halving from `first`; None if not even one does."""
 
         def attempt(batch_size: int) -> int:
             way(samples[:batch_size], batch_size)
@@ -159,13 +159,13 @@ class Ways:
 
 
 def wait() -> None:
-    """Until the GPU is done."""
+    """Wait until the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Wall time."""
+    """Return the wall time of some work."""
     wait()
     start = time.perf_counter()
     work()
@@ -174,7 +174,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def memory_of(work: Callable[[], object]) -> int:
-    """Bytes at the peak beyond what was there before: allocated on the GPU, or resident on a CPU."""
+    """Return the peak memory in bytes beyond that before: allocated on a GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -182,14 +182,14 @@ def memory_of(work: Callable[[], object]) -> int:
         work()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
 
 
 def resident(field: str) -> int:
-    """Bytes, from /proc/self/status."""
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -204,9 +204,9 @@ def compare(ways: Ways, samples: list[Sample], *, rounds: int, batches: dict[str
             work = partial(works[name], samples[:batch_size], batch_size)
             work()  # warm-up
             peaks[name] = memory_of(work)
-            print(f"{name}: {peaks[name] / 1e9:.3f} GB beyond the weights, {batch_size} sequences a batch")
+            print(f"{name}: {peaks[name] / 1e9:.3f} GB beyond the weights, {batch_size} sequences per batch")
         else:
-            print(f"{name}: out of memory with one sequence a batch")
+            print(f"{name}: out of memory with one sequence per batch")
     if len(peaks) == 2:
         print(f"memory beyond the weights, ours / theirs: {peaks['ours'] / peaks['theirs']:.3f}")
     sizes = {name: size for name, size in {**batches, "forward": batches["ours"]}.items() if size}
@@ -220,9 +220,9 @@ def compare(ways: Ways, samples: list[Sample], *, rounds: int, batches: dict[str
 
 
 def report(ways: Ways, speeds: dict[str, list[float]], *, per_round: int) -> None:
-    """Medians with their spread, and the ratios of the rounds."""
+    """Print medians with their spread, and the ratios of the rounds."""
     operations = 2 * matrix_weights(decoder_layers(ways.model))
-    print(f"medians of {len(speeds['ours'])} rounds of {per_round} samples in turns; forward: layers alone")
+    print(f"medians of {len(speeds['ours'])} alternating rounds of {per_round} samples; forward: layers only")
     for name, values in speeds.items():
         speed = statistics.median(values)
         print(
@@ -271,12 +271,12 @@ def choose(ways: Ways, samples: Iterator[Sample], *, others: list[int], batch_si
 
 
 def layers(start: int, n: int) -> str:
-    """For people: "layers 14–23"."""
+    """Return "layers 14–23" for display."""
     return f"layers {layer_ranges(range(start, start + n))}"
 
 
 def start_of(sums: Sums, n: int) -> int:
-    """First layer of the nearest block of n."""
+    """Return the first layer of the nearest block of n."""
     return int(sums.distance.mean.diagonal(offset=n)[:-1].argmin())
 
 
@@ -284,22 +284,22 @@ def start_of(sums: Sums, n: int) -> int:
 
 
 def asked() -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, help="a folder; needs --data")
+    what.add_argument("--model", type=Path, help="folder of a model; needs --data")
     what.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--data", help="text to read with --model")
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--cap-gb", type=float)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, help="default: found as the measurement finds it")
+    parser.add_argument("--batch-size", type=int, help="sequences per batch; default: as in a build")
     parser.add_argument("--round-samples", type=int, default=CHUNK)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--drop", type=float, default=0.3, help="gives n")
-    parser.add_argument("--also-n", type=int, nargs="*", default=[], help="say when these are certain, too")
+    parser.add_argument("--drop", type=float, default=0.3, help="fraction of layers, which gives n")
+    parser.add_argument("--also-n", type=int, nargs="*", default=[], help="other block sizes to report on")
     parser.add_argument(
-        "--reference-samples", type=int, default=0, help="a certain choice is checked on these"
+        "--reference-samples", type=int, default=0, help="samples to check a certain choice on"
     )
     options = parser.parse_args()
     if (options.model is None) != (options.data is None):
@@ -321,7 +321,7 @@ def main() -> None:
     length, n = options.sequence_length, int(options.drop * len(decoder_layers(model)) + 0.5)
     print(
         f"{options.shape or options.model.name}{', NF4' * options.four_bit} on {device_name(model.device)}, "
-        f"ready after {ready:.1f} s; at most {length} tokens a sample, n = {n}"
+        f"ready after {ready:.1f} s; at most {length} tokens per sample, n = {n}"
     )
     if torch.cuda.is_available():
         print(f"weights: {torch.cuda.memory_allocated() / 1e9:.2f} GB")
@@ -330,7 +330,7 @@ def main() -> None:
     longest = sorted(samples, key=lambda sample: -len(sample[1]))
     ours = ways.largest_batch(ways.ours, longest, first=options.batch_size or FIRST_BATCH_SIZE)
     if ours is None:
-        sys.exit("ours: out of memory with one sequence a batch")
+        sys.exit("ours: out of memory with one sequence per batch")
     theirs = ways.largest_batch(ways.theirs, longest, first=ours)
     compare(ways, samples, rounds=options.rounds, batches={"ours": ours, "theirs": theirs})
     if options.reference_samples:
@@ -338,7 +338,7 @@ def main() -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, int, Callable[[int], list[Sample]]]:
-    """The model, its padding token, and a way to take the first samples."""
+    """Return the model, its padding token, and a function that takes the first samples."""
     length = options.sequence_length
     if options.shape:
         config = SHAPES[options.shape]
@@ -354,7 +354,7 @@ def load(options: argparse.Namespace) -> tuple[Any, int, Callable[[int], list[Sa
 
 
 def cap(gigabytes: float) -> None:
-    """Let PyTorch take what a card of this size leaves beside the CUDA context."""
+    """Limit PyTorch to what a card of this size leaves after the CUDA context."""
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()

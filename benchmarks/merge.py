@@ -2,10 +2,10 @@
 
     python benchmarks/merge.py [--layers 22] [--rank 64] [--rounds 3] [--folder DIR]
 
-Writes Mistral 7B's shape with random bf16 weights and a LoRA adapter on its feed-forward modules. Then, in
-turns: `cp` of the weights, which are as large as the result, and the merge in a process of its own, both
-until everything is on the disk. The merge is timed alone, without Python's start, and with the checksums that
-it takes of its result. Needs twice the size on disk (22 layers: 10.1 GB).
+Writes Mistral 7B's shape with random bf16 weights and a LoRA adapter on its feed-forward modules. Then
+runs alternately `cp` of the weights, which are as large as the result, and the merge in a separate process,
+each until everything is on disk. The time of the merge includes its checksums, but not the start of Python.
+Needs twice the size on disk (22 layers: 10.1 GB).
 """
 
 import argparse
@@ -34,7 +34,7 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 def write_adapter(folder: Path, shapes: dict[str, torch.Size], *, rank: int) -> None:
-    """A LoRA adapter in peft's format with random values in both halves."""
+    """Write a LoRA adapter in peft's format with random values in both halves."""
     folder.mkdir()
     tensors = {}
     for name, shape in shapes.items():
@@ -48,7 +48,7 @@ def write_adapter(folder: Path, shapes: dict[str, torch.Size], *, rank: int) -> 
 
 
 def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
-    """Merge in this process: seconds, and the peak resident memory since it started."""
+    """Merge in this process; return the seconds, and its peak resident memory."""
     pruned = Checkpoint(folder=source, num_layers=1, num_parameters=1, size_bytes=1, files={})
     start = time.perf_counter()
     trained = Adapter.model_construct(folder=adapter, quantization="none", num_steps=1, experts=())
@@ -61,7 +61,7 @@ def merge_here(source: Path, adapter: Path, target: Path) -> dict[str, float]:
 
 
 def merge_apart(source: Path, adapter: Path, folder: Path) -> dict[str, float]:
-    """The merge in a fresh process, into a new folder."""
+    """Merge in a fresh process, into a new folder."""
     target = folder / "target"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -73,12 +73,12 @@ def merge_apart(source: Path, adapter: Path, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write the model, take times in turns, print the ratios."""
+    """Write the model, time both alternately, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: temporary")
     parser.add_argument("--merge", type=Path, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.merge:
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def report(copies: list[tuple[float, float]], merges: list[dict[str, float]], *, size_bytes: int) -> None:
-    """Medians, ranges and the two claims."""
+    """Print medians, ranges and the two claims."""
     print(f"{size_bytes / 1e9:.1f} GB, medians of {len(copies)} rounds, {torch.get_num_threads()} threads")
     rows = {
         "cp, returned": [returned for returned, _ in copies],

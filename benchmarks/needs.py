@@ -1,10 +1,10 @@
-"""What a build was said to need, and what it took: disk, host memory, GPU memory.
+"""Compare the estimated needs of a build with the actual ones: disk, host memory, GPU memory.
 
     python benchmarks/needs.py demo --drop 0.3
     python benchmarks/needs.py FOLDER --drop 0.3 --calibration-data … --heal-data … --eval-data … [any option]
 
-Runs `factory build` and looks at its memory every tenth of a second, at its disk more often: in an empty
-store, or with `--in FOLDER` in one that stays, so that a second build with other options reuses what it can.
+Runs `factory build`, and samples its memory every tenth of a second and its disk more often. The store is
+empty, or with `--in FOLDER` kept, so that a second build with other options reuses its stages.
 `benchmarks/shapes.py` writes models of known shapes.
 """
 
@@ -28,7 +28,7 @@ FILLING = ("measure", "search", "heal")  # stages that take larger batches until
 
 @dataclass
 class Peak:
-    """The most that was seen, in bytes."""
+    """The largest values seen, in bytes."""
 
     disk: int = 0
     host: int = 0
@@ -37,9 +37,9 @@ class Peak:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes on the disk below a folder; files with several names count once."""
+    """Return the bytes on disk below a folder; files with several names count once."""
     found = {}
-    for parent, _, names in os.walk(folder):  # which passes over folders that are gone since they were listed
+    for parent, _, names in os.walk(folder):  # skips folders deleted since they were listed
         for name in names:
             with suppress(FileNotFoundError):
                 stat = Path(parent, name).lstat()
@@ -48,7 +48,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def host_bytes(process: psutil.Process) -> int:
-    """Memory of a process and its children that is theirs; files that are mapped can be dropped."""
+    """Return the private memory of a process and its children, without mapped files."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         try:
@@ -60,7 +60,7 @@ def host_bytes(process: psutil.Process) -> int:
 
 
 def gpu_bytes() -> int:
-    """Memory in use on the first GPU, 0 without one."""
+    """Return the memory in use on the first GPU, or 0 without one."""
     command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -70,36 +70,36 @@ def gpu_bytes() -> int:
 
 
 def watch(process: psutil.Process, folder: Path, before: int, peak: Peak, done: threading.Event) -> None:
-    """Note the most of everything until it is done."""
+    """Record the peak of host and GPU memory until the build is done."""
     while not done.wait(SECONDS):
         try:
             host = host_bytes(process)
         except psutil.NoSuchProcess:
             return
         peak.host = max(peak.host, host)
-        under_way = [path.parent.name for path in folder.glob("home/stages/*/*.partial")]
-        for stage in under_way:
+        running = [path.parent.name for path in folder.glob("home/stages/*/*.partial")]
+        for stage in running:
             peak.host_at[stage] = max(peak.host_at.get(stage, 0), host)
             peak.gpu[stage] = max(peak.gpu.get(stage, 0), gpu_bytes() - before)
 
 
 def watch_disk(folder: Path, peak: Peak, done: threading.Event) -> None:
-    """Note the most of the disk until it is done."""
+    """Record the peak of the disk until the build is done."""
     while not done.wait(DISK_SECONDS):
         peak.disk = max(peak.disk, disk_bytes(folder))
 
 
 def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
-    """The estimate of a dry run, and the peak of the run itself.
+    """Return the estimate of a dry run, and the peak of the run itself.
 
     Args:
-        arguments: Of `factory build`.
-        folder: Takes the store and the build; what lies there already is not counted.
+        arguments: Arguments of `factory build`.
+        folder: Folder for the store and the build; its earlier content is not counted.
     """
     build = [sys.executable, "-m", "factory", "build", *arguments]
     where = ["--home", str(folder / "home"), "--out", str(folder / "build")]
     dry = subprocess.run([*build, *where, "--dry-run", "--json"], stdout=subprocess.PIPE, check=True)
-    peak, done, before, lay_there = Peak(), threading.Event(), gpu_bytes(), disk_bytes(folder)
+    peak, done, before, disk_before = Peak(), threading.Event(), gpu_bytes(), disk_bytes(folder)
     process = subprocess.Popen([*build, *where])
     watchers = (
         threading.Thread(
@@ -115,13 +115,13 @@ def measured(arguments: list[str], folder: Path) -> tuple[dict[str, int], Peak]:
         watcher.join()
     if code:
         sys.exit(code)
-    peak.disk -= lay_there
+    peak.disk -= disk_before
     estimate: dict[str, int] = json.loads(dry.stdout)
     return estimate, peak
 
 
 def rows(estimate: dict[str, int], peak: Peak) -> list[tuple[str, int, int]]:
-    """What, estimate and measurement in bytes. Measuring and healing fill a GPU, so they do not count."""
+    """Return name, estimate and measurement in bytes, without stages that fill a GPU on purpose."""
     found = [
         ("disk", estimate["disk_needed"], peak.disk),
         ("host memory", estimate["host_needed"], peak.host),
@@ -131,17 +131,19 @@ def rows(estimate: dict[str, int], peak: Peak) -> list[tuple[str, int, int]]:
 
 
 def main() -> None:
-    """Run, and print a table."""
+    """Run the build and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--in", dest="folder", type=Path, help="store and build; default: a temporary one")
+    parser.add_argument(
+        "--in", dest="folder", type=Path, help="folder for store and build; default: temporary"
+    )
     asked, build = parser.parse_known_args()
     if asked.folder:
         asked.folder.mkdir(parents=True, exist_ok=True)
     with nullcontext(asked.folder) if asked.folder else tempfile.TemporaryDirectory() as folder:
         estimate, peak = measured(build, Path(folder))
     print("| | estimate | measured | ratio |\n|---|--:|--:|--:|")
-    for name, said, took in rows(estimate, peak):
-        print(f"| {name} | {said / 1e6:,.1f} MB | {took / 1e6:,.1f} MB | {said / took:.2f} |")
+    for name, estimated, took in rows(estimate, peak):
+        print(f"| {name} | {estimated / 1e6:,.1f} MB | {took / 1e6:,.1f} MB | {estimated / took:.2f} |")
     for stage, took in peak.host_at.items():
         print(f"{stage}: host {took / 1e9:.2f} GB, GPU {peak.gpu[stage] / 1e9:.2f} GB")
 

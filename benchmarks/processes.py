@@ -3,8 +3,8 @@
     python benchmarks/processes.py MODEL --layers 11-20 --heal-data TEXT [--setting bits=4] [--processes 2]
 
 Heals the same pruned checkpoint on the same text in one process, in several (DDP), and in several that each
-hold a share of every layer (FSDP); the losses are of the text held back, in training's own arithmetic. The
-seconds are a step's, the median of all but the first three: loading and starting are not in them.
+hold a share of every layer (FSDP). The losses are of the held-out text, in the arithmetic of training. The
+seconds are per step, the median of all but the first three, without loading and starting.
 """
 
 import argparse
@@ -30,12 +30,12 @@ WARM_STEPS = 3
 
 
 def main() -> None:
-    """Print a row a way as it ends."""
+    """Print a row after each way of healing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--layers", required=True, help="that are dropped: 11-20")
+    parser.add_argument("--layers", required=True, help="layers to drop: 11-20")
     parser.add_argument("--heal-data", required=True)
-    parser.add_argument("--setting", default="bits=4", help="settings of healing, rank=8,bits=4")
+    parser.add_argument("--setting", default="bits=4", help="settings of healing: rank=8,bits=4")
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -54,7 +54,7 @@ def main() -> None:
     ways: list[tuple[str, int, Case | None]] = [("one process", 1, None), (f"{several}, DDP", several, None)]
     if torch.cuda.is_available():  # accelerate shards on GPUs only
         ways.append((f"{several}, FSDP", several, "fsdp"))
-    print("| | guard before | after | last loss | step, s |\n|---|--:|--:|--:|--:|")
+    print("| | held-out before | after | last loss | step, s |\n|---|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as scratch:
         plan = PruningPlan(criterion="chosen", num_layers=source.num_layers, dropped=dropped)
         (Path(scratch) / "pruned").mkdir()

@@ -1,11 +1,11 @@
-"""Claim: pruning on disk costs what copying the kept bytes costs, in memory that does not grow.
+"""Claim: pruning on disk costs as much as copying the kept bytes, in constant memory.
 
     python benchmarks/prune.py [--gigabytes 4] [--rounds 5] [--folder DIR] [--mergekit PATH/bin/mergekit-yaml]
 
-Writes a Llama of random weights in several shards. Then, in turns: `cp` of the pruned files, alone and with
-checksums afterwards, and the pruning copy, which takes checksums too, until they return and until everything
-is on the disk. With --mergekit also two whole commands: `factory prune`, which checks its result, and
-mergekit's passthrough, which does not.
+Writes a Llama of random weights in several shards. Then times alternately `cp` of the pruned files, alone and
+followed by checksums, and the pruning copy, which includes checksums; each until it returns and until
+everything is on disk. With --mergekit, two whole commands as well: `factory prune`, which checks its result,
+and mergekit's passthrough, which does not.
 The source is in the page cache if it fits. Needs three times the size on disk.
 """
 
@@ -61,7 +61,7 @@ slices:
 
 
 def llama(size_bytes: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """config.json and the shapes of a Llama that takes about `size_bytes` in bf16."""
+    """Return config.json and the shapes of a Llama that takes about `size_bytes` in bf16."""
     kv = HIDDEN * KV_HEADS // HEADS
     fixed = VOCABULARY * HIDDEN + NUM_LAYERS * 2 * HIDDEN * (HIDDEN + kv)
     wide = max((size_bytes // 2 - fixed) // (NUM_LAYERS * 3 * HIDDEN), 64)
@@ -84,7 +84,7 @@ def llama(size_bytes: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def write_source(folder: Path, *, size_bytes: int) -> None:
-    """The Llama in NUM_SHARDS files; its values are one block of noise, over and over."""
+    """Write the Llama in NUM_SHARDS files; its values are one repeated block of noise."""
     folder.mkdir()
     config, shapes = llama(size_bytes)
     (folder / "config.json").write_text(json.dumps(config))
@@ -112,7 +112,7 @@ def write_source(folder: Path, *, size_bytes: int) -> None:
 
 
 def kept_tensors(source: Path) -> list[tuple[str, TensorInfo]]:
-    """Names in the result and where their values lie."""
+    """Return the names in the result and where their values are."""
     tensors = read_checkpoint(source)
     stack = locate({"model_type": "llama", "num_hidden_layers": NUM_LAYERS}, tensors)
     kept = [index for index in range(NUM_LAYERS) if index not in DROPPED]
@@ -122,7 +122,7 @@ def kept_tensors(source: Path) -> list[tuple[str, TensorInfo]]:
 
 
 def seconds_of(work: Callable[[Path], object], folder: Path) -> tuple[float, float]:
-    """Wall time into a new folder until the work returns, and until its files are on the disk."""
+    """Return the wall time into a new folder until the work returns, and until its files are on disk."""
     target = folder / "target"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -135,21 +135,21 @@ def seconds_of(work: Callable[[Path], object], folder: Path) -> tuple[float, flo
 
 
 def peak_mebibytes(command: list[Any]) -> float:
-    """Run a command in a process of its own; its peak resident memory.
+    """Run a command in a process and return its peak resident memory.
 
-    A process in between: a new one counts the memory of whoever started it as its own.
+    There is a process in between: a new one counts the memory of its parent as its own.
     """
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
     )
-    *said, kibibytes = done.stderr.decode().splitlines()
+    *messages, kibibytes = done.stderr.decode().splitlines()
     if done.returncode:
-        raise SystemExit(f"{command[0]} ended with {done.returncode}: {' '.join(said)[-2000:]}")
+        raise SystemExit(f"{command[0]} ended with {done.returncode}: {' '.join(messages)[-2000:]}")
     return int(kibibytes) / 1024
 
 
 def copy_works(source: Path, reference: Path) -> dict[str, Callable[[Path], object]]:
-    """`cp` of the pruned files and the copy that makes them, each alone and followed by the checksums."""
+    """Return `cp` of the pruned files, alone and followed by checksums, and the pruning copy."""
     kept = kept_tensors(source)
     reference.mkdir()
     write_checkpoint(kept, folder=reference)
@@ -169,7 +169,7 @@ def copy_works(source: Path, reference: Path) -> dict[str, Callable[[Path], obje
 
 
 def command_works(source: Path, *, mergekit: Path, plan: Path, peaks: dict[str, float]) -> Any:
-    """Two whole commands that do the same."""
+    """Return two whole commands that do the same."""
     plan.write_text(
         PASSTHROUGH.format(source=source, start=DROPPED.start, end=DROPPED.stop, layers=NUM_LAYERS)
     )
@@ -186,12 +186,12 @@ def command_works(source: Path, *, mergekit: Path, plan: Path, peaks: dict[str, 
 
 
 def main() -> None:
-    """Write the source, take times in turns, print the ratios."""
+    """Write the source, time all alternately, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
-    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment that has mergekit")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: temporary")
+    parser.add_argument("--mergekit", type=Path, help="path of mergekit-yaml in an environment with mergekit")
     arguments = parser.parse_args()
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="factory-benchmark-") as name:
@@ -215,14 +215,14 @@ def main() -> None:
 
 
 def report(times: dict[str, list[tuple[float, float]]], *, num_bytes: int) -> None:
-    """Medians, and the ratios of each two that do the same."""
+    """Print medians, and the ratios of those that do the same."""
     rounds = len(times["cp"])
     medians = {
         what: [statistics.median(column) for column in zip(*rows, strict=True)]
         for what, rows in times.items()
     }
     print(
-        f"{num_bytes / 1e9:.2f} GB kept, medians of {rounds} rounds in turns: until it returns, until synced"
+        f"{num_bytes / 1e9:.2f} GB kept, medians of {rounds} alternating rounds: until return, until synced"
     )
     for what, rows in times.items():
         spread = ", ".join(f"{min(column):.2f}–{max(column):.2f}" for column in zip(*rows, strict=True))

@@ -1,10 +1,10 @@
-"""Claim: what a cut and its healing do to questions, as a table: MMLU, BoolQ and BLiMP from local files.
+"""Measure what a cut and its healing do to task scores: MMLU, BoolQ and BLiMP from local files.
 
     python benchmarks/qa.py DATA source=MODEL pruned=MODEL healed=MODEL --limits mmlu=40,boolq=600,blimp=60
 
 DATA holds `mmlu/{dev,test}/SUBJECT.jsonl`, `boolq_validation.jsonl` and `blimp/PARADIGM.jsonl`, rows as in
-the data sets that lm-eval names. Prompts are lm-eval's own: its task files are included, and only told where
-the rows lie. A limit counts questions of each subject, paradigm or task. The first model is the source.
+the data sets that lm-eval names. Prompts are lm-eval's own: its task files are included, with the paths of
+the rows. A limit counts questions per subject, paradigm or task. The first model is the source.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LIMITS = "mmlu=40,boolq=600,blimp=60"
 
 
 def write_tasks(data: Path, into: Path) -> list[Path]:
-    """Task files for MMLU, BoolQ and BLiMP over the rows in `data`; each in a folder of its own."""
+    """Write task files for MMLU, BoolQ and BLiMP over the rows in `data`, each in its own folder."""
     mmlu = [
         _task(
             into / "mmlu",
@@ -52,7 +52,7 @@ def write_tasks(data: Path, into: Path) -> list[Path]:
         "boolq",
         like="super_glue/boolq/default.yaml",
         files={"validation": data / "boolq_validation.jsonl"},
-        doc_to_target="{{answer | int}}",  # these rows say true or false where the others say 1 or 0
+        doc_to_target="{{answer | int}}",  # these rows have true or false instead of 1 or 0
         training_split=None,
     )
     return [
@@ -63,7 +63,7 @@ def write_tasks(data: Path, into: Path) -> list[Path]:
 
 
 def _task(folder: Path, name: str, *, like: str, files: dict[str, Path], **changes: Any) -> str:
-    """One of lm-eval's tasks with other rows, under its own name."""
+    """Write one of lm-eval's tasks with other rows, under its own name."""
     rows = {split: str(path.absolute()) for split, path in files.items()}
     kwargs = {"data_files": rows, "cache_dir": str(folder.absolute() / "cache")}
     value = {"include": str(HARNESS / like), "task": name, "dataset_path": "json", "dataset_name": name}
@@ -80,7 +80,7 @@ def _group(folder: Path, name: str, tasks: Sequence[str]) -> Path:
 
 
 def answer(model: Path, tasks: Sequence[Path], *, limits: dict[str, int], into: Path) -> None:
-    """Let one model answer; what lies in `into` already is not asked again."""
+    """Let one model answer; questions with answers in `into` are skipped."""
     into.mkdir(parents=True, exist_ok=True)
     left = [index for index in range(len(tasks)) if read_answers(into, index) is None]
     loaded, tokenizer = (load_model(model), load_tokenizer(model)) if left else (None, None)
@@ -89,17 +89,17 @@ def answer(model: Path, tasks: Sequence[Path], *, limits: dict[str, int], into: 
         settings = EvaluateSettings(
             tasks=(str(task),), num_fewshot={str(task): SHOTS[task.stem]}, limit=limits.get(task.stem)
         )
-        scored = score_task(loaded, tokenizer, str(task), settings=settings, progress=_tell)
+        scored = score_task(loaded, tokenizer, str(task), settings=settings, progress=_report)
         write_answers(into, index, scored)
 
 
-def _tell(done: int, total: int, note: str) -> None:
+def _report(done: int, total: int, note: str) -> None:
     if done % 200 < 8 or done == total:
         print(f"{note}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def table(folders: dict[str, Path], num_tasks: int) -> str:
-    """Scores with standard errors; for each model but the first change, interval, p-value and recovery."""
+    """Return scores with standard errors; after the first model also change, p-value and recovery."""
     names = list(folders)
     columns = [column for name in names[1:] for column in (name, "change (95 %)", "recovery")]
     lines = [
@@ -137,8 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("models", nargs="+", metavar="name=MODEL", help="the source first")
-    parser.add_argument("--limits", default=LIMITS, help="questions a subject, task or paradigm; '' for all")
-    parser.add_argument("--work", type=Path, help="keep answers here, and go on from those that lie here")
+    parser.add_argument(
+        "--limits", default=LIMITS, help="questions per subject, task or paradigm; '' for all"
+    )
+    parser.add_argument("--work", type=Path, help="folder to keep answers in and resume from")
     arguments = parser.parse_args()
     limits = {
         name: int(n) for name, _, n in (one.partition("=") for one in arguments.limits.split(",") if one)

@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, for speed and memory: made on the device, or as a folder.
+"""Make models of known shapes with random weights, for speed and memory: on the device, or as a folder.
 
 python benchmarks/shapes.py mistral-7b FOLDER    (for `factory build`, with the demo's tokenizer)
 """
@@ -33,7 +33,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 
 def random_model(config: PreTrainedConfig, *, four_bit: bool) -> Any:
-    """A model of random weights, made one after the other on the device, so that no more is ever there.
+    """Make a model of random weights, one weight after the other on the device, to save memory.
 
     Args:
         four_bit: Quantise each linear layer but the head to NF4 as `load_model` does.
@@ -60,7 +60,7 @@ def random_model(config: PreTrainedConfig, *, four_bit: bool) -> Any:
 
 
 def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: torch.dtype) -> Linear4bit:
-    """An NF4 layer of the same size."""
+    """Make an NF4 layer of the same size."""
     made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
     values = torch.empty(linear.weight.shape, device=device, dtype=dtype).normal_(std=0.02)
     weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
@@ -69,7 +69,7 @@ def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: tor
 
 
 def write_random(folder: Path, config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """A folder of random bf16 weights, written tensor by tensor; returns name → shape."""
+    """Write a folder of random bf16 weights, tensor by tensor; return name → shape."""
     folder.mkdir()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -99,7 +99,7 @@ def write_random(folder: Path, config: PreTrainedConfig) -> dict[str, torch.Size
 
 
 def main() -> None:
-    """Write the model that was asked for."""
+    """Write the requested model."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     write_random(folder, SHAPES[name])
     for path in DEMO_MODEL.glob("tokenizer*"):

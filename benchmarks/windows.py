@@ -1,9 +1,9 @@
-"""How much a window's loss depends on what stands in front of it: with the tokenizer's prefix and without.
+"""Measure how much the loss of a window depends on its beginning: with the tokenizer's prefix, and without.
 
     python benchmarks/windows.py MODEL [--data DATA] [--documents 12] [--length 256] [--windows 3]
 
-Long documents are cut into windows. The first begins as the tokenizer begins a text; each later one is read
-with that prefix, as the factory reads it, and without, as a plain cut does. Losses are of the same tokens.
+Long documents are cut into windows. The first begins as the tokenizer begins a text. Each later one is read
+with that prefix, as the factory does, and without it, as a plain cut. Both losses are of the same tokens.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from factory.text.text import open_text
 
 
 def main() -> None:
-    """Print the loss by window, with its standard error over documents."""
+    """Print the loss of each window, with its standard error over documents."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", default="stdlib:held-out")
     parser.add_argument("--documents", type=int, default=12)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a window, without the prefix")
+    parser.add_argument("--length", type=int, default=256, help="tokens per window, without the prefix")
     parser.add_argument("--windows", type=int, default=3)
     options = parser.parse_args()
     encoder, model = load_encoder(options.model), load_model(options.model)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def long_documents(options: argparse.Namespace, encoder: Encoder) -> Iterator[list[int]]:
-    """Tokens of documents that fill all windows."""
+    """Yield the tokens of documents that fill all windows."""
     needed = options.length * options.windows
     for document in open_text(options.data, split="validation").documents():
         (tokens,) = encoder.encode([document])
@@ -52,7 +52,7 @@ def long_documents(options: argparse.Namespace, encoder: Encoder) -> Iterator[li
 
 @torch.inference_mode()
 def losses(model: object, tokens: list[int], encoder: Encoder, *, length: int) -> list[list[float]]:
-    """Mean loss of each window, in nats: [windows, 2], with the prefix and as a plain cut."""
+    """Return the mean loss of each window, in nats: [windows, 2], with the prefix and as a plain cut."""
     found = []
     for start in range(0, len(tokens), length):
         piece = tokens[start : start + length]
@@ -63,7 +63,7 @@ def losses(model: object, tokens: list[int], encoder: Encoder, *, length: int) -
 
 
 def loss_of_last(model: object, ids: list[int], *, count: int) -> float:
-    """Mean loss of the last `count` tokens of a sequence."""
+    """Return the mean loss of the last `count` tokens of a sequence."""
     logits = model(input_ids=torch.tensor([ids])).logits[0, -count - 1 : -1].float()  # type: ignore[operator]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-count:])))
 

@@ -1,7 +1,7 @@
 """Write hashes.txt: every library of constraints.txt with the sha256 of each of its files on the index.
 
-Torch and what it brings for GPUs are left out: which build of it is right depends on the machine and on the
-index, and each has other hashes. Needs uv, and the network: `python scripts/lock.py`.
+Torch and its GPU libraries are omitted: the right build depends on the machine and the index, and each build
+has its own hashes. Needs uv and the network: `python scripts/lock.py`.
 """
 
 import re
@@ -20,18 +20,18 @@ COMMAND = (
     "--universal", "--python-version", "3.11", "--generate-hashes", "--no-header", "--no-annotate",
     "--no-emit-index-url", "--quiet",
 )  # fmt: skip
-BUILDS_US = "hatchling\neditables\n"  # isolation would fetch them without a hash
+BUILD_BACKEND = "hatchling\neditables\n"  # build isolation would fetch them without hashes
 OF_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-)")
 
 
 def entries(text: str) -> list[str]:
-    """The requirements of a hashed file, each with its hashes."""
+    """Return the requirements of a hashed file, each with its hashes."""
     return [entry for entry in re.split(r"\n(?=[A-Za-z])", "\n" + text) if entry.strip()]
 
 
 def main() -> None:
-    """Ask the index, through uv, and write the file."""
-    made = subprocess.run(COMMAND, cwd=ROOT, input=BUILDS_US, capture_output=True, text=True)
+    """Query the index with uv and write the file."""
+    made = subprocess.run(COMMAND, cwd=ROOT, input=BUILD_BACKEND, capture_output=True, text=True)
     if made.returncode:
         sys.exit(made.stderr)
     kept = [entry.strip() + "\n" for entry in entries(made.stdout) if not OF_TORCH.match(entry.strip())]

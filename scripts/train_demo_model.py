@@ -2,8 +2,8 @@
 
     python scripts/train_demo_model.py --out factory/demo/model
 
-The held-out modules (factory/demo/corpus.py) and their tests are never read. The tokenizer is trained on
-the same text. On a CPU, `--steps 3` shows that everything runs.
+The held-out modules (factory/text/standard_library.py) and their tests are never read. The tokenizer is
+trained on the same text. On a CPU, `--steps 3` shows that everything runs.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from factory.text.standard_library import documents
 
 END, PAD = "<|endoftext|>", "<|pad|>"
-# Line ends and the indentation after them are pieces of their own, so that an indentation is one token;
-# a single space inside a line belongs to the word after it; digits stand alone.
+# Line ends and the indentation after them are separate pieces, so that an indentation is one token;
+# a single space inside a line belongs to the next word; each digit is a piece.
 PIECES = r"\n+|(?<=\n)[ \t]+| ?_*[A-Za-z]+|_+| ?\d| ?[^\sA-Za-z\d_]+|[ \t]+|\s"
 
 
 def train_tokenizer(texts: list[str], arguments: argparse.Namespace) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that no text is outside the vocabulary."""
+    """Train a byte-level BPE tokenizer, whose vocabulary covers any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +52,7 @@ def train_tokenizer(texts: list[str], arguments: argparse.Namespace) -> PreTrain
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama in small; projections into the stream start smaller the more layers there are."""
+    """Make a small Llama; projections into the residual stream start smaller with more layers."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
@@ -76,13 +76,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of tokens, each text ended by the end token."""
+    """Return all texts as one stream of tokens, with the end token after each text."""
     end = tokenizer.eos_token_id
     return torch.tensor([token for ids in tokenizer(texts).input_ids for token in [*ids, end]])
 
 
 def sample(stream: torch.Tensor, arguments: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
-    """A batch of windows at random places, [b, s + 1]."""
+    """Return a batch of windows at random positions, [b, s + 1]."""
     length = arguments.sequence_length + 1
     starts = torch.randint(len(stream) - length, (arguments.batch_size, 1), generator=generator)
     return stream[starts.to(stream.device) + torch.arange(length, device=stream.device)]
@@ -90,7 +90,7 @@ def sample(stream: torch.Tensor, arguments: argparse.Namespace, generator: torch
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, arguments: argparse.Namespace) -> float:
-    """Mean loss in nats over consecutive windows."""
+    """Return the mean loss in nats over consecutive windows."""
     length = arguments.sequence_length + 1
     windows = stream[: len(stream) // length * length].view(-1, length)[: arguments.held_out_windows]
     losses = [next_token_loss(model, part).item() * len(part) for part in windows.split(16)]
@@ -98,14 +98,14 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, arguments: argp
 
 
 def next_token_loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a batch of windows, [b, s + 1]."""
+    """Return the cross-entropy of a batch of windows, [b, s + 1]."""
     with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=batch.is_cuda):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 def rate(step: int, seconds: float, arguments: argparse.Namespace) -> float:
-    """Warm-up, then a cosine to a hundredth at the last step or minute, whichever comes first."""
+    """Return the share of the peak rate: warm-up, then a cosine down to .01 at the last step or minute."""
     if step < arguments.warmup:
         return (step + 1) / arguments.warmup
     share = (step - arguments.warmup) / max(arguments.steps - arguments.warmup, 1)
@@ -114,7 +114,7 @@ def rate(step: int, seconds: float, arguments: argparse.Namespace) -> float:
 
 
 def make_optimizer(model: LlamaForCausalLM, arguments: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW; the norms' weights do not decay."""
+    """Return AdamW without weight decay on the norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -124,7 +124,7 @@ def make_optimizer(model: LlamaForCausalLM, arguments: argparse.Namespace) -> to
 def train(
     model: LlamaForCausalLM, stream: torch.Tensor, held_out: torch.Tensor, arguments: argparse.Namespace
 ) -> int:
-    """Train in place; returns the steps done, fewer than asked if the minutes run out."""
+    """Train in place, and return the steps done, which are fewer if the minutes run out."""
     optimizer = make_optimizer(model, arguments)
     step_loss = torch.compile(next_token_loss) if arguments.compile else next_token_loss
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -139,7 +139,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 20 == 0 and stream.is_cuda:
-            torch.cuda.synchronize()  # else the clock runs ahead of the device
+            torch.cuda.synchronize()  # otherwise the clock runs ahead of the device
         seconds = time.monotonic() - start
         if step % arguments.report == 0:
             held = held_out_loss(model, held_out, arguments)
@@ -152,20 +152,26 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stdlib", type=Path, help="a standard library; default: this interpreter's")
+    parser.add_argument(
+        "--stdlib", type=Path, help="folder of a standard library; default: this interpreter's"
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--intermediate-size", type=int, default=192)
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=3_400, help="at most")
+    parser.add_argument("--steps", type=int, default=3_400, help="maximum number of steps")
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--sequence-length", type=int, default=1024, help="also the model's longest input")
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, help="tokens per sequence, and the model's longest input"
+    )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=int, default=500)
-    parser.add_argument("--minutes", type=float, default=7, help="of training, at most")
-    parser.add_argument("--held-out-windows", type=int, default=1000, help="at most")
+    parser.add_argument("--minutes", type=float, default=7, help="maximum minutes of training")
+    parser.add_argument(
+        "--held-out-windows", type=int, default=1000, help="maximum number of held-out windows"
+    )
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 

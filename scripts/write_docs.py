@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation: two pages, and the criteria in docs/choosing-layers.md.
 
 python scripts/write_docs.py                   write them
-python scripts/write_docs.py --check           fail if a page is not what would be written now
-python scripts/write_docs.py --outcomes FILE   take over a table that benchmarks/architectures.py printed
+python scripts/write_docs.py --check           fail if a page is out of date
+python scripts/write_docs.py --outcomes FILE   import a table that benchmarks/architectures.py printed
 """
 
 import argparse
@@ -31,9 +31,9 @@ CLI_HEAD = f"""{NOTICE}
 # Command line
 
 Every command with its options, as `--help` prints them. The exit code is 0 on success, 1 if something
-failed, 2 if the command line is wrong, 130 after Ctrl-C, and 141 if the reader of the output went away while
-there was still something to print. Errors are two lines on standard error: what is wrong, and what to do
-about it. With `--json`, the result goes to standard output and progress to standard error.
+failed, 2 for a usage error, 130 after Ctrl-C, and 141 if the reader of the output left before everything was
+printed. Errors are two lines on standard error: what is wrong, and what to do about it. With `--json`, the
+result goes to standard output and progress to standard error.
 
 `eval "$(_FACTORY_COMPLETE=bash_source factory)"` completes commands and options in bash; in zsh, write
 `zsh_source` instead of `bash_source`.
@@ -49,8 +49,8 @@ SUPPORTED_HEAD = f"""{NOTICE}
 
 # Supported models
 
-The factory prunes decoder-only language models that transformers loads by itself, from safetensors weights.
-A model with code of its own needs `--trust-remote-code` and a pinned commit.
+The factory prunes decoder-only language models that transformers supports, from safetensors weights.
+A model with its own code needs `--trust-remote-code` and a pinned commit.
 
 `benchmarks/architectures.py` tries every model type that transformers knows as a causal language model. It
 makes a tiny random model of each type, prunes it on disk, loads the result, and compares logits and cached
@@ -74,7 +74,7 @@ def command_group() -> click.Group:
 
 
 def help_pages(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """Yield the full name and the help text of a command and of every command below it."""
+    """Yield the full name and help text of a command and of all its sub-commands."""
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -135,12 +135,12 @@ Equal to the last bit, for both cuts:
 - *exact, or refused*: the result depends on which layers are dropped.
 - *to rounding*: equal in exact arithmetic.
 - *refused*: an error names the reason before any work.
-- *unbuilt*: the tiny model cannot be made or run, so nothing is known.
+- *unbuilt*: the tiny model cannot be made or run, so the result is unknown.
 """
 
 
 def with_criteria(page: str) -> str:
-    """Return a page with the table of criteria as it is now."""
+    """Return a page with the current table of criteria."""
     from factory.config.criteria import CRITERIA, DEFAULT_CRITERION
 
     rows = ["| criterion | drops |", "|---|---|"]
@@ -181,7 +181,7 @@ def write_outcomes(known: dict[str, Any]) -> None:
 
 
 def pages() -> dict[Path, str]:
-    """Return every page that is generated, or partly so, with its content."""
+    """Return every page that is generated in full or in part, with its content."""
     known = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     choosing = DOCS / "choosing-layers.md"
     return {
@@ -195,7 +195,7 @@ def main() -> None:
     """Write the pages, or check that they are current."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
-    parser.add_argument("--outcomes", type=Path, help="output of benchmarks/architectures.py to take over")
+    parser.add_argument("--outcomes", type=Path, help="output of benchmarks/architectures.py to import")
     arguments = parser.parse_args()
     if arguments.outcomes:
         write_outcomes(read_printed(arguments.outcomes))

@@ -1,4 +1,4 @@
-"""One function a command: the command line calls these, and so does `import factory`."""
+"""One function per command, for `import factory` and for the command line."""
 
 import inspect
 import logging
@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def takes(request: type[Request]) -> Callable[[F], F]:
-    """Give a function the options of a request as its signature and in its docstring."""
+    """Return a decorator that adds the options of a request to signature and docstring."""
 
     def decorate(function: F) -> F:
         keyword, parameters, lines = inspect.Parameter.KEYWORD_ONLY, [], []
@@ -93,10 +93,10 @@ def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> Bu
 
     Args:
         options: see above
-        reporter: Hears how the build goes; None shows progress bars in a notebook and on a terminal.
+        reporter: Receives progress and notes; None shows progress bars in a notebook or terminal.
 
     Raises:
-        FactoryError: One of its subclasses, with a message and a hint.
+        FactoryError: The build failed; subclasses tell why, with a message and a hint.
     """
     reporter = reporter or Bars()
     (prepared,) = prepare([_read(BuildRequest, model, options)], reporter)
@@ -106,7 +106,7 @@ def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> Bu
 
 
 def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
-    """Make a build that was prepared, and publish it where that was asked for."""
+    """Make a prepared build, and publish it if requested."""
     from factory.builds.folder import kept_aside
     from factory.builds.publish import publish
     from factory.builds.reproduce import comparison
@@ -127,7 +127,7 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
         run.release()
         reporter.stop()
     for name in sorted(kept_aside(out) - kept):
-        reporter.note(f"your edits to the build that was there are kept as {out / name}")
+        reporter.note(f"your edits to the previous build are kept as {out / name}")
     publication = None
     if request.push_to:
         publication, is_edited = publish(
@@ -141,7 +141,7 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
 
 @takes(PlanRequest)
 def plan(model: str | PlanRequest, *, reporter: Reporter | None = None, **options: Any) -> PlansResult:
-    """Show which layers could go, before anything is cut.
+    """Show which layers would be dropped, before anything is cut.
 
     Example:
         >>> import factory
@@ -149,10 +149,10 @@ def plan(model: str | PlanRequest, *, reporter: Reporter | None = None, **option
 
     Args:
         options: see above
-        reporter: Hears how the work goes.
+        reporter: Receives progress and notes; None shows progress bars.
 
     Raises:
-        FactoryError: One of its subclasses, with a message and a hint.
+        FactoryError: The work failed; subclasses tell why, with a message and a hint.
     """
     from factory.pipeline.plans import plan_for
 
@@ -183,10 +183,10 @@ def sweep(
 
     Args:
         options: see above
-        reporter: Hears how the work goes.
+        reporter: Receives progress and notes; None shows progress bars.
 
     Raises:
-        FactoryError: One of its subclasses, with a message and a hint.
+        FactoryError: The work failed; subclasses tell why, with a message and a hint.
     """
     from factory.pipeline.sweep import prepare_sweep, run_sweep
 
@@ -203,7 +203,7 @@ def sweep(
 
 @takes(PruneRequest)
 def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> PruneResult:
-    """Remove layers of your own choice, verify the result, and do nothing else.
+    """Remove chosen layers, verify the result, and do nothing else.
 
     Example:
         >>> import factory
@@ -211,10 +211,10 @@ def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> Pr
 
     Args:
         options: see above
-        reporter: Hears how the work goes.
+        reporter: Receives progress and notes; None shows progress bars.
 
     Raises:
-        FactoryError: One of its subclasses, with a message and a hint.
+        FactoryError: The work failed; subclasses tell why, with a message and a hint.
     """
     from factory.pipeline.prune import make_pruned, prepare_prune
 
@@ -229,14 +229,14 @@ def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> Pr
 
 @takes(BuildRequest)
 def preview(model: str, *, reporter: Reporter | None = None, **options: Any) -> PreviewResult:
-    """Show what `build` with the same options would do and take; nothing is downloaded.
+    """Show what `build` with the same options would do and need; nothing is downloaded.
 
     Args:
         options: see above
-        reporter: Hears notes.
+        reporter: Receives notes.
 
     Raises:
-        FactoryError: Whatever would stop the build, with a message and a hint.
+        FactoryError: The build would be refused; the message says why.
     """
     request = _read(BuildRequest, model, options)
     (prepared,) = prepare([request], reporter or Bars(), dry_run=True)
@@ -250,16 +250,16 @@ def load(folder: str | Path) -> BuildResult:
         folder: The build folder, which holds `build.json` and `model`.
 
     Raises:
-        UsageError: Not a build folder.
+        UsageError: The folder is not a build folder.
     """
     path = Path(folder)
     if not (path / Build.file_name).is_file() or not (path / "model").is_dir():
-        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give what `factory build` made")
+        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
     return BuildResult(path, Build.read(path))
 
 
 def _read(request: type[Any], model: Any, options: dict[str, Any]) -> Any:
-    """The request that a function was given, as such or as a model and options."""
+    """Return the request, given as such or as a model and options."""
     if isinstance(model, request):
         return model
     for name in options:

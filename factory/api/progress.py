@@ -1,4 +1,4 @@
-"""Progress of a build in Python: a bar a stage, in a notebook or on a terminal."""
+"""Progress in Python: one bar per stage, in a notebook or on a terminal."""
 
 import sys
 import warnings
@@ -12,7 +12,7 @@ class Bars:
         self._bar: Any = None
 
     def started(self, stage: str) -> None:
-        """Show that a stage runs."""
+        """Show the bar of a stage."""
         from tqdm.auto import tqdm
 
         self.stop()
@@ -27,23 +27,23 @@ class Bars:
             self._bar.update(done - self._bar.n)
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.stop()
 
     def waiting(self, stage: str) -> None:
-        """Another run makes this stage."""
+        """Warn that another run is making this stage."""
         warnings.warn(f"{stage}: another run is making it; waiting", stacklevel=2)
 
     def damaged(self, stage: str, file: str) -> None:
-        """A finished stage has changed."""
+        """Warn that a finished stage has changed."""
         warnings.warn(f"{stage}: {file} has changed since it was made; making it again", stacklevel=2)
 
     def note(self, message: str) -> None:
-        """What the user should know, and nothing fails for."""
+        """Warn of something that is not an error."""
         warnings.warn(message, stacklevel=2)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,4 @@
-"""What the functions return: tables, figures and models, which a notebook shows by themselves."""
+"""Results of the functions: tables, figures and models; notebooks display the table."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """A result that a notebook shows as its table."""
+    """A result that a notebook displays as its table."""
 
     @property
     def table(self) -> "DataFrame":
-        """The result as a table of text or numbers."""
+        """Return the result as a table of text or numbers."""
         raise NotImplementedError
 
     def _repr_html_(self) -> str:
@@ -43,10 +43,10 @@ class BuildResult(Shown):
     """A finished build.
 
     Attributes:
-        folder: The build folder; `folder / "model"` holds what is published.
-        record: Everything that `build.json` says.
-        publication: Where it was published, if it was.
-        comparison: With `reproduce=True`: whether the weights came out equal, in one line.
+        folder: Build folder; `folder / "model"` is what gets published.
+        record: Content of `build.json`.
+        publication: Repository, commit and checksums, if the build was published.
+        comparison: One line on whether the weights are equal, with `reproduce=True`.
     """
 
     folder: Path
@@ -56,22 +56,22 @@ class BuildResult(Shown):
 
     @property
     def plan(self) -> PruningPlan:
-        """The layers that were dropped, 0-based, and why."""
+        """Return the dropped layers, 0-based, and why they were chosen."""
         return self.record.plan
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """Loss and task scores of "source", "pruned" and, where it was healed, "healed"."""
+        """Return loss and task scores of "source", "pruned" and, if the build was healed, "healed"."""
         return dict(self.record.evaluations)
 
     @cached_property
     def profile(self) -> DistanceProfile:
-        """Angular distances, in [0, 1], of every block of layers."""
+        """Return the angular distances, in [0, 1], of every block of layers."""
         return DistanceProfile.read(self.folder)
 
     @property
     def table(self) -> "DataFrame":
-        """The results as on the card: a row a measure, a column a model."""
+        """Return the results as on the card: one row per measure, one column per model."""
         from pandas import DataFrame
 
         from factory.report.tables import quality_table
@@ -80,26 +80,26 @@ class BuildResult(Shown):
         return DataFrame(rows, columns=["measure", *head[1:]])
 
     def figure(self) -> "Figure":
-        """The angular distances, and where the cut was made."""
+        """Draw the angular distances and the cut."""
         from factory.report.figures import draw_distances
 
         return draw_distances(self.profile, self.plan)
 
     @property
     def card(self) -> str:
-        """The model card, in Markdown."""
+        """Return the model card, in Markdown."""
         return (self.folder / "model" / "README.md").read_text(encoding="utf-8")
 
     @cached_property
     def model(self) -> Any:
-        """The smaller model, loaded by transformers onto the best device."""
+        """Load the smaller model with transformers, on the best device."""
         from factory.model.loading import load_model
 
         return load_model(self.folder / "model")
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """Load the tokenizer."""
         from factory.model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder / "model")
@@ -115,14 +115,14 @@ class BuildResult(Shown):
         """Publish the build on the Hub, in one commit.
 
         Args:
-            repository: `owner/name`; None: the build's name, under the account that is logged in.
-            private: A new repository is private; an existing one stays as it is.
-            accept_license: Publish although the source's licence forbids sharing it.
-            options: `message`, `revision`, `create_pr`, `force`, as for `factory push`.
+            repository: Name as `owner/name`; None: the build's name, under the logged-in account.
+            private: Visibility of a new repository; an existing one keeps its own.
+            accept_license: Publish even if the source's licence forbids sharing.
+            options: Any of `message`, `revision`, `create_pr` and `force`, as for `factory push`.
 
         Raises:
-            HubError: Not logged in, no permission or no connection; nothing was published then.
-            LicenseError: The licence forbids sharing what is made from the model.
+            HubError: No login, permission or connection; nothing was published.
+            LicenseError: The source's licence forbids sharing derivatives.
         """
         from factory.builds.publish import check_publishable, publish
 
@@ -134,19 +134,19 @@ class BuildResult(Shown):
 
 @dataclass(frozen=True)
 class PlansResult(Shown):
-    """What each criterion would drop, and what that costs before healing."""
+    """The layers that each criterion would drop, and what that costs before healing."""
 
     profile: DistanceProfile
     plans: Plans
 
     @property
     def chosen(self) -> PruningPlan:
-        """The plan to take."""
+        """Return the recommended plan."""
         return next(plan for plan in self.plans.plans if plan.criterion == self.plans.chosen)
 
     @property
     def table(self) -> "DataFrame":
-        """A row a criterion."""
+        """Return one row per criterion."""
         from pandas import DataFrame
 
         losses = self.plans.losses
@@ -163,7 +163,7 @@ class PlansResult(Shown):
         return DataFrame(rows)
 
     def figure(self) -> "Figure":
-        """The angular distances, and where the chosen plan cuts."""
+        """Draw the angular distances and the cut of the chosen plan."""
         from factory.report.figures import draw_distances
 
         return draw_distances(self.profile, self.chosen)
@@ -171,14 +171,14 @@ class PlansResult(Shown):
 
 @dataclass(frozen=True)
 class SweepResult(Shown):
-    """Quality against the fraction of dropped layers."""
+    """Quality against the fraction of layers dropped."""
 
     folder: Path
     sweep: Sweep
 
     @property
     def table(self) -> "DataFrame":
-        """A row a cut, the source first."""
+        """Return one row per cut, the source first."""
         from pandas import DataFrame
 
         from factory.pipeline.sweep import share_kept
@@ -198,7 +198,7 @@ class SweepResult(Shown):
         return DataFrame(rows)
 
     def figure(self) -> "Figure":
-        """Loss and task scores against the fraction dropped."""
+        """Draw loss and task scores against the fraction dropped."""
         from factory.report.figures import draw_sweep
 
         return draw_sweep(self.sweep)
@@ -206,16 +206,16 @@ class SweepResult(Shown):
 
 @dataclass(frozen=True)
 class PruneResult(Shown):
-    """A model without the layers that were chosen."""
+    """A model without the chosen layers."""
 
     folder: Path
     pruning: Pruning
     plan: PruningPlan
-    reused: bool  # it was there already
+    reused: bool  # the folder already held this result
 
     @property
     def table(self) -> "DataFrame":
-        """Source and result in numbers."""
+        """Return layers and parameters of source and result."""
         from pandas import DataFrame
 
         kept, total = len(self.plan.kept), self.plan.num_layers
@@ -224,14 +224,14 @@ class PruneResult(Shown):
 
     @cached_property
     def model(self) -> Any:
-        """The smaller model, loaded by transformers onto the best device."""
+        """Load the smaller model with transformers, on the best device."""
         from factory.model.loading import load_model
 
         return load_model(self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """Load the tokenizer."""
         from factory.model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder)
@@ -239,7 +239,7 @@ class PruneResult(Shown):
 
 @dataclass(frozen=True)
 class PreviewResult(Shown):
-    """What a build would do and take; nothing was downloaded."""
+    """The effects and needs of a build; nothing was downloaded."""
 
     source: Source
     config: BuildConfig
@@ -247,7 +247,7 @@ class PreviewResult(Shown):
 
     @property
     def table(self) -> "DataFrame":
-        """Sizes before and after, and what the build takes."""
+        """Return sizes before and after, and what the build needs."""
         from dataclasses import asdict
 
         from pandas import DataFrame

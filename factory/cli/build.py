@@ -1,4 +1,4 @@
-"""`factory build`: a smaller model from a reference, published where asked."""
+"""`factory build`: make a smaller model from a reference, and publish it if requested."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @request_options(BuildRequest)
-@click.option("--dry-run", is_flag=True, help="Show what would happen, and stop.")
-@click.option("--print-config", is_flag=True, help="Print a build file that asks for the same, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen and stop.")
+@click.option("--print-config", is_flag=True, help="Print a build file for the same build and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values: Any) -> None:
-    """Build a smaller MODEL: an alias, a Hub repository owner/name[@revision], a folder, or a build file.
+    """Make MODEL smaller and evaluate the result.
 
-    DATA is a .jsonl, .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set
-    owner/name[:config][#column][@revision]. Running the same command again continues where it stopped,
-    and reuses every finished stage.
+    MODEL is an alias, a Hub repository owner/name[@revision], a folder, or a build file. DATA is a .jsonl,
+    .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set owner/name[:config][#column][@revision].
+    The same command resumes an interrupted build, and reuses every finished stage.
 
-    A build file, build.yaml, holds these options by name, for one build or for several; --print-config
-    writes one, and `factory schema` lets an editor check it.
+    A build file (build.yaml) holds these options by name, for one build or several. --print-config writes
+    one, and `factory schema` lets an editor check it.
 
-    With --reproduce, MODEL is a build's folder or the repository that a build was published in: its
-    build.json says what to repeat. Give a text that was a local file again with its option.
+    With --reproduce, MODEL is a build folder or a published build's repository; its build.json says what to
+    repeat. If a text was a local file, give it again with its option.
     """
     requests = read_requests(model, values)
     if print_config:
@@ -51,9 +51,9 @@ def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values
 
 @click.command(cls=Command, context_settings=CONTEXT)
 def schema() -> None:
-    """Print the JSON schema of a build file, for editors.
+    """Print the JSON schema of build files.
 
-    With this as the first line of a build file, an editor completes and checks the rest:
+    With this first line in a build file, an editor completes and checks the rest:
 
     \b
     # yaml-language-server: $schema=build.schema.json
@@ -91,7 +91,7 @@ def _build(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
 
 
 def _make(prepared: "Prepared", reporter: "StageLines", *, as_json: bool) -> tuple["Build", dict[str, Any]]:
-    """Make one build and show it: also as JSON values."""
+    """Make one build, show it, and return it with its JSON values."""
     from factory.api.functions import make
     from factory.cli.console import printable
     from factory.cli.tables import show_result
@@ -110,7 +110,7 @@ def _make(prepared: "Prepared", reporter: "StageLines", *, as_json: bool) -> tup
 
 
 def _values(result: "BuildResult") -> dict[str, Any]:
-    """A result for programs."""
+    """Return a result as JSON values."""
     values = result.record.model_dump(mode="json")
     if result.publication:
         values["publication"] = result.publication.model_dump(mode="json")
@@ -120,10 +120,10 @@ def _values(result: "BuildResult") -> dict[str, Any]:
 
 
 def _make_all(prepared: Sequence["Prepared"], reporter: "StageLines", *, as_json: bool) -> None:
-    """One build after another; one that fails does not stop those after it.
+    """Make one build after another; a failure does not stop those after it.
 
     Raises:
-        FactoryError: Some failed; raised once all have run.
+        FactoryError: At least one build failed; raised once all have run.
     """
     from factory.cli.console import as_flags, printable
     from factory.cli.tables import show_summary

@@ -1,4 +1,4 @@
-"""Build files: the options of `factory build` in YAML, and the line of what is wrong with them."""
+"""Build files: the options of `factory build` in YAML, with errors that name file and line."""
 
 import difflib
 import re
@@ -14,15 +14,15 @@ from factory.config.request import BuildRequest, Origin
 from factory.errors import UsageError
 
 SUFFIXES = (".yaml", ".yml")
-UNSET: Any = None  # where a file does not say; `null` is not a value of any option
-LARGEST_BYTES = 1_000_000
-LONGEST = 4096  # characters of one value: a path's limit, and within what Python takes for a number
+UNSET: Any = None  # a key that the file lacks; `null` is not a value of any option
+MAX_BYTES = 1_000_000
+MAX_LENGTH = 4096  # characters of a value: the limit of a path, and short enough for Python's int()
 REPLACES = {"layers": ("drop", "criterion"), "drop": ("layers",), "criterion": ("layers",)}
 Path_ = tuple[str | int, ...]
 
 
 def _in_file(kind: Any) -> Any:
-    """The type that a file may hold for an option; what its parts mean is read with the request."""
+    """Return the type that a file may hold for an option; the request parses the value later."""
     return next((note.written for note in get_args(kind) if isinstance(note, Reads)), kind)
 
 
@@ -41,22 +41,22 @@ BuildOptions: type[BaseModel] = create_model(  # type: ignore[call-overload]
 
 
 class BuildFile(BuildOptions):  # type: ignore[misc,valid-type]
-    """One build, or several after one another: options beside `builds` hold for each of them."""
+    """One build or several; options beside `builds` apply to each of them."""
 
     builds: list[BuildOptions] = Field(default=UNSET, min_length=1)  # type: ignore[valid-type]
 
 
 def replacing(values: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without what `by` says otherwise: also by the flag that excludes it."""
+    """Return `values` without those that `by` overrides, directly or by an option that excludes them."""
     gone = {*by, *(other for key in by for other in REPLACES.get(key, ()))}
     return {key: value for key, value in values.items() if key not in gone}
 
 
 def read(path: Path) -> list[tuple[dict[str, Any], Origin]]:
-    """The builds of a file: the options that it gives each, within their limits, and where they stand.
+    """Read the builds of a file: the options of each, checked, and the lines they are on.
 
     Raises:
-        UsageError: The file, the line and the key of the first thing that is wrong.
+        UsageError: The file is not valid; the message names file, line and key of the first error.
     """
     name = str(path)
     value, lines = _parsed(path)
@@ -84,7 +84,7 @@ def read(path: Path) -> list[tuple[dict[str, Any], Origin]]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a file, for editors."""
+    """Return the JSON schema of build files."""
     made: dict[str, Any] = BuildFile.model_json_schema(mode="validation")
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for part in (made, made["$defs"]["BuildOptions"]):
@@ -94,48 +94,50 @@ def schema() -> dict[str, Any]:
 
 
 def _written(options: BaseModel) -> dict[str, Any]:
-    """The options that a file gives, by name."""
+    """Return the options that a file sets, by name."""
     return {name: getattr(options, name) for name in options.model_fields_set if name != "builds"}
 
 
 def _parsed(path: Path) -> tuple[Any, dict[Path_, int]]:
-    """The value of a YAML file, and the line of each key and each entry of a list in it."""
+    """Return the value of a YAML file, and the line of every key and list entry in it."""
     name = str(path)
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise UsageError(f"{name} is larger than 1 MB", hint="a build file holds flags, no data")
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{name} is larger than 1 MB", hint="a build file holds options, not data")
         content = path.read_bytes()
         node = yaml.compose(content.decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}", hint="give an existing file") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{name}, line {line}: no UTF-8", hint="save it as UTF-8") from error
+        raise UsageError(f"{name}, line {line}: not UTF-8", hint="save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise UsageError(f"{name}, line {line}: {error.problem or error.context}", hint=YAML_HINT) from error
     except yaml.reader.ReaderError as error:
         line = content.decode("utf-8").count("\n", 0, error.position) + 1
-        raise UsageError(f"{name}, line {line}: a character that is no text", hint=YAML_HINT) from error
+        raise UsageError(f"{name}, line {line}: invalid character", hint=YAML_HINT) from error
     except RecursionError as error:
         raise UsageError(f"{name}, line 1: nested too deeply", hint=YAML_HINT) from error
     lines: dict[Path_, int] = {(): 1}
     return _value(node, (), lines, name) if node else {}, lines
 
 
-YAML_HINT = "one `key: value` a line, as in: drop: 0.3"
+YAML_HINT = "write one `key: value` per line, as in: drop: 0.3"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2: `on` is a word and 3e-4 a number. Without aliases and tags."""
+    """A YAML loader with the scalars of version 1.2 (`on` is a string, 3e-4 a number), no aliases or tags."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  as its base declares it
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or (getattr(event, "tag", None) not in (None, "!")):
-            raise yaml.MarkedYAMLError(problem="aliases and tags are not read", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases and tags are not supported", problem_mark=event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -149,7 +151,7 @@ for _tag, _pattern in (
 
 
 def _value(node: yaml.Node, place: Path_, lines: dict[Path_, int], name: str) -> Any:
-    """The value of a node; `lines` learns where its parts stand."""
+    """Return the value of a node, and record the lines of its parts in `lines`."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[*place, index] = item.start_mark.line + 1
@@ -159,13 +161,13 @@ def _value(node: yaml.Node, place: Path_, lines: dict[Path_, int], name: str) ->
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise UsageError(f"{name}, line {line}: a key that is no word", hint=YAML_HINT)
+                raise UsageError(f"{name}, line {line}: a key must be a single word", hint=YAML_HINT)
             key = _text(key_node, name)
             if key in found:
                 before = lines[*place, key]
                 raise UsageError(
-                    f"{name}, line {line}: {key} stands there twice, first in line {before}",
-                    hint="leave one of them out",
+                    f"{name}, line {line}: duplicate key {key!r}, first in line {before}",
+                    hint="remove one of them",
                 )
             lines[*place, key] = line
             found[key] = _value(value_node, (*place, key), lines, name)
@@ -174,14 +176,14 @@ def _value(node: yaml.Node, place: Path_, lines: dict[Path_, int], name: str) ->
 
 
 def _text(node: yaml.Node, name: str) -> str:
-    """What a scalar holds; quotation marks let it hold what no path, name or number can."""
+    """Return the text of a scalar; quotation marks allow what no path, name or number can hold."""
     text: str = node.value
     line = node.start_mark.line + 1
     if not text.isprintable():
-        raise UsageError(f"{name}, line {line}: {ascii(text)[:60]} is no plain text", hint=YAML_HINT)
-    if len(text) > LONGEST:
-        told = f"{name}, line {line}: {text[:40]}… has {len(text):,} characters"
-        raise UsageError(told, hint="no flag takes more than a path")
+        raise UsageError(f"{name}, line {line}: {ascii(text)[:60]} is not plain text", hint=YAML_HINT)
+    if len(text) > MAX_LENGTH:
+        message = f"{name}, line {line}: {text[:40]}… has {len(text):,} characters"
+        raise UsageError(message, hint=f"no option takes more than {MAX_LENGTH:,}")
     return text
 
 
@@ -200,7 +202,7 @@ def _scalar(node: yaml.Node, name: str) -> str | float | bool | None:
 
 
 def _explained(error: ValidationError, name: str, lines: Mapping[Path_, int]) -> UsageError:
-    """The first problem by its line, said with its key and its value."""
+    """Return an error for the first problem in the file, with its line, key and value."""
     placed = [(_place(problem["loc"], lines), problem) for problem in error.errors()]
     place, problem = min(placed, key=lambda pair: lines[pair[0]])
     where = f"{name}, line {lines[place]}"
@@ -213,11 +215,11 @@ def _explained(error: ValidationError, name: str, lines: Mapping[Path_, int]) ->
     shown = repr(problem["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     if problem["type"] == "model_type":
-        return UsageError(f"{where}: {key} is {shown}, no list of flags", hint=YAML_HINT)
+        return UsageError(f"{where}: {key} is {shown}, not a list of options", hint=YAML_HINT)
     wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
-    return UsageError(f"{where}: {key}: {shown} {wanted}", hint="`factory build --help` explains each flag")
+    return UsageError(f"{where}: {key}: {shown} {wanted}", hint="`factory build --help` explains each option")
 
 
 def _place(loc: Path_, lines: Mapping[Path_, int]) -> Path_:
-    """The longest beginning of an error's place that stands in the file."""
+    """Return the longest prefix of an error's location that is in the file."""
     return next(loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines)

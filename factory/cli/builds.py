@@ -6,32 +6,32 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from factory.cli.console import remark
-from factory.cli.options import CONTEXT, Command, Place, build_folder, home_option
+from factory.cli.options import CONTEXT, Command, Place, Whole, build_folder, home_option
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
     from factory.artifacts import Publication
 
-USUAL_NAME = "~/"  # no name that anybody can give: --deploy without one
+USUAL_NAME = "~/"  # stands for --deploy without a name; not a valid repository name
 license_option = click.option(
-    "--accept-license", is_flag=True, help="Publish although the source's licence forbids to share it."
+    "--accept-license", is_flag=True, help="Publish even if the source's licence forbids sharing."
 )
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @click.argument("repository", required=False, metavar="[OWNER/NAME]")
-@click.option("--private/--public", default=True, help="Who can see it.  [default: private]")
-@click.option("--create-pr", is_flag=True, help="Propose it: open a pull request, or update yours.")
-@click.option("--revision", help="Branch to commit to.  [default: main]")
+@click.option("--private/--public", default=True, help="Visibility of the repository.  [default: private]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request, or update yours.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to.  [default: main]")
 @click.option("--message", help="Commit message.")
-@click.option("--force", is_flag=True, help="Also into a repository that holds other content.")
+@click.option("--force", is_flag=True, help="Publish even if the repository holds other content.")
 @license_option
 def push(folder: Path, repository: str | None, **options: Any) -> None:
-    """Publish a finished BUILD on the Hub, in one commit.
+    """Publish a finished build on the Hub.
 
-    OWNER/NAME is, unless it is given, the source's name and the fraction under your account. The
-    repository is private unless --public is said; one that is there already stays as it is.
+    BUILD is published in one commit. OWNER/NAME defaults to the source's name and the fraction, under your
+    account. A new repository is private unless --public is given; an existing one keeps its visibility.
     """
     from factory.artifacts import Build
     from factory.builds.publish import check_publishable
@@ -47,7 +47,7 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 def show(folder: Path) -> None:
-    """Show the result of a finished BUILD again."""
+    """Show the result of a finished build again."""
     from factory.artifacts import Build, DistanceProfile
     from factory.cli.console import console
     from factory.cli.tables import show_result
@@ -63,11 +63,12 @@ def show(folder: Path) -> None:
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 @home_option
-@click.option("--accept", is_flag=True, help="Take the files as they are now: you changed them yourself.")
+@click.option("--accept", is_flag=True, help="Accept the files as they are now: the changes are yours.")
 def verify(folder: Path, home: Path | None, accept: bool) -> None:
-    """Compare every file of a BUILD, and of the stages that it was made from, with its checksum.
+    """Compare a build's files with their checksums.
 
-    The card may be edited; the weights may not, also with --accept.
+    The files of the stages that BUILD was made from are compared as well. The card may be edited; changed
+    weights are never accepted, not even with --accept.
     """
     from factory.artifacts import Build
     from factory.builds.integrity import accept as take
@@ -86,40 +87,44 @@ def verify(folder: Path, home: Path | None, accept: bool) -> None:
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
-@click.option("--port", type=click.IntRange(1, 65535), help="Of the page.  [default: one that is free]")
-@click.option("--source", type=Place(), help="Folder of the model that BUILD was made from.")
-@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option("--port", type=Whole(1, 65535), metavar="N", help="Port of the page.  [default: a free one]")
+@click.option("--source", type=Place(), metavar="FOLDER", help="Folder of the source model.")
+@click.option("--no-browser", is_flag=True, help="Print the address without opening a browser.")
 @click.option(
     "--deploy",
     is_flag=False,
     flag_value=USUAL_NAME,
     metavar="[OWNER/NAME]",
-    help="Put the page on the Hub, as a Space.  [default: the model's name and -compare]",
+    help="Deploy the page to the Hub as a Space.  [default name: the model's and -compare]",
 )
-@click.option("--hardware", help="Of the Space.  [default: zero-a10g for a new one]")
+@click.option("--hardware", metavar="NAME", help="Hardware of the Space.  [default: zero-a10g for a new one]")
 def space(folder: Path, deploy: str | None, hardware: str | None, **options: Any) -> None:
-    """Compare both models of a BUILD side by side, in the browser, without network; Ctrl-C ends it.
+    """Compare source and result in the browser.
 
-    With --deploy the page goes to the Hub instead, or is brought up to date there; BUILD must have been
-    pushed, and its source must be on the Hub.
+    Both models of BUILD answer the same prompt side by side, without a network. Ctrl-C stops the page.
+
+    With --deploy, the page is created or updated on the Hub instead; BUILD must have been pushed, and its
+    source must be on the Hub.
     """
     build_folder(folder)
     if deploy is not None:
         if any(options.values()):
-            raise UsageError("--deploy runs nothing on this machine", hint="leave out all but --hardware")
+            raise UsageError(
+                "--deploy runs nothing on this machine", hint="remove all options but --hardware"
+            )
         deploy_space(folder, name=None if deploy == USUAL_NAME else deploy, hardware=hardware)
     elif hardware is not None:
-        raise UsageError("--hardware without --deploy", hint="add --deploy, or leave it out")
+        raise UsageError("--hardware without --deploy", hint="add --deploy, or remove --hardware")
     else:
         serve_page(folder, **options)
 
 
 def serve_page(folder: Path, *, port: int | None, source: Path | None, no_browser: bool) -> None:
-    """Run the page here until it is interrupted."""
+    """Serve the page on this machine until it is interrupted."""
     from factory.builds.space import serve
 
     def ready(url: str) -> None:
-        click.echo(f"{url}  (Ctrl-C ends it)")
+        click.echo(f"{url}  (Ctrl-C stops it)")
         if not no_browser:
             click.launch(url)
 
@@ -127,31 +132,32 @@ def serve_page(folder: Path, *, port: int | None, source: Path | None, no_browse
 
 
 def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> None:
-    """Deploy the page; print its address, and on standard error what is left to do."""
+    """Deploy the page, and print its address, and on standard error what is left to do."""
     from factory.builds.deploy_space import deploy
     from factory.cli.console import printable
 
     deployed = deploy(folder, name=name, hardware=hardware)
     if not deployed.changed:
-        click.echo("note: it was up to date", err=True)
+        click.echo("note: already up to date", err=True)
     if deployed.keeps_card:
         click.echo("note: the edited card was kept; link the Space from it yourself", err=True)
     if deployed.is_hidden:
-        told = f"the Space is private, the model public: {deployed.url}/settings makes it public"
-        click.echo(f"note: {told}", err=True)
+        message = f"the Space is private, its model public: {deployed.url}/settings makes it public"
+        click.echo(f"note: {message}", err=True)
     if deployed.secret_for:
         models = printable(" and ".join(deployed.secret_for))
-        told = f"not everybody may read {models}: give the Space a secret HF_TOKEN that may"
-        click.echo(f"note: {told}, at {deployed.url}/settings", err=True)
+        message = f"not everyone may read {models}: give the Space a secret HF_TOKEN that may"
+        click.echo(f"note: {message}, at {deployed.url}/settings", err=True)
     click.echo(deployed.url)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
 def card(folder: Path) -> None:
-    """Write the card of a finished BUILD again, from its build.json.
+    """Write the card of a finished build again.
 
-    The card of a build that was published goes on naming its repository; `factory push` puts it there.
+    It is written from BUILD's build.json. The card of a published build still names its repository;
+    `factory push` uploads it.
     """
     from factory.artifacts import Build, Publication
     from factory.report.card import write_card
@@ -163,11 +169,11 @@ def card(folder: Path) -> None:
 
 
 def publish(folder: Path, repository: str | None, **options: Any) -> "Publication":
-    """Publish a finished build; say on standard error if its card is not the one that would be written.
+    """Publish a finished build, with a note on standard error if its card was edited.
 
     Args:
-        repository: `owner/name`, or None for the usual one.
-        options: Of `pipeline.publish`.
+        repository: `owner/name`, or None for the default name.
+        options: Passed on to `factory.builds.publish.publish`.
     """
     from factory.artifacts import Publication
     from factory.builds.publish import publish as pipeline_publish
@@ -176,17 +182,17 @@ def publish(folder: Path, repository: str | None, **options: Any) -> "Publicatio
     before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     publication, is_edited = pipeline_publish(folder, repository, **options)
     if publication == before:
-        click.echo("note: it was up to date", err=True)
+        click.echo("note: already up to date", err=True)
     if is_edited:
-        told = "the edited card was kept; its model id may be stale"
-        click.echo(f"note: {told} (`factory card {printable(str(folder))}` writes it anew)", err=True)
+        message = "the edited card was kept; its model id may be stale"
+        click.echo(f"note: {message} (`factory card {printable(str(folder))}` rewrites it)", err=True)
     return publication
 
 
 @click.command("ls", cls=Command, context_settings=CONTEXT)
 @home_option
 def list_stages(home: Path | None) -> None:
-    """List finished stages and the builds that use them."""
+    """List finished stages and their builds."""
     from factory.builds.garbage import registered_builds
     from factory.cli.console import console
     from factory.cli.tables import show_stages
@@ -198,10 +204,14 @@ def list_stages(home: Path | None) -> None:
 
 @click.command("gc", cls=Command, context_settings=CONTEXT)
 @home_option
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@click.option("--all", "recent", is_flag=True, help="Also what was made or used within a day.")
+@click.option("--dry-run", is_flag=True, help="List what would be removed and stop.")
+@click.option("--all", "recent", is_flag=True, help="Include what was made or used within the last day.")
 def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
-    """Remove stages that no build uses and what killed runs left behind, once they are a day old."""
+    """Remove stages that no build uses.
+
+    What killed runs left behind is removed as well. Anything less than a day old is kept, unless --all is
+    given.
+    """
     from factory.builds import garbage
     from factory.cli.console import printable
     from factory.store.store import default_home

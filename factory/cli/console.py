@@ -1,4 +1,4 @@
-"""The terminal: progress lines, and streams that take every text."""
+"""The terminal: progress lines, and streams that write every text."""
 
 import errno
 import io
@@ -29,14 +29,14 @@ NAMES = {
     ),
     *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
 } - {"model"}
-SPOKEN = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # how messages name an option: `heal_steps=100`
+OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # an option in a message: `heal_steps=100`
 STAGE_WIDTH = 16
-PLAIN_SECONDS = 30.0  # without a terminal, a progress line at most this often
-ENDED = 128 + signal.SIGPIPE  # what a shell reports of a program that its reader left
+PLAIN_SECONDS = 30.0  # least time between progress lines without a terminal
+ENDED = 128 + signal.SIGPIPE  # exit code that a shell reports after a broken pipe
 
 
 def as_flags(text: str) -> str:
-    """A message of the core, its options named as the command line does: `heal_steps=9` → --heal-steps 9."""
+    """Return a message with its options as flags: `heal_steps=9` → --heal-steps 9."""
 
     def flag(match: re.Match[str]) -> str:
         name, value = match[1], match[2]
@@ -44,14 +44,14 @@ def as_flags(text: str) -> str:
             return match[0]
         return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
 
-    return SPOKEN.sub(flag, text)
+    return OPTION.sub(flag, text)
 
 
 class PlainConsole(Console):
-    """A console on which no text can paint: what moves cursors or changes colours is rich's alone."""
+    """A console that strips control characters from text; only rich moves the cursor or sets colours."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Every text as rich lays it out, without the control characters that came with it."""
+        """Yield the segments that rich lays out, their texts without control characters."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():
                 yield segment
@@ -61,7 +61,7 @@ class PlainConsole(Console):
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Colours and bars only on a terminal; elsewhere lines are as long as they need to be."""
+    """Return a console: colours and bars on a terminal, plain lines of any length elsewhere."""
     made = PlainConsole(stderr=stderr, highlight=False, emoji=False, markup=False)
     return (
         made
@@ -71,7 +71,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 class StageLines:
-    """The reporter of a build: a line a stage, with a bar and the time left on a terminal."""
+    """The reporter of a build: one line per stage; on a terminal also a bar and the time left."""
 
     def __init__(self, out: Console) -> None:
         self.out = out
@@ -95,7 +95,7 @@ class StageLines:
             self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="")
 
     def progressed(self, stage: str, done: int, total: int, note: str) -> None:
-        """Move the bar; without a terminal, say a line now and then."""
+        """Move the bar; without a terminal, print a line now and then."""
         if self.task is not None:
             self.bars.update(self.task, completed=done, total=total, note=note)
         elif time.monotonic() - self.last_line > PLAIN_SECONDS:
@@ -103,7 +103,7 @@ class StageLines:
             self.out.print(f"    {stage:<{STAGE_WIDTH}}  {done:,} of {total:,}  {note}".rstrip())
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
-        """One line for good."""
+        """Print the final line of a stage."""
         self.stop()
         mark, took = ("=", "reused") if reused else ("✓", duration(seconds))
         line = Text.assemble(
@@ -115,20 +115,20 @@ class StageLines:
         self.out.print(line, soft_wrap=True)
 
     def waiting(self, stage: str) -> None:
-        """Somebody else makes this stage."""
+        """Report that another run is making this stage."""
         self.out.print(f"  {stage:<{STAGE_WIDTH}}  another run is making it; waiting")
 
     def damaged(self, stage: str, file: str) -> None:
-        """A finished stage is not what it was."""
-        told = f"{printable(file)} has changed since it was made; making it again"
-        self.out.print(f"  {stage:<{STAGE_WIDTH}}  {told}", soft_wrap=True)
+        """Report that a finished stage has changed."""
+        message = f"{printable(file)} has changed since it was made; making it again"
+        self.out.print(f"  {stage:<{STAGE_WIDTH}}  {message}", soft_wrap=True)
 
     def note(self, message: str) -> None:
-        """Say on standard error what the user should know and nothing fails for."""
+        """Print a note on standard error, for something that is not an error."""
         remark(message)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.bars.stop()
@@ -136,27 +136,27 @@ class StageLines:
 
 
 def printable(text: str) -> str:
-    """Text from outside without the control characters that could move the cursor."""
+    """Return untrusted text without the control characters that could move the cursor."""
     return "".join(letter for letter in text if letter.isprintable())
 
 
 def remark(message: str) -> None:
-    """Say on standard error what the user should know and nothing fails for."""
+    """Print a note on standard error, for something that is not an error."""
     click.echo(f"note: {printable(as_flags(message))}", err=True)
 
 
 def print_json(value: Any) -> None:
-    """Print a result for programs."""
+    """Print a value as JSON."""
     click.echo(json.dumps(value, indent=2))
 
 
 class Output(io.TextIOWrapper):
-    """A standard stream that a reader such as `head` may leave."""
+    """A standard stream whose reader, such as `head`, may go away."""
 
-    ends_work = True  # which has no result but what it prints
+    ends_work = True  # the work has no result but what it prints
 
     def write(self, text: str, /) -> int:
-        """Write, or end as a shell expects; without effect where the work has other results."""
+        """Write; without a reader, exit as a shell expects, or discard the text if work goes on."""
         try:
             return super().write(text)
         except OSError as error:
@@ -164,18 +164,18 @@ class Output(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Write out what is held; the same where no reader is left."""
+        """Flush the buffer, treating a missing reader as `write` does."""
         try:
             super().flush()
         except OSError as error:
             self._check_left(error)
 
     def _check_left(self, error: OSError) -> None:
-        """Let the rest go nowhere where no reader is left.
+        """Discard further output if the reader has gone away.
 
         Raises:
-            OSError: It is another error.
-            SystemExit: Standard output was all that there is of the work.
+            OSError: The error has another cause.
+            SystemExit: The reader of standard output left, and printing was all the work.
         """
         closed = isinstance(error, BrokenPipeError | ConnectionResetError)
         if not closed and not (error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode)):
@@ -186,11 +186,11 @@ class Output(io.TextIOWrapper):
 
 
 def settle() -> None:
-    """Make standard output and error take every text, whole or with an error."""
+    """Make standard output and error write every text in full, or raise an error."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file would get its number, and what libraries print to that
+        except OSError:  # closed: the next file opened would get its number, and the output of libraries
             os.open(os.devnull, os.O_RDWR)
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name)
@@ -199,17 +199,17 @@ def settle() -> None:
             setattr(sys, name, nowhere)
             continue
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
-            continue  # one that the program around this one put there
-        os.set_blocking(number, True)  # or what a slow reader has no room for yet would be lost
-        raw = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED: half a write would pass for a whole
+            continue  # replaced by the calling program
+        os.set_blocking(number, True)  # otherwise text that a slow reader has no room for yet would be lost
+        raw = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED: a partial write would go unnoticed
         buffer = io.BufferedWriter(stream.buffer) if raw else stream.buffer
         lines = raw or stream.line_buffering
-        # A terminal without ≠ or ✓ shows ? and goes on.
+        # A terminal that cannot show ≠ or ✓ shows ? instead.
         setattr(sys, name, Output(buffer, stream.encoding, errors="replace", line_buffering=lines))
 
 
 def finish() -> None:
-    """Write out what is held; what cannot be written goes nowhere, and not into a traceback at exit."""
+    """Flush both streams; discard what cannot be written, so that no traceback appears at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -218,10 +218,10 @@ def finish() -> None:
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """Send the rest, also what is held and what libraries print, to nowhere."""
+    """Discard all further output, including buffered text and what libraries print."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def go_on() -> None:
-    """Work to the end though nobody reads: its result is a folder or a repository."""
+    """Keep working without a reader: the result is a folder or a repository."""
     Output.ends_work = False

@@ -1,4 +1,4 @@
-"""`factory build --on` and `factory jobs`: builds on rented hardware, submitted, followed, listed, ended."""
+"""`factory build --on` and `factory jobs`: submit, follow, list and cancel builds on rented hardware."""
 
 import hashlib
 import math
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from factory.text.text import Texts
 
 HOUR = 3600
-NEEDS_GPU = "take hardware with one, or leave the option out"
+NEEDS_GPU = "choose hardware with one, or remove the option"
 
 
 def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) -> None:
-    """Submit the builds as one job, and follow it unless that is not wanted.
+    """Submit the builds as one job, and follow it unless `detach` is set.
 
     Raises:
-        UsageError: Something that a job cannot be given.
-        HubError: No token, no permission, no credit. Nothing was submitted then.
-        JobError: The job did not end well.
+        UsageError: An option that a job cannot take, or the job is already running.
+        HubError: No token, permission or credit; nothing was submitted.
+        JobError: The job failed or was cancelled.
     """
     from factory.cli.console import StageLines, console
     from factory.jobs.hardware import flavor
@@ -54,7 +54,7 @@ def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
     earlier = jobs_of(owner, build=build)
     if running := next((job for job in earlier if not is_over(job)), None):
         raise UsageError(
-            f"job {running.id} makes this build already",
+            f"job {running.id} is already running this build",
             hint=f"factory jobs follow {running.id}, or factory jobs cancel {running.id}",
         )
     seconds = sum(shown.seconds for shown in previews)
@@ -65,7 +65,7 @@ def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
     _show(screen, settled, previews, found, seconds=seconds, timeout=timeout, earlier=bool(earlier))
     uses_vllm = any(one.config.evaluate.backend == "vllm" for one in settled)
     if uses_vllm and not find_spec("vllm"):
-        remark("vLLM is not installed here: the job takes the library versions that it needs, not those here")
+        remark("vLLM is not installed here: the job uses the library versions it needs, not the local ones")
     if dry_run:
         return
     name = settled[0].out.name + (f"-and-{len(settled) - 1}-more" if len(settled) > 1 else "")
@@ -90,7 +90,7 @@ def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
 
 
 def _check_submission(requests: Sequence[BuildRequest]) -> tuple[str, int | None]:
-    """Hardware and timeout in seconds, the same for all builds: they run in one job."""
+    """Return hardware and timeout in seconds, which must be the same for all builds of a job."""
     from factory.jobs.hardware import parse_timeout
 
     first = requests[0]
@@ -101,7 +101,7 @@ def _check_submission(requests: Sequence[BuildRequest]) -> tuple[str, int | None
                 with request.located(name):
                     raise UsageError(
                         f"`{name}={value}` after {earlier}",
-                        hint=f"builds of a file run in one job: give {name} once, beside `builds`",
+                        hint=f"all builds of a file run in one job: give {name} once, beside `builds`",
                     )
     assert first.on is not None
     with first.located("timeout"):
@@ -111,7 +111,7 @@ def _check_submission(requests: Sequence[BuildRequest]) -> tuple[str, int | None
 def _look(
     requests: Sequence[BuildRequest], found: "Flavor", reporter: "StageLines"
 ) -> tuple[list["Settled"], list["Preview"], str]:
-    """Check all that can be wrong with the builds, before anything goes up; also returns their hash."""
+    """Check the builds before anything is uploaded; return settings, previews and their common hash."""
     from factory.artifacts import canonical_json
     from factory.evaluation.tasks import check_tasks
     from factory.jobs.hardware import check_fits
@@ -148,7 +148,7 @@ def _look(
 
 
 def _identity(settled: "Settled", texts: "Texts") -> str:
-    """What a build makes and where it goes: equal however it was asked for."""
+    """Return a canonical description of a build and its destination, equal for equal requests."""
     from factory.artifacts import canonical_json
     from factory.evaluation.tasks import task_identity
     from factory.hub.push import full_name
@@ -168,23 +168,23 @@ def _identity(settled: "Settled", texts: "Texts") -> str:
 
 @contextmanager
 def _not_here() -> Iterator[None]:
-    """What is true of another machine's disk, without advice for this one's."""
+    """Replace hints about this machine's disk with one about the hardware."""
     try:
         yield
     except DiskSpaceError as error:
-        raise DiskSpaceError(error.message, hint="take hardware with more disk") from error
+        raise DiskSpaceError(error.message, hint="choose hardware with more disk") from error
 
 
 def _check_timeout(timeout: int, seconds: float, found: "Flavor") -> None:
-    """Refuse a time in which even a machine at its peak could not finish."""
+    """Refuse a timeout that would be too short even at the hardware's peak speed."""
     from factory.jobs.hardware import OF_PEAK
     from factory.units import duration
 
     if found.peak_flops and timeout < seconds * OF_PEAK:
         raise UsageError(
-            f"`timeout` of {duration(timeout)} cannot suffice: even at its peak, {found.name} needs "
+            f"`timeout` of {duration(timeout)} is too short: even at peak speed, {found.name} needs "
             f"{duration(seconds * OF_PEAK)}",
-            hint=f"about {duration(seconds)} are likely: `timeout={math.ceil(2 * seconds / HOUR)}h`",
+            hint=f"it may well take {duration(seconds)}: `timeout={math.ceil(2 * seconds / HOUR)}h`",
         )
 
 
@@ -198,13 +198,13 @@ def _show(
     timeout: int,
     earlier: bool,
 ) -> None:
-    """What will happen, and what it may cost."""
+    """Show the previews, and what the job may cost."""
     from factory.cli.tables import show_preview
     from factory.units import duration
 
     for one, shown in zip(settled, previews, strict=True):
         show_preview(screen, shown, one.config, title=f"{one.source.name} → {one.out.name}")
-    less = ", less what earlier jobs have finished" if earlier else ""
+    less = ", less what earlier jobs finished" if earlier else ""
     screen.print(
         f"  {'on':<12}{found.title}, {found.name}\n"
         f"  {'price':<12}about {found.price(seconds)} for {duration(seconds)}{less}; "
@@ -214,10 +214,10 @@ def _show(
 
 
 def _follow(owner: str, job_id: str, screen: "Console") -> "JobInfo":
-    """Show a job's lines until it is over.
+    """Show a job's log until the job ends.
 
     Raises:
-        JobError: It did not end well.
+        JobError: The job failed or was cancelled.
     """
     from factory.cli.console import printable
     from factory.jobs.submit import check_ended_well, inspect, log
@@ -227,7 +227,7 @@ def _follow(owner: str, job_id: str, screen: "Console") -> "JobInfo":
             screen.print(printable(line), soft_wrap=True)
     except KeyboardInterrupt:
         click.echo(
-            f"the job goes on: factory jobs follow {job_id}, or factory jobs cancel {job_id}", err=True
+            f"the job keeps running: factory jobs follow {job_id}, or factory jobs cancel {job_id}", err=True
         )
         raise
     job = inspect(owner, job_id)
@@ -236,7 +236,7 @@ def _follow(owner: str, job_id: str, screen: "Console") -> "JobInfo":
 
 
 def _values(job: "JobInfo") -> dict[str, Any]:
-    """A job for programs."""
+    """Return a job as JSON values."""
     return {
         "id": job.id,
         "url": job.url,
@@ -250,10 +250,13 @@ def _values(job: "JobInfo") -> dict[str, Any]:
 
 
 @click.group("jobs", cls=Group, context_settings=CONTEXT, invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @click.pass_context
 def jobs_group(context: click.Context, as_json: bool) -> None:
-    """List, follow and cancel builds on Hugging Face Jobs, which `factory build --on` submits."""
+    """List, follow and cancel rented builds.
+
+    These are the builds that `factory build --on` submitted to Hugging Face Jobs.
+    """
     if context.invoked_subcommand:
         return
     from factory.cli.console import console
@@ -270,7 +273,7 @@ def jobs_group(context: click.Context, as_json: bool) -> None:
 @jobs_group.command(context_settings=CONTEXT)
 @click.argument("job")
 def follow(job: str) -> None:
-    """Show what a job says, from its beginning until it is over."""
+    """Show a job's log, from its start to its end."""
     from factory.cli.console import console
     from factory.jobs.submit import user_name
 
@@ -281,7 +284,10 @@ def follow(job: str) -> None:
 @jobs_group.command(context_settings=CONTEXT)
 @click.argument("job")
 def cancel(job: str) -> None:
-    """End a job; the same build goes on from what it had finished."""
+    """Cancel a job.
+
+    Running the same build again resumes from the stages that the job finished.
+    """
     from factory.jobs.submit import cancel as jobs_cancel
     from factory.jobs.submit import inspect, is_ours, is_over, user_name
 
@@ -294,11 +300,11 @@ def cancel(job: str) -> None:
             hint=f"`factory jobs` lists those that were; `hf jobs cancel {job}` ends any other",
         )
     if is_over(found):
-        raise HubError(f"job {job} is over already: {found.status.stage}", hint="`factory jobs` lists yours")
+        raise HubError(f"job {job} already ended: {found.status.stage}", hint="`factory jobs` lists yours")
     jobs_cancel(owner, job)
     click.echo(f"job {job} is cancelled")
 
 
 def _check_id(job: str) -> None:
     if not job.isalnum():
-        raise UsageError(f"{job!r} is no job", hint="`factory jobs` lists yours")
+        raise UsageError(f"{job!r} is not a job id", hint="`factory jobs` lists yours")

@@ -23,10 +23,10 @@ from factory.cli.prune import prune
 from factory.errors import FactoryError, StoreError, UsageError
 from factory.store.capacity import READ_ONLY, no_memory, no_room
 
-ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # and leave nothing else that one would wait for
-LONG = re.compile(r"\S{400,}")  # no word of ours
+ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # commands without another result
+LONG = re.compile(r"\S{400,}")  # longer than any word of our own
 NAME = "factory"
-NOBODY = "(installed here)"  # where `hf` looks for updates; no account can be called so
+OWNER = "(installed here)"  # not a valid account name, so that `hf` finds no updates
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -36,8 +36,8 @@ def cli(context: click.Context) -> None:
     """Make a language model smaller: drop the layers it needs least, heal the cut, measure, publish.
 
     \b
-    factory build demo --drop 0.3          a whole build on this machine, no network, minutes
-    factory build mistral-7b --drop 0.3    the same for a model on the Hub
+    factory build demo --drop 0.3          the demo: minutes on a CPU, offline
+    factory build mistral-7b --drop 0.3    a model from the Hub
     """
     if context.invoked_subcommand not in ONLY_PRINT:
         go_on()
@@ -46,10 +46,10 @@ def cli(context: click.Context) -> None:
 
 @click.command("extension", cls=Command, context_settings=CONTEXT)
 def extension() -> None:
-    """Let the Hub's command line run this program: `hf factory build …`.
+    """Make `hf factory …` run this program.
 
-    `hf extensions install` would install it a second time, with all its libraries; this names the
-    installation that there is. `hf extensions remove factory` forgets it.
+    `hf extensions install` would install a second copy with all its libraries; this command registers the
+    existing installation. Undo it with `hf extensions remove factory`.
     """
     from datetime import UTC, datetime
 
@@ -59,9 +59,9 @@ def extension() -> None:
 
     program = Path(sysconfig.get_path("scripts")) / f"hf-{NAME}"
     if not program.exists() and not program.with_suffix(".exe").exists():
-        raise StoreError(f"there is no {program}", hint="pip install hf-factory")
+        raise StoreError(f"{program} does not exist", hint="pip install hf-factory")
     manifest = ExtensionManifest(
-        owner=NOBODY,
+        owner=OWNER,
         repo=f"hf-{NAME}",
         repo_id=f"hf-{NAME} {__version__}",
         short_name=NAME,
@@ -95,7 +95,7 @@ def main() -> None:
     try:
         _refuse_launcher()
         cli.main(prog_name=_typed_as(), standalone_mode=False)
-        sys.stdout.flush()  # here, where what goes wrong with it still becomes a line
+        sys.stdout.flush()  # inside `try`, so that a failure becomes an error line
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.UsageError as error:
@@ -103,40 +103,38 @@ def main() -> None:
     except FactoryError as error:
         _fail(as_flags(error.message), as_flags(error.hint), code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", "the same command goes on from here", code=130)
+        _fail("interrupted", "the same command resumes from here", code=130)
     except Exception as error:  # libraries wrap a full disk or memory in errors of their own
         if full := no_memory(error):
-            _fail(full, "the same command goes on from here where more is free", code=1)
+            _fail(full, "free some memory; the same command resumes from here", code=1)
         if isinstance(error, OSError) and error.errno in READ_ONLY and error.filename:
             place = os.fsdecode(error.filename)
-            _fail(
-                f"{place}: {error.strerror}", "make it yours to read and write, or give another place", code=1
-            )
+            _fail(f"{place}: {error.strerror}", "make it readable and writable, or give another path", code=1)
         if (reason := no_room(error)) is None:
             raise
-        _fail(f"{reason}: {str(error).splitlines()[0]}", "make room and run the same command again", code=1)
+        _fail(f"{reason}: {str(error).splitlines()[0]}", "free some space and repeat the command", code=1)
 
 
 def _hush_libraries() -> None:
-    """Keep off the screen what libraries tell programmers at import and at work, unless it was asked for.
+    """Silence what libraries print for programmers, unless the environment asks for it.
 
-    Must come before they are imported. Errors still show.
+    Must be called before they are imported. Errors are still shown.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend need not exist here
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # those that print their log themselves
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may not exist here
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # libraries with log handlers of their own
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    if logging.lastResort:  # prints for all others: bitsandbytes, trl, peft, lm_eval, matplotlib …
+    if logging.lastResort:  # the handler of all others: bitsandbytes, trl, peft, lm_eval, matplotlib …
         logging.lastResort.setLevel(logging.ERROR)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that are started
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for child processes
     warnings.simplefilter("ignore")
 
 
 def _refuse(error: click.UsageError) -> None:
-    """What click cannot make sense of; a group without a command prints its help, as with --help."""
+    """Report a usage error; a group without a command prints its help, as with --help."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         _end(f"{error.format_message()}\n", code=error.exit_code)
     command = error.ctx.command_path if error.ctx else "factory"
@@ -144,27 +142,27 @@ def _refuse(error: click.UsageError) -> None:
 
 
 def _check_environment() -> None:
-    """Refuse to begin in a folder that is gone, and what huggingface_hub could not be imported with."""
+    """Refuse a deleted current directory, and variables that would break importing huggingface_hub."""
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        raise UsageError("the folder that you are in is gone", hint="`cd` to another one") from error
+        raise UsageError("the current directory no longer exists", hint="`cd` to another one") from error
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         value = os.environ.get(name)
         try:
             int(value or "0")
         except ValueError as error:
-            told = f"the environment variable {name} is {value!r}, no whole number of seconds"
-            raise UsageError(told, hint=f"`export {name}=10`, or `unset {name}`") from error
+            message = f"the environment variable {name} is {value!r}, not a whole number of seconds"
+            raise UsageError(message, hint=f"`export {name}=10`, or `unset {name}`") from error
 
 
 def _refuse_launcher() -> None:
-    """One process runs the stages in order and starts others for those that can use them."""
+    """Refuse to run under `accelerate launch`: the stages start the processes they need."""
     rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE", "1")
     if rank is None or size == "1":
         return
     if rank != "0":
-        sys.exit(0)  # one of them speaks
+        sys.exit(0)  # only one process prints the error
     raise UsageError(
         f"factory under `accelerate launch` with {size} processes: it starts them itself",
         hint=f"run `factory build … --processes {size}`, without `accelerate launch`",
@@ -172,18 +170,18 @@ def _refuse_launcher() -> None:
 
 
 def _typed_as() -> str:
-    """What was typed to get here: `factory`, or the Hub's command line with it as an extension."""
+    """Return the name of the program as it was typed: `factory`, or `hf factory` for the extension."""
     return "hf factory" if Path(sys.argv[0]).stem == "hf-factory" else "factory"
 
 
 def _fail(message: str, hint: str, *, code: int) -> None:
-    """One line that says what is wrong, one that says what to do."""
+    """Print one line with the error and one with the hint, and exit."""
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
     _end(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n", code=code)
 
 
 def _end(text: str, *, code: int) -> NoReturn:
-    """Print to standard error and exit; the code counts, whether or not the text is read."""
+    """Print to standard error and exit with the code, whether or not anyone reads the text."""
     go_on()
     with suppress(OSError):
         sys.stderr.write(text)
@@ -192,6 +190,6 @@ def _end(text: str, *, code: int) -> NoReturn:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, so that no text paints the terminal; a long word is cut."""
+    """Strip control characters, and shorten long words."""
     plain = "".join(c if c.isprintable() else " " for c in text)
     return LONG.sub(lambda word: f"{word[0][:60]}… ({len(word[0]):,} characters)", plain)

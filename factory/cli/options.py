@@ -1,4 +1,4 @@
-"""Options on the command line: click's options from the rows of a request, and what commands share."""
+"""Options on the command line: click options from the rows of a request, and shared helpers."""
 
 import os
 from collections.abc import Callable
@@ -19,10 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Command(click.Command):
-    """A command that refuses words by its own name, and shows its options in groups."""
+    """A command whose errors name it, and whose help shows options in groups."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the words, or refuse them as those of this command."""
+        """Parse the arguments; errors carry the context of this command."""
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -30,7 +30,7 @@ class Command(click.Command):
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under the headings of their groups."""
+        """Write the options under their group headings."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -43,18 +43,18 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """A command with commands of its own."""
+    """A command with sub-commands."""
 
     command_class = Command
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, then the commands."""
+        """Write the options, then the sub-commands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
 
 class OptionInGroup(click.Option):
-    """An option with the heading that it stands under."""
+    """An option with a group heading."""
 
     def __init__(self, *args: Any, group: str, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -67,7 +67,7 @@ class Fraction(click.ParamType[float]):
     name = "fraction"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Refuse what is no fraction, with the value in the message."""
+        """Parse a fraction; the error of any other value quotes it."""
         try:
             number = float(value)
         except ValueError:
@@ -81,29 +81,29 @@ class Fraction(click.ParamType[float]):
 
 
 class Fractions(click.ParamType[tuple[float, ...]]):
-    """Fractions with commas between them, by rising size: 0.1,0.2,0.3."""
+    """Comma-separated fractions, sorted: 0.1,0.2,0.3."""
 
     name = "fractions"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
-        """Refuse what holds something else, with that in the message."""
+        """Parse fractions; the error of any other value quotes it."""
         parts = value if isinstance(value, tuple) else str(value).split(",")
         return tuple(sorted({Fraction().convert(str(part).strip(), param, ctx) for part in parts}))
 
 
 class Place(click.Path):
-    """A file or folder, whether it is there or not."""
+    """A file or folder that need not exist."""
 
     def __init__(self, *, file_okay: bool = True) -> None:
         super().__init__(path_type=Path, file_okay=file_okay)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what can be no path: an empty one would be the folder that one is in."""
+        """Refuse invalid paths; an empty one would mean the current directory."""
         option = param.opts[-1] if isinstance(param, click.Option) else "the path"
         if not os.fspath(value).strip():
-            raise UsageError(f"{option} is empty", hint="give a path, or leave it out")
+            raise UsageError(f"{option} is empty", hint="give a path, or omit it")
         try:
             Path(value).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -115,7 +115,7 @@ class Place(click.Path):
 
 
 def request_options(request: type[Request]) -> Callable[[F], F]:
-    """A decorator that gives a command the options of a request, and the argument MODEL."""
+    """Return a decorator that gives a command the options of a request and the argument MODEL."""
 
     def decorate(command: F) -> F:
         for name, (kind, option) in reversed(request.options().items()):
@@ -129,18 +129,19 @@ def request_options(request: type[Request]) -> Callable[[F], F]:
 home_option = click.option(
     "--home",
     type=Place(file_okay=False),
+    metavar="FOLDER",
     envvar="FACTORY_HOME",
     help="Folder of finished stages, shared by all builds.  [default: user cache]",
 )
 
 
 def read_request(request: type[Request], values: dict[str, Any]) -> Any:
-    """The request that the command line asks for: what was typed or exported, or is a default of click's."""
+    """Return the request for the options that were typed, exported or have a default in click."""
     return request.read({name: value for name, value in values.items() if value is not None})
 
 
 def _option(request: type[Request], name: str, kind: Any, option: Option) -> Callable[[Any], Any]:
-    """One row as click's option."""
+    """Return the click option for one row."""
     required = request.__dataclass_fields__[name]
     help_text = f"{option.help}." + (f"  [default: {option.default}]" if option.default else "")
     settings: dict[str, Any] = {"cls": OptionInGroup, "group": option.group, "help": help_text}
@@ -167,13 +168,13 @@ def _is_required(row: Any) -> bool:
 
 
 def _metavar(kind: Any) -> str | None:
-    """A short word for a number; its limits are shown where one is broken."""
+    """Return a short metavar for a number; errors show its limits."""
     base = (get_args(kind) or (kind,))[0]
     return {int: "N", float: "X"}.get(base) if base in (int, float) and kind != kinds.Fraction else None
 
 
 def _type(kind: Any) -> Any:
-    """click's type for an option's."""
+    """Return the click type for the type of an option."""
     if kind == kinds.Fraction:
         return Fraction()
     if kind == kinds.Fractions:
@@ -184,16 +185,16 @@ def _type(kind: Any) -> Any:
         return click.Choice(choices)
     base, *limits = get_args(kind) or (kind,)
     if base is int:
-        least: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
-        most: Any = next((limit.le for limit in limits if isinstance(limit, Le)), None)
-        return Whole(least, most)
+        minimum: Any = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+        maximum: Any = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+        return Whole(minimum, maximum)
     if base is float:
         return Number(next((limit for limit in limits if isinstance(limit, Gt | Ge)), None))
     return str
 
 
 def _choices(kind: Any) -> list[Any]:
-    """The values of a Literal, also of several; empty for any other type."""
+    """Return the values of a Literal or a union of them; empty for any other type."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     parts = [_choices(part) for part in get_args(kind)] if get_args(kind) else [[]]
@@ -201,25 +202,25 @@ def _choices(kind: Any) -> list[Any]:
 
 
 class Whole(click.IntRange):
-    """A whole number, its limits not in the help."""
+    """A whole number whose limits the help does not show."""
 
     def _describe_range(self) -> str:
         return ""
 
 
 class Number(click.FloatRange):
-    """A number above, or from, a limit."""
+    """A number greater than, or at least, a limit."""
 
     def __init__(self, limit: Gt | Ge | None) -> None:
-        least: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
-        super().__init__(least, min_open=isinstance(limit, Gt))
+        minimum: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
+        super().__init__(minimum, min_open=isinstance(limit, Gt))
 
     def _describe_range(self) -> str:
         return ""
 
 
 def build_folder(folder: Path) -> Path:
-    """The folder of a build, or an error that says what it is not."""
+    """Return a build folder, or refuse any other folder."""
     if not (folder / "build.json").is_file() or not (folder / "model").is_dir():
-        raise UsageError(f"{str(folder)!r} is no build folder", hint="give what `factory build` made")
+        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
     return folder

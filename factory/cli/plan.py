@@ -1,6 +1,8 @@
-"""`factory plan` and `factory sweep`: what could be dropped, and what it would cost, before healing."""
+"""`factory plan` and `factory sweep`: which layers could be dropped, and what that would cost."""
 
 import shlex
+import textwrap
+from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 @request_options(PlanRequest)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def plan(as_json: bool, **values: Any) -> None:
-    """Show which layers of MODEL could go, before anything is cut."""
+    """Show which layers of MODEL would be dropped.
+
+    Nothing is cut. These are the criteria:
+    """
     from factory.api.functions import plan as make
     from factory.cli.console import StageLines, console
     from factory.cli.tables import show_plans
@@ -40,16 +45,17 @@ def plan(as_json: bool, **values: Any) -> None:
     show_plans(screen, result.plans, command=_build_command(result))
 
 
-plan.help = f"{plan.help}\n\n\b\n" + "\n".join(
-    f"{criterion.name:<15}  {criterion.summary}" for criterion in CRITERIA.values()
+plan.help = f"{cleandoc(str(plan.help))}\n\n\b\n" + "\n".join(
+    textwrap.fill(f"{criterion.name:<15}  {criterion.summary}", 76, subsequent_indent=" " * 17)
+    for criterion in CRITERIA.values()
 )
 
 
 def _build_command(result: "PlansResult") -> str:
-    """What builds the plan: the options that were typed; the layers where a profile led to them."""
+    """Return the command that builds the plan: the typed options, or the layers if a profile was read."""
     context = click.get_current_context()
     words = ["factory", "build", context.params["model"]]
-    layers = context.params["profile"] is not None  # which a build does not read
+    layers = context.params["profile"] is not None  # builds read no profile
     if layers:
         words += ["--layers", ",".join(map(str, result.chosen.dropped))]
     skipped = {"model", "criterion", *(["drop"] if layers else [])}
@@ -68,10 +74,10 @@ def _build_command(result: "PlansResult") -> str:
 @request_options(SweepRequest)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sweep(as_json: bool, **values: Any) -> None:
-    """Show the plateau and the cliff of MODEL: quality against the fraction of layers dropped.
+    """Measure quality against the fraction dropped.
 
-    Every cut is made on disk and measured as it would ship; a build with the same settings reuses what
-    it shares with them. Cuts are healed if --heal is given.
+    The sweep shows the plateau and the cliff of MODEL. Every cut is made on disk and evaluated as it would
+    ship. Builds with the same settings reuse the stages of the sweep. Cuts are healed if --heal is given.
     """
     from factory.cli.console import StageLines, console
     from factory.cli.tables import show_sweep
@@ -94,7 +100,7 @@ def sweep(as_json: bool, **values: Any) -> None:
 
 
 def _preview(prepared: "PreparedSweep", reporter: "StageLines") -> None:
-    """Show what will be cut, and how much disk that can take."""
+    """Show the cuts and how much disk they can take."""
     from factory.hub.pull import cache_demand
     from factory.store.capacity import demands
     from factory.store.locks import HOME
@@ -109,7 +115,7 @@ def _preview(prepared: "PreparedSweep", reporter: "StageLines") -> None:
     reporter.out.print(f"  cuts         {listed} of {source.num_layers} layers", soft_wrap=True)
     reporter.out.print(
         f"  disk         {size(disk.needed)} at most, {size(disk.free)} free; "
-        "`factory gc` removes cuts of no build",
+        "`factory gc` removes cuts that no build uses",
         soft_wrap=True,
     )
     for one in others:

@@ -1,4 +1,4 @@
-"""`factory prune`: remove chosen layers, and do nothing else."""
+"""`factory prune`: remove chosen layers and do nothing else."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @request_options(PruneRequest)
-@click.option("--dry-run", is_flag=True, help="Show what would happen, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
-    """Remove chosen layers of MODEL: an alias, a Hub repository owner/name[@revision], or a folder.
+    """Remove chosen layers and do nothing else.
 
-    Layers are copied on disk, byte for byte, without loading the model. The result is verified: names
-    and shapes against the architecture; then, for a small model or with --verify full, logits against the
-    source with these layers skipped; for others the values of a few layers. Nothing is measured, healed
-    or evaluated: `factory build` does that.
+    MODEL is an alias, a Hub repository owner/name[@revision], or a folder. The kept layers are copied on
+    disk, byte for byte, without loading the model. The result is verified: names and shapes against the
+    architecture, then logits against the source with these layers skipped (small models and --verify full)
+    or the values of a few layers (other models). `factory build` also measures, heals and evaluates.
     """
     from factory.cli.console import StageLines, console
     from factory.pipeline.prune import make_pruned, prepare_prune
@@ -43,13 +43,13 @@ def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
     if as_json:
         print_json(pruning.model_dump(mode="json") | {"kept": prepared.plan.kept, "reused": reused})
     else:
-        state = "is there already" if reused else "written"
+        state = "already exists" if reused else "written"
         verified = ", ".join(pruning.verified)
         reporter.out.print(f"{prepared.out} {state}, verified: {verified}", soft_wrap=True)
 
 
 def _expected(prepared: "PreparedPrune") -> dict[str, Any]:
-    """What will be, in numbers."""
+    """Return the expected result in numbers."""
     source, plan = prepared.source, prepared.plan
     return {
         "source": source.repo_id or source.name,

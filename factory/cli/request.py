@@ -1,4 +1,4 @@
-"""From the command line to requests: what was typed, or what a build file holds."""
+"""From the command line to requests: typed options and build files."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from factory.errors import UsageError
 
 
 def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
-    """The builds that are asked for. An option beside a file holds for each of its builds.
+    """Return the requested builds; an option given with a build file applies to all its builds.
 
     Raises:
-        UsageError: A file that cannot be read, or options that make no sense together.
+        UsageError: The file cannot be read, or options exclude each other.
     """
     context = click.get_current_context()
     given = {name: value for name, value in values.items() if value is not None}
@@ -24,7 +24,9 @@ def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
     from factory.cli.build_file import read, replacing
 
     if given.get("reproduce"):
-        raise UsageError(f"--reproduce with {model!r}, a build file", hint="give the build itself")
+        raise UsageError(
+            f"--reproduce with {model!r}, a build file", hint="give the build's folder or repository"
+        )
     rows = BuildRequest.options()
     typed = {
         name: value
@@ -39,14 +41,14 @@ def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
 
 
 def _without_home(values: dict[str, Any], exported: bool) -> dict[str, Any]:
-    """A job has a store of its own, whatever FACTORY_HOME says on this machine."""
+    """Drop `home` if it comes from FACTORY_HOME and the build is a job, which has its own store."""
     if exported and values.get("on") is not None:
         values.pop("home", None)
     return values
 
 
 def config_text(builds: list[dict[str, Any]]) -> str:
-    """A build file that asks for these builds."""
+    """Return the text of a build file for these builds."""
     import yaml
 
     value = builds[0] if len(builds) == 1 else {"builds": builds}

@@ -1,4 +1,4 @@
-"""Tables: the preview, the result, plans, sweeps and lists."""
+"""Tables: previews, results, plans, sweeps and lists."""
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,13 @@ from factory.units import count, duration, size
 
 
 def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: str) -> None:
-    """What will happen, before it does."""
+    """Show the preview of a build."""
     n, total = shown.num_dropped, shown.num_layers
     rows = [
-        ("layers", f"dropping {n} of {total} ({n / total:.0%}), {total - n} stay; the last one always does"),
+        (
+            "layers",
+            f"dropping {n} of {total} ({n / total:.0%}); {total - n} kept (the last layer is never dropped)",
+        ),
         ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
         ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
         *_stage_rows(config),
@@ -42,9 +45,9 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
                 + _host(shown),
             )
         )
-        rows.append(("time", f"about {duration(shown.seconds)}, from {shown.pending[0]} on"))
+        rows.append(("time", f"about {duration(shown.seconds)} ({shown.pending[0]} → {shown.pending[-1]})"))
     else:
-        rows.append(("time", "nothing to do: every stage is there"))
+        rows.append(("time", "nothing to do: every stage is finished"))
     out.print(Text(printable(title), style="bold"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
@@ -52,18 +55,18 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
 
 
 def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
-    """What the long stages read."""
+    """Return what the long stages read, by stage."""
     heal, measure, evaluate = config.heal, config.measure, config.evaluate
     samples = measure.num_samples or f"until the choice is certain, at most {measure.max_samples:,}"
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
         f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
-        f"LoRA rank {heal.rank} over {heal.bits} bits, rate {heal.learning_rate:g}"
+        f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
-        else "no"
+        else "skipped"
     )
-    tasks = ", ".join(evaluate.tasks) or "no tasks (--tasks mmlu,boolq adds some)"
+    tasks = ", ".join(evaluate.tasks) or "no tasks (add some with --tasks mmlu,boolq)"
     return [
         ("measure", f"{samples} documents of {measure.data}"),
         ("heal", healing),
@@ -72,20 +75,20 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
 
 
 def _host(shown: Preview) -> str:
-    """The host's memory, where a GPU has one of its own."""
+    """Return the host's memory, if a GPU has memory of its own."""
     if shown.memory_needed == shown.host_needed:
         return ""
-    of = f" of {size(shown.host_total)}" if shown.host_total else ""
-    return f"; about {size(shown.host_needed)}{of} beside it"
+    total = f" of {size(shown.host_total)}" if shown.host_total else ""
+    return f"; host: about {size(shown.host_needed)}{total}"
 
 
 def result_tables(build: Build) -> tuple[Table, Table]:
-    """Quality and size of the models side by side, as on the card."""
+    """Return quality and size of the models side by side, as on the card."""
     tables = []
     for head, *rows in (quality_table(build), size_table(build)):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, name in enumerate(head):
-            # The card says below its table what a change is.
+            # The card explains the change below its table.
             title = "change vs source" if name == "change" else name
             table.add_column(title, justify="right" if index else "left")
         for row in rows:
@@ -95,12 +98,12 @@ def result_tables(build: Build) -> tuple[Table, Table]:
 
 
 def _score(task: TaskScore, *, like: TaskScore) -> str:
-    """Return a score with its error, in the unit of the source's."""
+    """Return a score with its standard error, in the unit of the source's score."""
     return like.shown(task.value) + (f" ± {like.shown(task.stderr)}" if task.stderr is not None else "")
 
 
 def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
-    """The tables, what they mean in a line, and what to type next."""
+    """Show the tables, a one-line verdict, and what to type next."""
     quality, sizes = result_tables(build)
     out.print()
     out.print(quality)
@@ -127,10 +130,10 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
 
 
 def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]) -> None:
-    """A line a build, of several that were made one after another."""
+    """Show one line per build of a build file."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("build", "layers that go", "parameters", "source's loss", "its loss"):
-        table.add_column(column, justify="left" if column in ("build", "layers that go") else "right")
+    for column in ("build", "dropped", "parameters", "loss before", "loss after"):
+        table.add_column(column, justify="left" if column in ("build", "dropped") else "right")
     for folder, made in rows:
         if isinstance(made, FactoryError):
             table.add_row(printable(str(folder)), "failed: " + printable(made.message))
@@ -147,13 +150,13 @@ def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]
 
 
 def show_plans(out: Console, plans: Plans, *, command: str) -> None:
-    """What each criterion would drop, what it costs, and which one to take."""
+    """Show what each criterion would drop, what that costs, and the recommendation."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("criterion")
-    table.add_column("layers that go")
+    table.add_column("dropped")
     columns = ["angular distance"]
     if plans.losses:
-        columns += ["loss, unhealed", "behind the best", "passes to find"]
+        columns += ["loss, unhealed", "behind the best", "search passes"]
     for column in columns:
         table.add_column(column, justify="right")
     for index, plan in enumerate(plans.plans):
@@ -173,21 +176,21 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
         losses = plans.losses
         out.print(
             f"Source: {losses.source.nats:.3f} ± {losses.source.stderr:.3f}, on {losses.num_documents} "
-            f"documents of {printable(losses.data.name)} that no search has seen, {losses.sequence_length} "
-            f"tokens at most.\nTake {plans.chosen}: {plans.reason}.",
+            f"documents of {printable(losses.data.name)} that no search has seen, at most "
+            f"{losses.sequence_length} tokens each.\nTake {plans.chosen}: {plans.reason}.",
             soft_wrap=True,
         )
     out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 
 
 def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
-    """A line a cut, and the largest before the cliff."""
+    """Show one line per cut, and the largest cut before the cliff."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
-    names = ["dropped", "layers that go", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
+    names = ["dropped", "layers", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
     names += [task.name for task in sweep.source.tasks]
     for name in [*names, "kept"]:
-        table.add_column(name, justify="left" if name == "layers that go" else "right")
+        table.add_column(name, justify="left" if name == "layers" else "right")
     table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
         kept = share_kept(point.best, sweep.source)
@@ -204,12 +207,12 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     out.print(table)
     out.print()
     largest = sweep.before_the_cliff
-    found = f"The largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
+    found = f"Largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
     if math.isnan(share_kept(sweep.source, sweep.source)):
         found = "The source is no better than guessing, so there is no cliff to find"
     out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
     if names := left_out(sweep.source):
-        out.print(f"Not counted, for want of a chance level: {printable(', '.join(names))}.", soft_wrap=True)
+        out.print(f"Not counted, without a chance level: {printable(', '.join(names))}.", soft_wrap=True)
     for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
 
@@ -225,7 +228,7 @@ def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
 
 
 def verdict(build: Build) -> str:
-    """One sentence on what the cut cost and what healing brought back."""
+    """Return one sentence on what the cut cost and what healing took back."""
     losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
     gap = losses["pruned"] - losses["source"]
     cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
@@ -239,13 +242,11 @@ def verdict(build: Build) -> str:
     if build.adapter is None:
         return f"{cut}; this build was not healed."
     if build.shipped == "pruned":
-        return (
-            f"{cut}; healing did not lower it on held-back text, so the model that ships is the pruned one."
-        )
+        return f"{cut}; healing did not lower it on held-out text, so the pruned model ships."
     change = losses["pruned"] - losses["healed"]
     share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
     if change <= 0:
-        return f"{cut}; healing {_moved(-change)} on this text. Look before you publish."
+        return f"{cut}; healing {_moved(-change)} on this text. Check before you publish."
     return f"{cut}; healing took back {change:.3f}{share}."
 
 
@@ -254,9 +255,9 @@ def _moved(change: float) -> str:
 
 
 def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence[Path]) -> None:
-    """What lies in the store, and which builds use it."""
+    """Show the finished stages and the builds that use them."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column, justify in (("stage", "left"), ("key", "left"), ("size", "right"), ("made in", "right")):
+    for column, justify in (("stage", "left"), ("key", "left"), ("size", "right"), ("took", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for stage in stages:
         table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
@@ -266,20 +267,20 @@ def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence
 
 
 def show_verified(out: Console, found: Sequence[Verified]) -> None:
-    """A line a folder: whole, changed or not there any more."""
+    """Show one line per folder: unchanged, changed or gone."""
     for one in found:
         wrong = (("changed", one.changed), ("added", one.added))
-        told = "; ".join(f"{how}: {', '.join(names)}" for how, names in wrong if names)
-        mark, told = ("✗", told) if told else ("✓", "unchanged")
+        state = "; ".join(f"{how}: {', '.join(names)}" for how, names in wrong if names)
+        mark, state = ("✗", state) if state else ("✓", "unchanged")
         if not one.there:
-            mark, told = "–", "no longer in the store"
+            mark, state = "–", "no longer in the store"
         place = one.folder.name if one.name != "build" else str(one.folder)
-        line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {told}"
+        line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {state}"
         out.print(printable(line), soft_wrap=True)
 
 
 def show_jobs(out: Console, jobs: Sequence[dict[str, Any]]) -> None:
-    """A line a job."""
+    """Show one line per job."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("job", "build", "hardware", "stage", "submitted", "ran"):
         table.add_column(column, justify="right" if column == "ran" else "left")

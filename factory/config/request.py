@@ -73,9 +73,7 @@ class Request:
     trust_remote_code: Annotated[
         bool,
         Option(
-            "Run code that comes with the model, which must be owner/name@COMMIT or a folder",
-            RUNNING,
-            repeats=True,
+            "Run the model's own code; MODEL must be owner/name@COMMIT or a folder", RUNNING, repeats=True
         ),
     ] = False
     home: Annotated[
@@ -184,7 +182,7 @@ class Measuring(Request):
     samples: Annotated[
         Two | None,
         Option(
-            "Number of documents to measure on",
+            "Documents to measure on",
             MEASURING,
             default="until the choice is certain",
             sets=("measure.num_samples",),
@@ -213,11 +211,10 @@ class Measuring(Request):
         ),
     ] = None
     load_in_4bit: Annotated[
-        bool, Option("Measure the model in NF4", MEASURING, sets=("measure.four_bit",))
+        bool, Option("Load the model in NF4 for measuring", MEASURING, sets=("measure.four_bit",))
     ] = False
     plan_documents: Annotated[
-        Two | None,
-        Option("Number of documents for a choice by loss", MEASURING, sets=("plan.num_documents",)),
+        Two | None, Option("Documents for choosing layers by loss", MEASURING, sets=("plan.num_documents",))
     ] = None
     seed: Annotated[
         Annotated[int, Ge(0), Le(2**32 - 1)] | None,
@@ -236,11 +233,15 @@ class PlanRequest(Measuring):
     drop: Annotated[Fraction, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))]
     criterion: Annotated[
         CriterionName | Literal["all"],
-        Option("How layers are chosen; all: every criterion side by side, with the loss of each cut", CUT),
+        Option(
+            "Criterion for choosing layers; all: compare every one, with the loss of each cut",
+            CUT,
+            default=DEFAULT_CRITERION.name,
+        ),
     ] = DEFAULT_CRITERION.name
     profile: Annotated[
         Location | None,
-        Option("Distances measured before: a profile.json, or a CSV of PruneMe", MEASURING, metavar="FILE"),
+        Option("Earlier measurement: a profile.json, or a CSV from PruneMe", MEASURING, metavar="FILE"),
     ] = None
     save: Annotated[
         Location | None, Option("Folder for the plans and the figure", RUNNING, metavar="FOLDER")
@@ -273,7 +274,7 @@ class Evaluating(Measuring):
     eval_data: Annotated[
         Text | None,
         Option(
-            "Text for the loss; keep it apart from the other two",
+            "Text to compute the loss on; keep it separate from the other two",
             EVALUATION,
             sets=("evaluate.data",),
             metavar="DATA",
@@ -281,12 +282,12 @@ class Evaluating(Measuring):
         ),
     ] = None
     eval_documents: Annotated[
-        Two | None, Option("Number of documents for the loss", EVALUATION, sets=("evaluate.num_documents",))
+        Two | None, Option("Documents to compute the loss on", EVALUATION, sets=("evaluate.num_documents",))
     ] = None
     eval_backend: Annotated[
         Literal["hf", "vllm"] | None,
         Option(
-            "Library that answers the tasks; vllm must be installed",
+            "Library that runs the tasks; vllm must be installed",
             EVALUATION,
             default="hf",
             sets=("evaluate.backend",),
@@ -295,7 +296,7 @@ class Evaluating(Measuring):
     tasks: Annotated[
         Names | None,
         Option(
-            "lm-eval tasks or YAML files of your own, or none",
+            "lm-eval tasks, your own YAML task files, or none",
             EVALUATION,
             sets=("evaluate.tasks",),
             metavar="A,B",
@@ -303,7 +304,7 @@ class Evaluating(Measuring):
         ),
     ] = None
     run_task_code: Annotated[
-        bool, Option("Run the Python that task files name", EVALUATION, repeats=True)
+        bool, Option("Run the Python code that task files refer to", EVALUATION, repeats=True)
     ] = False
     limit: Annotated[
         One | None, Option("Samples per task, for a quick look", EVALUATION, sets=("evaluate.limit",))
@@ -315,11 +316,19 @@ class SweepRequest(Evaluating):
     """What `sweep` can be asked; cuts are healed where `heal` is given."""
 
     drop: Annotated[
-        Fractions, Option("Fractions of the decoder layers to drop, each in turn", CUT, metavar="A,B")
+        Fractions,
+        Option(
+            "Fractions of the decoder layers to drop, one cut each",
+            CUT,
+            default="0.1,0.2,0.3,0.4,0.5,0.6",
+            metavar="A,B",
+        ),
     ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     criterion: Annotated[
         CriterionName | None,
-        Option("How layers are chosen", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)),
+        Option(
+            "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)
+        ),
     ] = None
     limit: Annotated[One, Option("Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = (
         100
@@ -361,20 +370,21 @@ class BuildRequest(Evaluating):
     ] = None
     criterion: Annotated[
         CriterionName | None,
-        Option("How layers are chosen", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)),
+        Option(
+            "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)
+        ),
     ] = None
     reproduce: Annotated[
-        bool,
-        Option("Repeat MODEL, which is a build, and compare the weights", CUT, of_run=True, repeats=True),
+        bool, Option("Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)
     ] = False
-    no_heal: Annotated[bool, Option("Leave the cut unhealed", HEALING)] = False
+    no_heal: Annotated[bool, Option("Skip healing", HEALING)] = False
     heal_lr: Annotated[
         Annotated[float, Gt(0), Lt(math.inf)] | None,
         Option(
             "Peak learning rate", HEALING, default="by the size of the model", sets=("heal.learning_rate",)
         ),
     ] = None
-    heal_rank: Annotated[One | None, Option("LoRA rank; alpha equals it", HEALING, sets=("heal.rank",))] = (
+    heal_rank: Annotated[One | None, Option("LoRA rank; alpha is the same", HEALING, sets=("heal.rank",))] = (
         None
     )
     heal_modules: Annotated[
@@ -384,7 +394,7 @@ class BuildRequest(Evaluating):
     heal_layers: Annotated[
         Literal["all", "seam"] | None,
         Option(
-            "Layers that get an adapter; seam: only from the one before the cut onwards",
+            "Layers that get an adapter; seam: only those from just before the cut onwards",
             HEALING,
             sets=("heal.layers",),
         ),
@@ -402,7 +412,7 @@ class BuildRequest(Evaluating):
     merge_base: Annotated[
         Literal["auto", "bf16", "nf4"] | None,
         Option(
-            "Weights that the adapter is added to: the source's, NF4's, or whichever has the lower loss",
+            "Weights to merge the adapter into: the source's (bf16), NF4's, or the better of both (auto)",
             HEALING,
             default="auto",
             sets=("merge_base",),
@@ -413,13 +423,11 @@ class BuildRequest(Evaluating):
     )
     push_to: Annotated[
         Text | None,
-        Option("Hub repository owner/name to publish in when done", PUBLISHING, metavar="REPO", repeats=True),
+        Option("Hub repository owner/name to publish to when done", PUBLISHING, metavar="REPO", repeats=True),
     ] = None
-    public: Annotated[bool, Option("Make the repository public, not private", PUBLISHING, repeats=True)] = (
-        False
-    )
+    public: Annotated[bool, Option("Publish to a public repository", PUBLISHING, repeats=True)] = False
     accept_license: Annotated[
-        bool, Option("Publish although the source's licence forbids sharing it", PUBLISHING, repeats=True)
+        bool, Option("Publish even if the source's licence forbids sharing", PUBLISHING, repeats=True)
     ] = False
     on: Annotated[
         Text | None,
@@ -433,7 +441,7 @@ class BuildRequest(Evaluating):
     timeout: Annotated[
         Timeout | None,
         Option(
-            "Longest time that the job may run",
+            "Maximum run time of the job",
             RENTING,
             default="twice the estimate",
             metavar="6h",
@@ -441,7 +449,7 @@ class BuildRequest(Evaluating):
         ),
     ] = None
     detach: Annotated[
-        bool, Option("Submit the job, and do not follow it", RENTING, of_run=True, on_terminal=True)
+        bool, Option("Submit the job without following it", RENTING, of_run=True, on_terminal=True)
     ] = False
     upload: Annotated[
         bool,
@@ -455,18 +463,18 @@ class BuildRequest(Evaluating):
     state: Annotated[
         Text | None,
         Option(
-            "Private Hub bucket that keeps finished stages as well", RENTING, metavar="BUCKET", repeats=True
+            "Private Hub bucket to keep finished stages in as well", RENTING, metavar="BUCKET", repeats=True
         ),
     ] = None
     out: Annotated[
         Location | None,
-        Option("Build folder", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True),
+        Option("Folder for the build", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True),
     ] = None
     report_to: Annotated[
-        Tracker | None, Option("Tracker that follows healing", RUNNING, default="trackio, if installed")
+        Tracker | None, Option("Experiment tracker for healing", RUNNING, default="trackio, if installed")
     ] = None
     rerun: Annotated[
-        Names, Option("Stage to make again although it is finished", RUNNING, of_run=True, repeats=True)
+        Names, Option("Stage to redo even if it is finished (repeatable)", RUNNING, of_run=True, repeats=True)
     ] = ()
 
     def check(self) -> None:
@@ -510,12 +518,12 @@ class PruneRequest(Request):
     """What `prune` can be asked."""
 
     layers: Annotated[Layers, Option("Layers to drop, counted from 0", CUT, metavar="3,7,21-24")]
-    out: Annotated[Location, Option("Folder of the smaller model", RUNNING, metavar="FOLDER")]
+    out: Annotated[Location, Option("Folder for the smaller model", RUNNING, metavar="FOLDER")]
     verify: Annotated[
         Literal["auto", "full"],
-        Option("Compare logits with the source; auto: of small models only", RUNNING, default="auto"),
+        Option("Compare logits with the source; auto: for small models only", RUNNING, default="auto"),
     ] = "auto"
-    force: Annotated[bool, Option("Replace the folder, if `factory prune` wrote it", RUNNING)] = False
+    force: Annotated[bool, Option("Replace the folder if `factory prune` wrote it", RUNNING)] = False
 
 
 def _as_yaml(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """The lm-eval task "which line comes next?", made from the held-out modules of the standard library.
 
 An item shows 12 lines of a module and asks which of four lines follows. The right one is a line of code, not
-of a comment or of a docstring, that the shown lines do not already hold. The wrong ones are lines of code of
-the same module with the same indentation, those closest in length, that stand nowhere near the place. So
-neither the shape of a line nor the subject of the module gives the answer away, and chance is 0.25.
+of a comment or docstring, that is not among the shown lines. The wrong ones are lines of code of the same
+module with the same indentation and the closest length, from elsewhere in the module. So neither the shape
+of a line nor the subject of the module gives the answer away, and chance is 0.25.
 
-Order, wrong lines and places follow from sha256 of the module's name, the line's number and the lines
-themselves: every process makes the same items from the same Python. Another Python has other sources and so
-other items; compare scores of one machine only.
+Order, wrong lines and places follow from a sha256 of the module's name, the line's number and the lines:
+every process makes the same items from the same Python. Another Python has other sources and so other
+items; compare scores of one machine only.
 
 The score to read is acc_norm, log-likelihood over length: the four lines are close in length but not equal,
 and acc alone favours the shortest.
@@ -24,10 +24,10 @@ from factory.text.standard_library import modules
 NUM_ITEMS = 400
 NUM_CHOICES = 4
 CONTEXT_LINES = 12
-NEAR_LINES = 24  # lines this close to the place are no wrong answers: they might be right
-SHORTEST, LONGEST = 16, 100  # characters without indentation; `else:` says too little
-CLOSEST = 12  # the wrong lines are drawn from this many that are closest in length
-MOST_UNLIKE = 0.25  # and differ by no more than this share of the right line's length
+NEAR_LINES = 24  # lines this close are not used as wrong answers: they might be right
+SHORTEST, LONGEST = (16, 100)  # characters without indentation; `else:` would say too little
+CLOSEST = 12  # number of lines, closest in length, that the wrong ones are drawn from
+MAX_UNLIKE = 0.25  # largest difference in length, as a share of the right line's
 NOT_CODE = {
     tokenize.STRING,
     tokenize.COMMENT,
@@ -49,13 +49,13 @@ class Item(TypedDict):
 
 
 def dataset(**_: object) -> Any:
-    """What lm-eval calls: the items as a `DatasetDict` with the one split "test".
+    """Return the items as a `DatasetDict` with the split "test"; lm-eval calls this.
 
     Args:
-        _: The task's metadata and anything given to lm-eval's `--metadata`; nothing of it is used.
+        _: Metadata of the task and of lm-eval's `--metadata`, which are ignored.
 
     Raises:
-        DataError: The interpreter comes without the held-out modules.
+        DataError: The interpreter lacks the held-out modules.
     """
     from datasets import Dataset, DatasetDict
 
@@ -63,7 +63,7 @@ def dataset(**_: object) -> Any:
 
 
 def items(sources: Mapping[str, str], *, count: int = NUM_ITEMS) -> list[Item]:
-    """At most `count` items from modules given as name → source, the right answers spread over all places."""
+    """Make at most `count` items from name → source, the right answers spread over all positions."""
     lines = {name: source.splitlines() for name, source in sources.items()}
     code = {name: _code_rows(source, lines[name]) for name, source in sources.items()}
     places = [(name, row) for name, rows in code.items() for row in rows if row >= CONTEXT_LINES]
@@ -82,7 +82,7 @@ def items(sources: Mapping[str, str], *, count: int = NUM_ITEMS) -> list[Item]:
 
 
 def _code_rows(source: str, lines: list[str]) -> list[int]:
-    """0-based numbers of the lines that hold code of a fair length, strings over several lines left out."""
+    """Return the 0-based numbers of code lines of a fair length, outside of strings over several lines."""
     code: set[int] = set()
     inside_strings: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -94,7 +94,7 @@ def _code_rows(source: str, lines: list[str]) -> list[int]:
 
 
 def _wrong_lines(lines: list[str], code: list[int], *, row: int, name: str) -> list[str]:
-    """Three lines that could stand at `row` by their shape; fewer if the module has none or gives it away."""
+    """Return three lines of the same shape as line `row`; fewer if the module lacks them."""
     right = lines[row]
     near = {line.strip() for line in lines[max(row - NEAR_LINES, 0) : row + NEAR_LINES + 1]}
     if right.strip() in {line.strip() for line in lines[row - CONTEXT_LINES : row]}:
@@ -103,7 +103,7 @@ def _wrong_lines(lines: list[str], code: list[int], *, row: int, name: str) -> l
         lines[other]
         for other in code
         if _indentation(lines[other]) == _indentation(right)
-        and abs(len(lines[other]) - len(right)) <= MOST_UNLIKE * len(right.strip())
+        and abs(len(lines[other]) - len(right)) <= MAX_UNLIKE * len(right.strip())
         and lines[other].strip() not in near
     }
     closest = sorted(alike, key=lambda line: (abs(len(line) - len(right)), _digest(name, row, line)))[

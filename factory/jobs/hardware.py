@@ -1,4 +1,4 @@
-"""Hardware of Hugging Face Jobs: what there is, what it costs, and what fits on it."""
+"""Hardware of Hugging Face Jobs: machines, prices, and what fits on them."""
 
 import re
 import sys
@@ -13,25 +13,25 @@ from factory.hub.errors import hub_errors, no_hub
 from factory.pipeline.preview import Machine
 from factory.units import size
 
-CPU_FLOPS = 2e11  # a core, at the most: two AVX-512 units at 3 GHz
-OF_PEAK = 1 / 3  # that whole models reach
+CPU_FLOPS = 2e11  # per core, at most: two AVX-512 units at 3 GHz
+OF_PEAK = 1 / 3  # share of the peak that whole models reach
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
 class Flavor:
-    """A machine that can be rented."""
+    """A machine for rent."""
 
     name: str  # "a100-large"
     title: str  # "Nvidia A100 - large"
     machine: Machine
-    peak_flops: float | None  # a second, of all GPUs; None where it is not known
-    dollars_per_second: float | None  # None where the Hub gives no price that can be read
+    peak_flops: float | None  # per second, all GPUs together; None if unknown
+    dollars_per_second: float | None  # None if the Hub gives no readable price
     has_gpu: bool = True
 
     def price(self, seconds: float) -> str:
-        """What so many seconds cost, for people."""
+        """Return the price of so many seconds, as text."""
         if self.dollars_per_second is None:
             return "not known"
         dollars = seconds * self.dollars_per_second
@@ -39,10 +39,10 @@ class Flavor:
 
 
 def flavor(name: str) -> Flavor:
-    """The machine of that name.
+    """Return the machine of that name.
 
     Raises:
-        UsageError: There is none; the hint lists those there are.
+        UsageError: The name is unknown; the hint lists the machines.
     """
     with hub_errors("the hardware of Jobs"):
         offered = {h.name: h for h in patiently(lambda: hub_api().list_jobs_hardware())}
@@ -51,7 +51,7 @@ def flavor(name: str) -> Flavor:
     if name not in offered:
         listed = ", ".join(f"{h.name} (${h.unit_cost_usd * 60:.2f}/h)" if h.unit_label == "minute" else h.name
                            for h in offered.values())  # fmt: skip
-        raise UsageError(f"`on={name!r}` is no hardware of Jobs", hint=f"there are: {listed}")
+        raise UsageError(f"`on={name!r}` is not hardware of Hugging Face Jobs", hint=f"choose from: {listed}")
     return _flavor(offered[name])
 
 
@@ -71,21 +71,21 @@ def _flavor(hardware: JobHardwareInfo) -> Flavor:
 
 
 def _bytes(text: str) -> int:
-    """ "80 GB" → 80e9; 0 where it is written otherwise."""
+    """Parse a size: "80 GB" → 80e9; 0 for any other format."""
     match = re.fullmatch(r"([\d.]+)\s*([MGT])i?B", text.strip())
     return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]]) if match else 0
 
 
 def parse_timeout(text: str) -> int:
-    """Seconds of "90m", "6h", "1d" or a number of seconds.
+    """Parse "90m", "6h", "1d" or a number of seconds into seconds.
 
     Raises:
-        UsageError: It is none of these, or nothing.
+        UsageError: The text has another form, or is less than a second.
     """
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text.strip())
     seconds = int(float(match[1]) * SECONDS[match[2] or "s"]) if match else 0
     if seconds < 1:
-        raise UsageError(f"`timeout={text}` is no duration", hint="`timeout=90m`, 6h or 1d")
+        raise UsageError(f"`timeout={text}` is not a duration", hint="`timeout=90m`, 6h or 1d")
     return seconds
 
 
@@ -93,11 +93,11 @@ def check_fits(found: Flavor, memory_needed: int) -> None:
     """Refuse a machine that is too small.
 
     Raises:
-        ModelError: The build needs more memory than it has.
+        ModelError: The build needs more memory than the machine has.
     """
-    has = found.machine.memory_bytes
-    if has and memory_needed > has:
+    available = found.machine.memory_bytes
+    if available and memory_needed > available:
         raise ModelError(
-            f"the build needs about {size(memory_needed)} of memory, and {found.name} has {size(has)}",
-            hint="take larger hardware, or `load_in_4bit` for the measurement",
+            f"the build needs about {size(memory_needed)} of memory, and {found.name} has {size(available)}",
+            hint="choose larger hardware, or `load_in_4bit` for the measurement",
         )

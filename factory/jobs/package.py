@@ -1,4 +1,4 @@
-"""This installation as files that another machine can install: a wheel, and the versions beside it."""
+"""This installation as files for another machine: a wheel, and the versions of its libraries."""
 
 import base64
 import hashlib
@@ -13,23 +13,23 @@ from factory import __version__
 from factory.errors import StoreError
 from factory.resources import PACKAGE
 
-BESIDE = ("model_cards", "spaces")  # in `_resources` of a wheel, beside the package in a repository
+BESIDE = ("model_cards", "spaces")  # `_resources` in a wheel, next to the package in a repository
 DISTRIBUTION = "hf-factory"
 WHEEL = f"hf_factory-{__version__}-py3-none-any.whl"
 REQUIREMENTS = "requirements.txt"
-VLLM = "vllm>=0.33"  # older ones that name no torch would be taken for want of a fitting one
-EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip can say: equal installations give equal bytes
+VLLM = "vllm>=0.33"  # or uv would fall back to old versions that pin no torch
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # of a zip file; makes equal installations give equal bytes
 
 
 def program(*, with_vllm: bool = False) -> dict[str, bytes]:
-    """File name → content: the program as it runs here, for uv's `--with WHEEL --with-requirements FILE`.
+    """Return file name → content of the program, for uv's `--with WHEEL --with-requirements FILE`.
 
-    Whatever may be needed is pinned to the version that is installed here, without local parts such as
-    `+cpu`: another machine needs another build of the same version. vLLM that is not installed here comes
-    with the versions that it needs, since each of its own asks for one of torch.
+    Libraries are pinned to the versions installed here, without local parts such as `+cpu`: another machine
+    needs another build of the same version. If vLLM is not installed here, it brings the versions that it
+    needs, since each of its versions asks for one of torch.
 
     Raises:
-        StoreError: The program was never installed.
+        StoreError: The program is not installed.
     """
     try:
         metadata = str(distribution(DISTRIBUTION).metadata).encode()
@@ -40,7 +40,7 @@ def program(*, with_vllm: bool = False) -> dict[str, bytes]:
         for package in distributions()
         if canonicalize_name(package.name) != DISTRIBUTION
     }
-    requirements = b"-c constraints.txt\n"  # uv takes constraints from a file of requirements only
+    requirements = b"-c constraints.txt\n"  # uv reads constraints only from a requirements file
     if with_vllm:
         requirements = requirements + b"vllm\n" if find_spec("vllm") else f"{VLLM}\n".encode()
     return {
@@ -53,8 +53,8 @@ def program(*, with_vllm: bool = False) -> dict[str, bytes]:
 def _wheel(metadata: bytes) -> bytes:
     """Return the package as a wheel (packaging.python.org, binary distribution format).
 
-    Written by hand as long as no index has the program: an installation holds no sources to build from,
-    and a job must run what runs here. After a release, `hf-factory==VERSION` takes its place.
+    Built by hand until the program is on an index: an installation holds no sources to build from, and a
+    job must run what runs here. After a release, `hf-factory==VERSION` replaces it.
     """
     info = f"hf_factory-{__version__}.dist-info"
     files = _files()
@@ -73,7 +73,7 @@ def _wheel(metadata: bytes) -> bytes:
 
 
 def _files() -> dict[str, bytes]:
-    """Path in the wheel → content, sorted."""
+    """Return path in the wheel → content, sorted."""
     found = {path: f"factory/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*")}
     for folder in BESIDE:
         beside = PACKAGE.parent / folder

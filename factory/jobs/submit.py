@@ -1,4 +1,4 @@
-"""The same build on Hugging Face Jobs: what there is to rent, what goes up, and what comes of it."""
+"""Builds on Hugging Face Jobs: submit, list, follow and cancel."""
 
 import hashlib
 import os
@@ -20,25 +20,25 @@ from factory.hub.errors import CLIENT_ERRORS, endpoint, hub_errors, not_logged_i
 from factory.jobs.package import REQUIREMENTS, WHEEL, program
 from factory.store.files import sha256_of_file
 
-STATE = "hf-factory"  # the bucket, beside its owner's name
-MOUNT = "/factory"  # where a job finds what was uploaded for it
+STATE = "hf-factory"  # name of the bucket, after its owner's
+MOUNT = "/factory"  # folder of a job with the files uploaded for it
 BUILD_FILE = "build.yaml"
-LABEL = "hf-factory"  # of a job: which build it makes
-SILENCE_SECONDS = 900.0  # without any answer from the Hub, after which following ends
-WAIT_SECONDS = 2.0  # before asking again
+LABEL = "hf-factory"  # label of a job with the hash of its build
+SILENCE_SECONDS = 900.0  # without any answer from the Hub before following ends
+WAIT_SECONDS = 2.0  # between requests
 UNDER_WAY = ("SCHEDULING", "RUNNING")
 FOR_TRACKERS = ("TRACKIO_SPACE_ID", "WANDB_ENTITY", "WANDB_PROJECT")
 
 
 class JobError(HubError):
-    """A job that ended otherwise than well."""
+    """A job failed or was cancelled."""
 
 
 def user_name() -> str:
-    """Who is logged in.
+    """Return the name of the logged-in account.
 
     Raises:
-        HubError: Nobody, or with a token that the Hub does not accept.
+        HubError: No login, or a token that the Hub does not accept.
     """
     if not get_token():
         raise not_logged_in()
@@ -48,24 +48,24 @@ def user_name() -> str:
 
 @dataclass(frozen=True)
 class Order:
-    """What a job is to do."""
+    """The specification of a job."""
 
     owner: str
-    name: str  # of the build, for people
-    build: str  # hash that the jobs of one build share
+    name: str  # of the build, for display
+    build: str  # hash of the build, shared by its jobs
     build_file: bytes
-    files: Mapping[str, Path | bytes]  # local ones that the build reads: name below the mount → file
+    files: Mapping[str, Path | bytes]  # local files that the build reads: name below the mount → file
     rerun: tuple[str, ...]
-    trackers: tuple[str, ...] = ()  # libraries that the builds are told to
+    trackers: tuple[str, ...] = ()  # libraries of the experiment trackers
     uses_vllm: bool = False
 
     @property
     def bucket(self) -> str:
-        """Where the state of all builds of this owner is kept."""
+        """Return the bucket with the state of all builds of this owner."""
         return f"{self.owner}/{STATE}"
 
     def command(self) -> list[str]:
-        """What the job runs: the program that was uploaded for it, on the build file beside it."""
+        """Return the command of the job: the uploaded program on the uploaded build file."""
         trackers = [word for tracker in self.trackers for word in ("--with", tracker)]
         again = [word for stage in self.rerun for word in ("--rerun", stage)]
         return [
@@ -76,10 +76,10 @@ class Order:
 
 
 def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
-    """Upload what the job needs, unless it is there, and start it. The token travels as a secret.
+    """Upload the files that the job needs and the bucket lacks, and start it; the token is a secret of it.
 
     Raises:
-        HubError: No permission, no credit, no connection; nothing was started then.
+        HubError: No permission, credit or connection; nothing was started.
     """
     contents: dict[str, bytes | Path] = {
         **program(with_vllm=order.uses_vllm),
@@ -122,7 +122,7 @@ def submit(order: Order, hardware: str, *, timeout_seconds: int) -> JobInfo:
 
 @contextmanager
 def _nothing_submitted() -> Iterator[None]:
-    """Say of an upload that failed what did not come of it here."""
+    """Make the hint of a failed upload speak of submitting instead of publishing."""
     try:
         yield
     except HubError as error:
@@ -135,7 +135,7 @@ def _python() -> str:
 
 
 def _digest(contents: Mapping[str, bytes | Path]) -> str:
-    """First 16 hex digits of a hash of names and contents."""
+    """Return the first 16 hex digits of a hash of names and contents."""
     found = hashlib.sha256()
     for name in sorted(contents):
         content = contents[name]
@@ -147,7 +147,7 @@ def _digest(contents: Mapping[str, bytes | Path]) -> str:
 
 
 def jobs_of(owner: str, *, build: str | None = None) -> list[JobInfo]:
-    """Jobs that the factory started, the newest first; of one build, or of all."""
+    """Return the jobs that the factory started, newest first, of one build or of all."""
     with _jobs_errors():
         found = patiently(
             lambda: list(hub_api().list_jobs(namespace=owner, labels={LABEL: build} if build else None))
@@ -156,36 +156,36 @@ def jobs_of(owner: str, *, build: str | None = None) -> list[JobInfo]:
 
 
 def is_ours(job: JobInfo) -> bool:
-    """Whether the factory submitted a job."""
+    """Return whether the factory submitted a job."""
     return LABEL in (job.labels or {})
 
 
 def is_over(job: JobInfo) -> bool:
-    """Whether a job will not run any further."""
+    """Return whether a job has ended."""
     return job.status.stage not in UNDER_WAY
 
 
 def inspect(owner: str, job_id: str) -> JobInfo:
-    """One job as it stands."""
+    """Return the current state of a job."""
     with _jobs_errors(job_id=job_id):
         return patiently(lambda: hub_api().inspect_job(job_id=job_id, namespace=owner))
 
 
 def cancel(owner: str, job_id: str) -> None:
-    """End a job; what its build has finished stays in the bucket."""
+    """Cancel a job; the stages that it finished stay in the bucket."""
     with _jobs_errors(job_id=job_id):
         hub_api().cancel_job(job_id=job_id, namespace=owner)
 
 
 def log(owner: str, job_id: str) -> Iterator[str]:
-    """Each line that a job writes, once, until it is over: also across lost connections.
+    """Yield each log line of a job once, until the job ends, even across lost connections.
 
-    The client connects again by itself a few times; after that it is asked anew, for as long as
-    SILENCE_SECONDS, and what was seen is left out. Once the job is over it is asked without following: if
-    its connection broke at the end, the client asks for the job's state and leaves the last lines behind.
+    The client reconnects a few times by itself. After that the log is requested again for up to
+    SILENCE_SECONDS, and lines already seen are skipped. Once the job has ended, the log is requested without
+    following: if the connection broke at the end, the client only asks for the state and misses lines.
 
     Raises:
-        HubError: There is no such job, or the Hub could not be reached for too long.
+        HubError: No such job, or the Hub could not be reached for too long.
     """
     seen, last = 0, time.monotonic()
     while True:
@@ -214,29 +214,27 @@ def _is_final(error: BaseException) -> bool:
 
 
 def check_ended_well(job: JobInfo) -> None:
-    """Refuse to take a job that failed for one that did its work.
+    """Raise an error unless a job completed.
 
     Raises:
-        JobError: It failed, ran out of time or was cancelled.
+        JobError: The job failed, timed out or was cancelled.
     """
     stage = getattr(job.status.stage, "value", str(job.status.stage))
     if stage == "COMPLETED":
         return
-    said = f": {job.status.message}" if job.status.message else ""
+    reason = f": {job.status.message}" if job.status.message else ""
     if stage == "CANCELED":
-        raise JobError(
-            f"job {job.id} was cancelled", hint="the same command goes on from what it had finished"
-        )
+        raise JobError(f"job {job.id} was cancelled", hint="the same command resumes from what it finished")
     if re.search(r"time[d\s-]*out|deadline", job.status.message or "", re.IGNORECASE):
-        hint = "the same command goes on from what it had finished; --timeout gives it longer"
+        hint = "the same command resumes from what it finished; --timeout gives it longer"
     else:
-        hint = f"its log says why: factory jobs follow {job.id}; then the same command goes on from there"
-    raise JobError(f"job {job.id} ended with {stage}{said}", hint=hint)
+        hint = f"its log says why: factory jobs follow {job.id}; then the same command resumes from there"
+    raise JobError(f"job {job.id} ended with {stage}{reason}", hint=hint)
 
 
 @contextmanager
 def _jobs_errors(hardware: str | None = None, *, job_id: str | None = None) -> Iterator[None]:
-    """What the Hub's refusals mean where they are about Jobs."""
+    """Explain the Hub's refusals that concern Jobs."""
     with hub_errors(f"job {job_id}" if job_id else "Jobs"):
         try:
             yield
@@ -248,19 +246,19 @@ def _jobs_errors(hardware: str | None = None, *, job_id: str | None = None) -> I
 
 
 def _refusal(error: HfHubHTTPError, hardware: str | None, job_id: str | None) -> HubError | None:
-    said = f": {error.server_message}" if error.server_message else ""
+    reason = f": {error.server_message}" if error.server_message else ""
     nothing = "nothing was submitted; " if hardware else ""
     match error.response.status_code:
         case 402:
             return HubError(
-                f"your account cannot pay for {hardware or 'Jobs'} (402){said}",
+                f"your account cannot pay for {hardware or 'Jobs'} (402){reason}",
                 hint=f"{nothing}add credit at {endpoint()}/settings/billing",
             )
         case 403:
             return HubError(
-                f"your token may not use Jobs (403){said}",
+                f"your token may not use Jobs (403){reason}",
                 hint=f"{nothing}make one with that permission at {endpoint()}/settings/tokens",
             )
         case 404 if job_id:
-            return HubError(f"there is no job {job_id}", hint="`factory jobs` lists yours")
+            return HubError(f"no such job: {job_id}", hint="`factory jobs` lists yours")
     return None

@@ -1,4 +1,4 @@
-"""What a job is given: the build file that it reads, and the files of this machine that this names."""
+"""Files for a job: its build file, and the local files that it names."""
 
 import hashlib
 import os
@@ -15,22 +15,22 @@ from factory.config.references import local_path
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
 
-OF_SUBMITTING = ("on", "timeout", "state")  # not of the build that a job makes
-LOCAL = "local"  # files of this machine, below where a job finds what was uploaded for it
+OF_SUBMITTING = ("on", "timeout", "state")  # options of the job, not of its build
+LOCAL = "local"  # folder of uploaded local files, below the mount
 FILES = ("model", "calibration-data", "heal-data", "eval-data")
-Files = dict[str, Path | bytes]  # name below the mount → what goes up
+Files = dict[str, Path | bytes]  # name below the mount → file or content to upload
 
 
 def carried(
     requests: Sequence[BuildRequest], *, upload: bool, bucket: str
 ) -> tuple[list[dict[str, Any]], Files]:
-    """What the job's build file says, and the local files that go up for it, by their names there.
+    """Return the builds of the job's build file, and the local files to upload for it.
 
     Args:
-        upload: They may go up.
+        upload: Permission to upload local files.
 
     Raises:
-        UsageError: There are some, and they may not.
+        UsageError: A build reads local files, and they may not be uploaded.
     """
     files: Files = {}
     given = []
@@ -53,14 +53,14 @@ def carried(
 
 
 def _take(path: Path, files: Files) -> str:
-    """Add a local path to what goes up; where the job finds it."""
+    """Add a local path to the uploads, and return its path in the job."""
     place = f"{_place(path)}/{path.resolve().name}"
     files |= {f"{place}{inside}": file for inside, file in _inside(path)}
     return _mounted(place)
 
 
 def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> list[str]:
-    """The tasks for the job: a task file goes up with all that it names, and lies there as it does here."""
+    """Return the tasks for the job; a task file is uploaded with all files that it names, in place."""
     from factory.evaluation.task_files import is_task_file, read_task_file
 
     names = [*tasks]
@@ -79,12 +79,12 @@ def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> 
 
 
 def _plain(path: Path) -> Path:
-    """An absolute path without `..`; links stay, since what they are called is what others name."""
+    """Return an absolute path without `..`; links stay, since other files use their names."""
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
-    """A file of a task; one that names local data, with the names that these have in the job."""
+    """Return a file of a task, with local data renamed to their paths in the job."""
     from factory.evaluation.task_files import local_data
 
     named = local_data(part)
@@ -99,7 +99,7 @@ def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | byte
 
 
 def _taken(data: str, paths: Sequence[Path], files: Files) -> str:
-    """What a task file names instead of a local path, or of a pattern, once that goes up."""
+    """Upload local data that a task file names, and return the path or pattern in the job."""
     from factory.evaluation.task_files import root_of
 
     root, pattern = root_of(data)
@@ -117,7 +117,7 @@ def _mounted(place: str) -> str:
 
 
 def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
-    """Ask before something of this machine goes up; without a terminal, ask for the flag."""
+    """Ask before uploading a local path; without a terminal, demand the flag."""
     if upload:
         return
     asks = sys.stdin.isatty() and sys.stderr.isatty()
@@ -132,12 +132,12 @@ def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:
 
 
 def _place(path: Path) -> str:
-    """Tells local paths of one name apart."""
+    """Return a folder that tells local paths with the same name apart."""
     return f"{LOCAL}/{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
 
 
 def _inside(path: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a path, with what follows the path's own name."""
+    """Yield the files of a path, each with its name relative to the path."""
     if path.is_file():
         yield "", path
         return

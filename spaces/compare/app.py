@@ -13,12 +13,12 @@ from threading import Event
 from typing import Any
 
 try:
-    from spaces import GPU  # has to come before torch where the Space runs on ZeroGPU
+    from spaces import GPU  # must be imported before torch on ZeroGPU
 except ImportError:
     GPU = None
-if os.environ.get("SPACES_ZERO_GPU"):  # it plays a GPU to the main thread alone: load the weights there
+if os.environ.get("SPACES_ZERO_GPU"):  # only the main thread sees its emulated GPU: load there
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # prompts are not kept, not in the browser either
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # prompts are not kept, not even in the browser
 
 import gradio as gr
 from pair import Model, Reply, Sampling, load_pair, stream
@@ -34,12 +34,12 @@ from session import (
     status,
 )
 
-GPU_SECONDS = 60  # a call, on ZeroGPU
-VISITORS = 4  # served at the same time; others wait in line
+GPU_SECONDS = 60  # per call, on ZeroGPU
+VISITORS = 4  # served at the same time; others wait in a queue
 AS_GROUP = """const pane = element.closest(".pane")
 pane.setAttribute("role", "group")
-pane.setAttribute("aria-label", "{name}")"""  # tells one conversation from the other without eyes
-UNCHANGED = [gr.skip()] * 11  # what a prompt shows; an event that shows nothing at all would empty it
+pane.setAttribute("aria-label", "{name}")"""  # tells the conversations apart in a screen reader
+UNCHANGED = [gr.skip()] * 11  # outputs of a prompt; an event that yields none would clear them
 CHAT_EXAMPLES = [
     "Explain to a ten-year-old why the sky is blue.",
     "Write a Python function that merges two sorted lists.",
@@ -48,7 +48,7 @@ CHAT_EXAMPLES = [
 COMPLETION_EXAMPLES = ["A glacier is", "The three largest cities of Japan are", "def read_lines(path):\n    "]
 THEME = gr.themes.Default(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"]
-).set(  # the defaults are too pale to be read by everybody
+).set(  # the defaults have too little contrast
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_400",
     button_primary_background_fill="*primary_700",
@@ -66,11 +66,11 @@ LOOK: dict[str, Any] = {
 }
 
 
-# What happens -------------------------------------------------------------------------------------
+# Actions ------------------------------------------------------------------------------------------
 
 
 def vote(session: Session, choice: int) -> None:
-    """Count a vote for the left (0), the right (1) or neither (2), and tell who was who."""
+    """Count a vote for the left (0), the right (1) or neither (2), and reveal the names."""
     if session.hides and session.turns and not session.halt:
         session.tally[session.order[choice] if choice < 2 else 2] += 1
         session.voted = True
@@ -78,18 +78,18 @@ def vote(session: Session, choice: int) -> None:
 
 @dataclass(frozen=True)
 class Desk:
-    """Serves the page: takes what visitors do, gives what their page shows then."""
+    """Handles the events of the page and returns the new values of its parts."""
 
     pair: Sequence[Model]
-    generate: Callable[..., Iterator[tuple[Reply, ...]]]  # `stream`, or the same on a lent GPU
+    generate: Callable[..., Iterator[tuple[Reply, ...]]]  # `stream`, or the same on a borrowed GPU
 
     @property
     def chats(self) -> bool:
-        """Conversations if both models know how, else texts to be continued."""
+        """Return whether both models chat; otherwise they continue texts."""
         return all(model.chats for model in self.pair)
 
     def answer(self, session: Session, prompt: str, sampling: Sampling, *, blind: bool) -> Iterator[bool]:
-        """Let both models reply, into `session`; yields whether they are still writing."""
+        """Let both models reply into `session`, and yield whether they are still writing."""
         if session.halt:
             session.halt.set()
         if session.voted or blind != session.blind:
@@ -105,7 +105,7 @@ class Desk:
                     if halt.is_set():
                         break
                     yield True
-        except gr.Error:  # ZeroGPU has no GPU, or no time left for this visitor
+        except gr.Error:  # ZeroGPU has no free GPU, or this visitor has no time left
             session.turns = session.turns[:-1]
             session.halt = None
             yield False
@@ -117,19 +117,19 @@ class Desk:
     def send(
         self, session: Session, text: str, seed: float, blind: bool, length: int, *how: float
     ) -> Iterator[list[Any]]:
-        """A new prompt; an empty one does nothing."""
+        """Send a new prompt; ignore an empty one."""
         if not text.strip():
             yield UNCHANGED
         else:
-            seed = int(seed or 0)  # the field can be emptied
+            seed = int(seed or 0)  # the field may be empty
             sampling = Sampling(int(length), *how, seed=seed)
             typed: list[Any] = ["", seed]
             for writing in self.answer(session, text, sampling, blind=blind):
                 yield [*self.view(session, writing), *typed]
-                typed = UNCHANGED[:2]  # by now somebody may be typing the next prompt
+                typed = UNCHANGED[:2]  # by now the visitor may be typing the next prompt
 
     def retry(self, session: Session, text: str, seed: float, *settings: Any) -> Iterator[list[Any]]:
-        """The last prompt again with the next seed; what stands in the box stays there."""
+        """Send the last prompt again with the next seed, and keep the text in the box."""
         if not session.turns:
             yield UNCHANGED
         else:
@@ -141,7 +141,7 @@ class Desk:
                 typed = UNCHANGED[:2]
 
     def stop(self, session: Session) -> None:
-        """Halt the run under way; it then shows itself for the last time."""
+        """Stop the current run, which then updates the page one last time."""
         if session.halt:
             session.halt.set()
 
@@ -151,7 +151,7 @@ class Desk:
         return self.view(session, False)
 
     def hide(self, session: Session, blind: bool) -> list[Any]:
-        """Clear both sides where blind mode changes, unless a prompt sent right after has done so."""
+        """Clear both sides when blind mode changes, unless a prompt sent right after did so."""
         if blind != session.blind:
             session.start_round(blind=blind)
         return self.view(session, session.halt is not None)
@@ -162,7 +162,7 @@ class Desk:
         return self.view(session, False)
 
     def view(self, session: Session, writing: bool) -> list[Any]:
-        """New values of both sides, the stop button, the vote buttons and the status."""
+        """Return new values of both sides, the stop button, the vote buttons and the status."""
         asks = session.hides and bool(session.turns) and not writing
         return [
             *(part for side in (0, 1) for part in self.side(session, side)),
@@ -172,7 +172,7 @@ class Desk:
         ]
 
     def side(self, session: Session, side: int) -> tuple[str, Any, str]:
-        """Heading, text and facts of one side."""
+        """Return heading, text and facts of one side."""
         text = conversation(session, side) if self.chats else completion(session, side)
         return heading(self.pair, session, side), text, facts(self.pair, session, side)
 
@@ -181,7 +181,7 @@ class Desk:
 
 
 def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
-    """The whole page for a loaded pair; `most_tokens` is the longest reply that can be asked for."""
+    """Build the page for a loaded pair; `most_tokens` is the maximum length of a reply."""
 
     def generate(conversations: Any, sampling: Sampling, in_step: bool) -> Iterator[tuple[Reply, ...]]:
         yield from stream(pair, conversations, sampling, in_step=in_step)
@@ -199,7 +199,7 @@ def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
 
 
 def introduction(pair: Sequence[Model]) -> str:
-    """What is compared, in a title and one sentence."""
+    """Return a title and a sentence about what is compared."""
     source, pruned = pair
     less = 1 - pruned.num_parameters / source.num_parameters
     return (
@@ -210,7 +210,7 @@ def introduction(pair: Sequence[Model]) -> str:
 
 
 def compare_tab(desk: Desk, most_tokens: int) -> None:
-    """Two panes, one box, and what is done with them."""
+    """Build two panes, one text box and the controls."""
     session = gr.State(Session())
     panes = pane_row(desk)
     with gr.Row(visible=False, elem_classes=["actions", "votes"]) as votes:
@@ -246,7 +246,7 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
     shown = [*panes, stop, votes, counted]
     asked = [session, box, seed, blind, length, temperature, top_p]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    again: dict[str, Any] = {"trigger_mode": "multiple"}  # a new prompt ends the run under way
+    again: dict[str, Any] = {"trigger_mode": "multiple"}  # a new prompt stops the current run
     gr.on([send.click, box.submit], desk.send, asked, [*shown, box, seed], **again, **quiet)
     retry.click(desk.retry, asked, [*shown, box, seed], **again, **quiet)
     stop.click(desk.stop, session, None, queue=False, **quiet)
@@ -258,7 +258,7 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
 
 
 def pane_row(desk: Desk) -> list[Any]:
-    """Heading, text and facts of both sides, left before right."""
+    """Build heading, text and facts of both sides, left before right."""
     parts: list[Any] = []
     with gr.Row():
         for number, name in enumerate(SIDES):
@@ -277,10 +277,10 @@ def pane_row(desk: Desk) -> list[Any]:
 
 
 def most_tokens_of(environ: Mapping[str, str]) -> int:
-    """MAX_NEW_TOKENS, 512 where it is not set.
+    """Return MAX_NEW_TOKENS, or 512 if it is not set.
 
     Raises:
-        SystemExit: It is no positive whole number.
+        SystemExit: The value is not a positive whole number.
     """
     text = environ.get("MAX_NEW_TOKENS") or "512"
     if not text.isdecimal() or int(text) == 0:
@@ -289,5 +289,5 @@ def most_tokens_of(environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    longest = most_tokens_of(os.environ)  # before anything is loaded
-    page(load_pair(os.environ), most_tokens=longest).launch(**LOOK)
+    most_tokens = most_tokens_of(os.environ)  # before anything is loaded
+    page(load_pair(os.environ), most_tokens=most_tokens).launch(**LOOK)

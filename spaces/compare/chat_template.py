@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of its own: a template is a program, and a stranger's may not end."""
+"""Chat templates, rendered in a separate process: a template is a program, which may never end."""
 
 import json
 import os
@@ -12,32 +12,32 @@ from typing import Any
 
 try:
     import resource
-except ImportError:  # Windows: there nothing bounds a template
+except ImportError:  # on Windows, nothing limits a template
     resource = None  # type: ignore[assignment]
 
-SECONDS = 2  # of the processor, a rendering; real templates take thousandths of one
+SECONDS = 2  # of CPU time per rendering; real templates take milliseconds
 MEMORY_BYTES = 2**28  # beyond what the process needs for itself
-MOST_CHARACTERS = 2**20  # far more than any prompt that is not cut
+MAX_CHARACTERS = 2**20  # far more than any prompt within the limit
 
-# What a template can raise beside jinja2's own; the Python that jinja2 makes of it can be no Python.
+# What a template can raise besides jinja2's errors; the Python that jinja2 generates may be invalid.
 FAILURES = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
     ValueError,
 )  # fmt: skip
 
 _lock = Lock()
-_worker: tuple[int, subprocess.Popen[str]] | None = None  # and the process that it belongs to
+_worker: tuple[int, subprocess.Popen[str]] | None = None  # process id of its parent, and the worker
 
 
 class TemplateError(Exception):
-    """A chat template that failed, or that took more than it may."""
+    """A chat template failed or exceeded its limits."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as the tokenizer's template writes it, up to where the reply begins.
+    """Render a conversation with the tokenizer's template, up to the beginning of the reply.
 
     Raises:
-        TemplateError: Says what went wrong.
+        TemplateError: The template failed or exceeded its limits.
     """
     names = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     request = {"template": tokenizer.get_chat_template(), "messages": list(messages), "names": names}
@@ -48,7 +48,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             line = worker.stdout.readline() if worker.stdout else ""
         except BrokenPipeError:
             line = ""
-        if not line.endswith("\n"):  # ended, maybe in the middle of its answer
+        if not line.endswith("\n"):  # the worker ended, maybe in the middle of its answer
             worker.kill()
             worker.wait()
             raise TemplateError(f"its chat template takes over {SECONDS} s, or {MEMORY_BYTES // 2**20} MB")
@@ -59,7 +59,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _process() -> "subprocess.Popen[str]":
-    """The process that renders; a new one where it was ended, or where this process is a fork (ZeroGPU)."""
+    """Return the worker; start a new one if it ended, or if this process is a fork (ZeroGPU)."""
     global _worker
     if _worker is None or _worker[0] != os.getpid() or _worker[1].poll() is not None:
         command = [sys.executable, __file__]
@@ -68,11 +68,11 @@ def _process() -> "subprocess.Popen[str]":
     return _worker[1]
 
 
-# In that process ----------------------------------------------------------------------------------
+# In the worker ------------------------------------------------------------------------------------
 
 
 def serve() -> None:
-    """Answer each line of standard input, until it ends; a template that takes too much ends the process."""
+    """Answer each line of standard input until it ends; a template beyond its limits ends the process."""
     from jinja2 import TemplateError as JinjaError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -88,7 +88,7 @@ def serve() -> None:
                 **request["names"],
             )
             reply = {"text": text}
-            if len(text) > MOST_CHARACTERS:
+            if len(text) > MAX_CHARACTERS:
                 reply = {"error": f"its chat template makes {len(text):,} characters of this conversation"}
         except (JinjaError, *FAILURES) as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:300]}

@@ -1,4 +1,4 @@
-"""Two models loaded once, and their replies to one prompt, written at the same time in two threads."""
+"""Two models, and their replies to one prompt, written at the same time in two threads."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-MOST_PROMPT_TOKENS = 4096  # more would let one visitor hold the machine for minutes
+MAX_PROMPT_TOKENS = 4096  # with more, one visitor could occupy the machine for minutes
 UPDATE_SECONDS = 0.05
 CONTEXT_TOKENS = 8  # of the prompt, decoded with the reply so that the space between them is right
 ROLES = ("Source", "Pruned")
@@ -31,7 +31,7 @@ ROLES = ("Source", "Pruned")
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, its tokenizer, and where they come from."""
+    """A loaded model, its tokenizer, and their origin."""
 
     role: str
     reference: str  # a Hub repository or a folder
@@ -41,33 +41,33 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The last part of a repository's name, or of a folder's that is not just called `model`."""
+        """Return the last part of the repository or folder name; for `model`, that of the folder above."""
         path = Path(self.reference)
         return path.resolve().parent.name if path.is_dir() and path.name == "model" else path.name
 
     @property
     def num_parameters(self) -> int:
-        """Each stored parameter once; 4-bit weights count by their real number."""
+        """Count each stored parameter once, 4-bit weights at their real number."""
         return int(self.model.num_parameters())
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the weights."""
+        """Return the memory of the weights."""
         return int(self.model.get_memory_footprint())
 
     @property
     def chats(self) -> bool:
-        """Whether the tokenizer says how a conversation is written."""
+        """Return whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def max_length(self) -> int:
-        """Tokens the model was made for, prompt and reply together."""
+        """Return the maximum number of tokens, prompt and reply together."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
 def load_pair(environ: Mapping[str, str]) -> tuple[Model, Model]:
-    """Both models, as the environment names them: SOURCE_MODEL, PRUNED_MODEL and their revisions.
+    """Load both models from the environment: SOURCE_MODEL, PRUNED_MODEL and their revisions.
 
     Raises:
         SystemExit: A variable is not set.
@@ -96,7 +96,7 @@ def load(role: str, reference: str, revision: str | None, four_bit: bool = False
         revision=revision,
         dtype=dtype,
         device_map={"": "cuda" if on_gpu else "cpu"},
-        # Given as None, it would have packed weights read as if they were not.
+        # With None, packed weights would be read as if they were not packed.
         **({"quantization_config": quantization} if four_bit and on_gpu else {}),
     )
     tokenizer = AutoTokenizer.from_pretrained(reference, revision=revision)
@@ -104,7 +104,7 @@ def load(role: str, reference: str, revision: str | None, four_bit: bool = False
 
 
 def find_file(model: Model, name: str) -> Path | None:
-    """A file of a model's folder or repository; None if it has none or cannot be reached."""
+    """Return a file of a model's folder or repository; None if it is missing or out of reach."""
     if Path(model.reference).is_dir():
         path = Path(model.reference) / name
         return path if path.is_file() else None
@@ -119,7 +119,7 @@ def find_file(model: Model, name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 takes the likeliest."""
+    """Settings of sampling; temperature 0 takes the likeliest token."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -129,7 +129,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one model has said so far."""
+    """The reply of one model so far."""
 
     text: str = ""
     notice: str = ""
@@ -140,7 +140,7 @@ class Reply:
 
 
 class Recorder(BaseStreamer):
-    """Collects tokens and their times while a model writes in another thread."""
+    """Collects tokens and times while a model generates in another thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -150,7 +150,7 @@ class Recorder(BaseStreamer):
         self.times = [time.monotonic()]
 
     def put(self, value: torch.Tensor) -> None:
-        """The first call brings the prompt, each later one a token."""
+        """Take the prompt from the first call, and a token from each later one."""
         if self.prompt is None:
             self.prompt = value.flatten().tolist()[-CONTEXT_TOKENS:]
         else:
@@ -158,10 +158,10 @@ class Recorder(BaseStreamer):
             self.times.append(time.monotonic())
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Do nothing: there is nothing to flush."""
 
     def reply(self, *, limit: int | None = None, error: str = "") -> Reply:
-        """The state of things, with the text of at most `limit` tokens."""
+        """Return the reply so far, with the text of at most `limit` tokens."""
         tokens, times = self.tokens[:limit], list(self.times)
         decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
         before = self.prompt or []
@@ -178,26 +178,26 @@ class Recorder(BaseStreamer):
 
 
 class SeededDraw(LogitsProcessor):
-    """Makes the largest score a draw from the softmax (the Gumbel-max trick), from a seed of its own.
+    """Makes the largest score a draw from the softmax (the Gumbel-max trick), with its own seed.
 
-    torch has one random state for all threads; with this, two models and many visitors do not disturb
-    each other, and both models get the same luck: they part only where they disagree.
+    torch has one random state for all threads. This way, models and visitors do not disturb each other, and
+    both models get the same noise: their texts differ only where their scores do.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [1, v] minus the logarithm of exponential noise."""
+        """Return scores [1, v] minus the logarithm of exponential noise."""
         noise = torch.empty_like(scores).exponential_(generator=self.generator)
         return scores - noise.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 def encode(model: Model, messages: Sequence[Mapping[str, str]], room: int) -> tuple[list[int], str]:
-    """Token ids of at most `room` tokens, and a notice where something had to be cut.
+    """Return at most `room` token ids, and a notice if something was cut.
 
-    A conversation loses its oldest turns, then the beginning of its last message; a text to be
-    continued loses its beginning.
+    A conversation loses its oldest turns, then the beginning of its last message; a text to continue loses
+    its beginning.
     """
     tokenizer = model.tokenizer
     if not model.chats:
@@ -219,9 +219,9 @@ def encode(model: Model, messages: Sequence[Mapping[str, str]], room: int) -> tu
 
 
 def _begun(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text, and the text's tokens.
+    """Return the tokens that the tokenizer puts before a text, and the text's own.
 
-    Not what it puts behind: a model goes on after its own end token with something else.
+    The tokens it puts after a text are left out: after an end token, a model changes the subject.
     """
     whole = list(tokenizer(text)["input_ids"])
     words = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -236,9 +236,9 @@ def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 def write(
     model: Model, messages: Sequence[Mapping[str, str]], sampling: Sampling, recorder: Recorder, halt: Event
 ) -> None:
-    """Let one model write into its recorder until it ends, is halted, or fails."""
+    """Let one model generate into its recorder until it ends, is halted, or fails."""
     new_tokens = min(sampling.max_new_tokens, model.max_length // 2)
-    room = min(MOST_PROMPT_TOKENS, model.max_length - new_tokens)
+    room = min(MAX_PROMPT_TOKENS, model.max_length - new_tokens)
     ids, recorder.notice = encode(model, messages, room)
     device = model.model.device
     prompt = torch.tensor([ids], device=device)
@@ -269,12 +269,12 @@ def stream(
     *,
     in_step: bool = False,
 ) -> Iterator[tuple[Reply, ...]]:
-    """Both replies, again and again while they grow; closing the iterator halts both models.
+    """Yield both replies repeatedly while they grow; closing the iterator halts both models.
 
     Args:
-        pair: The models; where one fails its reply says so, and the other goes on.
-        conversations: For each model its messages, the last from the user.
-        in_step: Show no model further than the slower one, so that the pace does not give them away.
+        pair: The models; if one fails, its reply has the error, and the other continues.
+        conversations: The messages for each model, the last from the user.
+        in_step: Show no reply further than the slower one, so that speed does not reveal the model.
     """
     halt = Event()
     recorders = [Recorder(model.tokenizer) for model in pair]

@@ -1,4 +1,4 @@
-"""What one visitor has done, and how it is shown: as HTML, messages and Markdown."""
+"""The session of one visitor, and its display as HTML, messages and Markdown."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ SIDES = ("Left", "Right")
 
 @dataclass
 class Turn:
-    """One prompt and what each model made of it, in the order source, pruned."""
+    """One prompt and the replies to it, in the order source, pruned."""
 
     prompt: str
     replies: tuple[Reply, ...] = (Reply(), Reply())
@@ -24,51 +24,51 @@ class Turn:
 
 @dataclass
 class Session:
-    """What one visitor has done."""
+    """The conversation, settings and votes of one visitor."""
 
     turns: list[Turn] = field(default_factory=list)
-    order: tuple[int, ...] = (0, 1)  # which model is on the left, which on the right
+    order: tuple[int, ...] = (0, 1)  # models on the left and on the right
     blind: bool = False
     voted: bool = False
     tally: list[int] = field(default_factory=lambda: [0, 0, 0])  # source, pruned, no difference
-    halt: Event | None = None  # of the run that is under way
+    halt: Event | None = None  # stops the current run
 
     @property
     def hides(self) -> bool:
-        """Whether the names are not to be told yet."""
+        """Return whether the names are still hidden."""
         return self.blind and not self.voted
 
     def start_round(self, *, blind: bool) -> None:
-        """Forget the conversation; in blind mode, draw anew who is on which side."""
+        """Clear the conversation; in blind mode, shuffle the sides."""
         if self.halt:
             self.halt.set()
         self.turns, self.voted, self.blind = [], False, blind
         self.order = tuple(random.sample((0, 1), 2)) if blind else (0, 1)
 
     def messages(self, index: int) -> list[dict[str, str]]:
-        """The conversation with one model; turns without a reply are left out."""
-        said = []
+        """Return the conversation with one model, without turns that have no reply."""
+        messages = []
         for turn in self.turns:
-            said.append({"role": "user", "content": turn.prompt})
+            messages.append({"role": "user", "content": turn.prompt})
             if text := turn.replies[index].text:
-                said.append({"role": "assistant", "content": text})
+                messages.append({"role": "assistant", "content": text})
             elif turn is not self.turns[-1]:
-                said.pop()
-        return said
+                messages.pop()
+        return messages
 
 
-# How it is shown ------------------------------------------------------------------------------------
+# Display ------------------------------------------------------------------------------------------
 
 
 def heading(pair: Sequence[Model], session: Session, side: int) -> str:
-    """The name of the model on one side, or only the side."""
+    """Return the heading of one side: the model, or the side while names are hidden."""
     model = pair[session.order[side]]
     title = SIDES[side] if session.hides else f"{model.role} · {model.name}"
     return f"<h2>{html.escape(title)}</h2>"
 
 
 def conversation(session: Session, side: int) -> list[dict[str, Any]]:
-    """The messages of one side; as blocks, since gradio takes indents away from plain strings."""
+    """Return the messages of one side, as blocks, since gradio strips indentation from plain strings."""
     return [
         {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
         for message in session.messages(session.order[side])
@@ -76,7 +76,7 @@ def conversation(session: Session, side: int) -> list[dict[str, Any]]:
 
 
 def completion(session: Session, side: int) -> str:
-    """The last prompt and its continuation as one text."""
+    """Return the last prompt and its continuation as one text."""
     if not session.turns:
         inner = '<span class="empty">The model goes on with your text: it was not trained to answer.</span>'
     else:
@@ -88,7 +88,7 @@ def completion(session: Session, side: int) -> str:
 
 
 def facts(pair: Sequence[Model], session: Session, side: int) -> str:
-    """Speed, size, and what went wrong; nothing that gives a hidden model away."""
+    """Return speed, size and errors of one side, without what would reveal a hidden model."""
     index = session.order[side]
     model, reply = pair[index], session.turns[-1].replies[index] if session.turns else Reply()
     rate, first = reply.tokens_per_second, reply.first_token_seconds
@@ -108,7 +108,7 @@ def facts(pair: Sequence[Model], session: Session, side: int) -> str:
 
 
 def amount(number: float, unit: str = "") -> str:
-    """Three digits and a prefix: "7.24 B" for parameters, "14.5 GB" for bytes."""
+    """Format with three digits and a prefix: "7.24 B" for parameters, "14.5 GB" for bytes."""
     for prefix, size in (("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {prefix}{unit}"
@@ -116,7 +116,7 @@ def amount(number: float, unit: str = "") -> str:
 
 
 def status(session: Session, writing: bool) -> str:
-    """What goes on, for those who do not see it, and the votes of this visitor."""
+    """Return the state, for screen readers, and the votes of this visitor."""
     doing = "Both are writing." if writing else "Both have written." if session.turns else ""
     votes = ""
     if session.blind or any(session.tally):
@@ -128,7 +128,7 @@ def status(session: Session, writing: bool) -> str:
 
 
 def card_page(pair: Sequence[Model]) -> str | None:
-    """Figures and results of the pruned model's card, as HTML and Markdown; None without a card."""
+    """Return figures and results of the pruned model's card as HTML and Markdown; None without a card."""
     card = find_file(pair[1], "README.md")
     if card is None:
         return None
@@ -145,7 +145,7 @@ def card_page(pair: Sequence[Model]) -> str | None:
 
 
 def scrolling(text: str) -> str:
-    """Markdown whose tables, if they are too wide, can be scrolled, with the keyboard too."""
+    """Make wide tables of a Markdown text scrollable, also with the keyboard."""
     box = '<div class="scroll" tabindex="0">'
     return re.sub(
         r"(?m)^(?:\|.*\n?)+", lambda table: f"{box}\n\n{table[0].strip()}\n\n</div>\n", text

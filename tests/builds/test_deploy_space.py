@@ -141,7 +141,7 @@ def test_the_card_links_to_the_space_and_the_link_outlives_a_push(
     assert link in after["README.md"].decode()
     assert commands.run("card", str(pushed), folder=pushed.parent).code == 0
     again = commands.run("push", str(pushed), MODEL, "--public", folder=pushed.parent)
-    assert (again.code, again.stderr) == (0, "note: it was up to date\n")
+    assert (again.code, again.stderr) == (0, "note: already up to date\n")
     assert hub.files(MODEL) == after
     assert json.loads((pushed / "publication.json").read_text())["space"] == SPACE
 
@@ -151,7 +151,7 @@ def test_deploying_again_changes_nothing(hub: Hub, commands: Forks, pushed: Path
     hub.requests.clear()
     done = deployed(commands, pushed)
     assert changes(hub) == []
-    assert (done.stdout, done.stderr) == (f"{hub.url}/spaces/{SPACE}\n", "note: it was up to date\n")
+    assert (done.stdout, done.stderr) == (f"{hub.url}/spaces/{SPACE}\n", "note: already up to date\n")
     deployed(commands, pushed, "--hardware", "zero-a10g")
     assert changes(hub) == []
 
@@ -214,10 +214,10 @@ def test_a_private_model_has_a_private_space_that_needs_a_token(
     assert space(hub).private
     settings = f"{hub.url}/spaces/{SPACE}/settings"
     assert done.stderr == (
-        f"note: not everybody may read {MODEL}: give the Space a secret HF_TOKEN that may, at {settings}\n"
+        f"note: not everyone may read {MODEL}: give the Space a secret HF_TOKEN that may, at {settings}\n"
     )
     space(hub).fields["secrets"] = {"HF_TOKEN": {"value": "x", "description": None}}
-    assert deployed(commands, build).stderr == "note: it was up to date\n"
+    assert deployed(commands, build).stderr == "note: already up to date\n"
 
 
 def test_a_model_that_was_made_public_on_the_hub_has_a_public_space(
@@ -243,7 +243,8 @@ def test_a_model_that_was_made_private_takes_its_space_along_and_one_made_public
     assert space(hub).private
     settings = f"{hub.url}/spaces/{SPACE}/settings"
     assert told == (
-        f"note: it was up to date\nnote: the Space is private, the model public: {settings} makes it public\n"
+        "note: already up to date\n"
+        f"note: the Space is private, its model public: {settings} makes it public\n"
     )
 
 

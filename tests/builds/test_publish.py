@@ -113,7 +113,7 @@ def test_a_second_push_sends_nothing(hub: Hub, commands: Forks, build: Path) -> 
     assert commands.run("push", str(build), "twice", folder=build.parent).code == 0
     before = sent()
     assert (
-        commands.run("push", str(build), "twice", folder=build.parent).stderr == "note: it was up to date\n"
+        commands.run("push", str(build), "twice", folder=build.parent).stderr == "note: already up to date\n"
     )
     assert sent() == before
 
@@ -131,7 +131,7 @@ def test_a_branch_and_a_pull_request_are_where_they_were_asked_for(
     hub.storage.put("model", "alice/shared", {"thesis.txt": b"years of work"})
     proposal = ("push", str(build), "alice/shared", "--create-pr")
     assert "--public" in told(commands.run(*proposal, folder=build.parent))
-    for note in ("", "note: it was up to date\n"):
+    for note in ("", "note: already up to date\n"):
         proposed = commands.run(*proposal, "--public", folder=build.parent)
         assert (proposed.code, proposed.stderr) == (0, note)
         assert proposed.stdout == f"{hub.url}/alice/shared/discussions/1\n"
@@ -437,7 +437,7 @@ def test_an_edited_card_is_published_as_it_is_and_told(hub: Hub, commands: Forks
     done = commands.run("push", str(build), "alice/edited", folder=build.parent)
     assert done.code == 0, done.stderr
     assert done.stderr == (
-        f"note: the edited card was kept; its model id may be stale (`factory card {build}` writes it anew)\n"
+        f"note: the edited card was kept; its model id may be stale (`factory card {build}` rewrites it)\n"
     )
     assert hub.files("alice/edited")["README.md"] == edited == card.read_bytes()
     assert commands.run("card", str(build), folder=build.parent).code == 0

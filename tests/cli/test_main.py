@@ -93,7 +93,7 @@ def test_a_current_folder_that_is_gone_is_told_in_one_line(tmp_path: Path) -> No
         ["bash", "-c", command], cwd=tmp_path / "gone", capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "error: the folder that you are in is gone\nhint: `cd` to another one\n"
+    assert done.stderr == "error: the current directory no longer exists\nhint: `cd` to another one\n"
 
 
 def test_a_closed_output_is_no_place_for_the_next_file(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.Captu
 def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
     build = healing_discarded()
     del build.evaluations["healed"]
-    assert verdict(build).endswith("the model that ships is the pruned one.")
+    assert verdict(build).endswith("so the pruned model ships.")
 
 
 def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hidden() -> None:

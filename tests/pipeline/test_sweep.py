@@ -142,7 +142,7 @@ def test_each_scale_has_a_panel_and_what_does_not_count_is_named(
     told = capsys.readouterr().out
     assert "wiki word_perplexity ↓" in told
     assert "500.500 ± 0.010" in told
-    assert "Not counted, for want of a chance level: wiki." in told
+    assert "Not counted, without a chance level: wiki." in told
     with Image.open(sweep_figure(both, path_stem=tmp_path / "sweep")[0]) as figure:
         assert figure.width == 3 * 4.1 * 200
 

@@ -423,7 +423,7 @@ def test_the_card_is_written_again_from_the_build(finished: Path) -> None:
     assert (finished / "model" / "README.md").read_text() == render(
         chat_with_other_licence(), has_healing_figure=False
     )
-    with pytest.raises(UsageError, match="is no build folder"):
+    with pytest.raises(UsageError, match="is not a build folder"):
         write_again(finished / "model")
 
 

@@ -531,7 +531,7 @@ def test_the_command_serves_the_page_and_ends_it_on_ctrl_c(tmp_path: Path, tiny:
     port = free_port(None)
     process = started(a_build_folder(tmp_path / "b", demo_build(), tiny), "--port", str(port))
     assert process.stdout is not None
-    assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C ends it)\n"
+    assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C stops it)\n"
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=HUNG_SECONDS).read().decode()
     assert "demo and b" in page
     (child,) = psutil.Process(process.pid).children()

@@ -310,7 +310,7 @@ def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(
 def test_an_interrupted_build_says_how_to_go_on(forks: Forks, tmp_path: Path) -> None:
     done = killed(forks, "os.mkdir", r"stages/measure/\w+\.partial$", home=tmp_path, by="SIGINT")
     assert done.code == 130
-    assert done.stderr.strip() == "error: interrupted\nhint: the same command goes on from here"
+    assert done.stderr.strip() == "error: interrupted\nhint: the same command resumes from here"
 
 
 def test_a_build_without_healing_ships_the_pruned_model(forks: Forks, built: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_bare_command_distils_and_sft_means_the_papers_recipe(xet: Way) -> N
     done = xet.run(*factory(*COMMAND, "--heal", "sft", "--dry-run"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5,000 steps of 16 × 2048 tokens (163.84 M) of allenai/c4:en" in done.stdout
-    assert "sft, LoRA rank 4 over 4 bits, rate 3e-06" in done.stdout
+    assert "sft, LoRA rank 4 over 4-bit weights, learning rate 3e-06" in done.stdout
     assert "mmlu, boolq, gsm8k" in done.stdout
     assert all(r.method in ("GET", "HEAD") for r in xet.hub.requests[before:])
 
