@@ -70,7 +70,7 @@ def test_any_text_is_layers_or_a_usage_error(typed: str) -> None:
         ("4-2", "4-2 runs backwards"),
         ("1,2,1", "names layer 1 twice"),
         ("1-3,3-4", "names layer 3 twice"),
-        ("6", "`layers=6`: the model's 6 layers are 0 to 5"),
+        ("6", "`layers=6`: the model has layers 0 to 5"),
         ("0-5", "leaves 0 of 6 layers"),
         ("0-2,4,5", "leaves 1 of 6 layers"),
     ],
