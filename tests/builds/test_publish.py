@@ -479,7 +479,7 @@ def test_builds_of_one_file_that_take_one_place_are_refused(
     lines = [f"model: {built.parent.parent / 'tiny'}", "drop: 0.4", "builds:", f"- {first}", f"- {second}"]
     (tmp_path / "build.yaml").write_text("\n".join(lines))
     ended = commands.run("build", "build.yaml", "--dry-run", folder=tmp_path)
-    assert (ended.code, "is where the build in line 4 goes" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.code, "is already used by the build in line 4" in ended.stderr) == (2, True), ended.stderr
 
 
 def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(
