@@ -303,8 +303,11 @@ def test_a_build_can_drop_layers_of_ones_own_choice(
         (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
         (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
         (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),
-        (["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
-        (["sweep", "demo", "--out", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
+        (
+            ["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"],
+            "cannot create the folder '/dev/null/x'",
+        ),
+        (["sweep", "demo", "--out", "/dev/null/x"], "cannot create the folder '/dev/null/x'"),
         (["plan", "demo", "--drop", "0.1", "--profile", "nowhere"], "no profile at 'nowhere'"),
         (["plan", "demo", "--drop", "0.1", "--criterion", "best"], "'best' is not one of"),
         (["plan", "dmo", "--drop", "0.1"], "dmo"),

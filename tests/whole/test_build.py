@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_build_is_not_overwritten(forks: Forks, built: Path)
     (built / "mine" / "thesis.txt").write_text("years of work")
     done = forked(forks, *DEMO, "--out", "mine", home=built)
     assert done.code == 1
-    assert "mine is there already and is no build" in done.stderr
+    assert "mine already exists and is not a build folder" in done.stderr
     assert (built / "mine" / "thesis.txt").read_text() == "years of work"
 
 
