@@ -319,7 +319,7 @@ def test_what_a_text_raises_in_its_middle_is_raised_as_it_is(
 
 
 def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="rhymes holds too little text"):
+    with pytest.raises(DataError, match="rhymes has too little text"):
         run(model, tmp_path / "adapter", documents=["one two"])
 
 
