@@ -48,7 +48,7 @@ def find_targets(model: Any, which: Modules) -> Targets:
     left_out = [name for name in fused_experts(model) if name not in experts]
     if which == "ffn" and left_out:
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: its experts are one parameter ({left_out[0]}), which no known LoRA fits",
+            f"{model.config.model_type}: no known LoRA fits its experts, a single parameter ({left_out[0]})",
             hint="`heal_modules=all-linear` adapts attention; or build without healing: `no_heal`",
         )
     names: set[str] = set()
