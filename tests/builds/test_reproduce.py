@@ -126,8 +126,8 @@ def test_what_cannot_be_repeated_is_told(world: Hub, commands: Forks, folder: Pa
     assert "no revision 'v9'" in repeat("alice/smaller@v9")
     written = json.loads((folder / "builds" / "tiny-drop40" / "build.json").read_text())
     for name, change, words in (
-        ("newer", {"factory_version": "9.1", "new_field": 1}, "of factory 9.1, which"),
-        ("odd", {"factory_version": "9.1", "config": {}}, "of factory 9.1, which"),
+        ("newer", {"factory_version": "9.1", "new_field": 1}, "written by factory 9.1, and"),
+        ("odd", {"factory_version": "9.1", "config": {}}, "written by factory 9.1, and"),
         ("local", {"source": written["source"] | {"repo_id": None}}, "was made from a folder, 'tiny'"),
     ):
         (folder / name).mkdir()

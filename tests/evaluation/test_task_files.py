@@ -69,7 +69,7 @@ def test_the_embedded_task_counts_with_its_text_and_others_by_name() -> None:
         (None, "does not exist"),
         ("task: [", "no YAML"),
         ("date: 2020-99-99", "not YAML: month must be"),
-        ("x: &x {a: b}\n<<: *x", "no YAML: merge keys are not read"),
+        ("x: &x {a: b}\n<<: *x", "not YAML: merge keys are not read"),
         ('q: !!int "abc"', "no YAML: invalid literal"),
         ('q: !!int ""', "no YAML"),
         ("q: !!bool x", "no YAML"),

@@ -81,7 +81,7 @@ def test_a_template_cannot_reach_what_is_behind_its_values(tmp_path: Path) -> No
         (CHOICES + "tag: false\n", "lm-eval does not recognise"),
         (CHOICES + "doc_to_image: q\n", "asks about images or sounds"),
         (CHOICES.replace("acc", "bypass"), "no metric but 'bypass'"),
-        (CHOICES + "process_docs: !function nowhere_at_all.first\n", "does not run here"),
+        (CHOICES + "process_docs: !function nowhere_at_all.first\n", "cannot run task"),
         (CHOICES + "process_docs: !function json.first\n", "no function 'first'"),
         (CHOICES + "process_docs: !function empty.rows\n", "lm-eval cannot use the task file"),
     ],

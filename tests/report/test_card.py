@@ -610,7 +610,7 @@ def test_a_setting_with_a_value_that_is_gone_by_now_is_named_in_one_line() -> No
     config = build.config | {"heal": build.config["heal"] | {"objective": "rl"}}
     old = build.model_copy(update={"config": config, "factory_version": "0.0.9"})
     with pytest.raises(
-        StoreError, match=r"demo-drop30 is of factory 0\.0\.9, .*: heal\.objective: "
+        StoreError, match=r"demo-drop30 was made by factory 0\.0\.9, .*: heal\.objective: "
     ) as raised:
         render(old, has_healing_figure=False)
     assert raised.value.hint == "install hf-factory 0.0.9"
