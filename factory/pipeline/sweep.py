@@ -23,10 +23,9 @@ from factory.pipeline.texts import check_tokens
 
 SHARE_KEPT = 0.8
 RULE = (
-    f"the largest cut up to which, smaller cuts included, {SHARE_KEPT:.0%} of what the source has over "
-    "guessing is kept: by each task that has a chance level and on which the source is above it, "
-    "(score − chance) / (source − chance), averaged; without such a task by the loss, "
-    "(log V − loss) / (log V − source loss)"
+    f"the largest cut that, like all smaller ones, keeps {SHARE_KEPT:.0%} of the source's margin over "
+    "guessing: (score − chance) / (source − chance), averaged over the tasks that have a chance level and "
+    "on which the source is above it; without such a task, (log V − loss) / (log V − source loss)"
 )
 
 
