@@ -107,11 +107,11 @@ def _off(model: Any, name: str, alone: torch.Tensor) -> _Off:
     try:
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
-        packed, beside = _packed_logits(model, documents), _packed_logits(model, others)
+        packed, replaced = _packed_logits(model, documents), _packed_logits(model, others)
     except (NotImplementedError, ValueError, RuntimeError, TypeError, ImportError):
         return _Off()  # does not support this kind of attention, size or GPU
     later = slice(PROBE_LENGTHS[0], None)
-    pairs = ((packed[first], alone[first]), (packed, alone), (beside[later], packed[later]))
+    pairs = ((packed[first], alone[first]), (packed, alone), (replaced[later], packed[later]))
     return _Off(*(float((found - expected).norm() / expected.norm()) for found, expected in pairs))
 
 

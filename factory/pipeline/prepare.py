@@ -140,7 +140,7 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
 
     _check_stages(request.rerun)
     if request.push_to:
-        full_name(request.push_to)  # fails now, not after hours, if nobody is logged in
+        full_name(request.push_to)  # without a login, fails now and not after hours
     if request.reproduce:
         settled = _settled_again(request, reporter)
     else:

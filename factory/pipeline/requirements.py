@@ -1,4 +1,4 @@
-"""Estimate the disk and memory that a build needs, and refuse it before the first download if they lack.
+"""Estimate a build's disk and memory, and refuse what does not fit before the first download.
 
 The constants were fitted to measurements of real builds (benchmarks/needs.py).
 """
