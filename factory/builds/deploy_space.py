@@ -1,4 +1,4 @@
-"""Deploy: the comparison Space of a published build, made or brought up to date on the Hub."""
+"""Create or update the comparison Space of a published build on the Hub."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,40 +21,40 @@ from factory.hub.errors import endpoint, hub_errors
 from factory.hub.push import full_name
 from factory.resources import SPACE
 
-USUAL_HARDWARE = "zero-a10g"  # a GPU, and free for two Spaces of any account
-MARK = "hf-factory"  # the tag by which a Space that the factory made is known
+USUAL_HARDWARE = "zero-a10g"  # a GPU, and free for two Spaces per account
+MARK = "hf-factory"  # tag that marks the factory's Spaces
 README = "README.md"
-THE_HUBS_OWN = {".gitattributes", README}  # comes with every new Space
+THE_HUBS_OWN = {".gitattributes", README}  # files of every new Space
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What came of it."""
+    """Outcome of a deployment."""
 
     url: str
-    changed: bool  # the Space or the card
-    keeps_card: bool  # somebody has edited the card, so that it may not link to the Space
-    secret_for: tuple[str, ...]  # models that the Space can only read with a token of its own
-    is_hidden: bool  # the Space is private, though the model is public
+    changed: bool  # whether the Space or the card changed
+    keeps_card: bool  # the card was edited by hand, so it may not link to the Space
+    secret_for: tuple[str, ...]  # models that the Space can read only with its own token
+    is_hidden: bool  # the Space is private although the model is public
 
 
 def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deployment:
     """Put the comparison page of a published build on the Hub, and link it from the model's card.
 
-    First the Space, then the card, then the Space's variables, since these name the card's commit; the
-    files come last and in one commit, so that the Space starts once, with everything it needs. What is
-    there already is not sent again. The Space of a private model is made private, also later; one that is
-    private beside a public model stays so, since its owner may want it.
+    The order is Space, card, then the Space's variables, which name the card's commit; the files come last
+    and in one commit, so that the Space starts once, with everything it needs. Files already there are not
+    sent again. The Space of a private model is made private, even later; a private Space of a public model
+    stays private, since its owner may want that.
 
     Args:
-        folder: A build folder.
-        name: `owner/name` of the Space; None: the one it has, or the model's name and `-compare`.
-        hardware: The Hub's name for it; None: what the Space has, for a new one ZeroGPU.
+        folder: Build folder.
+        name: `owner/name` of the Space; None keeps its name, or uses the model's name plus `-compare`.
+        hardware: The Hub's hardware name; None keeps the present hardware, or uses ZeroGPU for a new Space.
 
     Raises:
         UsageError: The source is not on the Hub.
-        ModelError: The models need code of their own.
-        HubError: The build was not published, or the Hub refused something.
+        ModelError: The models need their own code.
+        HubError: The build was not published, or the Hub refused a request.
     """
     build = Build.read(folder)
     source, published = _source_on_the_hub(build), _publication(folder)
@@ -92,7 +92,7 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
 
 
 def space_files(build: Build, publication: Publication) -> dict[str, bytes]:
-    """The files of a Space: those of the comparison page, with a README that names its two models."""
+    """Return the files of a Space: the comparison page, with a README that names the two models."""
     files = {path.name: path.read_bytes() for path in sorted(SPACE.glob("[!.]*")) if path.is_file()}
     _, front, body = files[README].decode().split("---\n", 2)
     fields = yaml.safe_load(front) | {
@@ -107,7 +107,7 @@ def space_files(build: Build, publication: Publication) -> dict[str, bytes]:
 def _publication(folder: Path) -> Publication:
     if not (folder / Publication.file_name).is_file():
         raise HubError(
-            f"{folder} has not been published, and a Space loads its models from the Hub",
+            f"{folder} has not been published, but a Space loads its models from the Hub",
             hint=f"factory push {folder}",
         )
     return Publication.read(folder)
@@ -116,8 +116,7 @@ def _publication(folder: Path) -> Publication:
 def _source_on_the_hub(build: Build) -> str:
     if build.source.repo_id is None:
         raise UsageError(
-            f"{build.name} was made from {build.source.name!r}, which is not on the Hub: "
-            "a Space could not load it",
+            f"a Space cannot load the source of {build.name}, {build.source.name!r}: it is not on the Hub",
             hint="publish the source and build from there; without `deploy` the page runs on this machine",
         )
     check_loadable(build)
@@ -125,7 +124,7 @@ def _source_on_the_hub(build: Build) -> str:
 
 
 def _model_with_this_build(api: HfApi, folder: Path, published: Publication) -> ModelInfo:
-    """The published repository, which must still hold this very build."""
+    """Return the published repository, which must still contain this very build."""
     repo_id = published.repo_id
     with hub_errors(repo_id):
         info = patiently(lambda: api.model_info(repo_id))
@@ -133,13 +132,14 @@ def _model_with_this_build(api: HfApi, folder: Path, published: Publication) -> 
     here = git_hash((folder / "model" / Build.file_name).read_bytes())
     if not any(isinstance(file, RepoFile) and file.blob_id == here for file in found):
         raise HubError(
-            f"the main branch of {repo_id} does not hold this build", hint=f"factory push {folder} {repo_id}"
+            f"the main branch of {repo_id} does not contain this build",
+            hint=f"factory push {folder} {repo_id}",
         )
     return info
 
 
 def _open_space(api: HfApi, repo_id: str, *, private: bool, hardware: str | None) -> tuple[SpaceInfo, bool]:
-    """The Space on the hardware that was asked for, made if it is new; and whether that changed anything."""
+    """Return the Space on the requested hardware, created if need be, and whether anything changed."""
     with hub_errors(repo_id, writing=True), _payment_explained(repo_id, hardware or USUAL_HARDWARE):
         try:
             info = patiently(lambda: api.space_info(repo_id))
@@ -157,43 +157,43 @@ def _open_space(api: HfApi, repo_id: str, *, private: bool, hardware: str | None
             return info, is_open
         if patiently(lambda: api.get_space_runtime(repo_id)).requested_hardware == hardware:
             return info, is_open
-        api.request_space_hardware(repo_id, cast(SpaceHardware, hardware))  # the Hub may know more of them
+        api.request_space_hardware(repo_id, cast(SpaceHardware, hardware))  # the Hub may offer newer kinds
         return info, True
 
 
 def _check_ours(info: SpaceInfo) -> None:
-    """Refuse a Space that somebody made for something else."""
+    """Refuse a Space that was made for something else."""
     others = files_of(info).keys() - THE_HUBS_OWN
     tags = (info.card_data.get("tags") or ()) if info.card_data else ()
     if others and MARK not in tags:
         raise HubError(
-            f"the Space {info.id} holds something else: {', '.join(sorted(others)[:3])}",
+            f"the Space {info.id} has other files: {', '.join(sorted(others)[:3])}",
             hint="nothing was deployed; choose another name with `deploy=OWNER/NAME`",
         )
 
 
 @contextmanager
 def _payment_explained(repo_id: str, hardware: str) -> Iterator[None]:
-    """Say what a 402 means here, and what else is possible."""
+    """Explain a 402 (payment required), and name the alternatives."""
     try:
         yield
     except HfHubHTTPError as error:
         if error.response.status_code != 402:
             raise
-        free = f"`hardware={USUAL_HARDWARE}` is free for two Spaces of any account"
+        free = f"`hardware={USUAL_HARDWARE}` is free for two Spaces per account"
         if hardware == USUAL_HARDWARE:
-            free = "without PRO an account may have two Spaces on ZeroGPU: delete one"
+            free = "an account without PRO may have two Spaces on ZeroGPU: delete one"
         raise HubError(
-            f"the Hub asks for money to run {repo_id} on {hardware} (402): {error.server_message}",
+            f"the Hub requires payment to run {repo_id} on {hardware} (402): {error.server_message}",
             hint=f"{free}, or see {endpoint()}/pricing; without `deploy` the same page runs on this machine",
         ) from error
 
 
 def _set_variables(api: HfApi, repo_id: str, variables: dict[str, str]) -> bool:
-    """Set those that are missing or differ, each of which restarts a running Space; whether any did."""
-    there = patiently(lambda: api.get_space_variables(repo_id))
+    """Set missing or differing variables, each of which restarts a running Space; return whether any did."""
+    present = patiently(lambda: api.get_space_variables(repo_id))
     differing = {
-        key: value for key, value in variables.items() if key not in there or there[key].value != value
+        key: value for key, value in variables.items() if key not in present or present[key].value != value
     }
     for key, value in differing.items():
         api.add_space_variable(repo_id, key, value)
@@ -201,10 +201,10 @@ def _set_variables(api: HfApi, repo_id: str, variables: dict[str, str]) -> bool:
 
 
 def _commit(api: HfApi, space: SpaceInfo, files: dict[str, bytes]) -> bool:
-    """Commit the files that the Space does not hold with this content, at once; whether there were any."""
+    """Commit missing or differing files to the Space in one commit; return whether there were any."""
     entries = api.list_repo_tree(space.id, repo_type="space", revision=space.sha)
-    there = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
-    differing = [name for name, content in files.items() if there.get(name) != git_hash(content)]
+    present = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+    differing = [name for name, content in files.items() if present.get(name) != git_hash(content)]
     if differing:
         api.create_commit(
             space.id,

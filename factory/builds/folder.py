@@ -1,4 +1,4 @@
-"""The build folder: what is published, laid out whole or not at all."""
+"""Write the build folder atomically, keeping what the user edited or added."""
 
 import os
 import shutil
@@ -21,17 +21,17 @@ from factory.builds.swap import begin, beside, check_beside, is_build, is_writab
 from factory.errors import StoreError, VerificationError
 from factory.store.files import forget, read_sums
 
-# Facts of the moment or the machine: two builds that differ only in these are the same build.
+# Facts about the moment or the machine: two builds that differ only in these are the same build.
 MOMENTARY = {"seconds", "speed", "versions", "libraries", "factory_version"}
 DISTANCE_FIGURE = "angular-distance"
 HEALING_FIGURE = "healing"
 
 
 def read_if_same(build: Build, out: Path) -> Build | None:
-    """The build that lies in `out`, if it was made from the same stages and is whole.
+    """Return the build in `out` if it was made from the same stages and is complete.
 
     Raises:
-        StoreError: `out` holds something that is no build.
+        StoreError: `out` contains something other than a build.
     """
     check_out(out)
     if not (out / Build.file_name).is_file():
@@ -39,45 +39,46 @@ def read_if_same(build: Build, out: Path) -> Build | None:
     try:
         found = Build.read(out)
     except StoreError:
-        return None  # of another version, or damaged: a build all the same, which a new one replaces
+        return None  # of another version, or damaged: still a build, which a new one may replace
     if not (_is_same(found, build) and (out / CARD).is_file()):
         return None
     try:
         check_whole(build, out)
     except (StoreError, VerificationError):
-        return None  # laying it out again mends it
+        return None  # writing it again repairs it
     return found
 
 
 def check_out(out: Path) -> None:
-    """Refuse, before any work, a place where no build can be laid out.
+    """Refuse, before any work, a path where no build can be written.
 
     Raises:
-        StoreError: A file, a folder that is no build, or a place that cannot be written.
+        StoreError: The path is a file, a folder other than a build, or not writable.
     """
     out = out.resolve()
     if out == Path(out.anchor):
-        raise StoreError(f"cannot write a build to {out}", hint="give another folder with `out`")
-    try:  # it is laid out beside itself
+        raise StoreError(f"cannot write a build to {out}", hint="choose another folder with `out`")
+    try:  # the build is first written beside its place
         with suppress(FileNotFoundError, NotADirectoryError):
             beside(out)[0].lstat()
         writable = is_writable(out)
     except OSError as error:
         raise StoreError(
-            f"cannot write a build to {out}: {error.strerror}", hint="give another folder with `out`"
+            f"cannot write a build to {out}: {error.strerror}", hint="choose another folder with `out`"
         ) from error
     if not writable:
-        raise StoreError(f"cannot write a build to {out}", hint="give another folder with `out`")
+        raise StoreError(f"cannot write a build to {out}", hint="choose another folder with `out`")
     check_beside(out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not (is_build(out) or is_empty):
         raise StoreError(
-            f"{out} is there already and is no build", hint="give another folder with `out`, or move it away"
+            f"{out} already exists and is not a build folder",
+            hint="choose another folder with `out`, or move it away",
         )
 
 
 def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -> None:
-    """Write `out/model` (exactly what is published) and `out/build.json`, then swap it in at once."""
+    """Write `out/model` (exactly what is published) and `out/build.json`, then swap them in atomically."""
     forget()
     out = out.resolve()
     partial = begin(out)
@@ -86,7 +87,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
     for path in sorted(model.rglob("*")):
         if path.is_file() and path.name not in NOT_THE_MODEL:
             (target / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
-            # Weights share their bytes with the store; what people edit by hand does not.
+            # Weights share their bytes with the store; files that may be edited by hand do not.
             place = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
             place(path, target / path.relative_to(model))
     check_weights(build, target)
@@ -96,7 +97,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
         build.write(folder)
     profile.write(partial)
     take_sums(build, partial)
-    if (out / Publication.file_name).is_file():  # what lies on the Hub stays known
+    if (out / Publication.file_name).is_file():  # keep the record of what is on the Hub
         shutil.copyfile(out / Publication.file_name, partial / Publication.file_name)
     if out.is_dir():
         keep_others(out, partial)
@@ -107,13 +108,13 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link a file where the file system allows it, else copy it."""
     try:
-        os.link(source.resolve(), target)  # the Hub's cache holds symlinks: link what they point to
+        os.link(source.resolve(), target)  # the Hub's cache contains symlinks: link their targets
     except OSError:
         shutil.copyfile(source, target)
 
 
 def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path) -> None:
-    """README.md and figures of a build, into the folder that is published."""
+    """Write README.md and figures of a build into the folder that is published."""
     from factory.report.card import write_card
     from factory.report.figures import distance_figure, healing_figure
 
@@ -126,7 +127,7 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
 
 
 def keep_others(out: Path, partial: Path) -> None:
-    """Take into the new folder the files of the old one that no build made, to the place where they lay."""
+    """Carry files that no build made over from the old folder to the new one, at the same paths."""
     try:
         made = read_sums(out)
     except StoreError:
@@ -135,7 +136,7 @@ def keep_others(out: Path, partial: Path) -> None:
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         is_made = name in {*NOT_SUMMED, Build.file_name, DistanceProfile.file_name}
-        if name.startswith("model/"):  # without sums: what the new one has
+        if name.startswith("model/"):  # without sums, what the new folder has counts as made
             is_made |= (partial / name).is_file() if made is None else name in made and name not in theirs
         if is_made or (path.is_dir() and not path.is_symlink()):
             continue
@@ -143,14 +144,14 @@ def keep_others(out: Path, partial: Path) -> None:
         if os.path.lexists(place):
             place = free_place(partial, path.name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:  # it stays in the old folder until the new one is in its place
+        try:  # linked, so that it stays in the old folder until the swap
             os.link(path, place, follow_symlinks=False)
         except OSError:
             shutil.copy2(path, place, follow_symlinks=False)
 
 
 def keep_edited_card(build: Build, out: Path, partial: Path) -> None:
-    """Take over a card that somebody has edited; that of another build is kept beside the model."""
+    """Keep a card edited by hand; an edited card of another build is kept beside the model."""
     from factory.report.card import is_edited
 
     card = out / CARD
@@ -164,17 +165,17 @@ def keep_edited_card(build: Build, out: Path, partial: Path) -> None:
         if _is_same(found, build):
             place = partial / CARD
     except StoreError:
-        pass  # nothing says what the card was
+        pass  # the original card is unknown
     shutil.copyfile(card, place)
 
 
 def kept_aside(out: Path) -> set[str]:
-    """Names of cards and other files that were kept beside the model of a build."""
+    """Return names of cards and other files that were kept beside the model of a build."""
     return {path.name for path in out.glob("*.edited*")}
 
 
 def free_place(folder: Path, name: str) -> Path:
-    """Where a file can be kept that somebody made and whose own place is taken; it is not published."""
+    """Return an unused path, outside what is published, for a user's file whose own path is taken."""
     names = (f"{name}.edited{number or ''}" for number in count())
     return next(folder / free for free in names if not os.path.lexists(folder / free))
 

@@ -1,4 +1,4 @@
-"""Which stages finished builds use, and removing what none of them does."""
+"""Record which stages finished builds use, and remove those that no build uses."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ RECENT_SECONDS = 24 * 3600
 
 
 def register(home: Path, build: Path, keys: Mapping[str, str]) -> None:
-    """Remember that the build in this folder uses these stages, so that `garbage` leaves them."""
+    """Record that the build in this folder uses these stages, so that `collect_garbage` keeps them."""
     place = str(build.resolve())
     root = {"build": place, "keys": sorted(keys.values())}
     name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
@@ -32,18 +32,18 @@ def register(home: Path, build: Path, keys: Mapping[str, str]) -> None:
 
 
 def registered_builds(home: Path) -> list[Path]:
-    """Build folders that were registered and are still there."""
+    """Return registered build folders that still exist."""
     folders = [Path(root["build"]) for root in _roots(home)]
     return [folder for folder in folders if (folder / "build.json").is_file()]
 
 
 def collect_garbage(home: Path, *, recent: bool = False, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-    """Remove what no build uses and nobody is working on; yields each folder with its bytes.
+    """Remove what no build uses and no process is working on; yield each folder with its size in bytes.
 
-    Stages, whole or partial, and what a layout that was killed left beside a build.
+    This covers stages, finished or partial, and leftovers of interrupted writing beside a build.
 
     Args:
-        recent: Also what was made or used within a day: somebody may come back to it.
+        recent: Also remove what was made or used within a day, and may still be wanted.
         dry_run: Remove nothing.
     """
     registered, unused = _registered(home), _unused(home)
@@ -55,23 +55,23 @@ def collect_garbage(home: Path, *, recent: bool = False, dry_run: bool = False) 
                 if registered != (registered := _registered(home)):
                     unused = _unused(home)
                 if not free or is_held(folder / MANIFEST) or (folder, lock) not in unused:
-                    continue  # in use, also by a build that was registered meanwhile
+                    continue  # in use, perhaps by a build registered in the meantime
                 size_bytes = folder_bytes(folder)
                 if not dry_run:
                     shutil.rmtree(folder)
-        except FileNotFoundError:  # renamed or removed meanwhile
+        except FileNotFoundError:  # renamed or removed in the meantime
             continue
         yield folder, size_bytes
 
 
 def _registered(home: Path) -> int:
-    """Another number whenever a build was registered."""
+    """Return a number that changes whenever a build is registered."""
     roots = home / "builds"
     return roots.stat().st_mtime_ns if roots.is_dir() else 0
 
 
 def _unused(home: Path) -> list[tuple[Path, Path]]:
-    """Folders that no finished build uses, each with the lock of whoever would be working on it."""
+    """Return folders that no finished build uses, each with the lock held by work on it."""
     used = {key for root in _roots(home) for key in root["keys"]}
     found = []
     for folder in sorted((home / "stages").glob("*/*")):
@@ -87,7 +87,7 @@ def _unused(home: Path) -> list[tuple[Path, Path]]:
 
 
 def _roots(home: Path) -> list[dict[str, Any]]:
-    """What builds use that are finished, or of which a killed swap left the only copy beside them."""
+    """Read what builds use that are finished, or whose only copy an interrupted swap left beside them."""
     roots = []
     for path in sorted((home / "builds").glob("*.json")):
         root = _read_root(path)
@@ -98,11 +98,9 @@ def _roots(home: Path) -> list[dict[str, Any]]:
 
 
 def _read_root(path: Path) -> dict[str, Any]:
-    """What `register` wrote. A damaged one is an error: without it `garbage` would take a build's stages."""
+    """Read what `register` wrote; a damaged file is an error, since ignoring it would cost used stages."""
     try:
         root: Any = json.loads(path.read_text(encoding="utf-8"))
         return {"build": str(root["build"]), "keys": [str(key) for key in root["keys"]]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StoreError(
-            f"{path} is damaged", hint="delete it, and run the builds made here again"
-        ) from error
+        raise StoreError(f"{path} is damaged", hint="delete it, and rerun the builds made here") from error

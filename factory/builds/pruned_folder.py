@@ -1,4 +1,4 @@
-"""`factory prune`: a complete model folder without some layers, there whole or not at all."""
+"""Write the output folder of `factory prune`, a complete model without some layers, atomically."""
 
 import os
 from pathlib import Path
@@ -13,46 +13,46 @@ from factory.pruning.prune import Thoroughness, prune
 from factory.store.capacity import check_room, demands
 from factory.store.files import sync_files
 
-LONGEST_NAME = 240  # bytes; file systems take 255, and the partial folder adds to it
+LONGEST_NAME = 240  # bytes; file systems allow 255, and the partial folder's name is longer
 SPARE_BYTES = 100_000_000  # for tokenizer and configuration
 
 
 def find(source: Source, plan: PruningPlan, *, out: Path, logits: bool, force: bool) -> Pruning | None:
-    """What lies in `out`, if it is the very result that is asked for; None where it is to be made.
+    """Return the result in `out` if it is exactly what is requested; None if it has to be made.
 
     Args:
-        logits: Whether they are to be compared; a result whose were not is made again.
-        force: Another result may be replaced.
+        logits: Whether logits are to be compared; a result without that check is made again.
+        force: Whether another result may be replaced.
 
     Raises:
-        StoreError: `out` holds something else, or is no place to write to.
+        StoreError: `out` contains something else, or cannot be written.
     """
     out = out.resolve()
     too_long = len(os.fsencode(out.name)) > LONGEST_NAME
     if out == Path(out.anchor) or too_long or not is_writable(out):
-        raise StoreError(f"cannot write a model to {out}", hint="give another folder with `out`")
+        raise StoreError(f"cannot write a model to {out}", hint="choose another folder with `out`")
     if source.repo_id is None and source.folder:
         theirs, ours = source.folder.resolve(), out.resolve()
         if theirs == ours or theirs in ours.parents or ours in theirs.parents:
             raise StoreError(
-                f"{out} and the source {source.folder} lie in each other",
-                hint="give another folder with `out`",
+                f"{out} and the source {source.folder} are inside each other",
+                hint="choose another folder with `out`",
             )
     check_beside(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / Pruning.file_name).is_file():
         raise StoreError(
-            f"{out} is there already and was not made by `factory prune`",
-            hint="give another folder with `out`, or move it away",
+            f"{out} already exists and was not made by `factory prune`",
+            hint="choose another folder with `out`, or move it away",
         )
     found = Pruning.read(out)
     if _is_same(found, source, plan) and _is_whole(found, out):
         return found if "logits" in found.verified or not logits else None
     if not force:
         raise StoreError(
-            f"{out} holds another model: {found.source_name} without {len(found.dropped)} layers",
-            hint="give another folder with `out`, or add `force` to replace it",
+            f"{out} contains another model: {found.source_name} without {len(found.dropped)} layers",
+            hint="choose another folder with `out`, or add `force` to replace it",
         )
     return None
 
@@ -62,7 +62,7 @@ def _is_same(found: Pruning, source: Source, plan: PruningPlan) -> bool:
 
 
 def _is_whole(found: Pruning, out: Path) -> bool:
-    """Whether all weights are there in their size; what else may be edited by hand."""
+    """Return whether all weights exist in their full size; other files may be edited by hand."""
     paths = [out / name for name in found.files]
     return (out / "config.json").is_file() and (
         sum(path.stat().st_size for path in paths if path.is_file()) == found.result_bytes
@@ -70,10 +70,10 @@ def _is_whole(found: Pruning, out: Path) -> bool:
 
 
 def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
-    """Refuse before any work what does not fit.
+    """Refuse, before any work, a result that does not fit on the disk.
 
     Raises:
-        DiskSpaceError: Says how much is needed and how much there is.
+        DiskSpaceError: There is too little space; says how much is needed and how much there is.
     """
     needed = source.size_bytes - sum(source.layer_bytes[layer] for layer in plan.dropped) + SPARE_BYTES
     check_room(demands([(out.resolve().parent, "`out`", needed), cache_demand(source)]))
@@ -82,16 +82,16 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
 def remove_layers(
     source: Source, plan: PruningPlan, *, out: Path, thoroughness: Thoroughness, progress: Progress
 ) -> Pruning:
-    """Write the source without the dropped layers to `out`, whatever lies there, once it is verified.
+    """Write the source without the dropped layers, verify it, then replace `out` with it.
 
-    A run that is cut short leaves `.NAME.partial` beside `out` at most, which the next one removes.
+    An interrupted run leaves at most `.NAME.partial` beside `out`, which the next run removes.
 
     Args:
-        source: Pulled.
-        progress: Called with (bytes done, bytes in all).
+        source: Source whose weights are on this machine.
+        progress: Callback that receives (bytes done, total bytes).
 
     Raises:
-        FactoryError: As `prune` does; then `out` is as it was.
+        FactoryError: Pruning failed, as `prune` describes; `out` is unchanged.
     """
     out = out.resolve()
     partial = begin(out)

@@ -1,4 +1,4 @@
-"""Publishing a build: its card names the repository, then everything goes up in one commit."""
+"""Publish a build: name the repository on its card, then upload everything in one commit."""
 
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ from factory.errors import ModelError
 def publish(
     folder: Path, repository: str | None, *, space: str | None = None, **options: Any
 ) -> tuple[Publication, bool]:
-    """Publish a finished build: its card names the repository, then everything goes up in one commit.
+    """Publish a finished build: name the repository on its card, then upload everything in one commit.
 
-    A card that somebody has edited is published as it is.
+    A card edited by hand is published unchanged.
 
     Args:
-        folder: The build.
-        repository: `owner/name`; None: the build's name, under who is logged in.
-        space: The comparison Space that the card links to; None: the one it links to already, if any.
-        options: Of `hub.push`.
+        folder: Build folder.
+        repository: `owner/name`; None uses the build's name in the account that is logged in.
+        space: Comparison Space that the card links to; None keeps the present link, if any.
+        options: Keyword arguments of `hub.push`.
 
     Returns:
-        What lies on the Hub, and whether the card is an edited one.
+        The record of the publication, and whether the card was edited by hand.
     """
     from factory.builds.integrity import check_nothing_added, check_whole
     from factory.hub.push import full_name, label, push
@@ -45,23 +45,23 @@ def publish(
 
 
 def check_publishable(source: Source, *, accepted: bool) -> str | None:
-    """Refuse what may not, or could not, be published.
+    """Refuse a result that may not, or cannot, be published.
 
     Args:
-        accepted: The user says that they may share what the licence forbids sharing.
+        accepted: Whether the user claims permission to share derivatives that the licence forbids.
 
     Returns:
-        What the licence asks for, where that is worth a note.
+        A note on the licence's conditions, if it has any.
 
     Raises:
-        LicenseError: The licence forbids sharing what is made from the model.
+        LicenseError: The licence forbids sharing derivatives of the model.
         ModelError: The result needs code that is not on the Hub.
     """
     from factory.hub.source_card import check_license, remark
 
     if source.remote_code and not source.repo_id:
         raise ModelError(
-            f"what is made from the folder {source.name!r} needs its code, which is not on the Hub",
+            f"models derived from the folder {source.name!r} need its code, which is not on the Hub",
             hint="publish the source with its code first, and build from there",
         )
     check_license(source, accepted=accepted)

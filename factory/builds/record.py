@@ -1,4 +1,4 @@
-"""The record of a build: what was asked, made and measured, and with which libraries."""
+"""Write the record of a build: its settings, results and measurements, and the library versions."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ from factory.store.stage import STAGES
 if TYPE_CHECKING:
     from factory.text.text import Texts
 
-# Beside those in the keys of the stages.
+# Libraries recorded besides those in the keys of the stages.
 LIBRARIES = {"accelerate", "datasets", "huggingface_hub", "safetensors"}
 RECIPE = "recipe.yaml"
 PROGRAM = "hf-factory"
@@ -36,7 +36,7 @@ def describe_build(
     keys: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Build:
-    """Everything that `build.json` says, without paths."""
+    """Return everything that `build.json` records, without paths."""
     libraries = LIBRARIES.union(*(stage.libraries for stage in STAGES.values()))
     kept = {field.name for field in fields(Made)} & Build.model_fields.keys()
     return Build(
@@ -65,7 +65,7 @@ def describe_build(
 
 
 def write_recipe(build: Build, folder: Path) -> None:
-    """Write the settings of a build for people, with what pins its source and its texts."""
+    """Write the settings of a build in readable form, with the versions of its source and texts."""
     source, healing = build.source, build.adapter
     texts = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
     if healing:
@@ -83,7 +83,7 @@ def write_recipe(build: Build, folder: Path) -> None:
 
 
 def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> dict[str, Any]:
-    """Settings with data and tasks by name, so that nothing says where they lay on this machine."""
+    """Return the settings with data and tasks by name, so that no local path is published."""
     values: dict[str, Any] = json.loads(config.model_dump_json())
     values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
     values["measure"]["data"] = texts.calibration.data.name
@@ -98,10 +98,10 @@ def _without_path(reference: str, name: str, repo_id: str | None) -> str:
 
 
 def installed_libraries(*, of: str = PROGRAM) -> dict[str, str]:
-    """Name → version of every installed distribution below one, by its metadata; and Python's own.
+    """Return the versions of Python and of a distribution's installed dependencies, direct and indirect.
 
-    Nothing else that is installed: build.json is published, and other packages are the user's business.
-    Optional dependencies count where an extra asks for them. What is not installed is left out.
+    No other packages are listed: build.json is published, and they are the user's business. Optional
+    dependencies count if an extra requires them; those not installed are omitted.
     """
     found: dict[str, str] = {}
     left = [(canonicalize_name(of), frozenset[str]())]

@@ -1,4 +1,4 @@
-"""A finished build made again: what its `build.json` pins, and how the result compares."""
+"""Reproduce a finished build from its `build.json`, and compare the result."""
 
 import json
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": 
 
 
 def read_build(reference: str) -> Build:
-    """What a build says of itself.
+    """Read the `build.json` of a build.
 
     Args:
-        reference: The folder of a build or of a published model, or `owner/name[@revision]`.
+        reference: Folder of a build or of a published model, or `owner/name[@revision]`.
 
     Raises:
-        UnknownModelError: No folder, and not written like a repository name.
-        HubError: No such repository, no access, no connection, or no `build.json` in it.
-        StoreError: A `build.json` that this version does not read.
+        UnknownModelError: The reference is neither a folder nor a repository name.
+        HubError: The repository cannot be reached, or has no `build.json`.
+        StoreError: The `build.json` cannot be read by this version.
     """
     folder = local_path(reference)
     path = folder / Build.file_name if folder.is_dir() else _download(reference)
@@ -36,9 +36,7 @@ def read_build(reference: str) -> Build:
         check_size(path.stat().st_size)
         value: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(
-            f"{folder} has no {Build.file_name}", hint="give what `factory build` made"
-        ) from None
+        raise StoreError(f"{folder} has no {Build.file_name}", hint="pass a build folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(reference, error) from error
     try:
@@ -47,8 +45,8 @@ def read_build(reference: str) -> Build:
     except ValidationError as error:
         by = value.get("factory_version") if isinstance(value, dict) else None
         raise StoreError(
-            f"{Build.file_name} of {reference} is of factory {by or 'unknown'}, which {__version__} does not "
-            f"read: {first_problem(error)}",
+            f"{Build.file_name} of {reference} was written by factory {by or '(unknown version)'}, and "
+            f"{__version__} cannot read it: {first_problem(error)}",
             hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
         ) from error
     if not {"source", build.shipped} <= build.evaluations.keys():
@@ -60,11 +58,11 @@ def read_build(reference: str) -> Build:
 
 
 def _damaged(reference: str, error: Exception) -> StoreError:
-    return StoreError(f"{Build.file_name} of {reference} is damaged: {error}", hint="take another revision")
+    return StoreError(f"{Build.file_name} of {reference} is damaged: {error}", hint="try another revision")
 
 
 def _download(reference: str) -> Path:
-    """`build.json` of a repository, at one commit."""
+    """Download the `build.json` of a repository at one commit."""
     from huggingface_hub import hf_hub_download
 
     from factory.hub.client import hub_api, patiently
@@ -80,7 +78,7 @@ def _download(reference: str) -> Path:
         if not found:
             raise HubError(
                 f"{repo_id} has no {Build.file_name}",
-                hint="only what `factory push` published can be repeated",
+                hint="only models published by `factory push` can be reproduced",
             )
         try:
             check_size(getattr(found[0], "size", 0))  # before it is downloaded
@@ -90,7 +88,7 @@ def _download(reference: str) -> Path:
 
 
 def source_reference(build: Build) -> str:
-    """What to resolve for the same source: its repository at its commit, or the alias of the embedded model.
+    """Return a reference to the same source: repository and commit, or the alias of the embedded model.
 
     Raises:
         VerificationError: The source was a folder.
@@ -101,22 +99,22 @@ def source_reference(build: Build) -> str:
     if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
         return build.reference
     raise VerificationError(
-        f"{build.name} was made from a folder, {source.name!r}, which only its maker has",
+        f"{build.name} was made from a local folder, {source.name!r}, which only its author has",
         hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
     )
 
 
 def check_same_source(build: Build, found: Source) -> None:
-    """Compare the source that was resolved with that of the build.
+    """Compare the resolved source with that of the build.
 
-    What else the build says of it, its licence above all, is not believed: whoever wrote that may lie.
+    Anything else that the build says about its source, above all its licence, is not trusted.
 
     Raises:
-        VerificationError: It is another one.
+        VerificationError: The source differs.
     """
     if found.commit != build.source.commit:
         raise VerificationError(
-            f"{build.source.name} is {found.commit[:12]} here, {build.name} was made from "
+            f"{build.source.name} is {found.commit[:12]} here, but {build.name} was made from "
             f"{build.source.commit[:12]}",
             hint=f"install hf-factory {build.factory_version}",
         )
@@ -125,28 +123,28 @@ def check_same_source(build: Build, found: Source) -> None:
 def same_settings(
     build: Build, *, files: Mapping[str, str | None], tasks: tuple[str, ...] | None
 ) -> BuildConfig:
-    """The build's settings, its data sets pinned to their commits.
+    """Return the build's settings with its data sets pinned to their commits.
 
     Args:
-        files: "measure", "heal", "evaluate" → where a file that the build was made with lies here.
-        tasks: What to evaluate on instead.
+        files: Local paths of files that the build was made with, by "measure", "heal" and "evaluate".
+        tasks: Tasks to evaluate on instead.
 
     Raises:
-        DataError: A file is needed that was not given. None is looked for by a name in `build.json`,
-            which may come from anybody: a task file can name code to run.
+        DataError: A required file was not given. Names in `build.json` are never looked up on this
+            machine, since its author is not trusted and a task file can run code.
     """
     values = BuildConfig.model_validate(build.config).model_dump(mode="json")
     used = _used(build)
     for use, data in used.items():
         values[use]["data"] = _pinned(data, files[use], option=DATA_OPTIONS[use], name=build.name)
-    if "heal" not in used:  # named in the settings and never read
+    if "heal" not in used:  # in the settings, but never read
         values["heal"]["data"] = values["measure"]["data"]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
     elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
         raise DataError(
-            f"task {task_files[0]} was a file of whoever made {build.name}",
-            hint="give it with `tasks`, or `tasks=none`: the weights do not depend on it",
+            f"task {task_files[0]} was a local file of the author of {build.name}",
+            hint="pass it with `tasks`, or use `tasks=none`: the weights do not depend on it",
         )
     return BuildConfig.model_validate(values)
 
@@ -164,16 +162,16 @@ def _pinned(data: DataSource, file: str | None, *, option: str, name: str) -> st
     if data.name in STANDARD_LIBRARY:
         return data.name
     raise DataError(
-        f"{name} was made with {data.name} (sha256 {data.version[:12]}…), a file that only its maker has",
-        hint=f"give it with --{option}",
+        f"{name} was made with {data.name} (sha256 {data.version[:12]}…), a file that only its author has",
+        hint=f"pass it with --{option}",
     )
 
 
 def check_same_texts(build: Build, texts: Texts) -> None:
-    """Compare the texts that were opened with those of the build.
+    """Compare the opened texts with those of the build.
 
     Raises:
-        DataError: One is another text, another version of it, or other documents of it.
+        DataError: A text differs, or has another version or other documents.
     """
     opened = {"measure": texts.calibration, "heal": texts.healing, "evaluate": texts.evaluation}
     for use, data in _used(build).items():
@@ -181,23 +179,23 @@ def check_same_texts(build: Build, texts: Texts) -> None:
         if found.version != data.version:
             here, there = found.version[:12], data.version[:12]
             raise DataError(
-                f"{found.name} is {here}… here, {build.name} was made with {there}…",
-                hint="Python's standard library: run the Python version of its maker"
+                f"{found.name} is {here}… here, but {build.name} was made with {there}…",
+                hint="Python's standard library: use the Python version of the build"
                 if data.name in STANDARD_LIBRARY
-                else f"give the same file with --{DATA_OPTIONS[use]}",
+                else f"pass the same file with --{DATA_OPTIONS[use]}",
             )
     for use, data in _used(build).items():
         found = opened[use].data
-        if found.part != data.part:  # because of another text, if that is another
+        if found.part != data.part:  # if another text differs, that was reported above as the cause
             raise DataError(
-                f"{found.name} is divided otherwise here: {found.part or 'whole'}; "
+                f"{found.name} is divided differently here: {found.part or 'whole'}, but "
                 f"{build.name} was made with {data.part or 'the whole'}",
                 hint=f"install hf-factory {build.factory_version}",
             )
 
 
 def comparison(published: Build, made: Build, *, reference: str) -> str:
-    """Whether the weights came out equal, in one line; where not, what was different."""
+    """Say in one line whether the weights are equal, and if not, what was different."""
     if made.files == published.files:
         return f"the same weights as {reference}, byte for byte"
     differing = sum(made.files.get(name) != sha256 for name, sha256 in published.files.items())
@@ -213,6 +211,6 @@ def comparison(published: Build, made: Build, *, reference: str) -> str:
             0, f"layers {layer_ranges(published.dropped)} there, {layer_ranges(made.dropped)} here"
         )
     return (
-        f"other weights than {reference}: {differing} of {len(published.files)} files differ"
+        f"weights differ from {reference} in {differing} of {len(published.files)} files"
         f" ({'; '.join(reasons) or 'same libraries and device'})"
     )

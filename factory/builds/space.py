@@ -1,4 +1,4 @@
-"""Space: the comparison page of a build's two models, run on this machine without network."""
+"""Run the comparison page of a build's two models on this machine, without network access."""
 
 import importlib.util
 import os
@@ -21,26 +21,26 @@ from factory.hub.resolve import resolve
 from factory.resources import DEMO_MODEL, SPACE
 
 HOST = "127.0.0.1"
-ENDING = ("SIGTERM", "SIGHUP")  # like Ctrl-C
-SECONDS_TO_END = 5  # after that it is killed
+ENDING = ("SIGTERM", "SIGHUP")  # signals treated like Ctrl-C
+SECONDS_TO_END = 5  # before the page's process is killed
 
 
 def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callable[[str], None]) -> None:
     """Run the comparison page for a build until it is interrupted.
 
-    SIGTERM and a closed terminal end it like Ctrl-C; when this returns the page's process has ended.
+    SIGTERM and a closed terminal end it like Ctrl-C; when this returns, the page's process has ended.
 
     Args:
-        folder: A build folder.
-        source: The source's folder, for a build that was made from one.
-        port: On the loopback interface; None for one that is free.
-        ready: Called once with the page's address, when it answers.
+        folder: Build folder.
+        source: Folder of the source, for a build made from a folder.
+        port: Port on the loopback interface; None takes a free one.
+        ready: Callback that receives the page's address once it responds.
 
     Raises:
-        UsageError: The port is taken, or the source's folder is needed or is another model.
-        ModelError: The models need code of their own.
+        UsageError: The port is taken, or the source's folder is missing or contains another model.
+        ModelError: The models need their own code.
         HubError: The source is not in the Hub's cache.
-        FactoryError: gradio is not installed, or the page ended by itself.
+        FactoryError: gradio is not installed, or the page exited unexpectedly.
     """
     if importlib.util.find_spec("gradio") is None:
         raise FactoryError("gradio is not installed", hint='pip install "hf-factory[space]"')
@@ -56,7 +56,7 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
     with _handled(ENDING, signal.default_int_handler):
         try:
             with _held_back():
-                # A session of its own: Ctrl-C reaches this process alone, which then ends the other one.
+                # A new session: Ctrl-C reaches only this process, which then ends the page's.
                 process = subprocess.Popen(
                     [sys.executable, str(SPACE / "app.py")],
                     env=environment,
@@ -76,7 +76,7 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
 
 @contextmanager
 def _handled(names: Iterable[str], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Give signals another handler; what is ignored (nohup) stays ignored."""
+    """Handle signals with another handler; ignored ones (nohup) stay ignored."""
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
     before = {number: signal.getsignal(number) for number in numbers}
     heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
@@ -91,7 +91,7 @@ def _handled(names: Iterable[str], handler: Callable[[int, FrameType | None], An
 
 @contextmanager
 def _held_back() -> Iterator[None]:
-    """Let Ctrl-C and its like wait: a process that is being started is not known yet, and would be left."""
+    """Delay Ctrl-C and similar signals: a process that is only being started could not be ended."""
     came: list[int] = []
     with _handled(("SIGINT", *ENDING), lambda number, _frame: came.append(number)):
         yield
@@ -100,20 +100,20 @@ def _held_back() -> Iterator[None]:
 
 
 def check_loadable(build: Build) -> None:
-    """Refuse models that need code of their own: the page runs none.
+    """Refuse models that need their own code, which the page does not run.
 
     Raises:
-        ModelError: The source comes with such code.
+        ModelError: The source comes with its own code.
     """
     if build.source.remote_code:
         raise ModelError(
-            f"{build.source.name} comes with code of its own, which the comparison page does not run",
-            hint="only models that transformers knows by itself can be compared",
+            f"{build.source.name} needs its own code, which the comparison page does not run",
+            hint="only architectures built into transformers can be compared",
         )
 
 
 def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
-    """The page's variables for a build: which two models, and the commit of one from the Hub."""
+    """Return the page's environment variables for a build: its two models and their commits."""
     build = Build.read(folder)
     check_loadable(build)
     names = {"PRUNED_MODEL": str((folder / "model").resolve()), "PRUNED_REVISION": "", "SOURCE_REVISION": ""}
@@ -125,46 +125,44 @@ def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
     if not isinstance(try_to_load_from_cache(repo_id, "config.json", revision=commit), str):
         raise HubError(
             f"{repo_id} at {commit[:12]} is not in the Hub's cache on this machine",
-            hint="give its folder with `source`, or run the same build again, which downloads it",
+            hint="pass its folder with `source`, or run the same build again to download it",
         )
     return names | {"SOURCE_MODEL": repo_id, "SOURCE_REVISION": commit}
 
 
 def _source_folder(build: Build, source: Path | None) -> Path:
-    """The folder of the source, proved by its content where the build knows it by that."""
+    """Return the folder of the source, checked by its content hash if the build records one."""
     if source is None and build.reference != "demo":
         raise UsageError(
-            f"{build.name} was made from a folder, {build.source.name!r}, and a build keeps no paths",
-            hint="say where it is with `source=FOLDER`",
+            f"{build.name} was made from a folder, {build.source.name!r}, and builds do not record paths",
+            hint="pass that folder with `source=FOLDER`",
         )
     folder = source or DEMO_MODEL
     if not folder.is_dir():
-        raise UsageError(f"{str(folder)!r} is no folder", hint="give the source's folder with `source`")
+        raise UsageError(f"{str(folder)!r} is not a folder", hint="pass the source's folder with `source`")
     commit = resolve(str(folder)).commit
     if build.source.repo_id is None and commit != build.source.commit:
         raise UsageError(
             f"{str(folder)!r} is not the source of {build.name}: "
             f"content hash {commit[:12]}, not {build.source.commit[:12]}",
-            hint="give the unchanged folder that the build was made from with `source`",
+            hint="pass the unchanged folder that the build was made from with `source`",
         )
     return folder.resolve()
 
 
 def free_port(port: int | None) -> int:
-    """The port if it is free, or one that the system gives."""
+    """Return the port if it is free, or a free one for None."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port or 0))
         except OSError as error:
-            raise UsageError(
-                f"port {port} cannot be used: {error.strerror}", hint="leave `port` out"
-            ) from error
+            raise UsageError(f"cannot use port {port}: {error.strerror}", hint="omit `port`") from error
         return int(probe.getsockname()[1])
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
-    # Loopback is never reached through a proxy.
+    # Loopback must not go through a proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None:
         try:
@@ -177,13 +175,13 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
 
 def _ended(process: subprocess.Popen[bytes]) -> FactoryError:
     return FactoryError(
-        f"the comparison page ended by itself with exit code {process.returncode}",
-        hint="what it wrote above says why",
+        f"the comparison page exited unexpectedly with code {process.returncode}",
+        hint="see its output above",
     )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the page's process, at the latest by force."""
+    """End the page's process, by force if it does not comply."""
     process.terminate()
     try:
         process.wait(timeout=SECONDS_TO_END)

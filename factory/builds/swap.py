@@ -1,4 +1,4 @@
-"""The folder of a build, or of `factory prune`: its lock, what lies beside it for a moment, and the swap."""
+"""Replace the folder of a build, or of `factory prune`, atomically: its lock, temporary folders and swap."""
 
 import os
 import shutil
@@ -11,19 +11,19 @@ from factory.errors import StoreError, UsageError
 from factory.store.files import OLD, PARTIAL, SUMS
 from factory.store.locks import locked, writing
 
-MARK = ".made-by-factory"  # in a folder beside a build that is being written or removed
+MARK = ".made-by-factory"  # marks a folder beside a build while it is written or removed
 
 
 @contextmanager
 def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of one build folder: two builds into it take turns, whatever their stores.
+    """Hold the lock of one build folder: builds into it take turns, whatever their stores.
 
-    What a `swap` that was killed had moved away is put back first.
+    A folder that an interrupted `swap` had moved away is put back first.
 
     Raises:
-        StoreError: The place cannot be written, or its file system has no locks.
+        StoreError: The path cannot be written, or its file system does not support locks.
     """
-    build = build.resolve()  # a link stays, and what it leads to is written
+    build = build.resolve()  # a link stays, and its target is written
     with writing(build.parent, option="`out`"):
         build.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock_of(build), on_wait=on_wait, passing=True, option="`out`"):
@@ -32,50 +32,50 @@ def laying_out(build: Path, *, on_wait: Callable[[], None] | None = None) -> Ite
 
 
 def lock_of(build: Path) -> Path:
-    """The lock of a build folder."""
+    """Return the path of a build folder's lock."""
     return build.with_name(f".{build.name}.lock")
 
 
 def beside(build: Path) -> tuple[Path, Path]:
-    """Where a build's folder is laid out, and where the one before it waits to be removed."""
+    """Return where a build's folder is written, and where its predecessor waits to be removed."""
     return build.with_name(f".{build.name}{PARTIAL}"), build.with_name(f".{build.name}{OLD}")
 
 
 def leftovers(build: Path) -> list[Path]:
-    """What laying out a build leaves beside it for a moment; for longer only if it was killed."""
+    """Return the temporary folders beside a build, which remain only after an interruption."""
     return [folder for folder in beside(build) if is_ours(folder)]
 
 
 def is_writable(out: Path) -> bool:
-    """Whether a folder can be put there: what is above it and what lies there may be written."""
+    """Return whether a folder can be created there: its parent, and itself if it exists, are writable."""
     above = next((path for path in out.parents if path.exists()), out)
-    places = (above, out) if out.is_dir() else (above,)
-    return above.is_dir() and all(os.access(place, os.W_OK | os.X_OK) for place in places)
+    folders = (above, out) if out.is_dir() else (above,)
+    return above.is_dir() and all(os.access(folder, os.W_OK | os.X_OK) for folder in folders)
 
 
 def is_build(folder: Path) -> bool:
-    """Whether a folder holds what every build has."""
+    """Return whether a folder has the files of every build."""
     return all((folder / name).exists() for name in (Build.file_name, DistanceProfile.file_name, "model"))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder beside a build is what a swap moves: marked is what is being written or removed."""
+    """Return whether a folder beside a build is complete, not being written or removed (marked)."""
     made = is_build(folder) or (folder / Pruning.file_name).is_file()
     return made and not (folder / MARK).is_file()
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether what lies beside a build was left there by laying one out: nobody's own files go."""
+    """Return whether a folder beside a build was left by the factory; the user's own are never removed."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / MARK).is_file() or is_whole(folder) or not any(folder.iterdir())
 
 
 def begin(out: Path) -> Path:
-    """Make the folder in which a result is laid out; what a killed attempt left there goes.
+    """Create the folder in which a result is written, removing what an interrupted attempt left there.
 
     Raises:
-        StoreError: Somebody's own files are in the way.
+        StoreError: The user's own files are in the way.
     """
     check_beside(out)
     partial, _ = beside(out)
@@ -87,7 +87,7 @@ def begin(out: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder beside a build; wherever a kill ends that, the rest is still known as ours."""
+    """Remove a folder beside a build; if interrupted, the rest is still recognised as the factory's."""
     (folder / MARK).touch()
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -99,30 +99,30 @@ def discard(folder: Path) -> None:
 
 
 def whole_beside(build: Path) -> bool:
-    """Whether a whole one lies beside a build: the old one, or a new one with what is written last."""
+    """Return whether a complete copy is beside a build: the old one, or a new one with its checksums."""
     return any(folder.suffix == OLD or (folder / SUMS).is_file() for folder in leftovers(build))
 
 
 def check_beside(out: Path) -> None:
-    """Refuse to build where somebody's own files have the names that laying out needs for a moment.
+    """Refuse to build where the user's own files have the names of the temporary folders.
 
     Raises:
-        StoreError: Names them.
+        StoreError: A file is in the way; names it.
     """
     for path in beside(out):
         if os.path.lexists(path) and not is_ours(path):
             raise StoreError(
                 f"{path} is in the way and was not made by the factory",
-                hint="move it away, or give another folder with `out`",
+                hint="move it away, or choose another folder with `out`",
             )
 
 
 def swap(partial: Path, out: Path) -> None:
-    """Put the new folder where the old one is; a kill in between leaves one of them whole."""
+    """Put the new folder in place of the old one; an interruption leaves one of them complete."""
     _, old = beside(out)
     if old.exists():
         discard(old)
-    (partial / MARK).unlink()  # whole by now
+    (partial / MARK).unlink()  # complete by now
     if out.exists():
         os.replace(out, old)  # noqa: PTH105  the pair reads better so
     os.replace(partial, out)  # noqa: PTH105
@@ -131,24 +131,24 @@ def swap(partial: Path, out: Path) -> None:
 
 
 def restore(out: Path) -> None:
-    """Put back the folder that a `swap` which was killed had moved away."""
+    """Put back the folder that an interrupted `swap` had moved away."""
     _, old = beside(out)
     if old in leftovers(out) and is_whole(old) and not os.path.lexists(out):
         old.rename(out)
 
 
 def output_folder(folder: Path) -> Path:
-    """A folder for results, made before the work that they take.
+    """Create a folder for results before the work, and return it.
 
     Raises:
-        UsageError: It cannot be made, or not be written to.
+        UsageError: The folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"cannot make the folder {str(folder)!r}: {error.strerror}", hint="give another one"
+            f"cannot create the folder {str(folder)!r}: {error.strerror}", hint="choose another one"
         ) from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="give another one")
+        raise UsageError(f"cannot write to the folder {str(folder)!r}", hint="choose another one")
     return folder

@@ -1,1 +1,1 @@
-"""Loss, tasks, speed, and whether a difference is significant."""
+"""Loss, tasks, speed, and the significance of differences."""

@@ -1,4 +1,4 @@
-"""What an evaluation keeps: the loss of each document and the score of each question."""
+"""Store the answers of an evaluation: the loss of each document and the score of each question."""
 
 import json
 import math
@@ -10,32 +10,32 @@ from typing import Any
 from factory.artifacts import TaskScore
 from factory.store.files import write_atomically
 
-FLOAT_RANGE = 709.0  # of an exponent
+FLOAT_RANGE = 709.0  # largest exponent of exp() in float64
 LOSSES = "losses.json"
-Losses = Sequence[tuple[int, float]]  # predicted tokens and summed nats of each document
-Scores = Sequence[float]  # of each question: the score is their mean
-Answers = Mapping[str, Scores | Losses]  # task → what its score is made of, by question, in their order
+Losses = Sequence[tuple[int, float]]  # predicted tokens and summed nats per document
+Scores = Sequence[float]  # per question; the task's score is their mean
+Answers = Mapping[str, Scores | Losses]  # task → the values behind its score, in the order of the questions
 
 
 def write_losses(folder: Path, losses: Losses) -> None:
-    """Keep the losses of the documents so far; a document too short to have one counts as (0, 0)."""
+    """Store the losses of the documents so far; a document too short to have one counts as (0, 0)."""
     write_atomically(folder / LOSSES, json.dumps(losses))
 
 
 def read_losses(folder: Path) -> list[tuple[int, float]]:
-    """What `write_losses` left; nothing where it was not there yet."""
+    """Read the losses that `write_losses` stored; empty if there are none yet."""
     path = folder / LOSSES
     return [(count, nats) for count, nats in json.loads(path.read_text())] if path.is_file() else []
 
 
 def write_answers(folder: Path, number: int, scored: Sequence[tuple[TaskScore, Answers]]) -> None:
-    """Keep what came of one task, the `number`-th that was asked for: a group can have several scores."""
+    """Store the scores and answers of the `number`-th requested task; a group can have several scores."""
     value = [{"score": score.model_dump(mode="json"), "answers": answers} for score, answers in scored]
     write_atomically(_answers(folder, number), json.dumps(value))
 
 
 def read_answers(folder: Path, number: int) -> list[tuple[TaskScore, Answers]] | None:
-    """What `write_answers` left; None where that task was not finished."""
+    """Read the scores and answers that `write_answers` stored; None if that task is not finished."""
     path = _answers(folder, number)
     if not path.is_file():
         return None
@@ -48,7 +48,7 @@ def _answers(folder: Path, number: int) -> Path:
 
 
 def as_mean(found: Mapping[str, Sequence[Any]], value: float) -> Answers | None:
-    """Scores of the questions where the task's is their mean, else None."""
+    """Return the scores of the questions if the task's score is their mean, else None."""
     scores = [score for task in found.values() for score in task]
     if not scores or not all(isinstance(score, Real) for score in scores):
         return None
@@ -58,9 +58,9 @@ def as_mean(found: Mapping[str, Sequence[Any]], value: float) -> Answers | None:
 
 
 def as_perplexity(found: Mapping[str, Sequence[Any]], value: float) -> Answers | None:
-    """Counted units and nats of the texts where the score is a perplexity, or bits a unit, else None.
+    """Return units and nats of the texts if the score is a perplexity or bits per unit, else None.
 
-    lm-eval gives the log-likelihood of a text, with the words or bytes that it has unless it counts as one.
+    lm-eval gives the log-likelihood of a text, with its number of words or bytes unless it counts as one.
     """
     answers: dict[str, Losses] = {}
     for task, logged in found.items():
@@ -73,7 +73,7 @@ def as_perplexity(found: Mapping[str, Sequence[Any]], value: float) -> Answers |
 
 
 def scale_of(losses: Losses, value: float) -> Callable[[float], float] | None:
-    """From a difference in nats a unit to one of a score that is made of them; None where it is not."""
+    """Return the function from a difference in nats per unit to one of the score; None if it is unknown."""
     units = sum(count for count, _ in losses)
     if not units:
         return None

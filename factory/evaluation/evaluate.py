@@ -1,4 +1,4 @@
-"""Evaluate: token loss and lm-eval tasks of checkpoints, loaded from disk as a user would."""
+"""Evaluate checkpoints by token loss and lm-eval tasks, loaded from disk as a user would."""
 
 import gc
 import math
@@ -23,8 +23,8 @@ from factory.parallel import processes
 from factory.text.text import Text
 
 LOSS_BATCH_SIZE = 4
-ORDER = 0  # the same for every model and build: only then can losses be compared
-KEPT_EVERY = 32  # documents a process, for a run that is cut short
+ORDER = 0  # seed, fixed for every model and build so that losses are comparable
+KEPT_EVERY = 32  # documents per process between saves
 
 
 def evaluate(
@@ -35,18 +35,18 @@ def evaluate(
     into: Path,
     progress: Callable[[int, int, str], None],
 ) -> Evaluation:
-    """Loss and task scores of the checkpoint in `folder`.
+    """Measure loss and task scores of the checkpoint in `folder`.
 
-    Losses by document and each task's answers go to `into`; what lies there already is not done again.
+    Losses by document and each task's answers are written to `into`; finished parts are not repeated.
     Several processes share the documents and the questions; the main one writes.
 
     Raises:
-        DataError: Too little text, or a task's questions that cannot be read.
-        HubError: The questions could not be had from the Hub.
-        UsageError: An unknown task.
+        DataError: There is too little text, or the questions of a task cannot be read.
+        HubError: The questions cannot be downloaded from the Hub.
+        UsageError: A task is unknown.
     """
     with processes.main_first():
-        load_tasks(settings)  # what can fail for want of a connection comes before the work
+        load_tasks(settings)  # needs the network, so it comes before the work
     model = load_model(folder)
     encoder = load_encoder(folder)
     loss = token_loss(model, encoder, text, settings=settings, into=into, progress=progress)
@@ -82,12 +82,12 @@ def token_loss(
     into: Path,
     progress: Callable[[int, int, str], None],
 ) -> TokenLoss:
-    """Mean next-token loss in nats over fixed windows of the first documents in a fixed shuffled order.
+    """Measure mean next-token loss in nats over fixed windows of the first documents in a fixed order.
 
-    Each window begins with what the tokenizer puts in front of a text, which is not predicted. The
-    standard error is that of a ratio over documents, since tokens of one document are not independent.
+    Each window begins with the tokenizer's prefix, which is not predicted. The standard error is that of a
+    ratio over documents, since tokens of one document are not independent.
     """
-    kept = read_losses(into)  # of a run that was cut short; a document too short for a loss counts as 0, 0
+    kept = read_losses(into)  # of an interrupted run; a document too short for a loss counts as 0, 0
     documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
     while some := list(islice(documents, KEPT_EVERY * processes.count())):
         mine = []
@@ -100,11 +100,11 @@ def token_loss(
         kept += processes.gather(mine)
         if processes.is_main():
             write_losses(into, kept)
-    losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and summed nats, a document
+    losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and nats per document
     if len(losses) < 2:
         raise DataError(
-            f"{text.data.name} holds {len(losses)} usable documents; the loss needs at least 2",
-            hint="give more text with `eval_data`",
+            f"{text.data.name} has {len(losses)} usable documents; the loss needs at least 2",
+            hint="provide more text with `eval_data`",
         )
     tokens = sum(count for count, _ in losses)
     nats = sum(total for _, total in losses) / tokens

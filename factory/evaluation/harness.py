@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found, loaded once for all models of a build, run in process, and scored."""
+"""Find lm-eval's tasks, load them once for all models of a build, run them in process, and score them."""
 
 import contextlib
 import logging
@@ -29,10 +29,10 @@ from factory.resources import DEMO_TASKS
 from factory.text.hub_data_files import check_data_files
 
 TASK_BATCH_SIZE = 8
-HARNESS_SEED = 1234  # of lm-eval's command line: examples shown are drawn with it
+HARNESS_SEED = 1234  # default of lm-eval's command line; draws the few-shot examples
 HARNESS_FOLDERS = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq", "gsm8k": "gsm8k"}  # in lm-eval
-BOOTSTRAP_ROUNDS = 1000  # for metrics whose standard error has no formula
-# A split, column, template or function that it lacks.
+BOOTSTRAP_ROUNDS = 1000  # for metrics without a formula for the standard error
+# Raised for a split, column, template or function that does not exist.
 WRONG_IN_A_TASK = (LookupError, ValueError, TypeError, AttributeError, SyntaxError, TemplateError)
 
 
@@ -47,11 +47,11 @@ def score_task(
     """Run one lm-eval task, group or tag, given by name or as a YAML file.
 
     Returns:
-        For each row of `rows_of` the score and the answers that it is made of.
+        The score and the answers behind it for each row of `rows_of`.
 
     Raises:
-        DataError: Answers that lm-eval makes no number of.
-        UsageError: A task file that does not fit its data.
+        DataError: lm-eval cannot compute a number from the answers.
+        UsageError: A task file does not fit its data.
     """
     from lm_eval.evaluator import evaluate as run_harness
 
@@ -59,7 +59,7 @@ def score_task(
     for part in loaded["tasks"].values():
         part.set_fewshot_seed(seed=HARNESS_SEED)
     set_seed(HARNESS_SEED)
-    # Not `simple_evaluate`, which also surveys the machine and asks git about the folder it runs in.
+    # Not `simple_evaluate`, which also inspects the machine and runs git in the current folder.
     with _explained(task):
         results = run_harness(
             lm=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
@@ -77,7 +77,7 @@ def score_task(
 
 
 def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
-    """lm-eval's own model class, but for its progress bars: rows done are reported instead."""
+    """Wrap the model in lm-eval's own class, reporting rows done instead of showing progress bars."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
 
@@ -115,21 +115,21 @@ def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None
             report(self.done, self.total)
 
     harness_model = Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
-    if processes.count() > 1:  # a model that is loaded already is taken for one process's
+    if processes.count() > 1:  # lm-eval takes a loaded model to be that of a single process
         harness_model.accelerator = Accelerator()
         harness_model._rank, harness_model._world_size = processes.index(), processes.count()
     return harness_model
 
 
 def vllm_model(folder: Path, *, num_gpus: int) -> Any:
-    """lm-eval's vLLM model over as many of the GPUs as divide its attention heads. It reports no progress."""
+    """Return lm-eval's vLLM model on as many GPUs as divide its attention heads; it reports no progress."""
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM(**vllm_arguments(folder, num_gpus=num_gpus))
 
 
 def vllm_arguments(folder: Path, *, num_gpus: int) -> dict[str, Any]:
-    """What lm-eval's vLLM model is made with."""
+    """Return the arguments of lm-eval's vLLM model."""
     heads = AutoConfig.from_pretrained(folder).get_text_config().num_attention_heads
     return {
         "pretrained": str(folder),
@@ -140,32 +140,32 @@ def vllm_arguments(folder: Path, *, num_gpus: int) -> dict[str, Any]:
 
 
 def load_tasks(settings: EvaluateSettings) -> None:
-    """Load all tasks with their data, so that what cannot be had shows before the work.
+    """Load all tasks with their data, so that missing data shows before the work.
 
     Raises:
-        DataError: A task's questions that cannot be read.
-        HubError: The questions could not be had from the Hub.
-        UsageError: An unknown task, a task file that does not fit its data, or one score asked for twice.
+        DataError: The questions of a task cannot be read.
+        HubError: The questions cannot be downloaded from the Hub.
+        UsageError: A task is unknown, a task file does not fit its data, or a score is requested twice.
     """
-    asked: dict[str, str] = {}
+    requested: dict[str, str] = {}
     for task in settings.tasks:
         name, loaded = load_task(task, shots=settings.num_fewshot.get(task))
         for row in rows_of(name, loaded):
-            if row in asked:
+            if row in requested:
                 raise UsageError(
-                    f"`tasks` asks for {row!r} twice, by {asked[row]} and by {task}",
-                    hint="leave one of them out",
+                    f"`tasks` requests {row!r} twice, by {requested[row]} and by {task}",
+                    hint="remove one of them",
                 )
-            asked[row] = task
+            requested[row] = task
 
 
 @lru_cache
 def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
-    """The task's name, and lm-eval's task or tasks with their data; once for all models of a build.
+    """Return the task's name, and lm-eval's task or tasks with their data, cached for all models of a build.
 
-    MMLU alone is 57 data sets, and asking whether each is up to date takes hundreds of requests.
+    MMLU alone has 57 data sets, and checking whether each is up to date takes hundreds of requests.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its command line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern its own command line
     _mute_metrics()
     _sandbox_templates()
     name, manager = _find_task(task)
@@ -173,39 +173,39 @@ def load_task(task: str, *, shots: int | None) -> tuple[str, Any]:
         loaded = _with_data(task, name, manager)
     check_scored(task, name, loaded)
     for part in loaded["tasks"].values():
-        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means: never any
+        if part.get_config("num_fewshot") != 0:  # 0 in the task's own file means that examples never fit
             default = part.get_config("num_fewshot") or 0
             part.set_config(key="num_fewshot", value=default if shots is None else shots)
     return name, loaded
 
 
 def _with_data(task: str, name: str, manager: Any) -> Any:
-    """lm-eval's task or tasks of a name, with their questions."""
+    """Load lm-eval's task or tasks of a name, with their questions."""
     try:
         _check_data(name, manager)
         return manager.load([name])
     except (DatasetsError, *CLIENT_ERRORS) as error:
-        # `datasets` also raises RuntimeError for a data set that is a program, which is no fault of the Hub.
+        # `datasets` also raises RuntimeError for a data set that is a program, which is not the Hub's fault.
         about_the_hub = not isinstance(error, RuntimeError)
         data_set = next(iter(_data_sets_of(name, manager)), name)
-        told = explain(error, repo_id=f"datasets/{data_set}") if about_the_hub else None
-        if told is None and isinstance(error, STUMBLES):
-            raise  # over the task's own settings
-        raise told or DataError(
+        explained = explain(error, repo_id=f"datasets/{data_set}") if about_the_hub else None
+        if explained is None and isinstance(error, STUMBLES):
+            raise  # caused by the task's own settings
+        raise explained or DataError(
             f"cannot load the questions of {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="its data set must be there and within reach; `tasks` can leave it out",
+            hint="check that its data set exists and is accessible, or remove it from `tasks`",
         ) from error
 
 
 def _mute_metrics() -> None:
-    """Keep lm-eval 0.4.13 from printing a line for each bootstrapped error between those of the build."""
+    """Stop lm-eval 0.4.13 from printing a line per bootstrapped error between those of the build."""
     from lm_eval.api import metrics
 
     metrics.print = lambda *_args, **_kwargs: None
 
 
 def _sandbox_templates() -> None:
-    """Have lm-eval fill in templates without the attributes through which one could run any Python."""
+    """Make lm-eval render templates in a sandbox, so that they cannot run arbitrary Python."""
     from lm_eval import utils
 
     if not isinstance(utils.env, SandboxedEnvironment):
@@ -216,46 +216,44 @@ def _sandbox_templates() -> None:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Say in one line what is wrong with a task file, or with the numbers of any task."""
+    """Explain in one line what is wrong with a task file, or with the numbers of any task."""
     try:
         yield
     except ArithmeticError as error:
         raise DataError(
             f"lm-eval cannot compute the score of {task!r}: {error}",
-            hint="another metric may suit these texts; `tasks` can leave the task out",
+            hint="try another metric for these texts, or remove the task from `tasks`",
         ) from error
     except ImportError as error:
-        raise UsageError(
-            f"task {task!r} does not run here: {error}", hint="install what it imports"
-        ) from error
+        raise UsageError(f"cannot run task {task!r} here: {error}", hint="install what it imports") from error
     except WRONG_IN_A_TASK as error:
-        if told := explain(error, repo_id=f"datasets/{task}"):
-            raise told from error
-        if not is_task_file(task):  # lm-eval's own fault, which has no remedy here
+        if explained := explain(error, repo_id=f"datasets/{task}"):
+            raise explained from error
+        if not is_task_file(task):  # a bug of lm-eval, which has no remedy here
             raise
         raise UsageError(
             f"lm-eval cannot use the task file {task!r}: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="compare its splits, columns and templates with the data that it names",
+            hint="compare its splits, columns and templates with its data",
         ) from error
 
 
 def _data_sets_of(name: str, manager: Any) -> list[str]:
-    """The data set of a task, or those of a group's tasks."""
+    """Return the data set of a task, or those of a group's tasks."""
     settings = {entry: known.cfg or {} for entry, known in manager.task_index.items() if name in entry}
     paths = [settings.get(name, {}), *settings.values()]
     return list(dict.fromkeys(str(found["dataset_path"]) for found in paths if "dataset_path" in found))
 
 
 def _check_data(name: str, manager: Any) -> None:
-    """Refuse questions on the Hub whose card leads elsewhere; without the Hub they come from the cache."""
+    """Refuse Hub data sets whose card points elsewhere; offline, the questions come from the cache."""
     for path in _data_sets_of(name, manager):
-        if "/" in path and not Path(path).exists():  # else a format, a folder or a program
+        if "/" in path and not Path(path).exists():  # others are a format, a folder or a program
             with contextlib.suppress(LocalEntryNotFoundError, *UNREACHABLE):
                 check_data_files(path, revision=None)
 
 
 def _find_task(task: str) -> tuple[str, Any]:
-    """The task's name and a manager that knows it; the default scan takes 18 s, so only if needed."""
+    """Return the task's name and a manager that knows it; the default scan takes 18 s, so it comes last."""
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
@@ -271,15 +269,15 @@ def _find_task(task: str) -> tuple[str, Any]:
             return task, manager
     manager = TaskManager()
     if task not in manager.all_tasks:
-        raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+        raise UsageError(f"lm-eval has no task {task!r}", hint="`lm-eval ls tasks` lists them all")
     return task, manager
 
 
 def _manager_of(found: TaskFile) -> Any:
-    """A manager that knows a task file with what it names, and lm-eval's tasks where it names some.
+    """Return a manager that knows a task file and what it names, including lm-eval's tasks if needed.
 
-    lm-eval takes a folder, and of two files in it that define one name the first; so it gets one that
-    holds these files alone.
+    lm-eval takes a folder, and of two files in it that define one name the first; so it is given a folder
+    with these files only.
     """
     from lm_eval.tasks import TaskManager
 
@@ -291,15 +289,15 @@ def _manager_of(found: TaskFile) -> Any:
             entry.yaml_path = entry.yaml_path and entry.yaml_path.resolve()
     taken = {entry.yaml_path for entry in manager.task_index.values()}
     for path in found.definitions:
-        if path.resolve() not in taken:  # passed over without a word
+        if path.resolve() not in taken:  # lm-eval skips it silently
             raise UsageError(
-                f"lm-eval does not take {str(path)!r} for a task",
+                f"lm-eval does not recognise {str(path)!r} as a task",
                 hint="compare its keys with lm-eval's guide",
             )
     for name in found.missing:
         if name not in manager.task_index:
             raise UsageError(
                 f"{name!r}, of the group {found.name!r}, is neither in its folder nor one of lm-eval's tasks",
-                hint="a group's tasks are looked for in its folder by their names",
+                hint="a group's tasks are looked up by name in its folder",
             )
     return manager

@@ -1,4 +1,4 @@
-"""Significance: the answers that evaluations leave, and whether two models differ by more than chance."""
+"""Compare the stored answers of two models: do they differ by more than chance?"""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ CONFIDENCE = 0.95  # of the interval
 
 
 def compare(before: Path, after: Path, *, num_tasks: int) -> tuple[Comparison, ...]:
-    """Loss and tasks of two evaluated models on the same documents and questions, after − before.
+    """Compare loss and tasks of two evaluated models on the same documents and questions, after − before.
 
     Args:
-        before: Folder that one evaluation was written into.
-        after: That of another with the same settings and text.
-        num_tasks: That both were evaluated on; one whose score is no mean over questions is left out.
+        before: Folder of one evaluation.
+        after: Folder of another one with the same settings and text.
+        num_tasks: Number of tasks; those whose score does not follow from the questions are skipped.
     """
     pairs = [(a, b) for a, b in zip(read_losses(before), read_losses(after), strict=True) if a[0]]
     found = [compare_losses("loss", [a for a, _ in pairs], [b for _, b in pairs])]
     for number in range(num_tasks):
         olds, news = read_answers(before, number), read_answers(after, number)
-        for old, new in zip(olds or (), news or ()):  # noqa: B905  one of them may not be there
+        for old, new in zip(olds or (), news or ()):  # noqa: B905  one of them may be missing
             first, second = _in_order(old[1]), _in_order(new[1])
             if len(first) < 2 or len(first) != len(second):
                 continue
@@ -39,17 +39,17 @@ def _in_order(answers: Answers) -> list[Any]:
 
 
 def compare_perplexities(score: TaskScore, before: Losses, after: Losses) -> Comparison:
-    """Difference of two perplexities, or bits a unit, of the same texts, after − before.
+    """Compare two perplexities, or bits per unit, of the same texts, after − before.
 
-    The test and the interval are those of the nats a unit, brought to the scale of the score.
+    The test and the interval are those of nats per unit, converted to the scale of the score.
 
     Args:
-        score: Of the model before.
+        score: Score of the model before.
         before: Units and summed nats of each text, at least two.
         after: The same texts in the same order.
     """
     scale = scale_of(before, score.value)
-    assert scale is not None, "answers are kept only where the score follows from them"
+    assert scale is not None, "answers are stored only if the score follows from them"
     nats = compare_losses(score.task, before, after)
     difference = scale(nats.difference)
     return nats.model_copy(
@@ -63,14 +63,14 @@ def compare_perplexities(score: TaskScore, before: Losses, after: Losses) -> Com
 
 
 def compare_answers(measure: str, before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Difference of the mean scores of the same questions, after − before.
+    """Compare the mean scores of the same questions, after − before.
 
-    Where every answer is right or wrong, the p-value is McNemar's, exact, and the interval that of
-    Bonett and Price (2012), which does not shrink to nothing where no answer changed. Other scores are
-    compared by a paired t-test.
+    If every answer is right or wrong, the p-value is McNemar's, exact, and the interval that of Bonett and
+    Price (2012), which does not shrink to zero if no answer changed. Other scores are compared by a paired
+    t-test.
 
     Args:
-        measure: What it is called.
+        measure: Name of the task.
         before: Score of each item, at least two.
         after: The same items in the same order.
     """
@@ -98,10 +98,10 @@ def compare_answers(measure: str, before: Sequence[float], after: Sequence[float
 
 
 def compare_losses(measure: str, before: Losses, after: Losses) -> Comparison:
-    """Difference of the mean loss in nats a token over the same documents, after − before.
+    """Compare the mean loss in nats per token over the same documents, after − before.
 
     Args:
-        measure: What it is called.
+        measure: Name of the loss or task.
         before: Tokens and summed nats of each document, at least two.
         after: The same documents in the same order.
     """
@@ -110,7 +110,7 @@ def compare_losses(measure: str, before: Losses, after: Losses) -> Comparison:
 
 
 def _paired_t(measure: str, differences: Sequence[float], counts: Sequence[int]) -> Comparison:
-    """Of a ratio: summed differences over summed counts, the items independent."""
+    """Test a ratio, summed differences over summed counts, with independent items."""
     from scipy import special
 
     n, total = len(differences), sum(counts)

@@ -1,4 +1,4 @@
-"""Speed: tokens a second and memory of two checkpoints, measured in turns."""
+"""Measure tokens per second and memory of two checkpoints, in turns."""
 
 import statistics
 import time
@@ -23,10 +23,10 @@ def compare_speed(
     new_tokens: int = 32,
     progress: Callable[[int, int, str], None],
 ) -> SpeedComparison:
-    """Prefill and decode rate of two checkpoints, measured in turns at batch size 1, and their memory.
+    """Measure the prefill and decode rates of two checkpoints in turns at batch size 1, and their memory.
 
-    Memory is what one model takes from loading to the last new token: on a GPU the allocator's peak, on a
-    CPU, where no process can tell it from that of the libraries, the weights and the cache alone.
+    Memory is what one model takes from loading to the last new token: on a GPU the allocator's peak; on a
+    CPU, where it cannot be separated from that of the libraries, only the weights and the cache.
     """
     device = best_device()
     models, footprints = {}, {}
@@ -64,7 +64,7 @@ def compare_speed(
 
 
 def _prompt(model: Any, *, num_tokens: int, new_tokens: int) -> torch.Tensor:
-    """Random tokens, [1, s], the same for both models; shorter where the model cannot take so many."""
+    """Return random tokens, [1, s], equal for both models; fewer if the model's context is too short."""
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or num_tokens + new_tokens
     shape = (1, min(num_tokens, longest - new_tokens))
@@ -74,12 +74,12 @@ def _prompt(model: Any, *, num_tokens: int, new_tokens: int) -> torch.Tensor:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Bytes that the block took at most beyond what was taken before it; 0 where that is not known."""
+    """Yield a function that returns the block's peak memory beyond what was in use before; 0 if unknown."""
     if device.type != "cuda":
         yield lambda: 0
         return
     one = torch.ones((1, 1), device=device, dtype=compute_dtype(device))
-    (one @ one).item()  # allocates the libraries' workspace, which stays and is not the first model's
+    (one @ one).item()  # allocates the libraries' workspace, so that it does not count for the first model
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     yield lambda: torch.cuda.max_memory_allocated(device) - before
@@ -87,7 +87,7 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
 
 @torch.inference_mode()
 def _footprint(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[int, float]:
-    """Bytes of weights and full cache, and the bytes that the cache grows by with each new token."""
+    """Return the bytes of weights and full cache, and the cache's growth in bytes per new token."""
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     before = _tensor_bytes(output.past_key_values)
     for _ in range(new_tokens):
@@ -99,7 +99,7 @@ def _footprint(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[in
 
 
 def _tensor_bytes(cache: Any) -> int:
-    """Bytes of every tensor that a cache holds, whatever its kind: keys, values, recurrent states."""
+    """Return the bytes of all tensors in a cache of any kind: keys, values, recurrent states."""
     left, seen, size_bytes = [cache], set(), 0
     while left:
         value = left.pop()
@@ -119,7 +119,7 @@ def _tensor_bytes(cache: Any) -> int:
 
 @torch.inference_mode()
 def _time_once(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[float, float]:
-    """Seconds for one prefill of the prompt, and for `new_tokens` single-token steps after it."""
+    """Return the seconds for one prefill of the prompt, and for `new_tokens` single-token steps after it."""
     start = _now()
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     prefilled = _now()
@@ -146,6 +146,6 @@ def _speed(prefill: list[float], decode: list[float], prompt_tokens: int, new_to
 
 
 def _spread(seconds: list[float]) -> float:
-    """Half the interquartile range over the median."""
+    """Return half the interquartile range over the median."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return (high - low) / 2 / middle

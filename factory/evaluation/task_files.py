@@ -1,4 +1,4 @@
-"""Task files of lm-eval: what one names itself, the Python among it, and nothing else of its folder."""
+"""Inspect lm-eval task files without running them: what they name, and which Python they would run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from factory.errors import UsageError
 from factory.hub.front_matter import NOT_YAML, BoundedLoader
 
 TASK_SUFFIXES = (".yaml", ".yml")
-OF_THE_LIBRARIES = ("lm_eval", "factory")  # whose Python is run anyway
+OF_THE_LIBRARIES = ("lm_eval", "factory")  # packages whose Python runs anyway
 TASK_LINE = "an lm-eval YAML has a line `task: NAME`"
 WILD = frozenset("*?[")
 
 
 def is_task_file(task: str) -> bool:
-    """Whether a task is given as a file, not by name."""
+    """Return whether a task is given as a file, not by name."""
     return Path(task).suffix in TASK_SUFFIXES
 
 
 class _Function(str):
-    """What follows `!function`: a module and a name in it."""
+    """The value after `!function`: a module and a name in it."""
 
     __slots__ = ()
 
 
 class _Lenient(BoundedLoader):
-    """Reads lm-eval's files: their tags (`!function`) stand for themselves."""
+    """YAML loader for lm-eval's files that keeps their tags (`!function`) as text."""
 
 
 def _any_tag(_loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> str:
@@ -41,20 +41,20 @@ def _any_tag(_loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> str:
 _Lenient.add_multi_constructor("!", _any_tag)
 
 
-# What reading such a file raises: PyYAML takes `2020-99-99` for a date, `!!bool x` for a key, and so on.
+# Errors of reading such a file: PyYAML takes `2020-99-99` for a date, `!!bool x` for a key, and so on.
 UNREADABLE = (*NOT_YAML, OSError)
 
 
 @dataclass(frozen=True)
 class _Definition:
-    """One YAML file with those that it includes, each before the one that overrides it."""
+    """A YAML file with the files it includes, each before the one that overrides it."""
 
     path: Path
     chain: tuple[tuple[Path, dict[str, Any]], ...]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The file's keys over those of what it includes."""
+        """Keys of the file, merged over those of its includes."""
         merged: dict[str, Any] = {}
         for _, value in self.chain:
             merged |= value
@@ -62,7 +62,7 @@ class _Definition:
 
     @property
     def name(self) -> str | None:
-        """Of the task, or group, that it defines."""
+        """Name of the task or group that the file defines."""
         keys = ("task",) if "class" in self.settings else ("group", "task")
         names = [self.settings.get(key) for key in keys]
         return next((name for name in names if isinstance(name, str) and name), None)
@@ -74,7 +74,7 @@ class _Definition:
 
     @property
     def members(self) -> dict[str, bool]:
-        """Tasks, groups and tags that a group names; whether it says nothing more about them."""
+        """Tasks, groups and tags that a group names → whether it only names them."""
         is_group = "group" in self.settings and "class" not in self.settings
         return dict(_members(self.settings.get("task"))) if is_group else {}
 
@@ -93,28 +93,26 @@ def _members(listed: Any) -> Iterator[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task file and all that it names."""
+    """A task file and everything that it names."""
 
-    name: str  # of the task, or group
+    name: str  # of the task or group
     definitions: tuple[Path, ...]  # the file, and for a group those of its members
-    parts: tuple[Path, ...]  # these, what they include, and the Python that they name
+    parts: tuple[Path, ...]  # definitions, their includes, and the Python files that they name
     code: tuple[str, ...]  # Python that they run: "doc_to_text: words.shown (mine/words.py)"
-    missing: tuple[str, ...]  # members of a group that no file beside it defines
+    missing: tuple[str, ...]  # members of a group that no file in its folder defines
 
 
 def read_task_file(path: Path) -> TaskFile:
-    """Look at an lm-eval YAML file without running any of it.
+    """Read an lm-eval YAML file without running any of it.
 
-    Members of a group are looked for by their names in the YAML files of its folder, as lm-eval does.
+    Members of a group are looked up by name in the YAML files of its folder, as lm-eval does.
 
     Raises:
-        UsageError: No such file, no YAML, one that names no task, or a member that two files define.
+        UsageError: The file is missing, is not YAML or names no task, or two files define one member.
     """
     definition = _defined(path)
     if definition.name is None:
-        raise UsageError(
-            f"task file {str(path)!r} names no task", hint="an lm-eval YAML has a line `task: NAME`"
-        )
+        raise UsageError(f"task file {str(path)!r} names no task", hint=TASK_LINE)
     definitions, missing = _with_members(definition)
     chains = {part: value for one in definitions for part, value in one.chain}
     functions = list(
@@ -144,16 +142,16 @@ def _defined(path: Path) -> _Definition:
 
 
 def _chain(path: Path, seen: tuple[Path, ...], *, by: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that one includes, and then itself; a cycle, which lm-eval refuses, is not followed."""
+    """Yield the files that one includes, then the file itself; cycles, which lm-eval refuses, are cut."""
     if not local_path(str(path)).is_file():
         raise UsageError(
-            f"task file {by}{str(path)[:200]!r} does not exist", hint="give a task name or a YAML file"
+            f"task file {by}{str(path)[:200]!r} does not exist", hint="pass a task name or a YAML file"
         )
     try:
         value: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        raise UsageError(f"task file {by}{str(path)!r} is no YAML: {reason}", hint="correct it") from error
+        raise UsageError(f"task file {by}{str(path)!r} is not YAML: {reason}", hint="fix it") from error
     value = value if isinstance(value, dict) else {}
     named = value.get("include", [])
     for name in named if isinstance(named, list) else [named]:
@@ -164,7 +162,7 @@ def _chain(path: Path, seen: tuple[Path, ...], *, by: str) -> Iterator[tuple[Pat
 
 
 def _with_members(definition: _Definition) -> tuple[list[_Definition], list[str]]:
-    """A definition with those of all members of its groups, and the names that no file defines."""
+    """Return a definition with those of all members of its groups, and the names that no file defines."""
     if not definition.members:
         return [definition], []
     beside = [one for one in _beside(definition.path) if one.name]
@@ -179,7 +177,7 @@ def _with_members(definition: _Definition) -> tuple[list[_Definition], list[str]
         if len(named) > 1:
             paths = " and ".join(repr(str(one.path)) for one in named[:2])
             raise UsageError(
-                f"{name!r}, of the group {definition.name!r}, is what {paths} both define",
+                f"{name!r}, of the group {definition.name!r}, is defined by both {paths}",
                 hint="keep one of them in that folder",
             )
         named = named or [one for one in beside if name in one.tags]
@@ -192,7 +190,7 @@ def _with_members(definition: _Definition) -> tuple[list[_Definition], list[str]
 
 
 def _beside(path: Path) -> Iterator[_Definition]:
-    """What the other YAML files of a folder define; one that cannot be read defines nothing."""
+    """Yield the definitions in the other YAML files of a folder, skipping unreadable ones."""
     for other in sorted(path.parent.rglob("*")):
         if other.suffix in TASK_SUFFIXES and other.is_file() and other != path:
             try:
@@ -202,14 +200,14 @@ def _beside(path: Path) -> Iterator[_Definition]:
 
 
 def _functions(value: dict[str, Any]) -> Iterator[tuple[str, _Function]]:
-    """Each `!function` of a file, with the last key above it."""
+    """Yield each `!function` of a file, with the last key above it."""
     for key, part in _leaves(value):
         if isinstance(part, _Function):
             yield key, part
 
 
 def _located(function: _Function, part: Path) -> tuple[str, Path | str]:
-    """A function, and the file or else the module that lm-eval takes it from."""
+    """Return a function, and the file, or else the module, that lm-eval takes it from."""
     module = function.rpartition(".")[0]
     beside = part.parent / f"{module.replace('.', '/')}.py"
     return str(function), beside if beside.is_file() else f"module {module}"
@@ -224,7 +222,7 @@ def _of_a_library(where: Path | str) -> bool:
 
 
 def _fetched_metrics(settings: dict[str, Any]) -> Iterator[str]:
-    """Metrics that lm-eval lacks: it has the library `evaluate` fetch and run a program of that name."""
+    """Yield metrics that lm-eval lacks, for which the library `evaluate` downloads and runs a program."""
     listed = settings.get("metric_list")
     if settings.get("process_results") is not None or not isinstance(listed, list):
         return
@@ -240,21 +238,21 @@ def _fetched_metrics(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def local_data(part: Path) -> dict[str, tuple[Path, ...]]:
-    """Paths of this machine that a file of lm-eval takes questions from, as they are written there.
+    """Return the local paths from which an lm-eval file takes questions, by their text in the file.
 
     Returns:
-        For each the file or folder; for a pattern all that it matches.
+        The file or folder of each path, or all matches of a pattern.
     """
     if part.suffix not in TASK_SUFFIXES:
         return {}
     try:
         value: Any = yaml.load(part.read_text(encoding="utf-8"), Loader=_Lenient)
-    except UNREADABLE:  # nothing that lm-eval could read
+    except UNREADABLE:  # lm-eval cannot read it either
         return {}
     value = value if isinstance(value, dict) else {}
     options = value.get("dataset_kwargs")
     named = [options.get(key) for key in ("data_files", "data_dir")] if isinstance(options, dict) else []
-    if "/" in str(value.get("dataset_path", "")):  # without one it is a format: json
+    if "/" in str(value.get("dataset_path", "")):  # without a slash it is a format: json
         named.append(value["dataset_path"])
     if ".yaml:" in str(value.get("use_prompt", "")):
         named.append(str(value["use_prompt"]).rpartition(":")[0])
@@ -263,7 +261,7 @@ def local_data(part: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def root_of(text: str) -> tuple[Path, str]:
-    """The folder that a pattern looks into, and the pattern in it; a path is its own root."""
+    """Split a pattern into the folder it searches and the rest; a plain path is its own root."""
     parts = Path(text).parts
     wild = next((index for index, part in enumerate(parts) if WILD & set(part)), len(parts))
     return Path(*parts[:wild]), "/".join(parts[wild:])
@@ -279,7 +277,7 @@ def _matched(text: str) -> tuple[Path, ...]:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """What is neither list nor mapping, with the last key above it; each part once, also within itself."""
+    """Yield values other than lists and mappings with the last key above them; safe for cycles."""
     left, seen = [(key, value)], set()
     while left:
         name, part = left.pop(0)

@@ -1,4 +1,4 @@
-"""Scores of lm-eval's tasks: which of its numbers are shown, what they are made of, and what they mean."""
+"""Turn lm-eval's results into scores: choose the metric, its chance level and the answers behind it."""
 
 import math
 import re
@@ -13,16 +13,16 @@ from factory.errors import DataError, UsageError
 from factory.evaluation.answers import Answers, as_mean, as_perplexity
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task gives is shown
-NO_METRIC = "bypass"  # lm-eval's name for answers that are kept and not scored
-MOST_ROWS = 20  # of one group or tag
+METRICS = ("acc_norm", "acc", "exact_match")  # in order of preference
+NO_METRIC = "bypass"  # lm-eval's name for answers that are kept but not scored
+MAX_ROWS = 20  # per group or tag
 
 
 def rows_of(name: str, loaded: Any) -> dict[str, list[str]]:
-    """The tasks and groups that get a score each, with the tasks that it is made of.
+    """Return the tasks and groups that get a score each, with the tasks behind it.
 
-    A group has a score of its own where each of its tasks gives a metric that it averages. For another,
-    and for a tag, lm-eval computes none: its members have one each.
+    A group has its own score if each of its tasks has a metric that the group averages. For other groups
+    and for tags lm-eval computes none, so each member has one.
     """
     groups = loaded.get("groups", {})
     rows: dict[str, list[str]] = {}
@@ -39,53 +39,53 @@ def rows_of(name: str, loaded: Any) -> dict[str, list[str]]:
 
 
 def _averages(group: Any) -> bool:
-    """Whether all tasks of a group give a metric that it averages."""
+    """Return whether all tasks of a group have a metric that it averages."""
     averaged = {entry.metric for entry in group.aggregate_metric_list or ()}
     given = [set(task.aggregation()) for task in group.get_all_tasks()]
     return bool(given) and bool(averaged.intersection(*given))
 
 
 def check_scored(task: str, name: str, loaded: Any) -> None:
-    """Refuse before the work what no score can come of.
+    """Refuse, before the work, tasks that cannot give a score.
 
     Raises:
-        UsageError: No task, too many of them, or one that is not answered or not scored here.
+        UsageError: There are no tasks, too many, or one that cannot be answered or scored here.
     """
     rows = rows_of(name, loaded)
     if not rows:
         raise UsageError(
             f"{task!r} is a group without tasks", hint="`task:` of a group is a list of their names"
         )
-    if len(rows) > MOST_ROWS:
+    if len(rows) > MAX_ROWS:
         some = ",".join(list(rows)[:3])
         raise UsageError(
-            f"{task!r} has no score of its own, but {len(rows)} members that have one",
+            f"{task!r} has no score of its own, but {len(rows)} members that do",
             hint=f"name those that matter, as in `tasks={some}`",
         )
     for part, one in loaded["tasks"].items():
         if getattr(one, "UNSAFE_CODE", False):
             raise UsageError(
-                f"task {part!r} runs the programs that a model writes, which is not done here",
-                hint="leave it out of `tasks`",
+                f"task {part!r} runs programs written by the model, which is not supported",
+                hint="remove it from `tasks`",
             )
         if getattr(one, "MULTIMODAL", False):
             raise UsageError(
-                f"task {part!r} asks about images or sounds, not text", hint="leave it out of `tasks`"
+                f"task {part!r} asks about images or sounds, not text", hint="remove it from `tasks`"
             )
         if set(one.aggregation()) == {NO_METRIC}:
-            raise UsageError(f"task {part!r} has no metric but {NO_METRIC!r}", hint="leave it out of `tasks`")
+            raise UsageError(f"task {part!r} has no metric but {NO_METRIC!r}", hint="remove it from `tasks`")
 
 
 def task_score(
     name: str, parts: Sequence[Any], results: dict[str, Any], *, runs_code: bool
 ) -> tuple[TaskScore, Answers]:
-    """Score of one row, and that of each question as far as the score is made of them.
+    """Return the score of one row, and those of its questions if the score follows from them.
 
     Args:
-        name: Of a task or group.
+        name: Name of a task or group.
         parts: lm-eval's loaded tasks that it consists of.
-        results: Of lm-eval.
-        runs_code: Whether Python of a task file was run for it.
+        results: Results of lm-eval.
+        runs_code: Whether Python from a task file was run for it.
 
     Raises:
         DataError: lm-eval gives no number.
@@ -94,8 +94,8 @@ def task_score(
     key = _shown(name, values)
     metric, _, answers = key.partition(",")
     stderr = values.get(f"{metric}_stderr,{answers}")
-    # A task with several ways to find an answer logs each question once for each of them.
-    # Several processes' rows stand one process after another.
+    # A task with several ways to extract an answer logs each question once per way; rows of several
+    # processes come one process after another.
     rows = {
         part.task_name: sorted(
             (row for row in results["samples"][part.task_name] if row["filter"] == answers),
@@ -129,7 +129,7 @@ def task_score(
 
 
 def _shown(name: str, values: dict[str, Any]) -> str:
-    """The key of the number that is shown: "acc,none" is a metric and a filter."""
+    """Return the key of the number to show: "acc,none" is a metric and a filter."""
     keys = [
         key
         for key, value in values.items()
@@ -137,18 +137,18 @@ def _shown(name: str, values: dict[str, Any]) -> str:
         if not key.startswith(f"{NO_METRIC},")
     ]
     if not keys:
-        raise DataError(f"lm-eval gives no number for task {name!r}", hint="leave it out of `tasks`")
+        raise DataError(f"lm-eval gives no number for task {name!r}", hint="remove it from `tasks`")
     known = (key for metric in METRICS for key in keys if key.startswith(f"{metric},"))
     return next(known, keys[0])
 
 
 def _direction(metric: str, parts: Iterable[Any]) -> bool | None:
-    """Whether a higher value is better; None where the tasks do not say, or not the same."""
+    """Return whether higher values are better; None if the tasks do not say, or disagree."""
     from lm_eval.api.registry import is_higher_better
 
-    said = {part.higher_is_better().get(metric, is_higher_better(metric)) for part in parts}
-    answer = said.pop()
-    return answer if not said and isinstance(answer, bool) else None
+    directions = {part.higher_is_better().get(metric, is_higher_better(metric)) for part in parts}
+    direction = directions.pop()
+    return direction if not directions and isinstance(direction, bool) else None
 
 
 def _part_scores(key: str, rows: dict[str, Any], results: dict[str, Any]) -> tuple[PartScore, ...]:
@@ -164,7 +164,7 @@ def _part_scores(key: str, rows: dict[str, Any], results: dict[str, Any]) -> tup
 
 
 def _answers(rows: dict[str, list[dict[str, Any]]], *, metric: str, value: float) -> Answers:
-    """The score of each question, where that of the task follows from them in a way that is known."""
+    """Return the score of each question if the task's score follows from them in a known way."""
     found = {task: [row.get(metric) for row in logged] for task, logged in rows.items()}
     for known in (as_mean, as_perplexity):
         if (answers := known(found, value)) is not None:
@@ -173,9 +173,9 @@ def _answers(rows: dict[str, list[dict[str, Any]]], *, metric: str, value: float
 
 
 def _question_data(parts: Iterable[Any]) -> tuple[DataSource, ...]:
-    """Hub data sets of loaded tasks, at the commit that each was read at.
+    """Return the Hub data sets of loaded tasks, with the commit that was read.
 
-    lm-eval asks for no commit; `datasets` names the folder in its cache by the one it found.
+    lm-eval pins no commit; `datasets` names its cache folder after the one it found.
     """
     found = set()
     for part in parts:
@@ -191,9 +191,9 @@ def _question_data(parts: Iterable[Any]) -> tuple[DataSource, ...]:
 
 
 def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """The score without a look at the question: of a random guess, or of always the commonest answer.
+    """Return the score without reading the question: of guessing, or of always the most common answer.
 
-    The latter where all questions offer the same answers: 62 % of BoolQ's are "yes".
+    The latter applies if all questions offer the same answers: 62 % of BoolQ's are "yes".
     """
     choices = [len(sample["filtered_resps"]) for sample in samples]
     if not choices or min(choices) < 2:

@@ -1,4 +1,4 @@
-"""What a text or a task is, as part of a stage's key: equal identities give equal results."""
+"""Check tasks, and identify them in stage keys: equal identities give equal results."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from factory.resources import DEMO_TASKS
 from factory.store.files import sha256_of_file
 from factory.text.standard_library import fingerprint
 
-KNOWN_TASKS = {"mmlu", "boolq", "gsm8k"}  # need no look into lm-eval's list, which takes 18 s
-BESIDE_PYTHON = {*TASK_SUFFIXES, ".py", ".jsonl", ".json"}  # what it may well read
-MOST_BYTES = 64 * 2**20  # read for one identity
+KNOWN_TASKS = {"mmlu", "boolq", "gsm8k"}  # spared the scan of lm-eval's list, which takes 18 s
+BESIDE_PYTHON = {*TASK_SUFFIXES, ".py", ".jsonl", ".json"}  # files that Python is likely to read
+MAX_BYTES = 64 * 2**20  # read for one identity
 
 
 def task_identity(task: str) -> str:
-    """A task's name; for a YAML file with its content and that of all files that it names."""
+    """Return a task's name; for a YAML file also a hash of its content and of all files it names."""
     if is_task_file(task):
         digest = hashlib.sha256("\0".join(_parts(Path(task))).encode())
         return f"{Path(task).name}:{digest.hexdigest()}"
     if _is_embedded(task):
-        return f"{task}:{fingerprint('held-out')}"  # its questions are made from that text
+        return f"{task}:{fingerprint('held-out')}"  # its questions are derived from that text
     return task
 
 
@@ -32,15 +32,15 @@ def _is_embedded(task: str) -> bool:
 
 
 def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> None:
-    """Accept tasks that can be run.
+    """Check that all tasks can be run.
 
     Args:
-        search: Ask lm-eval about names that are neither embedded nor well known; takes 18 s.
-        run_code: Accept task files that name Python.
+        search: Whether to ask lm-eval about names neither embedded nor well known, which takes 18 s.
+        run_code: Whether task files may run Python.
 
     Raises:
-        UsageError: A task file that is missing, names no task or runs Python that is not accepted, two of
-            one name, or a name that lm-eval does not know.
+        UsageError: A task file is missing, names no task or runs Python without permission, two tasks have
+            one name, or lm-eval does not know a name.
     """
     unknown = []
     named: dict[str, str] = {}
@@ -48,7 +48,7 @@ def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> 
         name = _accepted(Path(task), run_code=run_code) if is_task_file(task) else task
         if name in named:
             raise UsageError(
-                f"`tasks` names {name!r} twice: {named[name]} and {task}", hint="leave one of them out"
+                f"`tasks` names {name!r} twice: {named[name]} and {task}", hint="remove one of them"
             )
         named[name] = task
         if is_task_file(task):
@@ -61,44 +61,44 @@ def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> 
         known = TaskManager().all_tasks
         for task in unknown:
             if task not in known:
-                raise UsageError(f"lm-eval knows no task {task!r}", hint="`lm-eval ls tasks` prints them all")
+                raise UsageError(f"lm-eval has no task {task!r}", hint="`lm-eval ls tasks` lists them all")
 
 
 def _accepted(path: Path, *, run_code: bool) -> str:
-    """The name of a task whose Python may run."""
+    """Return the name of a task file, refusing Python without permission."""
     found = read_task_file(path)
     if found.code and not run_code:
         raise UsageError(
             f"task file {str(path)!r} runs Python: {', '.join(found.code)}",
-            hint="read it; `run_task_code` runs it, with your rights",
+            hint="read it first; `run_task_code` runs it with your permissions",
         )
     return found.name
 
 
 def check_backend(settings: EvaluateSettings) -> None:
-    """Refuse what is to answer the tasks and is not installed here.
+    """Refuse a backend that is not installed here.
 
     Raises:
-        UsageError: It is not.
+        UsageError: vLLM is requested but not installed.
     """
     if settings.backend == "vllm" and find_spec("vllm") is None:
         raise UsageError(
             "`eval_backend=vllm`: vLLM is not installed here",
-            hint="`pip install vllm` on a machine with a GPU, or leave the option out",
+            hint="`pip install vllm` on a machine with a GPU, or omit the option",
         )
 
 
 def _parts(task: Path) -> Iterator[str]:
-    """All that lm-eval reads for a task file by its content; past the bound by name and size alone.
+    """Yield a hash of each file that lm-eval reads for a task file; beyond the limit only name and size.
 
-    Python can read whatever lies beside it: with some, that counts as well.
+    Python code can read any file beside it, so these files count too.
     """
     found = read_task_file(task)
     folders = sorted({part.parent for part in found.parts if part.suffix == ".py"})
     beside = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in BESIDE_PYTHON]
     data = [path for part in found.parts for paths in local_data(part).values() for path in paths]
     inside = [file for path in data for file in (path, *sorted(path.rglob("*")))]
-    left = MOST_BYTES
+    left = MAX_BYTES
     for path in dict.fromkeys(path for path in (*found.parts, *beside, *inside) if path.is_file()):
         size = path.stat().st_size
         left -= size

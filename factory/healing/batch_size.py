@@ -1,4 +1,4 @@
-"""How many sequences a training pass holds: the most that fit the GPU, activations kept if those fit."""
+"""Find the most sequences per training pass that fit the GPU, with activations kept if possible."""
 
 import gc
 from typing import Any
@@ -7,28 +7,28 @@ import torch
 
 from factory.parallel import processes
 
-SHARE = 0.92  # of the memory that may be used; the rest is lost between blocks
-OPTIMIZER_BYTES = 12  # a trained parameter: gradient and Adam's two moments in fp32
-CANDIDATES = 64  # training sequences among which the longest is tried
+SHARE = 0.92  # of the available memory; the rest is lost to fragmentation
+OPTIMIZER_BYTES = 12  # per trained parameter: gradient and Adam's two moments in fp32
+CANDIDATES = 64  # training sequences, the longest of which is tried
 
 
 def fit_micro_batch(trainer: Any) -> None:
-    """Set a trainer's batch on each device by trying a pass, at an unchanged effective batch.
+    """Set a trainer's batch size per device by trying passes; the effective batch size is unchanged.
 
-    Activations are computed again in the backward pass only if not even one sequence fits otherwise. On a
-    CPU everything stays as it is.
+    Activations are recomputed in the backward pass only if not even one sequence fits otherwise. On a CPU
+    nothing changes.
 
     Args:
-        trainer: Built with one sequence a pass, and without checkpointing of activations.
+        trainer: Trainer built with one sequence per pass, and without activation checkpointing.
     """
     arguments = trainer.args
-    if processes.sharded():  # not divided yet, so nothing can be tried: as little as possible
+    if processes.sharded():  # the model is not sharded yet, so nothing can be tried: use the minimum
         _recompute(trainer)
         return
     if trainer.model.device.type != "cuda":
         return
     sequences = arguments.gradient_accumulation_steps
-    found = processes.gather([_largest(trainer, sequences)])  # a pass is as large on each GPU
+    found = processes.gather([_largest(trainer, sequences)])  # passes are equally large on all GPUs
     checkpointing, size = any(again for again, _ in found), min(size for _, size in found)
     if checkpointing:
         _recompute(trainer)
@@ -38,34 +38,34 @@ def fit_micro_batch(trainer: Any) -> None:
 
 
 def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
-    """Whether activations must be computed again, and how many sequences then fit this process's GPU."""
+    """Return whether activations must be recomputed, and how many sequences then fit this process's GPU."""
     for checkpointing in (False, True):
         if checkpointing:
             _recompute(trainer)
         for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
             if _fits(trainer, size):
                 return checkpointing, size
-    return True, 1  # not even that fits: training itself says so, with the numbers of the allocator
+    return True, 1  # if not even that fits, training fails with the allocator's own message
 
 
 def _recompute(trainer: Any) -> None:
-    """Enabled here, not by the trainer: that lets the backward pass go down to the embeddings each time.
+    """Enable recomputation here, since the trainer's way makes every backward pass reach the embeddings.
 
-    With `heal_layers=seam` it may end where the first adapter lies, and nothing below is kept for it.
+    With `heal_layers=seam` it may end at the first adapter, and nothing below has to be kept.
     """
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.model.disable_input_require_grads()
 
 
 def _fits(trainer: Any, size: int) -> bool:
-    """Whether a forward and a backward pass over `size` full sequences leave room for the optimiser."""
+    """Return whether forward and backward passes over `size` full sequences leave room for the optimiser."""
     rows = [trainer.train_dataset[i] for i in range(min(CANDIDATES, len(trainer.train_dataset)))]
     longest = max(rows, key=lambda row: len(row["input_ids"]))
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     trainer.model.train()
     torch.cuda.reset_peak_memory_stats()
     random = torch.cuda.get_rng_state()
-    trainer.accelerator.gather_for_metrics = lambda value: value  # what fits is each process's own matter
+    trainer.accelerator.gather_for_metrics = lambda value: value  # each process tries on its own
     try:
         inputs = trainer._prepare_inputs(trainer.data_collator([longest] * size))
         with trainer.accelerator.autocast():

@@ -1,4 +1,4 @@
-"""Callbacks of a healing run: progress with its speed, tracking, and ends of a run that does not go well."""
+"""Callbacks of a healing run: progress and speed, tracking, and stopping a run that goes wrong."""
 
 import io
 import math
@@ -19,22 +19,22 @@ from factory.config.tracking import Tracking
 from factory.errors import HealingError
 from factory.gpus import peak_flops
 
-SPIKE = 2.0  # times the first loss: worse than not having healed at all
-SPIKE_NATS = 1.0  # at least so far above the first
-PROJECT = "hf-factory"  # that trackers file runs under
-RISES = 3  # checkpoints in a row
+SPIKE = 2.0  # times the first loss: worse than not healing at all
+SPIKE_NATS = 1.0  # minimum distance above the first loss
+PROJECT = "hf-factory"  # project name in trackers
+RISES = 3  # consecutive checkpoints
 
 
 class DivergedError(HealingError):
-    """The loss is no longer finite, or far above where it began."""
+    """The loss is no longer finite, or far above its starting value."""
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """Reports steps, loss and speed; stops a run whose loss runs away before that is saved.
+    """Reports steps, loss and speed; stops a run whose loss diverges before that state is saved.
 
     Args:
-        report: Gets steps done, steps in all, and a note: "loss 2.345, 13,900 tokens/s, MFU 0.37".
-        flops_per_token: Of forward and backward passes, for the utilisation; adapters are not counted.
+        report: Callback that receives steps done, total steps and "loss 2.345, 13,900 tokens/s, MFU 0.37".
+        flops_per_token: FLOP of forward and backward passes without adapters, for the utilisation.
     """
 
     def __init__(self, report: Callable[[int, int, str], None], *, flops_per_token: float) -> None:
@@ -56,7 +56,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         refuse_run_away("loss", loss, first=self.first, step=state.global_step)
 
     def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Before the checkpoint is saved: one whose guard loss ran away is none to go on from."""
+        """Check the held-out loss before the checkpoint is saved: a diverged one is useless for resuming."""
         losses = [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
         refuse_run_away("held-back loss", losses[-1], first=losses[0], step=state.global_step)
 
@@ -69,24 +69,24 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             rate = (tokens - self.began[1]) / (now - self.began[0])
             speed = f", {rate:,.0f} tokens/s" + _utilisation(rate * self.flops_per_token)
         self.report(state.global_step, state.max_steps, self.loss + speed)
-        if state.global_step == state.max_steps:  # the last step counts as much as any
+        if state.global_step == state.max_steps:  # the last step is a candidate like any other
             control.should_evaluate = control.should_save = True
 
 
 def refuse_run_away(name: str, loss: float, *, first: float, step: int) -> None:
-    """Raise DivergedError for a loss that is not finite, or far above the first."""
+    """Raise DivergedError if a loss is not finite, or far above the first."""
     if not (math.isfinite(loss) and loss <= first + max((SPIKE - 1) * first, SPIKE_NATS)):
         raise DivergedError(
-            f"the {name} is {loss:.4g} at step {step}, after {first:.4g} at the start",
+            f"the {name} is {loss:.4g} at step {step}; it was {first:.4g} at the start",
             hint="a lower `heal_lr` usually helps",
         )
 
 
 class Report(TrainerCallback):  # type: ignore[misc]
-    """Reports a training by transformers' callback for the tracker, until the training or the tracker ends.
+    """Reports the training through transformers' callback for the tracker, until either of them ends.
 
-    A tracker that fails costs one warning, and what it prints is not shown. A second attempt at a build
-    continues its run, except in TensorBoard, which shows the attempts of a folder together.
+    A failing tracker causes one warning; its output is hidden. A second attempt at a build continues the
+    same run, except in TensorBoard, which shows all attempts of a folder together.
     """
 
     def __init__(self, tracking: Tracking) -> None:
@@ -106,7 +106,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
         self._pass_on("on_train_end", *args, **kwargs)
         with self._guarded():
             self._end_wandb()
-        self.callback = None  # a loss that is logged afterwards would begin another run
+        self.callback = None  # a loss logged later would start another run
 
     def _pass_on(self, event: str, *args: Any, **kwargs: Any) -> None:
         if self.callback is not None:
@@ -114,7 +114,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
                 getattr(self.callback, event)(*args, **kwargs)
 
     def _end_wandb(self) -> None:
-        """End the open run, which transformers leaves open and would take for the next build's."""
+        """Finish the run, which transformers leaves open and would reuse for the next build."""
         if self.tracking.tracker == "wandb":
             import wandb
 
@@ -133,17 +133,17 @@ class Report(TrainerCallback):  # type: ignore[misc]
         try:
             with redirect_stdout(printed), redirect_stderr(printed), patch_environment(**variables):
                 yield
-        except Exception as error:  # noqa: BLE001  whatever it is, the build is worth no less
+        except Exception as error:  # noqa: BLE001  no tracker failure may fail the build
             self.callback = None
             reason = next(iter(str(error).splitlines()), repr(error))
-            self.tracking.warn(f"{self.tracking.tracker} failed; healing goes on without it: {reason}")
+            self.tracking.warn(f"{self.tracking.tracker} failed; healing continues without it: {reason}")
 
 
 class EarlyStop(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose guard loss has risen at three checkpoints in a row in the second half of its steps.
+    """Stops a run whose held-out loss rises at three consecutive checkpoints in the second half of its steps.
 
-    Not before, and not for want of a new minimum: while the learning rate is high the loss may stand above
-    where it began, and falls when the rate does.
+    It does not stop earlier, or because there is no new minimum: while the learning rate is high, the loss
+    may be above its starting value, and it falls along with the rate.
     """
 
     def on_evaluate(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -152,7 +152,7 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
 
 
 def rises(state: Any) -> bool:
-    """Whether the guard's loss has risen so often, as far as a trainer's state goes."""
+    """Return whether the held-out loss in a trainer's state has risen `RISES` times in a row."""
     losses = [
         entry["eval_loss"]
         for entry in state.log_history
@@ -162,10 +162,10 @@ def rises(state: Any) -> bool:
 
 
 class Slower(TrainerCallback):  # type: ignore[misc]
-    """Lowers the learning rate of the rest of a run, after its schedule and optimiser were restored.
+    """Lowers the learning rate for the rest of a run, after its schedule and optimiser were restored.
 
     Args:
-        step: Where the run went on from; checkpoints behind it hold the lower rate already.
+        step: Step from which the run resumed; later checkpoints already have the lower rate.
     """
 
     def __init__(self, step: int) -> None:
@@ -190,7 +190,7 @@ class Slower(TrainerCallback):  # type: ignore[misc]
 
 
 def _utilisation(flops: float) -> str:
-    """Model FLOP utilisation of the GPU: ", MFU 0.37"; empty for a card whose peak is not known."""
+    """Return the model FLOP utilisation of the GPU, ", MFU 0.37"; empty if the GPU's peak is unknown."""
     if not torch.cuda.is_available():
         return ""
     peak = peak_flops(torch.cuda.get_device_name())

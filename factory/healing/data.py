@@ -1,4 +1,4 @@
-"""The healing text as tokens: what is trained on, and what is held back to see whether that helped."""
+"""Tokenise the healing text into training sequences and a held-out set that shows whether healing helped."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ from factory.parallel import processes
 from factory.text.text import Text
 
 disable_progress_bars()
-GUARD_SEQUENCES = 64  # held back from the healing text
-GUARD_SHARE = 0.05  # at most, of the training tokens: the guard is read a dozen times
+GUARD_SEQUENCES = 64  # held out of the healing text
+GUARD_SHARE = 0.05  # maximum share of the training tokens, since the held-out set is read a dozen times
 DOCUMENTS = 64  # tokenised at once
 
 
 def data_sets(
     text: Text, encoder: Encoder, *, settings: HealSettings, seed: int, folder: Path
 ) -> tuple[Dataset, Dataset]:
-    """Guard and training sequences, tokenised. Training stops taking text at its token budget.
+    """Return held-out and training sequences, tokenised; training takes no more text than its token budget.
 
     Args:
-        folder: Training sequences are kept on disk in its `tokens`; other processes read the main one's.
+        folder: Folder in whose `tokens` the training sequences are stored; all processes read them there.
 
     Raises:
-        DataError: Too little text.
+        DataError: There is too little text.
     """
     budget = settings.num_steps * settings.batch_size * settings.sequence_length
     documents = _documents(text, encoder, length=settings.sequence_length, seed=seed)
@@ -39,12 +39,12 @@ def data_sets(
     first = next(sequences, None)
     if first is None:
         raise DataError(
-            f"{text.data.name} holds too little text to heal on",
-            hint="give more with `heal_data`, or build without healing: `no_heal`",
+            f"{text.data.name} has too little text to heal on",
+            hint="provide more with `heal_data`, or build without healing: `no_heal`",
         )
     scratch = folder / "tokens"
     if processes.is_main():
-        shutil.rmtree(scratch, ignore_errors=True)  # cut short: made again from the same text
+        shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted attempt: made again from the same text
     train = _on_disk(_until(chain([first], sequences), num_tokens=budget), scratch, name=f"heal-{seed}")
     return Dataset.from_dict({"input_ids": guard}), train
 
@@ -57,15 +57,15 @@ def _on_disk(sequences: Iterator[list[int]], folder: Path, *, name: str) -> Data
             cache_dir=str(folder),
             fingerprint=name,
         )
-    except DatasetGenerationError as error:  # hides what the text raised
+    except DatasetGenerationError as error:  # wraps the error that the text raised
         raise error.__cause__ or error from None
 
 
 def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list[list[int]]:
-    """Sequences of the first documents; what is left of the last of them is nobody's.
+    """Return sequences of the first documents; the rest of the last of these is not used at all.
 
-    A document is in the guard or in the training text, never in both: pieces of one document are too
-    much alike for one to say whether training on the other helped.
+    No document is split between held-out set and training text: its pieces are too similar for one to
+    show whether training on another helped.
     """
     guard: list[list[int]] = []
     for document in documents:
@@ -77,13 +77,13 @@ def take_guard(documents: Iterator[list[list[int]]], *, num_tokens: int) -> list
 
 
 def not_in(guard: list[list[int]], documents: Iterator[list[list[int]]]) -> Iterator[list[list[int]]]:
-    """Documents that do not begin as one of the guard's: a text may hold a document twice."""
+    """Yield documents that do not begin like a held-out one, since a text may contain duplicates."""
     held_back = {tuple(sequence) for sequence in guard}
     return (document for document in documents if not document or tuple(document[0]) not in held_back)
 
 
 def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Iterator[list[list[int]]]:
-    """Each document as its sequences, with one end token behind the last."""
+    """Yield the sequences of each document, with one end token after the last."""
     documents = text.shuffled(seed)
     while some := list(islice(documents, DOCUMENTS)):
         for tokens in encoder.encode(some):

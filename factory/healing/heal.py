@@ -1,4 +1,4 @@
-"""Heal: QLoRA on the pruned checkpoint with TRL's SFTTrainer; the result is an adapter."""
+"""Heal a pruned checkpoint: train a QLoRA adapter with TRL's SFTTrainer."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use otherwise
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # otherwise TRL reports its use
 
 import pyarrow.compute
 import torch
@@ -49,24 +49,24 @@ from factory.parallel import processes
 from factory.text.text import Text
 
 CURVE_POINTS = 50
-POINTS_A_CHECKPOINT = 5  # of the curve: some ten checkpoints a run, each with the guard's loss
+POINTS_PER_CHECKPOINT = 5  # of the curve: about ten checkpoints per run, each with the held-out loss
 TRAINER_STATE = "trainer_state.json"
-SLOWED = "slowed.json"  # in the stage's folder: the step from which on the rate is lower
-# Of a trainer's checkpoint, beside what is written last; each under one of its names.
-OF_A_CHECKPOINT = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
+SLOWED = "slowed.json"  # in the stage's folder: the step from which the learning rate is lower
+# Files of a complete checkpoint, with alternative names; trainer_state.json is written last.
+CHECKPOINT_FILES = (("adapter_model.safetensors", "pytorch_model_fsdp*"), ("optimizer*",), ("scheduler.pt",))
 
 
 @dataclass(frozen=True)
 class Student:
-    """The model in training, and where its adapter lies."""
+    """The model in training, with the position of its adapter."""
 
     model: Any
     targets: Targets
     lora: LoraConfig
     start: int  # first layer with an adapter
-    new_names: dict[str, str]  # beginning of a module's name here → in the pruned checkpoint
+    new_names: dict[str, str]  # prefix of a module's name here → in the pruned checkpoint
     num_weights: int  # in the matrices of its layers
-    packs: bool  # whether it keeps documents apart that lie in one row
+    packs: bool  # whether it keeps documents in one row apart
 
 
 def heal(
@@ -83,23 +83,23 @@ def heal(
 ) -> Adapter:
     """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
 
-    Where the objective has a teacher, the source is loaded and its layers left out in memory: with them
-    and without the adapter it is the teacher. Works in `folder`, resumes from the last trainer checkpoint
-    found there, and leaves peft's adapter files and the guard's sequences in it. Training ends early where
-    the guard's loss goes on rising, and the adapter is the one with the lowest. A loss that runs
-    away brings back the last checkpoint before, at a lower rate; the second time the training ends, with
-    the adapter of the best checkpoint, or one that changes nothing.
+    If the objective has a teacher, the source is loaded and its dropped layers are skipped in memory: with
+    them and without the adapter it is the teacher. Works in `folder`: resumes from the last trainer
+    checkpoint there, and leaves peft's adapter files and the held-out sequences. Training stops early if
+    the held-out loss keeps rising, and the adapter with the lowest one is returned. If the loss diverges,
+    training returns to the last checkpoint at a lower learning rate; the second time it stops, with the
+    adapter of the best checkpoint, or one that changes nothing.
 
     Args:
-        source_folder: The model that `pruned` was made from.
-        dropped: Its layers that `pruned` lacks.
-        progress: Gets steps done, steps in all, and loss and speed.
-        tracking: Tracker that gets the losses as well.
+        source_folder: Folder of the source of `pruned`.
+        dropped: Layers of the source that `pruned` lacks.
+        progress: Callback that receives steps done, total steps, and loss and speed.
+        tracking: Tracker that also receives the losses.
 
     Raises:
-        DataError: Too little text.
+        DataError: There is too little text.
         HealingError: The loss is not finite before the first step.
-        UnsupportedArchitectureError: No modules that LoRA can adapt.
+        UnsupportedArchitectureError: The model has no modules that LoRA can adapt.
     """
     set_seed(seed)
     encoder = load_encoder(pruned.folder)
@@ -133,7 +133,7 @@ def heal(
     ended_at = trainer.state.global_step if ran_away else None
     if ran_away:
         back_to_best(trainer)
-    guard_curve = _curve(trainer.state.log_history, "eval_loss")  # before the next, which is of the best step
+    guard_curve = _curve(trainer.state.log_history, "eval_loss")  # first, since evaluate() adds the best step
     after = float(trainer.evaluate()["eval_loss"])
     tensors = adapter_tensors(trainer.model)
     if processes.is_main():
@@ -166,17 +166,16 @@ def heal(
 
 
 def slowed_at(folder: Path) -> int | None:
-    """The step from which on the rate is lower, None where it never was lowered."""
+    """Return the step from which the learning rate is lower, or None if it was never lowered."""
     path = folder / SLOWED
     return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
 
 
 def train_on(trainer: HealTrainer, folder: Path) -> bool:
-    """Train from the last checkpoint on; from the start, where the guard's loss is taken first.
+    """Train from the last checkpoint, or from the start; return whether the loss diverged, which ends it.
 
-    Returns whether the loss ran away, which ended it.
-
-    Not before: a model that was prepared to be evaluated alone is not prepared again, for several processes.
+    A start from scratch measures the held-out loss inside training: with several processes, a model already
+    prepared for evaluation alone would not be prepared again.
     """
     last = processes.from_main(last_whole_checkpoint(trainer_folder(folder)) if processes.is_main() else None)
     trainer.args.eval_on_start = last is None
@@ -189,10 +188,10 @@ def train_on(trainer: HealTrainer, folder: Path) -> bool:
 
 
 def back_to_best(trainer: HealTrainer) -> None:
-    """Give a trainer whose loss ran away the best checkpoint; without one, an adapter that changes nothing.
+    """Restore a trainer's best checkpoint after divergence; without one, an adapter that changes nothing.
 
     Raises:
-        HealingError: The loss was not finite before the first step: it is the model, not the training.
+        HealingError: The loss was not finite before the first step, so the model is at fault.
     """
     if best := trainer.state.best_model_checkpoint:
         trainer._load_best_model()
@@ -202,7 +201,7 @@ def back_to_best(trainer: HealTrainer) -> None:
     if not (before and math.isfinite(before[0]["eval_loss"])):
         raise HealingError(
             "the loss on held-back text is not a number before the first step of healing",
-            hint="the model's weights or its 4-bit form overflow; `no_heal` leaves the healing out",
+            hint="the model's weights or their 4-bit form overflow; `no_heal` skips healing",
         )
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -212,15 +211,14 @@ def back_to_best(trainer: HealTrainer) -> None:
 
 
 def trainer_folder(folder: Path) -> Path:
-    """Where the trainer's checkpoints lie; those of a sharded model are of another kind."""
+    """Return the folder of the trainer's checkpoints; a sharded model has its own kind."""
     return folder / ("trainer-sharded" if processes.sharded() else "trainer")
 
 
 def last_whole_checkpoint(output_folder: Path) -> str | None:
-    """The trainer's last checkpoint to go on from, None without one.
+    """Return the trainer's last complete checkpoint, or None.
 
-    One that was cut short while being written is removed: the trainer writes its state last. So
-    is one that was cut short while being removed.
+    Checkpoints only partly written or partly removed are deleted; the trainer writes its state last.
     """
     for checkpoint in output_folder.glob("checkpoint-*"):
         if not _is_whole(checkpoint):
@@ -234,7 +232,7 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return all(any(next(checkpoint.glob(name), None) for name in names) for names in OF_A_CHECKPOINT)
+    return all(any(next(checkpoint.glob(name), None) for name in names) for names in CHECKPOINT_FILES)
 
 
 def begin(
@@ -249,11 +247,11 @@ def begin(
     progress: Callable[[int, int, str], None],
     tracking: Tracking = NO_TRACKING,
 ) -> tuple[Student, HealTrainer]:
-    """The student and its trainer, before the first step.
+    """Return the student and its trainer, before the first step.
 
     Args:
-        model: NF4: the pruned model, or its source, as the objective asks.
-        texts: Guard and training sequences.
+        model: The pruned model or its source, as the objective requires, in NF4.
+        texts: Held-out and training sequences.
         dropped: Layers of the source that the student lacks.
     """
     student = _student(model, dropped=dropped, settings=settings)
@@ -269,7 +267,7 @@ def begin(
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            # TRL casts QLoRA adapters to bf16, where a small update to a weight rounds to nothing.
+            # TRL casts QLoRA adapters to bf16, in which small weight updates are rounded away.
             parameter.data = parameter.data.float()
     fit_micro_batch(trainer)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
@@ -284,9 +282,9 @@ def begin(
 
 def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
     packs = True
-    if not processes.sharded():  # nothing of it can run before FSDP has divided it
+    if not processes.sharded():  # no part of it can run before FSDP has sharded it
         packs = all(processes.gather([use_packed_attention(model) is not None]))
-        if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP divides
+        if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP shards
             fuse_norms(model)
     prefix, layers = find_layers(model)
     targets = find_targets(model, settings.modules)
@@ -321,7 +319,7 @@ def _trainer(
     on_gpu = best_device().type == "cuda"
     every = max(1, settings.num_steps // CURVE_POINTS)
     rows = settings.batch_size
-    if not student.packs:  # a step keeps its tokens, though a row holds one document alone, however short
+    if not student.packs:  # same tokens per step, although each row has only one, perhaps short, document
         mean_length = pyarrow.compute.mean(pyarrow.compute.list_value_length(train.data["input_ids"])).as_py()
         rows *= max(1, round(settings.sequence_length / mean_length))
     arguments = SFTConfig(
@@ -334,34 +332,34 @@ def _trainer(
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
-        router_aux_loss_coef=0.0,  # routers stay as they are, and the loss is of next tokens alone
+        router_aux_loss_coef=0.0,  # routers are not trained, and the loss is next-token loss only
         packing=student.packs,
         packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
         max_length=settings.sequence_length,
         bf16=on_gpu,
         use_cpu=not on_gpu,
-        gradient_checkpointing=False,  # see micro_batch.py
+        gradient_checkpointing=False,  # see batch_size.py
         include_num_input_tokens_seen="non_padding",
         logging_steps=every,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite must show
+        logging_nan_inf_filter=False,  # show losses that are not finite
         eval_strategy="steps",
-        eval_steps=POINTS_A_CHECKPOINT * every,
-        save_steps=POINTS_A_CHECKPOINT * every,
+        eval_steps=POINTS_PER_CHECKPOINT * every,
+        save_steps=POINTS_PER_CHECKPOINT * every,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         seed=seed,
         data_seed=seed,
-        report_to="none",  # `Report` does, which a tracker that fails does not end
+        report_to="none",  # `Report` does it, and survives a failing tracker
         project=PROJECT,
         run_name=tracking.run_name,
-        trackio_static_space_id=False,  # publishes no copy of what is tracked
+        trackio_static_space_id=False,  # publish no copy of the tracked values
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=True,  # an expert that no token went to
+        ddp_find_unused_parameters=True,  # experts that received no token
     )
-    arguments._n_gpu = 1  # that this process uses; the batch would be multiplied by all it sees
+    arguments._n_gpu = 1  # used by this process; otherwise the batch is multiplied by all visible GPUs
     trainer = TRAINERS[settings.objective]
     with as_named():
         return trainer(

@@ -1,4 +1,4 @@
-"""Where LoRA is laid: on what of which layers; and the adapter's files, in peft's format."""
+"""Choose the modules and layers that LoRA adapts, and write the adapter's files in peft's format."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from factory.model.layers import decoder_layers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
-GUARD = "guard.json"  # beside the adapter: the sequences that it was not trained on
+GUARD = "guard.json"  # held-out sequences, stored beside the adapter
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 TOKEN_MIXERS = ("att", "mixer", "mamba", "conv", "temporal", "lstm")  # in names of modules
 Modules = Literal["ffn", "all-linear"]
@@ -28,29 +28,28 @@ Modules = Literal["ffn", "all-linear"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What LoRA adapts in a layer: names relative to it, as "mlp.down_proj"."""
+    """What LoRA adapts in a layer, as names relative to it: "mlp.down_proj"."""
 
-    modules: list[str]  # linear ones
-    experts: list[str]  # parameters that hold all experts at once
-    left_out: list[str]  # those of them that no LoRA adapts
+    modules: list[str]  # linear modules
+    experts: list[str]  # parameters that fuse all experts
+    left_out: list[str]  # fused experts that LoRA does not adapt
 
 
 def find_targets(model: Any, which: Modules) -> Targets:
-    """What of a model's layers to adapt.
+    """Find what to adapt in a model's layers.
 
-    "ffn" takes what lies outside attention, "all-linear" attention's modules too; routers stay as they are in
-    both, and in "all-linear" experts that are one parameter in a way that LoRA is not known to fit.
+    "ffn" takes linear modules outside attention, "all-linear" those of attention too. Neither adapts
+    routers, nor experts that are fused in a way that LoRA is not known to support.
 
     Raises:
-        UnsupportedArchitectureError: There is nothing, or "ffn" is asked of such experts.
+        UnsupportedArchitectureError: There is nothing to adapt, or "ffn" would need such experts.
     """
     experts = adaptable_experts(model)
     left_out = [name for name in fused_experts(model) if name not in experts]
     if which == "ffn" and left_out:
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: its experts are one parameter ({left_out[0]}) that no LoRA is known "
-            "to fit",
-            hint="`heal_modules=all-linear` adapts attention; or build it without healing: `no_heal`",
+            f"{model.config.model_type}: no known LoRA fits its experts, a single parameter ({left_out[0]})",
+            hint="`heal_modules=all-linear` adapts attention; or build without healing: `no_heal`",
         )
     names: set[str] = set()
     for layer in decoder_layers(model):
@@ -62,39 +61,38 @@ def find_targets(model: Any, which: Modules) -> Targets:
     if not names and not experts:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: no linear modules ({which}) for LoRA to adapt",
-            hint="build it without healing: `no_heal`",
+            hint="build without healing: `no_heal`",
         )
     return Targets(sorted(names), experts, left_out)
 
 
 def _mixes_tokens(name: str) -> bool:
-    """Whether a module belongs to attention or to what stands in its place."""
+    """Return whether a module belongs to attention or to its replacement."""
     return any(mixer in name.lower() for mixer in TOKEN_MIXERS)
 
 
 def check_targets(config: dict[str, Any], which: Modules) -> None:
-    """Find what to adapt by config.json alone, before there are weights.
+    """Check by config.json alone, before there are weights, that there are modules to adapt.
 
     Raises:
-        UnsupportedArchitectureError: As `find_targets`; or the weights are packed.
+        UnsupportedArchitectureError: `find_targets` refuses the model, or its weights are packed.
     """
     if packing(config):
         method = packing_method(config)
         raise UnsupportedArchitectureError(
-            f"{config['model_type']}: its weights are packed ({method}); no LoRA can be merged into those",
-            hint="start from the unquantised model, or build it without healing: `no_heal`",
+            f"{config['model_type']}: its weights are packed ({method}), so LoRA cannot be merged into them",
+            hint="start from the unquantised model, or build without healing: `no_heal`",
         )
     find_targets(on_meta(config), which)
 
 
 def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropout: float) -> Any:
-    """peft's LoraConfig: plain, α = r. Experts allow no dropout, as their update is added to them.
+    """Return peft's LoraConfig: plain, with α = r, and without dropout if there are fused experts.
 
     Args:
-        layers: Those to adapt, by name.
+        layers: Layers to adapt, by name.
     """
-
-    from peft import LoraConfig  # here: targets are looked for before anything long, without peft
+    from peft import LoraConfig  # imported late, so that `check_targets` stays fast
 
     def full(names: Sequence[str]) -> list[str]:
         return [
@@ -117,10 +115,10 @@ def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropo
 
 @contextmanager
 def as_named() -> Iterator[None]:
-    """While active, peft adapts what it is told to.
+    """Make peft adapt exactly the named modules while active.
 
-    peft 0.21 takes names like "gate_proj" for those that experts had before transformers 5: for a dense layer
-    or a shared expert beside experts it would adapt the experts of all layers instead, at twice the rank.
+    peft 0.21 takes names like "gate_proj" for those of experts before transformers 5: instead of a dense
+    layer or a shared expert it would adapt the experts of all layers, at twice the rank.
     """
     from peft.utils import transformers_weight_conversion
 
@@ -134,20 +132,20 @@ def as_named() -> Iterator[None]:
 
 
 def first_adapted(kept: Sequence[int], dropped: Sequence[int], *, seam: bool) -> int:
-    """The source's number of the first layer that gets LoRA: with `seam`, the last one before the cut.
+    """Return the source's index of the first layer with LoRA: with `seam`, the last one before the cut.
 
-    Below it nothing is trained: the backward pass stops there.
+    Nothing below it is trained, so the backward pass stops there.
 
     Args:
-        kept: Layers that stay, ascending, in the source's numbers.
-        dropped: Layers that go.
+        kept: Kept layers, ascending, by the source's indices.
+        dropped: Dropped layers, by the source's indices.
     """
     before = [index for index in kept if index < min(dropped, default=0)]
     return before[-1] if seam and before else kept[0]
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """What was trained, by name; of a sharded model put together, for which every process must ask."""
+    """Return the trained tensors by name; if the model is sharded, every process must call this."""
     return {
         name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
         for name, parameter in model.named_parameters()
@@ -163,11 +161,11 @@ def save_adapter(
     targets: Targets,
     new_names: Mapping[str, str],
 ) -> None:
-    """peft's two files, for the pruned checkpoint and without the local path that peft writes as its base.
+    """Write peft's two files for the pruned checkpoint, without the local path of the base model.
 
     Args:
-        tensors: As `adapter_tensors` gives them.
-        new_names: Beginning of a module's name in the trained model → in the pruned checkpoint.
+        tensors: Trained tensors from `adapter_tensors`.
+        new_names: Prefix of a module's name in the trained model → in the pruned checkpoint.
     """
     model.save_pretrained(folder, state_dict=dict(tensors))
     (folder / "README.md").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The merge stage: add a LoRA adapter to the weights it was trained for, tensor by tensor on disk."""
+"""Merge a LoRA adapter into the weights it was trained for, tensor by tensor on disk."""
 
 import json
 import math
@@ -33,26 +33,26 @@ Base = Literal["auto", "bf16", "nf4"]
 CANDIDATES: tuple[Base, ...] = ("bf16", "nf4")
 BASE_NAMES = {"bf16": "source weights", "nf4": "NF4 weights, unpacked"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# Fields that the merge reads, or that change training only. Any other field that is set is refused by
-# name: a variant of LoRA that peft adds tomorrow must not be merged as if it were plain.
+# Fields that the merge reads, or that only affect training. Any other field that is set is refused by
+# name, so that a future variant of LoRA is not merged as if it were plain.
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
-ROWS = 128  # of a weight that are read, added to and written at once: they stay in the processor's cache
-WORKERS = min(4, os.cpu_count() or 1)  # add to rows while others are read and written
-# Other initialisations change the base weights too, so that B·A does not belong to those on disk.
+ROWS = 128  # rows of a weight read, updated and written at once, which fit in the processor's cache
+WORKERS = min(4, os.cpu_count() or 1)  # threads that update rows while others are read and written
+# Other initialisations also change the base weights, so that B·A does not match those on disk.
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank update: the stored matrix it belongs to becomes W + scale · B·A.
+    """One low-rank update: its stored matrix becomes W + scale · B·A.
 
-    Of a parameter that holds many experts, A holds one expert after the other, and B the experts' first
-    columns, then their second ones: peft's layout.
+    For a parameter that fuses experts, A holds one expert after another, and B all experts' first columns,
+    then their second ones, as in peft.
     """
 
     part: Part  # W
@@ -62,7 +62,7 @@ class Update:
     transposed: bool  # W is stored [in, out], as GPT-2's Conv1D does
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two matrices whose product is W's update without the scale, [rows, r] and [r, columns]."""
+        """Return matrices [rows, r] and [r, columns] whose product is W's update without the scale."""
         part = self.part
         rank = self.a.shape[0] // part.num_experts
         a = _load_factor(self.a)[part.expert * rank :][:rank].to(dtype)
@@ -79,27 +79,26 @@ def merge(
     base: Base = "auto",
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Write `pruned` with the adapter added into `folder`, from the weights that give the lower loss.
+    """Write `pruned` with the adapter added into `folder`, using the base weights with the lower loss.
 
-    An adapter trained over NF4 weights has learnt their rounding too: whether it is better added to them
-    or to the weights that they were made of is not known beforehand (github.com/huggingface/peft, issue
-    2105). "auto" writes both, reads the guard's sequences with each, and keeps the better, or the one that is
-    finite.
+    An adapter trained over NF4 weights has also learnt their rounding, so whether it fits them or the
+    original weights better is not known beforehand (github.com/huggingface/peft, issue 2105). "auto" writes
+    both, measures the held-out loss of each, and keeps the better one, or the one that is finite.
 
     Args:
-        pruned: The checkpoint that the adapter was trained for.
-        adapter: LoRA in peft's format, with whatever quantisation it was trained over.
-        folder: Exists, and is empty or holds an earlier attempt.
-        base: "bf16": the weights on disk, in whatever dtype; "nf4": these rounded as in training.
-        progress: Called with (bytes done, bytes in all).
+        pruned: Checkpoint that the adapter was trained for.
+        adapter: LoRA in peft's format, trained over any quantisation.
+        folder: Existing folder, empty or holding an earlier attempt.
+        base: "bf16" for the weights on disk, in whatever dtype; "nf4" for these rounded as in training.
+        progress: Callback that receives (bytes done, total bytes).
 
     Raises:
-        CheckpointError: Damaged adapter files, or an adapter that is more than plain LoRA (says which).
+        CheckpointError: The adapter's files are damaged, or it is more than plain LoRA; names the reason.
         OverflowedError: No result is finite.
         VerificationError: The adapter does not fit the weights.
     """
     if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
-        base = "bf16"  # it was trained on these; one that learnt nothing must change nothing
+        base = "bf16"  # trained on these weights, or untrained, which must change nothing
     if base != "auto":
         return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
@@ -111,7 +110,7 @@ def merge(
             made[candidate] = _merge(
                 pruned, adapter, folder=folder / candidate, base=candidate, progress=progress
             )
-        except OverflowedError:  # sums beyond the range of these weights need not be beyond the others'
+        except OverflowedError:  # sums on the other base may still be finite
             if candidate == CANDIDATES[-1] and not made:
                 raise
             continue
@@ -125,22 +124,22 @@ def merge(
 
 
 def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """Add to a merged checkpoint what decides whether it ships: the guard's losses with and without healing.
+    """Add to a merged checkpoint what decides whether it ships: held-out losses with and without healing.
 
-    Those of the training are of other weights: NF4, with the adapter beside them. These are of the files, as
-    anybody would load them.
+    Training measured other weights: NF4 with a separate adapter. These losses are of the files as users
+    load them.
     """
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
     known = (merged.merge_losses or {}).get(str(merged.merge_base))
     unhealed = _loss(pruned.folder, guard)
-    if adapter.num_steps == 0:  # the same weights, whatever a second reading would round
+    if adapter.num_steps == 0:  # the same weights, so exactly the same loss
         known = unhealed
     healed = known if known is not None else _loss(merged.folder, guard)
     return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})
 
 
 def overflowed(pruned: Checkpoint, adapter: Adapter, *, folder: Path) -> Checkpoint:
-    """What stands for a merged checkpoint where none is finite: no weights, and an infinite loss."""
+    """Return a placeholder for a merge that is not finite: no weights, and an infinite loss."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
@@ -149,7 +148,7 @@ def overflowed(pruned: Checkpoint, adapter: Adapter, *, folder: Path) -> Checkpo
 
 
 def _loss(folder: Path, guard: list[list[int]]) -> float:
-    """Of a model on the guard's sequences, in nats a token; infinite where it is not a number."""
+    """Return the mean loss of a model on the held-out sequences, in nats per token; infinity for NaN."""
     loss = token_loss(load_model(folder), guard)
     return math.inf if math.isnan(loss) else loss
 
@@ -157,7 +156,7 @@ def _loss(folder: Path, guard: list[list[int]]) -> float:
 def _merge(
     pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
 ) -> Checkpoint:
-    """Tensor by tensor: sums in fp32, results in the dtype on disk."""
+    """Merge tensor by tensor: sums in fp32, results in the dtype on disk."""
     tensors = read_checkpoint(pruned.folder)
     model = skeleton(pruned.folder)
     parts = stored_parts(model, tensors)
@@ -193,7 +192,7 @@ def _merge(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For products of a few rows: torch's threads would wait for each other at the end of each, spinning."""
+    """Run torch in one thread, since threads that share products of a few rows mostly spin and wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -205,24 +204,24 @@ def _one_thread() -> Iterator[None]:
 def read_updates(
     adapter_folder: Path, parts: Mapping[str, list[Part]], *, model: Any
 ) -> dict[str, list[Update]]:
-    """Name of a stored tensor → its updates, checked against names, shapes and dtypes of the checkpoint.
+    """Return updates by the name of their stored tensor, checked against the checkpoint.
 
-    A tensor has one, or one for each of the experts that it holds, in their order.
+    A tensor has one update, or one for each expert that it fuses, in order.
 
     Args:
-        adapter_folder: Holds the adapter in peft's format.
-        parts: Of the checkpoint, as `stored_parts` gives them.
-        model: What it is loaded as, without values.
+        adapter_folder: Folder of the adapter in peft's format.
+        parts: Parts of the checkpoint, from `stored_parts`.
+        model: The checkpoint's model, without values.
 
     Raises:
-        CheckpointError: Damaged files, or more than plain LoRA.
-        VerificationError: An update without its tensor, or of another shape.
+        CheckpointError: The files are damaged, or more than plain LoRA.
+        VerificationError: An update has no tensor, or does not fit its shape.
     """
     config = _read_config(adapter_folder / ADAPTER_CONFIG)
     stored = read_header(adapter_folder / ADAPTER_WEIGHTS)
     experts = adapted_parameters(model, config.get("target_parameters") or ())
-    # Not taken from the adapter: over 4-bit weights peft says false for these too, since bitsandbytes turns
-    # the matrix round.
+    # Not taken from the adapter: over 4-bit weights peft reports false for these too, since bitsandbytes
+    # transposes the matrix.
     transposed = transposed_modules(model)
     updates: dict[str, list[Update]] = {}
     for module in _module_names(stored):
@@ -230,7 +229,7 @@ def read_updates(
         if name not in parts:
             raise VerificationError(
                 f"the adapter changes {name!r}, which the checkpoint does not store as such",
-                hint="it was trained for another model, or on weights that are tied, or fused on loading",
+                hint="it was trained for another model, or on weights that are tied or fused on loading",
             )
         a, b = (stored[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] for side in "AB")
         rank, scale = _rank_and_scale(config, experts.get(module, module))
@@ -239,21 +238,21 @@ def read_updates(
             _check_fits(update, rank=rank)
             updates.setdefault(part.tensor.name, []).append(update)
     if not updates:
-        raise CheckpointError(f"{ADAPTER_WEIGHTS} holds no LoRA tensors", hint="run the healing again")
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} has no LoRA tensors", hint="run the healing again")
     return updates
 
 
 def merged_values(
     tensor: TensorInfo, update: Update | None, *, nf4: bool = False, transposed: bool = False
 ) -> Iterator[memoryview]:
-    """Values of W + scale · B·A in W's dtype, some rows at a time, rounded once from fp32 (fp64 for fp64).
+    """Yield W + scale · B·A in W's dtype, some rows at a time, rounded once from fp32 (fp64 for fp64).
 
     Args:
-        nf4: Take for W what NF4 makes of it.
-        transposed: W is stored [in, out]; 4-bit layers hold it the other way round.
+        nf4: Whether to round W to NF4 first.
+        transposed: Whether W is stored [in, out], transposed with respect to 4-bit layers.
 
     Raises:
-        OverflowedError: A value that is not finite.
+        OverflowedError: A value is not finite.
     """
     dtype = DTYPES[tensor.dtype]
     compute = torch.promote_types(dtype, torch.float32)
@@ -267,7 +266,7 @@ def merged_values(
         merged = block.to(dtype)
         if not all(math.isfinite(value) for value in torch.aminmax(merged)):
             raise OverflowedError(
-                f"merging makes {tensor.name!r} infinite or not a number",
+                f"merging makes {tensor.name!r} infinite or NaN",
                 hint="the training diverged; heal with a lower learning rate",
             )
         values: memoryview = merged.view(-1).view(torch.uint8).numpy().data
@@ -286,8 +285,8 @@ def merged_values(
 
 
 def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torch.Tensor]:
-    """Some rows of a stored weight at a time."""
-    if nf4:  # whole: packing knows no rows
+    """Yield a stored weight, some rows at a time."""
+    if nf4:  # as a whole, since packing ignores rows
         weight = _load(tensor)
         weight = round_to_nf4(weight.T).T.contiguous() if transposed else round_to_nf4(weight)
         for start in range(0, len(weight), ROWS):
@@ -297,7 +296,7 @@ def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torc
             yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
 
 
-@lru_cache(maxsize=4)  # those of the two parameters of a layer's experts
+@lru_cache(maxsize=4)  # both factors of a layer's two expert parameters
 def _load_factor(tensor: TensorInfo) -> torch.Tensor:
     return _load(tensor)
 
@@ -315,7 +314,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} is not a LoRA configuration", hint="only LoRA adapters can be merged")
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise CheckpointError(f"{path} does not give r and lora_alpha", hint="run the healing again")
+        raise CheckpointError(f"{path} lacks r or lora_alpha", hint="run the healing again")
     unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
     if config.get("bias", "none") != "none":
         unsupported.append(f"bias={config['bias']}")
@@ -323,14 +322,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
     if unsupported:
         raise CheckpointError(
-            f"the adapter uses {', '.join(unsupported)}, which is not merged here",
+            f"the adapter uses {', '.join(unsupported)}, which cannot be merged here",
             hint="train plain LoRA, or merge with peft's merge_and_unload",
         )
     return config
 
 
 def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of the adapted modules; every stored tensor must be half of such a pair."""
+    """Return the names of the adapted modules; every stored tensor must be half of a LoRA pair."""
     modules = []
     for name in stored:
         module, side, _ = name.rpartition(".lora_A.weight")
@@ -339,14 +338,14 @@ def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
             modules.append(module.removeprefix(PEFT_PREFIX))
         elif not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in stored:
             raise CheckpointError(
-                f"the adapter holds {name!r}, which is not half of a LoRA pair",
+                f"the adapter contains {name!r}, which is not half of a LoRA pair",
                 hint="train plain LoRA on linear layers only",
             )
     return modules
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """r, and α/r, or α/√r for rank-stabilised LoRA (arXiv 2312.03732); patterns match as in peft."""
+    """Return r and α/r (α/√r for rank-stabilised LoRA, arXiv 2312.03732); patterns match as in peft."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = int(ranks.get(get_pattern_key(list(ranks), module), config["r"]))
     alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
@@ -358,7 +357,7 @@ def _check_fits(update: Update, *, rank: int) -> None:
     for stored in (tensor, update.a, update.b):
         if stored.dtype not in DTYPES:
             raise CheckpointError(
-                f"{stored.name!r} is stored as {stored.dtype}; a LoRA cannot be added to quantised values",
+                f"{stored.name!r} is stored as {stored.dtype}; LoRA cannot be added to quantised values",
                 hint="start from the unquantised model",
             )
     a, b = update.a.shape, update.b.shape

@@ -1,4 +1,4 @@
-"""Packed documents: each must be read as if it were alone, on a GPU without a mask of all against all."""
+"""Pack documents so that each is read as if alone, on a GPU without a full attention mask."""
 
 import importlib
 import math
@@ -12,14 +12,14 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-VARLEN = "varlen"  # the name under which torch's own kernel is known to transformers
+VARLEN = "varlen"  # name under which torch's own kernel is registered in transformers
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # kernels lack it
-PROBE_LENGTHS = (17, 5, 1, 9)  # tokens of documents that are packed to try an implementation
-# Of the logits' norm: sums in another order stay below, other documents in sight or other positions do not
+PROBE_LENGTHS = (17, 5, 1, 9)  # tokens of the documents packed to try an implementation
+# Relative to the logits' norm: other orders of sums stay below, visible neighbours or wrong positions do not
 # (.1 to .8 in tiny models of Bloom, Falcon, MPT, OPT and RecurrentGemma; rounding is 1e-6 in fp32).
 CLOSE, CLOSE_16_BITS = 0.001, 0.05
-OTHER_START = 101  # of the tokens of the document that is put in another's place
-SPREAD = 8  # times the rounding of a document that sees no other (seen: 3.6): 16 bits drift over many layers
+OTHER_START = 101  # first token of the document that replaces another
+SPREAD = 8  # times the rounding of a document without neighbours (observed: 3.6), as 16-bit errors add up
 
 
 def varlen_attention(
@@ -36,14 +36,14 @@ def varlen_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch.nn.attention.varlen for transformers: [b, h, t, d] each → [b, t, h, d].
+    """Adapt torch.nn.attention.varlen to transformers: [b, h, t, d] each → [b, t, h, d].
 
     Args:
-        cu_seq_lens_q: Where each packed document begins, and the end: [documents + 1]. None: a row is one.
-        max_length_q: Tokens of the longest of them.
+        cu_seq_lens_q: Starts of the packed documents and the end: [documents + 1]; None: each row is one.
+        max_length_q: Length of the longest document.
 
     Raises:
-        NotImplementedError: Padding, or a kind of attention that the kernel does not know.
+        NotImplementedError: There is padding, or a kind of attention that the kernel does not support.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -68,13 +68,13 @@ def varlen_attention(
 
 
 def use_packed_attention(model: Any) -> str | None:
-    """Let a model read packed documents by the fastest means that keeps them apart.
+    """Make a model use the fastest attention that keeps packed documents apart.
 
-    On a GPU flash attention where it is installed, else torch's variable-length kernel; then what the model
-    has. Each is tried on a few short documents, which must come out as each of them does alone.
+    On a GPU that is flash attention if installed, or torch's variable-length kernel; otherwise the model's
+    own. Each is tried on a few short documents, whose logits must be the same packed and alone.
 
     Returns:
-        The name of what it uses now; None: nothing keeps documents apart, so they must not be packed.
+        The name of the attention now in use; None if none keeps documents apart, so they must not be packed.
     """
     own: str = model.config._attn_implementation
     names = (own, *_kernels(model))
@@ -82,9 +82,9 @@ def use_packed_attention(model: Any) -> str | None:
         rows = [torch.tensor([ids], device=model.device) for ids in _probe(model)]
         alone = torch.cat([_centred(model(input_ids=row, use_cache=False).logits[0]) for row in rows])
     off = {name: _off(model, name, alone) for name in names}
-    # The first document sees no other in any case: what it differs by is how far this model rounds.
+    # The first document never sees another, so its difference shows how far this model rounds.
     close = max(CLOSE if model.dtype == torch.float32 else CLOSE_16_BITS, SPREAD * off[own].first)
-    unseen = max(CLOSE, off[own].first)  # experts may get other sizes of batches, and round otherwise
+    unseen = max(CLOSE, off[own].first)  # experts may get batches of other sizes, and round differently
     fit = [name for name in names if off[name].all <= close and off[name].seen <= unseen]
     chosen = fit[-1] if fit else own
     if model.config._attn_implementation != chosen:
@@ -94,11 +94,11 @@ def use_packed_attention(model: Any) -> str | None:
 
 @dataclass(frozen=True)
 class _Off:
-    """How far packed documents' logits are off, as a share of what they are alone."""
+    """Relative errors of packed documents' logits, compared with each document alone."""
 
-    first: float = 0.0  # the first document's
-    all: float = math.inf  # every document's
-    seen: float = math.inf  # those behind the first, once that is another: they are not to see it
+    first: float = 0.0  # of the first document
+    all: float = math.inf  # of all documents
+    seen: float = math.inf  # of the later documents when the first, which they must not see, is replaced
 
 
 def _off(model: Any, name: str, alone: torch.Tensor) -> _Off:
@@ -107,21 +107,21 @@ def _off(model: Any, name: str, alone: torch.Tensor) -> _Off:
     try:
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
-        packed, beside = _packed_logits(model, documents), _packed_logits(model, others)
+        packed, replaced = _packed_logits(model, documents), _packed_logits(model, others)
     except (NotImplementedError, ValueError, RuntimeError, TypeError, ImportError):
-        return _Off()  # a kind of attention, a size or a card that this one does not know
+        return _Off()  # does not support this kind of attention, size or GPU
     later = slice(PROBE_LENGTHS[0], None)
-    pairs = ((packed[first], alone[first]), (packed, alone), (beside[later], packed[later]))
+    pairs = ((packed[first], alone[first]), (packed, alone), (replaced[later], packed[later]))
     return _Off(*(float((found - expected).norm() / expected.norm()) for found, expected in pairs))
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:
-    """In fp32, without what all tokens of the vocabulary share: it changes no probability."""
+    """Return logits in fp32 minus their mean over the vocabulary, which changes no probability."""
     return logits.float() - logits.float().mean(dim=-1, keepdim=True)
 
 
 def _kernels(model: Any) -> list[str]:
-    """Names of the kernels for packed documents that this machine has, if they may suit the model."""
+    """Return the names of this machine's kernels for packed documents, if they may suit the model."""
     config = model.config.get_text_config()
     if model.device.type != "cuda" or getattr(config, "attention_chunk_size", None):
         return []
@@ -145,14 +145,14 @@ def _has_varlen() -> bool:
 
 
 def _probe(model: Any, *, start: int = 1) -> list[list[int]]:
-    """Short documents of as many different tokens."""
+    """Return short documents of distinct tokens."""
     tokens = (number % model.config.get_text_config().vocab_size for number in count(start))
     return [list(islice(tokens, length)) for length in PROBE_LENGTHS]
 
 
 @torch.no_grad()
 def _packed_logits(model: Any, documents: list[list[int]]) -> torch.Tensor:
-    """Logits of documents that are packed as for training, [tokens, v], centred."""
+    """Return centred logits of documents packed as in training, [tokens, v]."""
     row = {"input_ids": list(chain.from_iterable(documents)), "seq_lengths": list(map(len, documents))}
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([row])
     del batch["labels"]

@@ -1,4 +1,4 @@
-"""The trainers: next tokens of the text, or the source's own distribution over them."""
+"""Trainers for both objectives: the text's next tokens, or the source's distribution over them."""
 
 import inspect
 import math
@@ -18,21 +18,21 @@ from factory.model.layers import Call, bypassed, decoder_layers, record_forms
 from factory.parallel import processes
 
 PASSES = 2**20  # more than a step can have
-TRIED = 32  # tokens that TRL's head and the model's own are compared on
-CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats a token
-CHUNK_VALUES = 2**25  # tokens × vocabulary whose distributions are in fp32 at once
+TRIED = 32  # tokens on which TRL's head and the model's own are compared
+CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats per token
+CHUNK_VALUES = 2**25  # maximum tokens × vocabulary of fp32 distributions at once
 
 
 class HealTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose dropout and guard loss are the same however many processes share the work."""
+    """SFTTrainer whose dropout and held-out loss do not depend on the number of processes."""
 
-    step, passes = -1, 0  # where in training this process is, and its passes in that step
+    step, passes = -1, 0  # present step of this process, and its passes in that step
     control: Any
-    fuses: bool | None = None  # whether TRL's head computes what the model's own does; None: not tried yet
+    fuses: bool | None = None  # whether TRL's head agrees with the model's own; None: not tried yet
 
     @classmethod
     def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
-        """Arguments that only this trainer takes.
+        """Return arguments that only this trainer takes.
 
         Args:
             settings: Settings of the healing.
@@ -44,11 +44,11 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of next tokens by TRL's head, which makes no logits, or by the model's own.
+        """Return the next-token loss by TRL's head, which makes no logits, or by the model's own.
 
-        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of BERT
-        and its like, nor of decoders that cap their logits by another name than Gemma 2's (RecurrentGemma,
-        xLSTM).
+        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of
+        BERT-like models, nor of decoders that cap their logits under another name than Gemma 2's
+        (RecurrentGemma, xLSTM).
         """
         if self.fuses is None:
             self.fuses = self._head_can_be_fused(model, inputs["input_ids"])
@@ -59,11 +59,11 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         outputs = model(**rest | {"use_cache": False})
         logits = outputs.logits[:, :-1].flatten(0, 1).float()
         loss = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        loss = self._a_token(loss, (labels != -100).sum(), num_items_in_batch)
+        loss = self._share(loss, (labels != -100).sum(), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _a_token(self, nats: torch.Tensor, num_tokens: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        """A pass's share of the loss of its step, from the sum over its tokens."""
+    def _share(self, nats: torch.Tensor, num_tokens: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """Return a pass's share of the loss of its step, from the sum over its tokens."""
         total = num_tokens if num_items_in_batch is None else num_items_in_batch
         loss = nats / torch.as_tensor(total).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -79,7 +79,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        except (AttributeError, RuntimeError, TypeError):  # no backbone is found, or a head of another width
+        except (AttributeError, RuntimeError, TypeError):  # no backbone found, or a head of another width
             return False
         finally:
             model.train(trains)
@@ -87,7 +87,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         return far <= (CLOSE if logits.dtype == torch.float32 else CLOSE_16_BITS)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        """Seed each pass by its place in the whole batch, which is dealt out to the processes by turns."""
+        """Seed each pass by its position in the whole batch, which is dealt to the processes in turn."""
         if self.step != self.state.global_step:
             self.step, self.passes = self.state.global_step, 0
         place = self.passes * processes.count() + processes.index()
@@ -96,7 +96,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _init_training_state(self, *args: Any, **more: Any) -> Any:
-        """Look for the best checkpoint beside the last one: the folder may have come from another machine."""
+        """Look for the best checkpoint beside the last one, as the folder may come from another machine."""
         begun = super()._init_training_state(*args, **more)
         self.state.best_model_checkpoint = self._best_checkpoint()
         return begun
@@ -105,32 +105,32 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         return str(best) if best.is_dir() else None
 
-    def _run_epoch(self, **what: Any) -> None:
-        """Take no step where the checkpoint gone on from was the last: the trainer would take one more."""
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Take no step if training resumed from its final checkpoint; the trainer would take one more."""
         if self.state.global_step >= self.state.max_steps or rises(self.state):
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**what)
+            super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
-        """Look for the best checkpoint when it is there, and for all alike.
+        """Look for the best checkpoint once it is written, with the same result for all processes.
 
-        The trainer looks before a sharded model is written: it sees the last checkpoint only if another
-        process has begun to write it, and ends with the weights of the one before if not.
+        The trainer looks before a sharded model is written: unless another process has begun to write the
+        last checkpoint, it does not see that one and ends with the weights of the one before.
         """
         super()._save_checkpoint(*args, **more)
         self.state.best_model_checkpoint = processes.from_main(self._best_checkpoint())
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The guard's loss in nats a token: all tokens count alike, however they are batched and shared."""
+        """Measure the held-out loss in nats per token, weighting all tokens equally in any batching."""
         self.model.eval()
         size = self.args.per_device_eval_batch_size
         mine = processes.share(range(len(self.eval_dataset)))
-        most = max(processes.gather([len(mine)]))
+        longest = max(processes.gather([len(mine)]))
         found = []
-        for start in range(0, most, size):
-            # A sharded model takes all processes to a pass: one that has no rows left repeats the first.
+        for start in range(0, longest, size):
+            # A pass of a sharded model needs all processes: one without rows left repeats the first row.
             rows = mine[start : start + size]
             batch = self.data_collator([self.eval_dataset[row] for row in rows or [0]])
             inputs = self._prepare_inputs(batch)
@@ -138,7 +138,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 loss = float(self.compute_loss(self.model, inputs))
             found.append((tokens, loss * tokens if tokens else 0.0))
-        self._metrics["eval"].clear()  # TRL's entropy and the like, which nobody reads
+        self._metrics["eval"].clear()  # TRL's entropy and other unused metrics
         found = processes.gather(found)
         metrics = {"eval_loss": math.fsum(nats for _, nats in found) / sum(tokens for tokens, _ in found)}
         self.log(metrics)
@@ -149,20 +149,20 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 class DistillTrainer(HealTrainer):
     """HealTrainer whose training loss is the forward KL divergence from the teacher's next tokens.
 
-    The teacher is the same model with all its layers and without the adapter; the student runs without
-    the dropped layers and with it. Below the first adapted layer both are the same, so that the student
+    The teacher is the same model with all layers and without the adapter; the student runs without the
+    dropped layers and with the adapter. Below the first adapted layer both are the same, so the student
     starts from the teacher's states there. In evaluation the loss is the student's cross-entropy, as in
-    `sft`, so that the two can be compared.
+    `sft`, so that the two are comparable.
 
     Args:
-        dropped: Layers that the student runs without.
-        start: The first layer with an adapter.
-        seam_weight: Of the relative squared error of the states behind each cut; 0: without.
+        dropped: Layers that the student lacks.
+        start: First layer with an adapter.
+        seam_weight: Weight of the relative squared error of the states after each cut; 0 turns it off.
     """
 
     @classmethod
     def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
-        """Arguments that only this trainer takes."""
+        """Return arguments that only this trainer takes."""
         return {"dropped": dropped, "start": start, "seam_weight": settings.seam_weight}
 
     def __init__(
@@ -182,7 +182,7 @@ class DistillTrainer(HealTrainer):
             if "logits_to_keep" in inspect.signature(self.causal.forward).parameters
             else {}
         )
-        # For good, not only in the forward pass: activation checkpointing runs layers again in the backward.
+        # Permanently, not only in the forward pass: checkpointing runs layers again in the backward pass.
         self.bypass = ExitStack()
         self._bypass(self.dropped)
 
@@ -193,15 +193,15 @@ class DistillTrainer(HealTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """KL(teacher ‖ student) in nats a predicted token while training."""
+        """Return KL(teacher ‖ student) in nats per predicted token while training."""
         if not self.model.training:
             self._bypass(self.dropped)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
         targets = inputs.pop("labels")[:, 1:] != -100
         teacher, calls = self._teach(model, inputs)
-        # Below the first adapted layer both are the same, unless the cut lies there: student and teacher
-        # then differ from the first layer on.
+        # Below the first adapted layer both are the same, unless the cut is there: then student and teacher
+        # differ from the first layer.
         prefix = frozenset(range(self.start if self.start < min(self.dropped) else 0))
         self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
@@ -210,14 +210,14 @@ class DistillTrainer(HealTrainer):
             loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
         for index, call in seams.items():
             loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
-        loss = self._a_token(loss, targets.sum(), num_items_in_batch)
+        loss = self._share(loss, targets.sum(), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
     def _teach(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[int, Call]]:
-        """Last states of all layers without the adapter, and what the layers behind cuts were given."""
+        """Return the teacher's final states, and the inputs of the layers after cuts."""
         self._bypass(frozenset())
-        model.eval()  # a teacher does not drop out
+        model.eval()  # no dropout in the teacher
         try:
             with self.accelerator.unwrap_model(model).disable_adapter():
                 return self._states(model, inputs, {self.start, *self.seams})
@@ -227,9 +227,9 @@ class DistillTrainer(HealTrainer):
     def _states(
         self, model: Any, inputs: dict[str, Any], watched: Any
     ) -> tuple[torch.Tensor, dict[int, Call]]:
-        """States before the head, [b, t, d], and what some layers were given in the pass.
+        """Return the states before the head, [b, t, d], and the inputs of some layers in that pass.
 
-        The whole model is called, which casts, shards and synchronises; its head sees the last token only.
+        Calls the whole model, which casts, shards and synchronises; its head gets the last token only.
         """
         calls: dict[int, Call] = {}
         states: list[torch.Tensor] = []
@@ -267,16 +267,16 @@ def _given(call: Call) -> torch.Tensor:
 
 
 def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
+    """Return the sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
     error = (student.float() - teacher.float()).square().sum(dim=-1)
     return (error / teacher.float().square().sum(dim=-1)).sum()
 
 
 def backbone_of(causal: Any) -> Any:
-    """The module that makes the last states, below the head.
+    """Return the module below the head, which computes the final states.
 
-    That is transformers' `get_decoder`; where it gives the whole model (Llama 4) or the output embeddings
-    (ModernBERT's decoder), it is what holds the layers.
+    That is transformers' `get_decoder`; if this gives the whole model (Llama 4) or the output embeddings
+    (ModernBERT's decoder), it is the module that contains the layers.
     """
     found = causal.get_decoder()
     name, layers = find_layers(causal)
@@ -289,7 +289,7 @@ def backbone_of(causal: Any) -> Any:
 def head_of(
     causal: Any, output_class: Any, autocast: Callable[[], Any]
 ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """A function from last states [n, d] to logits [n, v], by the model's own way: some cap them."""
+    """Yield the model's own function from final states [n, d] to logits [n, v]: some models cap them."""
     backbone = backbone_of(causal)
     own = backbone.__dict__.get("forward")
     given: list[torch.Tensor] = []
@@ -314,8 +314,8 @@ def head_of(
 class SummedDivergence(torch.autograd.Function):
     """Sum over rows of KL(softmax(head(teacher)) ‖ softmax(head(student))), [n, d] and [n, d] → a number.
 
-    The logits of a few rows at a time exist, never of all: the gradient for the student's states is worked
-    out in the forward pass, so that memory does not grow with tokens × vocabulary.
+    Only a few rows of logits exist at a time: the gradient for the student's states is computed in the
+    forward pass, so that memory does not grow with tokens × vocabulary.
     """
 
     @staticmethod
@@ -326,7 +326,7 @@ class SummedDivergence(torch.autograd.Function):
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         vocab_size: int,
     ) -> torch.Tensor:
-        """Forward KL in fp32."""
+        """Return the forward KL in fp32."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
         step = max(CHUNK_VALUES // vocab_size, 1)
@@ -345,6 +345,6 @@ class SummedDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """For the student's states alone."""
+        """Return the gradient for the student's states; the other arguments have none."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None

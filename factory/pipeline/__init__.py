@@ -1,1 +1,1 @@
-"""The stages, their keys and their order; previews of what they will take."""
+"""The stages, their keys and their order, and previews of what they need."""

@@ -1,4 +1,4 @@
-"""The stages in order, and nothing else."""
+"""Run the stages of a build in order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ STAGES = (*stage.STAGES, "card")
 
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
-    """Stages that a build would still have to run; empty if all of them can be reused."""
+    """Return the stages that a build would still have to run; empty if all of them can be reused."""
     looking = replace(run, only_look=True, keys={}, digests={}, folders={}, seconds={}, remade=set())
     try:
         make_models(looking, source)
@@ -39,14 +39,14 @@ def build(run: Run, source: Source, *, out: Path, require_healing: bool = False)
     source → profile → plan → pruned → adapter → healed → evaluations → card
 
     Raises:
-        HealingError: Healing is required, and did not lower the loss on text held back.
+        HealingError: Healing is required, but did not lower the loss on the held-out set.
     """
     made = make_models(run, source, require_healing=require_healing)
     return finish(run, made, out=out)
 
 
 def make_models(run: Run, source: Source, *, require_healing: bool = False) -> Made:
-    """Every stage up to the measurements on the models; each is reused if it is there."""
+    """Run every stage up to the evaluations of the models, reusing those that are already made."""
     profile = measure_stage(run, source)
     plan = plan_stage(run, source, profile)
     pruned = prune_stage(run, source, plan)
@@ -54,17 +54,17 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     healed = merge_stage(run, pruned, adapter) if adapter else None
     if healed and healed.guard_losses and require_healing and not healed.helped:
         raise HealingError(
-            "healing took the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
+            "healing changed the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
                 **healed.guard_losses
             )
-            + ", and `require_healing` is on",
-            hint=f"more `heal_steps` or another `heal_lr` may help; the adapter is in {run.folders['heal']}",
+            + ", but `require_healing` is on",
+            hint=f"try more `heal_steps` or another `heal_lr`; the adapter is in {run.folders['heal']}",
         )
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed and healed.is_finite:
         models["healed"] = healed
     evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
-    # A heal that did not lower the loss on text it had not seen is kept in the store but not shipped.
+    # Healing that did not lower the loss on text it had not seen is kept in the store but not shipped.
     result, shipped = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
     return Made(
         source=source,
@@ -81,7 +81,7 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
 
 
 def finish(run: Run, made: Made, *, out: Path) -> Build:
-    """Lay out the folder that is published: weights, card, figures, `build.json`."""
+    """Write the build folder: weights, card, figures, `build.json`."""
     from factory.builds.folder import lay_out, read_if_same
     from factory.builds.record import describe_build
 
@@ -91,9 +91,7 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
     )
     with laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
         same = None if run.remade else read_if_same(build, out)
-        register(
-            run.store.home, out, run.keys
-        )  # before: what a kill leaves beside it is found by `factory gc`
+        register(run.store.home, out, run.keys)  # first, so that `factory gc` finds what a kill leaves
         if not same:
             run.reporter.started("card")
             lay_out(build, made.profile, made.result.folder, out=out)

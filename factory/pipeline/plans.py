@@ -1,4 +1,4 @@
-"""What each criterion would drop, and what that costs before healing."""
+"""Plan what each criterion would drop, and measure what that costs before healing."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -17,10 +17,10 @@ from factory.pruning.profile_files import read_profile
 def make_plans(
     run: Run, source: Source, criteria: Sequence[str], *, profile: DistanceProfile | None = None
 ) -> tuple[DistanceProfile, Plans]:
-    """What each criterion would drop; where there are several, what that costs, on the same documents.
+    """Plan with each criterion; if there are several, compare their losses on the same documents.
 
     Args:
-        profile: Measured elsewhere; None measures.
+        profile: Distances measured elsewhere; None measures them.
     """
     from factory.pruning.criteria import choose
 
@@ -30,7 +30,7 @@ def make_plans(
         profile = measure_stage(run, source)
     plans = [plan_stage(run, source, profile, criterion=criterion) for criterion in criteria]
     losses = compare_stage(run, source, [plan.dropped for plan in plans]) if len(plans) > 1 else None
-    chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one asked for")
+    chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one requested")
     return profile, Plans(
         source_name=source.name,
         source_commit=source.commit,
@@ -42,18 +42,18 @@ def make_plans(
 
 
 def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile, Plans]:
-    """What a request for plans asks for, from the source to the plans.
+    """Carry out a request for plans, from resolving the source to the plans.
 
     Raises:
-        DataError: The profile is not of this model, or does not fit.
+        DataError: The profile belongs to another model, or lacks what a criterion needs.
     """
-    asked = request.criterion
-    from_profile = asked in CRITERIA and not CRITERIA[asked].searches
+    wanted = request.criterion
+    from_profile = wanted in CRITERIA and not CRITERIA[wanted].searches
     measures = not (request.profile and from_profile)  # else neither text nor weights are read
     source, run = begin(request, reporter, drop=request.drop, measures=measures)
     profile = read_profile(request.profile, source=source) if request.profile else None
-    criteria = tuple(name for name in CRITERIA if asked in ("all", name))
-    if asked == "all" and profile and profile.influence is None:
+    criteria = tuple(name for name in CRITERIA if wanted in ("all", name))
+    if wanted == "all" and profile and profile.influence is None:
         criteria = tuple(name for name in criteria if not CRITERIA[name].needs_influence)
     if request.save:
         output_folder(request.save)

@@ -1,4 +1,4 @@
-"""From a request to a run: the source resolved, every setting decided, and checked before the work."""
+"""Turn a request into a run: resolve the source, decide every setting, and check it all before the work."""
 
 import hashlib
 import re
@@ -32,18 +32,18 @@ from factory.store.store import Store, default_home
 
 @dataclass(frozen=True)
 class Settled:
-    """A request with every setting decided; no weight was read."""
+    """A request with every setting decided; no weights have been read."""
 
     request: BuildRequest
     source: Source
     config: BuildConfig
     out: Path
-    repeats: Build | None = None  # a finished build that is made again
+    repeats: Build | None = None  # the finished build that is reproduced
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A build that was checked, and what it will take."""
+    """A checked build, with what it will need."""
 
     settled: Settled
     run: Run
@@ -52,13 +52,13 @@ class Prepared:
 
 
 def prepare(requests: Sequence[BuildRequest], reporter: Reporter, *, dry_run: bool = False) -> list[Prepared]:
-    """Resolve, settle and check all requests, before any of them begins.
+    """Resolve, settle and check all requests before any build begins.
 
     Args:
-        dry_run: Nothing will be built: no bucket is made, and no stage fetched.
+        dry_run: Build nothing, create no bucket and fetch no stages.
 
     Raises:
-        FactoryError: Whatever can be wrong with one of them, with its line where it comes from a file.
+        FactoryError: A request cannot be carried out; names its line if it comes from a build file.
     """
     settled = settle_all(requests, reporter)
     prepared = []
@@ -69,7 +69,7 @@ def prepare(requests: Sequence[BuildRequest], reporter: Reporter, *, dry_run: bo
 
 
 def settle_all(requests: Sequence[BuildRequest], reporter: Reporter) -> list[Settled]:
-    """What each build is to make, and that none overwrites another."""
+    """Settle all requests, and check that no build overwrites another."""
     settled = []
     for request in requests:
         with request.located():
@@ -81,10 +81,10 @@ def settle_all(requests: Sequence[BuildRequest], reporter: Reporter) -> list[Set
 def begin(
     request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float, measures: bool = True
 ) -> tuple[Source, Run]:
-    """What `plan` and `sweep` begin with: the source, and a run for it whose texts and tasks were checked.
+    """Return what `plan` and `sweep` begin with: the source, and a run with checked texts and tasks.
 
     Args:
-        drop: Fraction of the layers to drop, at least.
+        drop: Smallest fraction of the layers to drop.
         measures: Whether text and weights are read at all.
     """
     source = resolve_source(request, reporter)
@@ -110,18 +110,18 @@ def begin(
 
 
 def resolve_source(request: Request, reporter: Reporter) -> Source:
-    """The source that a request names; asks the Hub, and reads no weight."""
+    """Resolve the source that a request names, on the Hub if need be, without reading weights."""
     from factory.hub.resolve import resolve_model
     from factory.hub.source_card import README, unread_card
 
     source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
     if source.folder and (reason := unread_card(source.folder)):
-        reporter.note(f"{source.folder / README} is not read, so no licence is known: {reason}")
+        reporter.note(f"cannot read {source.folder / README}, so the licence is unknown: {reason}")
     return source
 
 
 def pull_and_trust(source: Source, reporter: Reporter) -> Source:
-    """Download the source's weights, and register its code with transformers where that is trusted."""
+    """Download the source's weights, and register its code with transformers if it is trusted."""
     from factory.hub.pull import pull
     from factory.hub.remote_code import register
 
@@ -140,14 +140,14 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
 
     _check_stages(request.rerun)
     if request.push_to:
-        full_name(request.push_to)  # not logged in: an error now, not after hours
+        full_name(request.push_to)  # without a login, fails now and not after hours
     if request.reproduce:
         settled = _settled_again(request, reporter)
     else:
         source = resolve_source(request, reporter)
         drop = request.drop
         if request.layers:
-            plan_without(request.layers, num_layers=source.num_layers)  # refuses what the model lacks
+            plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
         config = settle(request, source, drop=drop)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
@@ -165,7 +165,7 @@ def _check_stages(names: Sequence[str]) -> None:
 
 
 def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
-    """The same for a build that repeats a finished one."""
+    """Settle a request to reproduce a finished build."""
     from dataclasses import replace
 
     found = read_build(request.model)
@@ -178,7 +178,7 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
 
 
 def _check_apart(settled: Sequence[Settled]) -> None:
-    """Refuse builds that would overwrite one another, however their places are written."""
+    """Refuse builds that would overwrite one another, however their paths are spelled."""
     from factory.hub.push import full_name
 
     taken: dict[tuple[str, str], int] = {}
@@ -191,14 +191,14 @@ def _check_apart(settled: Sequence[Settled]) -> None:
             if (key, place) in taken:
                 with one.request.located(key):
                     raise UsageError(
-                        f"{written} is where the build in line {taken[key, place]} goes",
+                        f"{written} is already used by the build in line {taken[key, place]}",
                         hint=f"give each build its own `{key}`",
                     )
             taken[key, place] = line
 
 
 def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared:
-    """Check all that one build needs: texts, tasks, tensors, disk, memory."""
+    """Check everything that a build needs: texts, tasks, tensors, disk, memory."""
     request, source, config = settled.request, settled.source, settled.config
     check_out(settled.out)
     home = (request.home or default_home()).absolute()
@@ -235,7 +235,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
 
 
 def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str]) -> None:
-    """That the weights hold the whole model, and that transformers can load them here; from headers alone."""
+    """Check, from headers alone, that the weights are complete and that transformers can load them here."""
     if PRUNE.name in stages:
         from factory.model.completeness import check_source
 
@@ -247,7 +247,7 @@ def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str
 
 
 def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> StageBucket | None:
-    """Where stages are kept besides this machine."""
+    """Open the bucket in which stages are kept besides this machine."""
     if request.state is None:
         return None
     from factory.hub.bucket import look_at_bucket, open_bucket
@@ -257,12 +257,12 @@ def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> Stag
     if not dry_run:
         return open_bucket(name, remark=reporter.note)
     look_at_bucket(name)
-    reporter.note(f"what {name} holds already is not counted in a dry run")
+    reporter.note(f"a dry run ignores the stages already in {name}")
     return None
 
 
 def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
-    """Where the build is followed, under a name of its own, though folders may be called alike."""
+    """Return where the build is tracked, under a unique name, since folder names may repeat."""
     out = settled.out.absolute()
     decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json")]
     suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
@@ -271,7 +271,7 @@ def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
 
 
 def load_questions(request: Request, config: BuildConfig, reporter: Reporter) -> None:
-    """Load the questions that the models will answer: hours later is too late to find that they are gone."""
+    """Load the questions of the tasks now: it is too late hours later to find that they are gone."""
     if not config.evaluate.tasks:
         return
     from factory.evaluation.harness import load_tasks

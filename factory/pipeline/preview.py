@@ -1,4 +1,4 @@
-"""What a build will do and need, worked out before anything heavy."""
+"""Preview what a build will do and need, before any heavy work."""
 
 import time
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ from factory.text.overlap import Contents
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a model and opening the text
-# FLOP a parameter a token: forward 2, backward to the activations 2, recomputation 2 (GPU only).
+# FLOP per parameter and token: forward 2, backward to the activations 2, recomputation 2 (GPU only).
 FORWARD, FORWARD_BACKWARD, WITH_RECOMPUTATION = 2, 4, 6
-# Requests of lm-eval's tasks and tokens a request, about; others are taken to be OTHER_TASK.
+# Approximate requests of lm-eval's tasks and tokens per request; OTHER_TASK stands in for all others.
 TASK_SIZES = {
     "mmlu": (56_168, 700),
     "boolq": (6_540, 180),
-    "gsm8k": (1_319, 8_000),  # mostly written, at the pace of memory: 40,000 steps of 8 rows, 25 ms for 7B
+    "gsm8k": (1_319, 8_000),  # mostly generated, bound by memory: 40,000 steps of 8 rows, 25 ms for 7B
     "next_line": (1_600, 200),
 }
 OTHER_TASK = (8_000, 120)
-BYTES_PER_TOKEN = 4.0  # of text in UTF-8, about: 4.4 of English, 3 of Chinese and of code
-MAX_WIDTH = 8192  # of the trial product: wider ones run no faster and fill memory
+BYTES_PER_TOKEN = 4.0  # of UTF-8 text, roughly: 4.4 for English, 3 for Chinese and for code
+MAX_WIDTH = 8192  # of the test product: wider ones run no faster and fill memory
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The plan in numbers. Sizes in bytes; `seconds` is an estimate for the stages still to run."""
+    """A build in numbers: sizes in bytes, and an estimate in seconds of the stages still to run."""
 
     num_layers: int
     num_dropped: int
@@ -50,10 +50,10 @@ class Preview:
     bytes_after: int
     pending: tuple[str, ...]
     download_bytes: int
-    disk_needed: int  # where the stages lie
+    disk_needed: int  # on the disk of the stages
     disk_free: int
-    other_disks: tuple[Demand, ...]  # where the Hub's cache or the build lies, if elsewhere
-    memory_needed: int  # of all GPUs, the least; of the host without one
+    other_disks: tuple[Demand, ...]  # disks of the Hub's cache and of the build, if others
+    memory_needed: int  # minimum over all GPUs together, or of the host without one
     memory_total: int
     host_needed: int
     host_total: int
@@ -63,13 +63,13 @@ class Preview:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a build is to run on."""
+    """A machine that a build is to run on."""
 
     device: str
-    memory_bytes: int  # of all its GPUs, or of the machine without one
-    flops_per_second: float  # that a whole model reaches
-    disk_bytes: int = 0  # free, where it is another one than this
-    host_bytes: int = 0  # 0: not known
+    memory_bytes: int  # of all its GPUs, or of the host without one
+    flops_per_second: float  # reached by a whole model
+    disk_bytes: int = 0  # free, on a machine other than this
+    host_bytes: int = 0  # 0: unknown
 
 
 def preview(
@@ -84,22 +84,22 @@ def preview(
     calibration: Contents | None = None,
     evaluation: Contents | None = None,
 ) -> Preview:
-    """Work out the preview; imports torch only if there is something to run.
+    """Compute the preview of a build; imports torch only if there is something to run.
+
+    Assumes layers of mean size, since the layers to drop are known only after measuring.
 
     Args:
-        home: Where the stages lie.
-        out: Where the build is laid out; None: on the same disk.
-        machine: Another one than this.
-        calibration: What is known of the documents to measure on; None: each fills its sequence.
-        evaluation: What is known of the documents to evaluate on, of which every window is read.
-
-    Layers are taken to be of mean size, since which ones go is known only after measuring.
+        home: Folder of the stages.
+        out: Folder of the build; None assumes the disk of the stages.
+        machine: Machine to run on; None is this one.
+        calibration: Known facts about the calibration documents; None assumes full sequences.
+        evaluation: Known facts about the evaluation documents, all of whose windows are read.
 
     Raises:
-        DropError: The fraction means no usable number of layers.
-        DiskSpaceError: Too little disk for what is still to be written.
-        MachineError: Too little memory here, or bitsandbytes or torch cannot do here what it takes.
-        UnsupportedArchitectureError: No modules that healing could adapt.
+        DropError: The fraction does not give a usable number of layers.
+        DiskSpaceError: There is too little disk space for the stages still to run.
+        MachineError: There is too little memory here, or bitsandbytes or torch lacks a required feature.
+        UnsupportedArchitectureError: The model has no modules that healing could adapt.
     """
     n = num_dropped(config.drop, source.num_layers)
     share = n / source.num_layers
@@ -168,14 +168,14 @@ def preview(
 
 
 def _copies(size_bytes: int, *, home: Path, out: Path | None) -> list[tuple[Path, str, int]]:
-    """What the build takes beside the stages: nothing on one disk with them, since it shares their bytes."""
+    """Return the build's own demand for disk: none on the disk of the stages, whose files it links."""
     if out is None or len(demands([(home, HOME, 1), (out, "`out`", 1)])) == 1:
         return []
     return [(out, "`out`", size_bytes)]
 
 
 def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, machine: Machine) -> None:
-    """Refuse a build that this machine has too little memory for, or cannot quantise for."""
+    """Refuse a build for which this machine has too little memory, or no working quantisation."""
     gpu_total = machine.memory_bytes if needed.gpu else 0
     check_memory(needed, host_total=machine.host_bytes, gpu_total=gpu_total)
     heals = "heal" in pending and config.heal_enabled and config.heal.bits == 4
@@ -186,7 +186,7 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
 
 
 def _sharers(source: Source, config: BuildConfig, *, processes: int, pruned_parameters: int) -> int:
-    """Among how many GPUs a model in training is divided: where it fits one, each holds the whole."""
+    """Return the number of GPUs that share one copy of the model in training: 1 if it fits on one GPU."""
     from factory.parallel.launch import check_sharding
 
     number, divided = healing_processes(
@@ -198,12 +198,12 @@ def _sharers(source: Source, config: BuildConfig, *, processes: int, pruned_para
     return number
 
 
-def _tokens(num_documents: int, of: Contents | None, *, unknown: int) -> tuple[int, float]:
-    """How many documents will be read, of so many that are asked for, and their mean length in tokens."""
-    if of is None or not of.num_documents:
+def _tokens(num_documents: int, text: Contents | None, *, unknown: int) -> tuple[int, float]:
+    """Return how many of the requested documents will be read, and their mean length in tokens."""
+    if text is None or not text.num_documents:
         return num_documents, unknown
-    number = min(num_documents, of.num_documents) if of.is_whole else num_documents
-    return number, of.num_bytes / of.num_documents / BYTES_PER_TOKEN
+    number = min(num_documents, text.num_documents) if text.is_whole else num_documents
+    return number, text.num_bytes / text.num_documents / BYTES_PER_TOKEN
 
 
 def _seconds(
@@ -243,13 +243,13 @@ def _seconds(
 def _this_machine(source: Source, *, processes: int, works: bool) -> Machine:
     device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
     if processes > 1:
-        rate *= 1 if _is_cpu(device) else processes  # on a CPU they share its cores
+        rate *= 1 if _is_cpu(device) else processes  # processes on a CPU share its cores
         device = f"{device}, {processes} processes"
     return Machine(device, memory_total, rate, host_bytes=host_bytes())
 
 
 def _measured(source: Source) -> tuple[str, int, float]:
-    """Device, its memory in bytes, and the FLOP a second it reaches on products of this model's width."""
+    """Return the device, its memory in bytes, and its FLOP/s on products of this model's width."""
     import torch
 
     from factory.model.devices import best_device, compute_dtype, device_name
@@ -265,7 +265,7 @@ def _measured(source: Source) -> tuple[str, int, float]:
         start = time.perf_counter()
         (left @ right).sum().item()
         times.append(time.perf_counter() - start)
-    # Whole models reach about a third of a lone product's rate: norms, attention and small kernels.
+    # Whole models reach about a third of a single product's rate: norms, attention and small kernels.
     rate = 2 * rows * width * 4 * width / min(times) / 3
     if device.type == "cuda":
         return device_name(device), torch.cuda.get_device_properties(device).total_memory, rate

@@ -1,4 +1,4 @@
-"""Pruning alone: chosen layers removed, the result verified, nothing measured or healed."""
+"""Prune without measuring or healing: remove given layers and verify the result."""
 
 import time
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from factory.units import count
 
 @dataclass(frozen=True)
 class PreparedPrune:
-    """What will be removed, of what, and where the result goes."""
+    """A checked request to prune: what to remove, from which source, and where to write the result."""
 
     request: PruneRequest
     source: Source
     plan: PruningPlan
-    logits: bool  # compared with the source's
+    logits: bool  # whether they are compared with the source's
 
     @property
     def out(self) -> Path:
-        """Folder of the smaller model."""
+        """Folder of the pruned model."""
         return self.request.out
 
 
 def prepare_prune(request: PruneRequest, reporter: Reporter, *, dry_run: bool = False) -> PreparedPrune:
-    """Resolve the model, and refuse what cannot be right or does not fit before it is downloaded.
+    """Resolve the model, and refuse impossible requests before anything is downloaded.
 
-    Code that must be run to check a model is downloaded first, unless this is a dry run.
+    If the model's own code must run to check it, that is downloaded first, except in a dry run.
     """
     from factory.pruning.prune import compares_logits
 
@@ -55,22 +55,22 @@ def prepare_prune(request: PruneRequest, reporter: Reporter, *, dry_run: bool = 
 
 
 def make_pruned(prepared: PreparedPrune, reporter: Reporter) -> tuple[Pruning, bool]:
-    """Make the folder, unless it holds this very result.
+    """Write the pruned model, unless the folder already holds this very result.
 
     Returns:
-        The record, and whether it was there already.
+        The record, and whether the result already existed.
     """
     request, plan = prepared.request, prepared.plan
     home = (request.home or default_home()).absolute()
     with laying_out(request.out, on_wait=lambda: reporter.waiting("prune")):
-        # Another run may have made it meanwhile.
+        # Another run may have finished it in the meantime.
         found = find(prepared.source, plan, out=request.out, logits=prepared.logits, force=request.force)
-        register(home, request.out, {})  # what a kill leaves beside it is found by `factory gc`
+        register(home, request.out, {})  # so that `factory gc` finds what a kill leaves
         return found or _made(prepared, reporter), found is not None
 
 
 def _made(prepared: PreparedPrune, reporter: Reporter) -> Pruning:
-    """Download what is on the Hub, then make the folder."""
+    """Download the source if need be, then write the pruned model."""
     source = pull_and_trust(prepared.source, reporter)
     start = time.monotonic()
     reporter.started("prune")

@@ -1,6 +1,6 @@
-"""What a build needs of disk and memory, and whether this machine has it: told before the first download.
+"""Estimate a build's disk and memory, and refuse what does not fit before the first download.
 
-The constants were fitted to what builds really took (benchmarks/needs.py).
+The constants were fitted to measurements of real builds (benchmarks/needs.py).
 """
 
 import json
@@ -18,20 +18,20 @@ from factory.config.settings import BuildConfig, num_dropped
 from factory.errors import MachineError
 from factory.units import size
 
-LIBRARIES_BYTES = 500_000_000  # of the host: Python, torch, transformers, trl and lm-eval, without a model
-ON_GPU_BYTES = 3_500_000_000  # of the host, with CUDA's libraries and a shard on its way
-CONTEXT_BYTES = 600_000_000  # of the GPU: CUDA itself
-GPU_SLACK = 1.1  # cache, activations and what is lost between blocks
+LIBRARIES_BYTES = 500_000_000  # host memory: Python, torch, transformers, trl and lm-eval, without a model
+ON_GPU_BYTES = 3_500_000_000  # host memory when on a GPU: CUDA's libraries and a shard in transit
+CONTEXT_BYTES = 600_000_000  # GPU memory of CUDA itself
+GPU_SLACK = 1.1  # cache, activations and fragmentation
 KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
-CHECKPOINTS = 2  # of the trainer that are kept; for a moment a third lies beside them
-SAVES = 10  # of the trainer over a run
-TRAINED_BYTES = 16  # a parameter of the adapter: itself, gradient and Adam's two moments
-LOGIT_COPIES = 6  # of a sequence in training: logits, their gradient, probabilities and their like
-BATCH = 16  # sequences that are measured at once
-LOSS_BATCH = 4  # sequences whose loss is evaluated at once, their logits in bf16
-ROW_COPIES = 3  # of one of them in fp32: logits, their logarithms and what those pass through
-NF4_BYTES = 0.516  # a weight, with its scales and their scales
-# What makes healing lighter, the least change first; rank 8 on feed-forward modules is the paper's for 70B.
+CHECKPOINTS = 2  # trainer checkpoints kept; a third exists for a moment
+SAVES = 10  # trainer checkpoints per run
+TRAINED_BYTES = 16  # per adapter parameter: itself, gradient and Adam's two moments
+LOGIT_COPIES = 6  # per sequence in training: logits, their gradient, probabilities and so on
+BATCH = 16  # sequences measured at once
+LOSS_BATCH = 4  # sequences whose loss is evaluated at once, with logits in bf16
+ROW_COPIES = 3  # fp32 copies of one such sequence's logits: themselves, their logarithms and temporaries
+NF4_BYTES = 0.516  # per weight, with scales and nested scales
+# Changes that make healing lighter, the smallest first; rank 8 on feed-forward is the paper's for 70B.
 SMALL = {"rank": 8, "modules": "ffn"}
 LIGHT = LIGHTEST_OBJECTIVE.name
 LIGHTER: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -49,11 +49,11 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a build takes at its peak."""
+    """Bytes that a build needs at its peak."""
 
-    disk: int  # where the stages lie
+    disk: int  # on the disk of the stages
     host: int
-    gpu: int  # the least; measuring and healing fill a GPU as far as it goes. 0 without one
+    gpu: int  # minimum, since measuring and healing use all there is; 0 without a GPU
 
 
 def needs(
@@ -65,11 +65,11 @@ def needs(
     bytes_after: int,
     on_gpu: bool,
 ) -> Needs:
-    """Estimate what the stages that are left need.
+    """Estimate what the remaining stages need.
 
     Args:
-        parameters_after: Of the pruned model.
-        bytes_after: Of its weight files.
+        parameters_after: Parameter count of the pruned model.
+        bytes_after: Size of its weight files.
     """
     if not pending:
         return Needs(0, 0, 0)
@@ -84,7 +84,7 @@ def needs(
 
 
 def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:
-    """What is written, at the end or while the trainer's checkpoints lie there."""
+    """Return the bytes written, at the end or while the trainer's checkpoints exist."""
     writes = sum(stage in pending for stage in ("prune", "merge")) * bytes_after
     if "heal" not in pending or not config.heal_enabled:
         return writes + KEPT_BYTES
@@ -92,15 +92,15 @@ def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_aft
     adapter = 4 * _adapter_parameters(source, config)
     tokens = 4 * heal.num_steps * heal.batch_size * heal.sequence_length
     saves = math.ceil(heal.num_steps / max(5, heal.num_steps // SAVES))
-    # In adapters: a checkpoint holds Adam's two moments as well; what was learnt is written beside the last.
-    most = max(3 * min(saves, CHECKPOINTS + 1), 3 * min(saves, CHECKPOINTS) + 1)
-    healing = writes - bytes_after * ("merge" in pending) + most * adapter + tokens
+    # In adapters: each checkpoint also holds Adam's two moments; the final adapter is written besides.
+    peak = max(3 * min(saves, CHECKPOINTS + 1), 3 * min(saves, CHECKPOINTS) + 1)
+    healing = writes - bytes_after * ("merge" in pending) + peak * adapter + tokens
     both = bytes_after * ("merge" in pending and heal.bits == 4 and config.merge_base == "auto")
     return max(healing, writes + both + adapter) + KEPT_BYTES
 
 
 def _stages(source: Source, config: BuildConfig, pending: Sequence[str], parameters_after: int) -> list[int]:
-    """Memory of the stages on a CPU, in fp32, beyond the libraries."""
+    """Return the memory of each stage on a CPU, in fp32, beyond the libraries."""
     width, inner = _widths(source)
     kept = _num_kept(source, config)
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
@@ -125,7 +125,7 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
 
 
 def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list[int]:
-    """Memory of the stages on a GPU, in bf16, beyond its context, with the fewest sequences at once."""
+    """Return the memory of each stage on a GPU, in bf16, beyond its context, with the smallest batches."""
     width, inner = _widths(source)
     heal, evaluate = config.heal, config.evaluate
     found = [0]
@@ -138,7 +138,7 @@ def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list
         inside = source.num_parameters - outside - experts
         added = _num_experts_parameters(source, 2)
         weights = (inside // 2 if heal.bits == 4 else 2 * inside) + 2 * (outside + experts + added)
-        # Of every layer its input, which is all that is kept where memory is short, and of one everything.
+        # The input of every layer, all that is kept when memory is short, and all activations of one layer.
         states = 2 * (_num_kept(source, config) * width + 20 * width + 10 * inner)
         logits = 4 * LOGIT_COPIES * source.vocab_size * OBJECTIVES[heal.objective].makes_logits
         trained = TRAINED_BYTES * _adapter_parameters(source, config)
@@ -151,7 +151,7 @@ def _num_kept(source: Source, config: BuildConfig) -> int:
 
 
 def _adapter_parameters(source: Source, config: BuildConfig) -> int:
-    """Of LoRA on the matrices of each feed-forward part, and the four of attention if asked for."""
+    """Count the parameters of LoRA on each feed-forward part, and on attention's four matrices if chosen."""
     width, inner = _widths(source)
     attention = 8 * width if config.heal.modules == "all-linear" else 0
     feed_forward = experts_of(source)[1] // source.num_layers or 3 * (width + inner)
@@ -159,7 +159,7 @@ def _adapter_parameters(source: Source, config: BuildConfig) -> int:
 
 
 def experts_of(source: Source) -> tuple[int, int]:
-    """Parameters of experts that stay in 16 bits, and of an adapter of rank 1 on them, in all layers."""
+    """Count the parameters of experts kept in 16 bits, and of a rank-1 adapter on them, in all layers."""
     fields: dict[str, Any] = source.config.get("text_config") or source.config
     if source.remote_code or not any("expert" in name for name in fields):
         return 0, 0
@@ -179,39 +179,39 @@ def _num_experts_parameters(source: Source, num_layers: int) -> int:
 
 
 def _widths(source: Source) -> tuple[int, int]:
-    """Of the hidden state and of the feed-forward part."""
+    """Return (hidden_size, intermediate_size)."""
     fields: dict[str, Any] = source.config.get("text_config") or source.config
     width = int(fields.get("hidden_size") or fields.get("n_embd") or 1024)
     return width, int(fields.get("intermediate_size") or fields.get("n_inner") or 4 * width)
 
 
 def host_bytes() -> int:
-    """Memory that this process may have: the machine's, or what its control group allows."""
+    """Return the memory this process may use: the machine's, or its control group's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
     return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def check_memory(needed: Needs, *, host_total: int, gpu_total: int) -> None:
-    """Refuse what cannot fit. A model that does not fit the GPU takes the host's memory as well.
+    """Refuse what cannot fit. A model that does not fit on the GPU spills over into host memory.
 
     Raises:
-        MachineError: Says how much is needed and how much there is.
+        MachineError: There is too little memory; says how much is needed and how much there is.
     """
     spread = max(needed.gpu - gpu_total, 0)
     if needed.host + spread > host_total:
-        told = f"about {size(needed.host + spread)} of memory"
-        beside = f" beside {size(gpu_total)} on the GPU" if gpu_total else ""
+        on_gpu = f" besides {size(gpu_total)} on the GPU" if gpu_total else ""
         raise MachineError(
-            f"the build needs {told}{beside}, and this machine has {size(host_total)}",
-            hint="a machine with more memory, or a smaller model",
+            f"the build needs about {size(needed.host + spread)} of memory{on_gpu}, "
+            f"but this machine has {size(host_total)}",
+            hint="use a machine with more memory, or a smaller model",
         )
 
 
 def healing_bytes(source: Source, config: BuildConfig) -> int:
-    """Of the GPU, for healing with one sequence a pass and activations that are computed again.
+    """Estimate the GPU memory for healing with one sequence per pass and recomputed activations.
 
-    A 70B model without 40 % of its layers took 33.4 GB with two sequences of 4,096 tokens; distilled by the
+    A 70B model without 40 % of its layers took 33.4 GB with two sequences of 4,096 tokens; distilled at the
     seam alone 38.5 GB with one of 2,048 and 39.9 GB with one of 4,096 (benchmarks/heal_speed.py).
     """
     heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
@@ -221,12 +221,12 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     inside = sum(source.layer_parameters) * held // source.num_layers - experts
     outside = source.num_parameters - sum(source.layer_parameters)
     weights = (NF4_BYTES if heal.bits == 4 else 2) * inside + 2 * experts
-    trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts lie at two thirds, about
+    trained = kept if heal.layers == "all" else kept // 3 + 1  # layers; cuts are at about two thirds
     adapter = TRAINED_BYTES * _adapter_parameters(source, config) * trained // kept
     unpacked = 2 * width * inner if heal.bits == 4 else 0
-    # A layer's experts with their updates, and the gradient of these: 1.65 times the experts on a CPU.
+    # A layer's experts with their updates, and the updates' gradient: 1.65 times the experts on a CPU.
     added = 2 * _num_experts_parameters(source, 2)
-    # The inputs of all layers, one layer's states, and those behind the last layer of student and teacher.
+    # The inputs of all layers, one layer's states, and the final states of student and teacher.
     token = 2 * (trained * width + 6 * inner + 6 * (1 + objective.teacher_passes) * width)
     return int(
         CONTEXT_BYTES + weights + 2 * outside + adapter + unpacked + added + heal.sequence_length * token
@@ -241,7 +241,7 @@ def healing_processes(
     Where the model and its training fit one device, each process holds the whole.
 
     Args:
-        processes: The most there may be.
+        processes: Maximum number of processes.
         pruned_parameters: Parameter count of the pruned model.
     """
     from factory.model.devices import best_device, training_processes, trains_on_one
@@ -261,19 +261,19 @@ def healing_processes(
 
 
 def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> None:
-    """Refuse a healing that no GPU memory here holds, and say what would fit.
+    """Refuse healing that does not fit in GPU memory, and suggest what would.
 
     Args:
-        gpu_total: Bytes of all GPUs that share the model.
+        gpu_total: Total memory in bytes of the GPUs that share the model.
 
     Raises:
-        MachineError: Says how much is needed, and the flags of the least change that fits.
+        MachineError: There is too little memory; the hint names the smallest change that fits.
     """
     needed = healing_bytes(source, config)
     if needed <= gpu_total:
         return
     packs = " `heal_bits=4`" if config.heal.bits == 16 else ""
-    hint = "a GPU with more memory, or build without healing: `no_heal`"
+    hint = "use a GPU with more memory, or build without healing: `no_heal`"
     for flags, changes in LIGHTER:
         lighter = config.heal.model_copy(update={**changes, "bits": 4})
         fewer = healing_bytes(source, config.model_copy(update={"heal": lighter}))
@@ -281,20 +281,20 @@ def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> Non
             hint = f"{flags}{packs} takes about {size(fewer)}"
             break
     raise MachineError(
-        f"healing by {config.heal.objective} needs about {size(needed)} of GPU memory, and there are "
+        f"healing by {config.heal.objective} needs about {size(needed)} of GPU memory, but there are only "
         f"{size(gpu_total)}",
         hint=hint,
     )
 
 
 def check_four_bit(device: Any) -> None:
-    """Refuse, before anything long, a machine on which bitsandbytes cannot quantise.
+    """Refuse, before any long work, a machine on which bitsandbytes cannot quantise.
 
     Args:
-        device: torch's, on which the model would be healed or measured in NF4.
+        device: torch device on which the model would be healed or measured in NF4.
 
     Raises:
-        MachineError: Says what bitsandbytes answers.
+        MachineError: Quantisation does not work; includes the message of bitsandbytes.
     """
     try:
         import torch
@@ -305,11 +305,11 @@ def check_four_bit(device: Any) -> None:
     except (ImportError, RuntimeError, NotImplementedError, OSError, AttributeError, ValueError) as error:
         raise _no_four_bit(device, " ".join(str(error).split())[:200]) from error
     if not whole:
-        raise _no_four_bit(device, "what comes back is not what went in")
+        raise _no_four_bit(device, "dequantised values are not finite")
 
 
 def _no_four_bit(device: Any, reason: str) -> MachineError:
     return MachineError(
         f"bitsandbytes cannot quantise to 4 bits on {device}: {reason}",
-        hint="install a bitsandbytes for this machine, or build without healing: `no_heal`",
+        hint="install a bitsandbytes that supports this machine, or build without healing: `no_heal`",
     )

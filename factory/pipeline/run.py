@@ -1,4 +1,4 @@
-"""One run: what was asked, the key of each stage, reuse of what is there, and who is told."""
+"""Run stages: compute their keys, reuse finished ones, and report progress."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,19 +19,19 @@ A = TypeVar("A", bound=Artifact)
 
 
 class Reporter(Protocol):
-    """Hears how a build goes; only the command line prints."""
+    """Receiver of a build's progress; only the command line prints."""
 
     def started(self, stage: str) -> None: ...
     def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
     def waiting(self, stage: str) -> None: ...
     def damaged(self, stage: str, file: str) -> None: ...
-    def stop(self) -> None: ...  # nothing runs any more
-    def note(self, message: str) -> None: ...  # what the user should know, and nothing fails for
+    def stop(self) -> None: ...  # nothing is running any more
+    def note(self, message: str) -> None: ...  # worth knowing, but not an error
 
 
 class Missing(Exception):  # noqa: N818  not an error: the answer to "what is left to do?"
-    """A stage that is not there yet, met while only looking."""
+    """Signal, while only looking, that a stage is not made yet."""
 
     def __init__(self, stage: str) -> None:
         super().__init__(stage)
@@ -40,27 +40,25 @@ class Missing(Exception):  # noqa: N818  not an error: the answer to "what is le
 
 @dataclass
 class Run:
-    """One build under way: what was asked, where stages lie, who listens."""
+    """A build in progress: its settings, store, reporter and texts, and the stages it has used."""
 
     config: BuildConfig
     store: Store
     reporter: Reporter
     texts: Texts
     rerun: frozenset[str] = frozenset()
-    block_sizes: tuple[int, ...] = ()  # that the measurement must be certain for; empty: the one of `drop`
+    block_sizes: tuple[int, ...] = ()  # sizes that measuring must be certain about; empty: that of `drop`
     only_look: bool = False  # raise Missing instead of working
-    processes: int = 1  # that a stage may use; no result and no key depends on it
+    processes: int = 1  # maximum for a stage; no result or key depends on it
     verified: set[Path] = field(default_factory=set)  # stage folders whose checksums were compared
-    remade: set[str] = field(default_factory=set)  # keys; what was made from them is made again too
+    remade: set[str] = field(default_factory=set)  # keys whose dependents are made again too
     keys: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)  # key → digest of what the stage made
+    digests: dict[str, str] = field(default_factory=dict)  # key → digest of the stage's result
     folders: dict[str, Path] = field(default_factory=dict)  # of the stages in `keys`
-    in_use: list[IO[bytes] | None] = field(default_factory=list)  # open: `factory gc` leaves these stages
+    in_use: list[IO[bytes] | None] = field(default_factory=list)  # open files keep `factory gc` away
     seconds: dict[str, float] = field(default_factory=dict)
     tracking: Tracking = NO_TRACKING
-    unfinished: tuple[StageSpec, Path] | None = (
-        None  # the stage under way that can be resumed, and its folder
-    )
+    unfinished: tuple[StageSpec, Path] | None = None  # the resumable stage in progress, and its folder
 
     def stage(
         self,
@@ -72,7 +70,7 @@ class Run:
         summary: Callable[[A], str],
         label: str = "",
     ) -> A:
-        """Reuse or make one stage; `work` returns the artefact, which is written beside its files."""
+        """Reuse or make one stage; `work` returns the artefact, which is stored with its files."""
         name = f"{stage.name} {label}".strip()
         libraries = {library: version(library) for library in stage.libraries}
         spec = StageSpec(stage.name, stage.version, {**parameters, "libraries": libraries}, inputs)
@@ -86,13 +84,13 @@ class Run:
 
         def make(folder: Path) -> Mapping[str, str]:
             self.reporter.started(name)
-            if (folder / artifact.file_name).is_file():  # an attempt was cut short after its work
+            if (folder / artifact.file_name).is_file():  # an attempt was interrupted after its work
                 value: Artifact = artifact.read(folder)
             else:
                 self.unfinished = (spec, folder) if stage.resumable else None
                 value = work(folder)
                 self.unfinished = None
-                sync_files(folder)  # what the value speaks of is there if it is there
+                sync_files(folder)  # the value must not exist before the files it refers to
                 write_atomically(folder / artifact.file_name, value.text())
             for path in [path for pattern in stage.scratch for path in folder.glob(pattern)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -121,14 +119,14 @@ class Run:
         return value
 
     def release(self) -> None:
-        """Let others remove or replace the stages that this run used."""
+        """Allow others to remove or replace the stages that this run used."""
         for file in self.in_use:
             if file:
                 file.close()
         self.in_use.clear()
 
     def _is_intact(self, name: str, folder: Path) -> bool:
-        """Whether a complete stage is what it was; each is read through once a run."""
+        """Return whether a finished stage is undamaged; its files are read once per run."""
         changed = damage(folder) if folder not in self.verified else []
         if changed and not self.only_look:
             self.reporter.damaged(name, changed[0])
@@ -137,7 +135,7 @@ class Run:
         return not changed
 
     def ticks(self, stage: str, label: str = "") -> Callable[..., None]:
-        """The progress callback of one stage."""
+        """Return the progress callback of one stage."""
         name = f"{stage} {label}".strip()
 
         def tick(done: int, total: int, note: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Each stage of a run: what it is made from, what decides its result, and what is said of it."""
+"""Define each stage of a run: its inputs, the parameters in its key, its work and its summary line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,9 +42,9 @@ from factory.units import count
 
 
 def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
-    """Call `work(progress=…)` in as many processes as may be; in one if `model` does not fit a GPU.
+    """Call `work(progress=…)` in all allowed processes, or in one if `model` does not fit on a GPU.
 
-    Such a model is spread over all GPUs by its layers.
+    A model that does not fit is spread over all GPUs by its layers.
     """
     from factory.model.devices import best_device
     from factory.model.loading import fits
@@ -55,7 +55,7 @@ def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: P
 
 
 def measure_stage(run: Run, source: Source) -> DistanceProfile:
-    """Angular distance of every pair of layer inputs."""
+    """Measure the angular distance between every pair of layer inputs."""
     settings = run.config.measure
     block_sizes = run.block_sizes or (num_dropped(run.config.drop, source.num_layers),)
 
@@ -85,7 +85,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
         summary=lambda p: (
             f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
-            + (", choice certain" if p.certain_for else "")
+            + (", choice is certain" if p.certain_for else "")
         ),
     )
 
@@ -93,7 +93,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
 def plan_stage(
     run: Run, source: Source, profile: DistanceProfile, *, criterion: str | None = None
 ) -> PruningPlan:
-    """Which layers go, by one criterion; the configuration's where none is given."""
+    """Choose the layers to drop by one criterion, by default the configured one."""
     from factory.pruning.criteria import first_dropped, plan, plan_without
 
     settings = run.config.plan
@@ -136,7 +136,7 @@ def plan_stage(
 def search_stage(
     run: Run, source: Source, profile: DistanceProfile, *, criterion: str, block_size: int
 ) -> PruningPlan:
-    """Which layers go, by the loss without them; the profile only ranks the candidates."""
+    """Choose the layers to drop by the loss without them; the profile only ranks the candidates."""
     settings = run.config.plan.model_copy(update={"criterion": criterion})
 
     def work(folder: Path) -> Artifact:
@@ -163,7 +163,7 @@ def search_stage(
             "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
         },
-        inputs={  # a profile from elsewhere need not say of which model it is
+        inputs={  # an imported profile may not record its model
             "profile": run.keys["measure"],
             "source": source.commit,
             "text": text_identity(run.texts.calibration.data),
@@ -173,7 +173,7 @@ def search_stage(
 
 
 def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
-    """Unhealed loss of several cuts, on documents of the calibration text that no search has seen."""
+    """Measure the unhealed loss of several cuts on calibration documents that no search has seen."""
     settings = run.config.plan
 
     def work(_folder: Path) -> Artifact:
@@ -212,7 +212,7 @@ def _describe_plan(plan: PruningPlan) -> str:
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
-    """Layer surgery on disk; keyed by the layers, not by the fraction that led to them."""
+    """Cut the layers out on disk; the key depends on the layers, not on the fraction they came from."""
 
     def work(folder: Path) -> Artifact:
         from factory.pruning.prune import prune
@@ -229,7 +229,7 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
 
 
 def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) -> Adapter:
-    """QLoRA; resumes from its last trainer checkpoint."""
+    """Heal with QLoRA, resuming from the last trainer checkpoint."""
 
     def work(folder: Path) -> Artifact:
         from factory.healing.heal import heal
@@ -259,40 +259,40 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
         summary=partial(
             describe_healing,
-            steps_asked=run.config.heal.num_steps,
-            dropout_asked=run.config.heal.dropout,
+            requested_steps=run.config.heal.num_steps,
+            requested_dropout=run.config.heal.dropout,
         ),
     )
 
 
-def describe_healing(adapter: Adapter, *, steps_asked: int, dropout_asked: float = 0.0) -> str:
-    """What was trained, how far it helped, and whatever did not go as asked for."""
+def describe_healing(adapter: Adapter, *, requested_steps: int, requested_dropout: float = 0.0) -> str:
+    """Describe the training, its effect, and every departure from the request."""
     best = adapter.best_step
-    said = [
+    facts = [
         f"{adapter.num_steps:,} steps, {adapter.num_tokens:,} tokens",
         f"held-back loss {adapter.guard_loss_before:.3f} → {adapter.guard_loss_after:.3f}"
         + (f", lowest at step {best:,}" if best not in (None, adapter.num_steps) else ""),
     ]
     if (slowed := adapter.slowed_at_step) is not None:
-        said.append(f"at a lower rate from step {slowed:,} on, after the loss ran away")
+        facts.append(f"learning rate lowered from step {slowed:,}, after the loss diverged")
     if (ended := adapter.ran_away_at_step) is not None:
         kept = f"went back to step {adapter.num_steps:,}" if adapter.num_steps else "nothing learnt"
-        said.append(f"the loss ran away again at step {ended:,}, which ended it: {kept}")
-    elif adapter.num_steps < steps_asked:
-        said.append(f"stopped early, at step {adapter.num_steps:,} of {steps_asked:,}")
-    if adapter.experts and dropout_asked:
-        said.append("without dropout, which adapters on experts that are one parameter do not allow")
+        facts.append(f"stopped at step {ended:,}, where the loss diverged again: {kept}")
+    elif adapter.num_steps < requested_steps:
+        facts.append(f"stopped early, at step {adapter.num_steps:,} of {requested_steps:,}")
+    if adapter.experts and requested_dropout:
+        facts.append("no dropout, which adapters on fused experts do not support")
     if adapter.quantization == "nf4" and (adapter.experts or adapter.left_out):
-        said.append("experts in 16 bits, not in NF4")
+        facts.append("experts in 16 bits, not in NF4")
     if adapter.left_out:
-        said.append(f"no adapter on {', '.join(adapter.left_out)}, one parameter for all experts")
+        facts.append(f"no adapter on {', '.join(adapter.left_out)}, one parameter for all experts")
     if not adapter.packed:
-        said.append("not packed, since this model reads across packed documents")
-    return "; ".join(said)
+        facts.append("not packed, since this model attends across packed documents")
+    return "; ".join(facts)
 
 
 def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The adapter into full-precision weights. A stage of its own: failing here costs no training."""
+    """Merge the adapter into full-precision weights; a separate stage, so failing costs no training."""
 
     def work(folder: Path) -> Artifact:
         from factory.healing.merge import judge, merge, overflowed
@@ -315,28 +315,28 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
 
 def _describe_merge(merged: Checkpoint) -> str:
     if not merged.files:
-        return "the adapter makes weights infinite or not a number, so the unhealed model ships"
+        return "the adapter makes weights infinite or NaN, so the unhealed model ships"
     return f"adapter added to the {merged.merge_base}{_losses(merged.merge_losses)}" + (
         "" if merged.helped else "; it does not lower the held-back loss, so the unhealed model ships"
     )
 
 
 def _losses(losses: dict[str, float] | None) -> str:
-    """The losses that a choice was made by: "; held-back loss 3.12 with source weights, 3.10 with …"."""
+    """Describe the losses behind a choice: "; held-back loss 3.12 on source weights, 3.10 on …"."""
     if not losses:
         return ""
     return "; held-back loss " + ", ".join(f"{loss:.4f} on {name}" for name, loss in losses.items())
 
 
 def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:
-    """Loss and tasks of one of the three models; the source's is shared by all its builds."""
+    """Evaluate loss and tasks of one of the three models; all builds of a source share its evaluation."""
 
     def work(into: Path) -> Artifact:
         from factory.evaluation.evaluate import evaluate
 
         folder = model.local_folder if isinstance(model, Source) else model.folder
         part = partial(evaluate, folder, run.texts.evaluation, settings=run.config.evaluate, into=into)
-        if run.config.evaluate.backend == "vllm":  # it spreads the model itself
+        if run.config.evaluate.backend == "vllm":  # vLLM spreads the model itself
             return part(progress=run.ticks("evaluate", name))
         return in_processes(run, part, name=f"evaluate {name}", model=folder)
 
@@ -359,7 +359,7 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
 
 
 def compare_evaluations(run: Run, evaluations: Mapping[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
-    """Each model against the source, on the answers that the evaluations left; quick, so no stage."""
+    """Compare each model with the source on the stored answers; too quick to be a stage."""
     from factory.evaluation.significance import compare
 
     before = run.folders["evaluate source"]
@@ -371,7 +371,7 @@ def compare_evaluations(run: Run, evaluations: Mapping[str, Evaluation]) -> dict
 
 
 def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str) -> SpeedComparison:
-    """Tokens a second of source and result, in turns."""
+    """Measure tokens per second of source and result, in turns."""
 
     def work(_folder: Path) -> Artifact:
         from factory.evaluation.speed import compare_speed
@@ -391,7 +391,7 @@ def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str
 
 
 def _without_data(settings: Any) -> dict[str, Any]:
-    """Parameters for a key: the data counts by its identity, not by the path it was given as."""
+    """Return a key's parameters: data enters the key by its identity, not by its path."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")
     return values

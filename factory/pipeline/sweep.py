@@ -1,4 +1,4 @@
-"""Sweep: quality against the fraction of dropped layers, and where its plateau ends."""
+"""Sweep: measure quality against the fraction of dropped layers, and find where its plateau ends."""
 
 import math
 from collections.abc import Sequence
@@ -23,20 +23,19 @@ from factory.pipeline.texts import check_tokens
 
 SHARE_KEPT = 0.8
 RULE = (
-    f"the largest cut up to which, smaller cuts included, {SHARE_KEPT:.0%} of what the source has over "
-    "guessing is kept: by each task that has a chance level and on which the source is above it, "
-    "(score − chance) / (source − chance), averaged; without such a task by the loss, "
-    "(log V − loss) / (log V − source loss)"
+    f"the largest cut that, like all smaller ones, keeps {SHARE_KEPT:.0%} of the source's margin over "
+    "guessing: (score − chance) / (source − chance), averaged over the tasks that have a chance level and "
+    "on which the source is above it; without such a task, (log V − loss) / (log V − source loss)"
 )
 
 
 @dataclass(frozen=True)
 class PreparedSweep:
-    """A sweep that was checked."""
+    """A checked sweep."""
 
     source: Source
     run: Run
-    drops: tuple[float, ...]  # rising, each another number of layers
+    drops: tuple[float, ...]  # ascending, each a different number of layers
     out: Path
 
     @property
@@ -46,7 +45,7 @@ class PreparedSweep:
 
 
 def prepare_sweep(request: SweepRequest, reporter: Reporter) -> PreparedSweep:
-    """Resolve, settle and check a sweep, before it begins."""
+    """Resolve, settle and check a sweep before it begins."""
     source, run = begin(request, reporter, drop=request.drop[0])
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(request.drop)}
     out = output_folder(request.out or Path("sweeps") / source.name)
@@ -54,7 +53,7 @@ def prepare_sweep(request: SweepRequest, reporter: Reporter) -> PreparedSweep:
 
 
 def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
-    """Make and measure every cut; write the result and its figure."""
+    """Make and measure every cut, then write the result and its figure."""
     from factory.report.figures import sweep_figure
 
     source = pull_and_trust(prepared.source, reporter)
@@ -66,12 +65,12 @@ def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
 
 
 def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
-    """Quality at each fraction, on the files of the pruned and, where asked, the healed model.
+    """Evaluate the pruned and, if requested, the healed model at each fraction.
 
-    One measurement serves all; the stages are those of builds, which reuse them.
+    One measurement serves all fractions; builds reuse the stages.
 
     Args:
-        drops: Rising fractions, each another number of layers.
+        drops: Ascending fractions, each a different number of layers.
     """
     run.block_sizes = tuple(num_dropped(drop, source.num_layers) for drop in drops)
     profile = measure_stage(run, source)
@@ -104,9 +103,9 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
 
 
 def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
-    """What is left of the source's advantage over guessing: 1 as good as the source, 0 guessing.
+    """Return the share of the source's advantage over guessing that is kept: 1 is the source, 0 guessing.
 
-    NaN where the source has none.
+    NaN if the source has no such advantage.
     """
     shares = [
         (after.value - after.chance) / (before.value - after.chance)
@@ -120,15 +119,15 @@ def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
 
 
 def left_out(source: Evaluation) -> list[str]:
-    """Labels of the tasks that `share_kept` does not look at, as nothing says what guessing scores."""
+    """Return labels of the tasks that `share_kept` ignores because they have no known chance level."""
     return [task.label for task in source.tasks if task.chance is None]
 
 
 def before_the_cliff(points: Sequence[SweepPoint], source: Evaluation) -> float | None:
-    """The largest fraction that `RULE` names, None where not even the first point keeps enough.
+    """Return the largest fraction that meets `RULE`, or None if not even the first point does.
 
     Args:
-        points: By rising fraction.
+        points: Points in ascending order of the fraction.
     """
     largest = None
     for point in points:

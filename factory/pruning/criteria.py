@@ -1,4 +1,4 @@
-"""Plan: from the distance profile to the layers that go, by each criterion that needs no other look."""
+"""Choose the layers to drop by the criteria that need the distance profile alone."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,28 +21,28 @@ def plan(
     """Choose `block_size` layers by a criterion that needs the profile alone.
 
     Args:
-        may_drop: Whether the surgery allows a set of layers to be missing.
+        may_drop: Predicate: can this set of layers be cut from the architecture?
 
     Raises:
-        DataError: The profile does not hold what the criterion asks for.
-        ModelError: The surgery does not allow the cut.
+        DataError: The profile lacks the measurements that the criterion needs.
+        ModelError: The architecture does not allow the cut.
     """
     return FROM_PROFILE[criterion](profile, block_size=block_size, may_drop=may_drop)
 
 
 def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
-    """The block whose removal turns the stream least (arXiv 2403.17887, section 3.2).
+    """Choose the block across which the hidden state turns least (arXiv 2403.17887, section 3.2).
 
-    Blocks that hold the last layer are not considered: it alone writes what the head reads, and the
-    paper keeps it in its simple heuristic too (section 4.4). Ties go to the deepest block.
+    Blocks that contain the last layer are not considered: it alone writes what the head reads, and the
+    paper's simple heuristic keeps it too (section 4.4). Ties go to the deepest block.
     """
     last_start = profile.num_layers - block_size - 1
     distances = profile.block_distances(block_size)[: last_start + 1]
     known = [start for start, distance in enumerate(distances) if not math.isnan(distance)]
     if not known:
         raise DataError(
-            f"the profile holds no distance across {block_size} layers",
-            hint=f"it holds those across {_known_sizes(profile)}; measure the model, or drop as many",
+            f"the profile has no distances across {block_size} layers",
+            hint=f"it covers {_known_sizes(profile)}; drop that many, or measure the model",
         )
     ranking = sorted(known, key=lambda start: (distances[start], -start))
     allowed = [start for start in ranking if may_drop(tuple(range(start, start + block_size)))]
@@ -60,7 +60,7 @@ def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = la
 
 
 def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
-    """The deepest layers except the last (arXiv 2403.17887, section 4.4): no measurement decides."""
+    """Choose the deepest layers except the last (arXiv 2403.17887, section 4.4), whatever was measured."""
     start = profile.num_layers - block_size - 1
     dropped = tuple(range(start, start + block_size))
     if not may_drop(dropped):
@@ -76,12 +76,12 @@ def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = la
 def block_influence(
     profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True
 ) -> PruningPlan:
-    """The layers that each turn the stream least, wherever they are (ShortGPT, arXiv 2403.03853).
+    """Choose the layers that each turn the hidden state least (ShortGPT, arXiv 2403.03853).
 
     Ties go to the deepest layer.
     """
     if profile.influence is None:
-        raise DataError("the profile holds no Block Influence", hint="measure the model, without `profile`")
+        raise DataError("the profile has no Block Influence", hint="measure the model: omit `profile`")
     influence = profile.influence
     ranking = sorted(range(profile.num_layers), key=lambda layer: (influence[layer], -layer))
     dropped = tuple(sorted(ranking[:block_size]))
@@ -95,7 +95,6 @@ def block_influence(
     )
 
 
-# By the criteria's names.
 FROM_PROFILE: Mapping[str, Callable[..., PruningPlan]] = {
     "angular": angular,
     "deepest": deepest,
@@ -104,30 +103,27 @@ FROM_PROFILE: Mapping[str, Callable[..., PruningPlan]] = {
 
 
 def plan_without(layers: Collection[int], *, num_layers: int) -> PruningPlan:
-    """The plan that drops the layers somebody chose.
-
-    Args:
-        layers: 0-based.
+    """Return the plan that drops exactly these 0-based layers.
 
     Raises:
-        DropError: Layers that the model does not have, or fewer than 2 that stay.
+        DropError: The model lacks one of the layers, or fewer than 2 layers would be kept.
     """
     dropped = tuple(sorted(layers))
     if not dropped or dropped[-1] >= num_layers:
         raise DropError(
-            f"`layers={layer_ranges(dropped)}`: the model's {num_layers} layers are 0 to {num_layers - 1}",
+            f"`layers={layer_ranges(dropped)}`: the model has layers 0 to {num_layers - 1}",
             hint="layers are counted from 0",
         )
     if num_layers - len(dropped) < 2:
         raise DropError(
             f"`layers={layer_ranges(dropped)}` leaves {num_layers - len(dropped)} of {num_layers} layers",
-            hint="at least 2 layers must stay; `layers` names those that go",
+            hint="at least 2 layers must be kept; `layers` lists those to drop",
         )
     return PruningPlan(criterion=CHOSEN.name, num_layers=num_layers, dropped=dropped)
 
 
 def first_dropped(plan: PruningPlan, count: int, *, profile: DistanceProfile) -> PruningPlan:
-    """The plan of a greedy search after its first `count` layers."""
+    """Return the plan of a greedy search after its first `count` layers."""
     order = (plan.order or ())[:count]
     dropped = tuple(sorted(order))
     changes = {"order": order, "dropped": dropped, "distance": profile.across(dropped)}
@@ -135,32 +131,32 @@ def first_dropped(plan: PruningPlan, count: int, *, profile: DistanceProfile) ->
 
 
 def choose(plans: Sequence[PruningPlan], losses: CutLosses) -> tuple[str, str]:
-    """The criterion to take, and why.
+    """Return the best criterion, and the reason in words.
 
-    The least loss decides; but a difference below two standard errors is none, and then the simplest
-    criterion among the level ones is taken, in the order of `CRITERIA`.
+    The lowest loss wins; but differences below two standard errors count as ties, and among tied criteria
+    the simplest wins: the first in the order of `CRITERIA`.
 
     Args:
-        plans: One a criterion.
-        losses: Of the plans, in their order.
+        plans: One plan per criterion.
+        losses: Losses of the plans, in the same order.
     """
     level = {
         plan.criterion: cut
         for plan, cut in zip(plans, losses.cuts, strict=True)
-        if not cut.behind > CERTAIN * cut.behind_stderr  # NaN, where no loss is finite, is level too
+        if not cut.behind > CERTAIN * cut.behind_stderr  # NaN, where no loss is finite, is a tie too
     }
     chosen = next(criterion for criterion in CRITERIA if criterion in level)
     others = [criterion for criterion in level if criterion != chosen]
     if not others:
         rivals = [cut for cut in losses.cuts if cut.behind > 0]
         ahead = min((cut.behind for cut in rivals), default=0.0)
-        return chosen, f"least loss without healing, {ahead:.3f} ahead of the next"
+        return chosen, f"lowest loss without healing, {ahead:.3f} ahead of the next"
     if level[chosen].behind == 0:
-        return chosen, f"least loss without healing, though {_listed(others)} within noise of it"
+        return chosen, f"lowest loss without healing, though {_listed(others)} within noise of it"
     least = next(criterion for criterion, cut in level.items() if cut.behind == 0)
     return chosen, (
-        f"within noise of the least loss ({least}: {level[chosen].behind:.3f} ± "
-        f"{level[chosen].behind_stderr:.3f} less), and simpler"
+        f"within noise of the lowest loss ({least}: {level[chosen].behind:.3f} ± "
+        f"{level[chosen].behind_stderr:.3f} lower), and simpler"
     )
 
 
@@ -171,13 +167,13 @@ def _listed(criteria: Sequence[str]) -> str:
 
 def _refused(what: str) -> ModelError:
     return ModelError(
-        f"{what} can be dropped: the fields of this architecture would no longer fit the layers that stay"
+        f"{what} can be dropped: this architecture's configuration would not fit the kept layers"
         if what.startswith("no ")
-        else f"{what} cannot be dropped: this architecture's fields would no longer fit those that stay",
-        hint="take another criterion or another `drop`",
+        else f"{what} cannot be dropped: this architecture's configuration would not fit the kept layers",
+        hint="try another criterion or another `drop`",
     )
 
 
 def _known_sizes(profile: DistanceProfile) -> str:
     sizes = [n for n in range(1, profile.num_layers) if not all(map(math.isnan, profile.block_distances(n)))]
-    return f"{layer_ranges(sizes)} layers" if sizes else "none"
+    return f"{layer_ranges(sizes)} layers" if sizes else "no distances"

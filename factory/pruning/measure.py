@@ -1,4 +1,4 @@
-"""Measure: the angular distance between every pair of layer inputs, in one pass over the text."""
+"""Measure the angular distance between every pair of layer inputs, in one pass over the text."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,11 @@ from factory.parallel import processes
 from factory.text.text import Text
 
 FIRST_BATCH_SIZE = 16  # sequences of full length; halved until it fits
-CHUNK = 64  # samples between two looks at whether the choice is certain
+CHUNK = 64  # samples between two checks of whether the choice is certain
 SAVE_EVERY = 256  # samples
 CERTAIN = 3.0  # standard errors of the paired difference between the best block and each rival
-INFLUENCE_POSITIONS = 64  # a sample, evenly spaced: Block Influence is a mean over tokens
-TOKENS_AT_ONCE = 128  # positions whose pairs of layers are compared in one go
+INFLUENCE_POSITIONS = 64  # per sample, evenly spaced: Block Influence is a mean over tokens
+TOKENS_AT_ONCE = 128  # positions whose pairs of layers are compared at once
 STATE = "measuring.pt"
 Sample = tuple[int, list[int]]  # its number, its tokens
 Progress = Callable[[int, int, str], None]
@@ -42,28 +42,28 @@ def measure(
     folder: Path,
     progress: Progress,
 ) -> DistanceProfile:
-    """Angular distances between layer inputs (arXiv 2403.17887, section 3.2), and Block Influence.
+    """Measure angular distances between layer inputs (arXiv 2403.17887, section 3.2), and Block Influence.
 
     Each document gives one sample: its first `settings.sequence_length` tokens. Reading stops after
-    `settings.num_samples`; where that is None, once the nearest block of each of `block_sizes` is ahead of
+    `settings.num_samples`; if that is None, once the nearest block of each of `block_sizes` is ahead of
     every rival by three standard errors of the paired difference, at `settings.max_samples`, or at the
-    end of the text. Nothing of a sample is kept but sums; the language-model head is never run. Several
+    end of the text. Only sums over the samples are kept; the language-model head is never run. Several
     processes share each chunk of samples and then hold the same sums.
 
     Args:
-        block_sizes: Numbers of layers that a cut may have, for which the choice must be certain.
-        folder: Holds the sums every few hundred samples; a later call goes on from there.
+        block_sizes: Numbers of layers in a cut, for each of which the choice must be certain.
+        folder: Folder where the sums are saved every few hundred samples; a later call resumes from them.
 
     Raises:
-        DataError: Fewer documents than asked, or fewer than 2.
-        ModelError: A state is not finite; says the layer and the sample.
+        DataError: The text has fewer documents than requested, or fewer than 2.
+        ModelError: A hidden state is not finite; the message names the layer and the sample.
     """
     encoder = load_encoder(source.local_folder)
     model = load_model(source.local_folder, four_bit=settings.four_bit)
     fuse_norms(model)
     sums = Sums.resume(folder, num_layers=source.num_layers, block_sizes=block_sizes)
-    most = settings.num_samples or settings.max_samples
-    samples = islice(take_samples(text, encoder, settings=settings, seed=seed), sums.count, most)
+    maximum = settings.num_samples or settings.max_samples
+    samples = islice(take_samples(text, encoder, settings=settings, seed=seed), sums.count, maximum)
     run = find_executable_batch_size(
         lambda batch_size, chunk: list(
             measure_batches(
@@ -78,7 +78,7 @@ def measure(
     )
     while chunk := list(islice(samples, CHUNK)):
         sums.add(chunk, processes.gather(run(processes.share(chunk))))
-        progress(sums.count, most, sums.note() if settings.num_samples is None else "")
+        progress(sums.count, maximum, sums.note() if settings.num_samples is None else "")
         long_enough = not settings.exact_length or sums.longest >= settings.sequence_length
         if settings.num_samples is None and sums.certain() and long_enough:
             break
@@ -91,7 +91,7 @@ def measure(
 
 
 def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
-    """Numbered token lists of the documents in shuffled order, cut to the sequence length."""
+    """Yield numbered token lists of the documents in shuffled order, cut to the sequence length."""
     number = 0
     for document in text.shuffled(seed):
         tokens = encoder.beginning(document, length=settings.sequence_length)
@@ -103,19 +103,19 @@ def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, see
 def _check_enough(sums: "Sums", text: Text, *, settings: MeasureSettings) -> None:
     if settings.num_samples and sums.count < settings.num_samples:
         raise DataError(
-            f"{text.data.name} holds {sums.count} usable documents; {settings.num_samples} were asked for",
-            hint=f"`samples={sums.count}`, or give more text with `calibration_data`",
+            f"{text.data.name} has {sums.count} usable documents; {settings.num_samples} were requested",
+            hint=f"use `samples={sums.count}`, or provide more text with `calibration_data`",
         )
     if sums.count < 2:
         raise DataError(
-            f"{text.data.name} holds {sums.count} usable documents; measuring needs at least 2",
-            hint="give more text with `calibration_data`",
+            f"{text.data.name} has {sums.count} usable documents; measuring needs at least 2",
+            hint="provide more text with `calibration_data`",
         )
     if settings.exact_length and sums.longest < settings.sequence_length:
         raise DataError(
             f"the longest of {sums.count} documents of {text.data.name} has {sums.longest} tokens; "
-            f"sequences of {settings.sequence_length} were asked for",
-            hint=f"`sequence_length={sums.longest}`, or give longer text with `calibration_data`",
+            f"sequences of {settings.sequence_length} were requested",
+            hint=f"use `sequence_length={sums.longest}`, or provide longer text with `calibration_data`",
         )
 
 
@@ -143,24 +143,24 @@ class Moments:
 
 
 class Sums:
-    """All that is kept of the samples: O(L²), and O(L²) more for each block size that is asked for."""
+    """Running sums over the samples, O(L²) in size, plus O(L²) per requested block size."""
 
     def __init__(self, num_layers: int, block_sizes: Sequence[int]) -> None:
         self.num_layers = num_layers
         self.distance = Moments(num_layers + 1, num_layers + 1)
         self.influence = Moments(num_layers)
-        # Blocks without the last layer, as the plan chooses them; a difference for each pair of them.
+        # Differences between all pairs of blocks; the plan never drops the last layer.
         self.rivals = {n: Moments(num_layers - n, num_layers - n) for n in sorted(set(block_sizes))}
         self.num_tokens = 0
         self.longest = 0  # tokens
 
     @property
     def count(self) -> int:
-        """Samples so far."""
+        """Number of samples so far."""
         return self.distance.count
 
     def add(self, samples: list[Sample], measured: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Add what `measure_batches` gave for these samples."""
+        """Add the results of `measure_batches` for these samples."""
         distances = torch.cat([distance for distance, _ in measured])  # [b, L + 1, L + 1]
         self.distance.add(distances)
         self.influence.add(torch.cat([influence for _, influence in measured]))
@@ -171,39 +171,39 @@ class Sums:
         self.longest = max(self.longest, *(len(tokens) for _, tokens in samples))
 
     def lead(self, n: int) -> float:
-        """By how many standard errors the nearest block of n layers is ahead of its nearest rival."""
+        """Return the lead of the nearest block of n layers over its closest rival, in standard errors."""
         moments = self.rivals[n]
         best = int(self.distance.mean.diagonal(offset=n)[:-1].argmin())
         ahead, error = moments.mean[:, best], moments.stderr[:, best]
-        # A block that is equal in every sample is no worse a choice.
+        # A block that is equal in every sample is just as good a choice.
         leads = torch.where((ahead == 0) & (error == 0), torch.inf, ahead / error)
         return float(leads.nan_to_num(nan=0.0, posinf=torch.inf).min())
 
     def certain(self) -> tuple[int, ...]:
-        """The block sizes asked for, if the choice is certain for each of them; else nothing."""
+        """Return the requested block sizes if the choice is certain for all of them, else an empty tuple."""
         sizes = tuple(self.rivals)
         return sizes if sizes and all(self.lead(n) >= CERTAIN for n in sizes) else ()
 
     def note(self) -> str:
-        """How certain the choice is so far, for people."""
+        """Describe in words how certain the choice is so far."""
         lead = min((self.lead(n) for n in self.rivals), default=0.0)
         return f"best block ahead by {lead:.1f} of {CERTAIN:.0f} standard errors"
 
     def save(self, folder: Path) -> None:
-        """Write everything to one file that is replaced as a whole."""
+        """Write everything to one file, which is replaced atomically."""
         partial = folder / f"{STATE}.partial"
         torch.save(_plain(self), partial)
         partial.replace(folder / STATE)
 
     @classmethod
     def resume(cls, folder: Path, *, num_layers: int, block_sizes: Sequence[int]) -> "Sums":
-        """What an earlier attempt left in `folder`, else nothing yet."""
+        """Load what an earlier attempt saved in `folder`, or start from zero."""
         sums = cls(num_layers, block_sizes)
         if (folder / STATE).exists():
             try:
                 saved = torch.load(folder / STATE, weights_only=True)
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-                return sums  # torn by a power cut: nothing yet
+                return sums  # truncated by a power cut
             moments = [sums.distance, sums.influence, *sums.rivals.values()]
             for moment, (count, mean, squares) in zip(moments, saved["moments"], strict=True):
                 moment.count, moment.mean, moment.squares = count, mean, squares
@@ -211,7 +211,7 @@ class Sums:
         return sums
 
     def profile(self, source: Source, text: Text, *, settings: MeasureSettings) -> DistanceProfile:
-        """The result, rounded to what float32 states can carry, so that files stay short."""
+        """Return the result, rounded to the precision of float32 states to keep files short."""
         return DistanceProfile(
             num_layers=self.num_layers,
             source_commit=source.commit,
@@ -250,27 +250,27 @@ def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 def measure_batches(
     model: Any, samples: Sequence[Sample], *, pad_token_id: int, max_tokens: int, all_tokens: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Distances [b, L + 1, L + 1] and Block Influence [b, L] of each batch, in float64 on the CPU.
+    """Yield distances [b, L + 1, L + 1] and Block Influence [b, L] per batch, in float64 on the CPU.
 
-    Batches hold samples of about equal length, at most `max_tokens` with the padding, the longest first:
-    what does not fit shows at once.
+    Batches hold samples of similar length, at most `max_tokens` including padding, the longest first, so
+    that running out of memory shows at once.
 
     Args:
-        all_tokens: Average the distances over all tokens but the first, whose state is an outlier; else
-            take the last token, as the paper does.
+        all_tokens: Average the distances over all tokens but the first, whose state is an outlier, instead
+            of taking the last token as the paper does.
     """
     layers = decoder_layers(model)
     for batch in _batches(samples, max_tokens=max_tokens):
         ids, mask = pad_batch([tokens for _, tokens in batch], pad_token_id=pad_token_id)
-        most = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
-        positions, weights = _positions(mask.sum(dim=1).tolist(), most=most)
+        maximum = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
+        positions, weights = _positions(mask.sum(dim=1).tolist(), maximum=maximum)
         weights = weights.to(model.device)
         with _boundaries(layers, positions.to(model.device), keep_all=all_tokens) as seen:
             # The inner model: the head's logits, the largest tensor of a pass, are not needed. No mask:
-            # no real token looks ahead to the padding, and without one attention takes its fast kernel.
+            # no real token attends to the padding after it, and attention is faster without one.
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
         _check_finite(seen.finite, [number for number, _ in batch])
-        # Where layers are spread over devices, so are these.
+        # Layers spread over several devices leave their states there.
         states = [state.to(model.device) for state in seen.states]
         influence = torch.stack([(turn.to(model.device) * weights).sum(dim=1) for turn in seen.turns], dim=1)
         if all_tokens:
@@ -283,7 +283,7 @@ def measure_batches(
 
 
 def angular_distances(states: torch.Tensor) -> torch.Tensor:
-    """arccos of the cosine over π between all pairs of states: [b, k, d] → [b, k, k], in [0, 1]."""
+    """Return arccos(cosine) / π between all pairs of states: [b, k, d] → [b, k, k], in [0, 1]."""
     unit = torch.nn.functional.normalize(states, dim=-1)
     cosine = (unit @ unit.transpose(-1, -2)).clamp(-1.0, 1.0)
     distances = cosine.arccos() / torch.pi
@@ -293,7 +293,7 @@ def angular_distances(states: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_distances(states: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over positions of the distances of one sample: L + 1 of [p, d] → [L + 1, L + 1]."""
+    """Return one sample's weighted mean distance over positions: L + 1 of [p, d] → [L + 1, L + 1]."""
     total = torch.zeros((len(states), len(states)), dtype=torch.float64, device=weights.device)
     for start in range(0, len(weights), TOKENS_AT_ONCE):
         some = slice(start, start + TOKENS_AT_ONCE)
@@ -313,24 +313,24 @@ def _batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[Sam
         yield batch
 
 
-def _positions(lengths: list[int], *, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evenly spaced positions of each row, the last real token last, and their weights: both [b, p].
+def _positions(lengths: list[int], *, maximum: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return evenly spaced positions per row, ending at its last real token, and weights: both [b, p].
 
-    Position 0 is never among them. Rows with fewer than `most` are filled in front, with weight 0.
+    Position 0 is never included. Rows with fewer than `maximum` are padded in front, with weight 0.
     """
     positions, weights = [], []
     for length in lengths:
-        count = min(most, length - 1)
+        count = min(maximum, length - 1)
         spaced = torch.linspace(1, length - 1, count, dtype=torch.float64).round().long().tolist()
         spaced[-1] = length - 1
-        positions.append([length - 1] * (most - count) + spaced)
-        weights.append([0.0] * (most - count) + [1 / count] * count)
+        positions.append([length - 1] * (maximum - count) + spaced)
+        weights.append([0.0] * (maximum - count) + [1 / count] * count)
     return torch.tensor(positions), torch.tensor(weights, dtype=torch.float64)
 
 
 @dataclass
 class _Boundaries:
-    """What is kept at each layer's input and the last layer's output, of some positions."""
+    """Values recorded at each layer's input and the last layer's output, at some positions."""
 
     states: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b, p, d]
     finite: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b]
@@ -339,11 +339,11 @@ class _Boundaries:
 
 @contextmanager
 def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iterator[_Boundaries]:
-    """Watch the states pass at `positions`, [b, p]; keep those of the last one only unless `keep_all`.
+    """Record the states at `positions`, [b, p]; unless `keep_all`, only those of the last position.
 
-    Hooks rather than `output_hidden_states`, whose last entry is after the final norm and so not
-    comparable with the others. 1 − cosine is what Block Influence is a mean of (ShortGPT, arXiv
-    2403.03853, equation 1).
+    Uses hooks, because the last entry of `output_hidden_states` is after the final norm and so not
+    comparable with the others. Block Influence is the mean of 1 − cosine (ShortGPT, arXiv 2403.03853,
+    equation 1).
     """
     seen = _Boundaries()
     rows = torch.arange(len(positions), device=positions.device)[:, None]
@@ -381,5 +381,5 @@ def _check_finite(finite: Sequence[torch.Tensor], numbers: list[int]) -> None:
     row, layer = (int(value) for value in (~found).nonzero()[0])
     raise ModelError(
         f"the input of layer {layer} is not finite on sample {numbers[row]}",
-        hint="the weights may be damaged, or 16-bit precision too narrow for this model",
+        hint="the weights may be damaged, or 16-bit precision may be too low for this model",
     )

@@ -1,4 +1,4 @@
-"""Angular distances from a file: ours, or a CSV of PruneMe."""
+"""Read angular distances from a file: a profile.json, or a CSV from PruneMe."""
 
 import csv
 import math
@@ -7,31 +7,29 @@ from pathlib import Path
 from factory.artifacts import DataSource, DistanceProfile, Source
 from factory.errors import DataError, StoreError
 
-PRUNEME = ("block_start", "block_end", "average_distance")  # columns of its CSV
+PRUNEME = ("block_start", "block_end", "average_distance")  # CSV columns
 
 
 def read_profile(path: Path, *, source: Source) -> DistanceProfile:
-    """Read a profile of ours (`profile.json`, or the folder it lies in), or PruneMe's CSV.
+    """Read a profile.json, the folder that contains one, or a CSV from PruneMe.
 
     Raises:
-        DataError: No such file, another format, or a profile of another model.
+        DataError: The file does not exist, has another format, or belongs to another model.
     """
     file = path / DistanceProfile.file_name if path.is_dir() else path
     if not file.is_file():
-        raise DataError(
-            f"there is no profile at {str(path)!r}", hint="give a profile.json, or a CSV of PruneMe"
-        )
+        raise DataError(f"no profile at {str(path)!r}", hint="pass a profile.json, or a CSV from PruneMe")
     profile = _read_pruneme(file, source=source) if file.suffix == ".csv" else _read_ours(file)
     if profile.num_layers != source.num_layers:
         raise DataError(
-            f"{path} is of a model with {profile.num_layers} layers; {source.name} has {source.num_layers}",
-            hint="measure this model, without `profile`",
+            f"{path} is for a model with {profile.num_layers} layers; {source.name} has {source.num_layers}",
+            hint="measure this model: omit `profile`",
         )
     if profile.source_commit not in (None, source.commit):
         raise DataError(
-            f"{path} is of another model or revision: commit {str(profile.source_commit)[:12]}, "
+            f"{path} is for another model or revision: commit {str(profile.source_commit)[:12]}, "
             f"not {source.commit[:12]}",
-            hint="measure this one, without `profile`",
+            hint="measure this model: omit `profile`",
         )
     return profile
 
@@ -42,30 +40,30 @@ def _read_ours(file: Path) -> DistanceProfile:
     except (OSError, ValueError, StoreError) as error:
         raise DataError(
             f"cannot read {file} as a profile: {str(error).splitlines()[0]}",
-            hint="give a profile.json as `factory plan --save` writes it, or a CSV of PruneMe",
+            hint="pass a profile.json written by `factory plan --save`, or a CSV from PruneMe",
         ) from error
     size = profile.num_layers + 1
     values = [value for rows in (profile.mean, profile.stderr) for row in rows for value in row]
     square = all(len(rows) == size == len(row) for rows in (profile.mean, profile.stderr) for row in rows)
     if not square or len(profile.influence or range(size - 1)) != size - 1:
-        raise DataError(f"{file} is not {size} by {size} distances", hint="the file is damaged")
+        raise DataError(f"{file} does not contain {size} by {size} distances", hint="the file is damaged")
     if not all(math.isnan(value) or 0 <= value <= 1 for value in values):
-        raise DataError(f"{file} holds distances outside 0 to 1", hint="the file is damaged")
+        raise DataError(f"{file} contains distances outside 0 to 1", hint="the file is damaged")
     if not all(map(math.isfinite, profile.influence or ())):
-        raise DataError(f"{file} holds a Block Influence that is no number", hint="the file is damaged")
+        raise DataError(f"{file} contains a Block Influence that is not finite", hint="the file is damaged")
     return profile
 
 
 def _read_pruneme(file: Path, *, source: Source) -> DistanceProfile:
-    """Its row (s, s + n) is the distance across the 0-based layers s … s + n − 1, for one n a file."""
+    """Read PruneMe's CSV: row (s, s + n) is the distance across 0-based layers s … s + n − 1."""
     size = source.num_layers + 1
     mean = [[0.0 if row == column else math.nan for column in range(size)] for row in range(size)]
-    highest, number = 0, 1  # of the layers, of the line
+    highest, number = 0, 1  # last layer boundary, line number
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
             if rows.fieldnames is None or not set(PRUNEME) <= set(rows.fieldnames):
-                raise DataError(f"{file} has no columns {', '.join(PRUNEME)}", hint="is it a CSV of PruneMe?")
+                raise DataError(f"{file} lacks {', '.join(PRUNEME)}", hint="is it a CSV from PruneMe?")
             for row in rows:
                 number = rows.line_num
                 start, end = int(row["block_start"]), int(row["block_end"])
@@ -77,17 +75,17 @@ def _read_pruneme(file: Path, *, source: Source) -> DistanceProfile:
                     mean[start][end] = mean[end][start] = distance
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise DataError(
-            f"{file}, line {number}: no block and distance: {error}", hint="is it a CSV of PruneMe?"
+            f"{file}, line {number}: not a block and a distance: {error}", hint="is it a CSV from PruneMe?"
         ) from error
     if highest != source.num_layers:
         raise DataError(
-            f"{file} is of a model with {highest} layers; {source.name} has {source.num_layers}",
-            hint="measure this model, without `profile`",
+            f"{file} is for a model with {highest} layers; {source.name} has {source.num_layers}",
+            hint="measure this model: omit `profile`",
         )
     rows_of_zero = tuple((0.0,) * size for _ in range(size))
     return DistanceProfile(
         num_layers=source.num_layers,
-        num_samples=0,  # it does not say
+        num_samples=0,  # not recorded in the CSV
         sequence_length=1,
         num_tokens=0,
         mean=tuple(map(tuple, mean)),

@@ -1,4 +1,4 @@
-"""The prune stage: copy the kept layers on disk, renumber them, and prove that the result loads."""
+"""Copy the kept layers on disk, renumber them, and verify that the result loads."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from factory.model.architecture import DecoderStack, locate, num_weights, prune_
 from factory.model.config_fields import packing, packing_method
 from factory.pruning.verify import verify, verify_logits, verify_values
 
-SMALL_PARAMETERS = 200_000_000  # up to here the logits are compared too; it takes seconds
+SMALL_PARAMETERS = 200_000_000  # logits are compared up to this size, which takes seconds
 Thoroughness = Literal["auto", "full"]
 
 
 def compares_logits(source: Source, *, thoroughness: Thoroughness) -> bool:
-    """Whether the result's logits are compared with the source's, beside names and shapes.
+    """Return whether the result's logits are compared with the source's, besides names and shapes.
 
     Raises:
-        UsageError: Asked for in full of a quantised source, which needs its own library and often a GPU.
+        UsageError: Full verification of a quantised source, which needs its own library and often a GPU.
     """
     quantized = packing(source.config)
     if quantized and thoroughness == "full":
         method = packing_method(source.config)
         raise UsageError(
             f"`verify=full` cannot run {source.name}: its weights are packed ({method})",
-            hint="without it, names, shapes and the architecture are compared",
+            hint="omit it: names, shapes and the architecture are still compared",
         )
     return not quantized and (thoroughness == "full" or source.num_parameters <= SMALL_PARAMETERS)
 
@@ -47,20 +47,20 @@ def prune(
     """Write the source without the dropped layers into `folder`, in the source's dtype, byte for byte.
 
     Args:
-        source: Pulled: its weights are local.
-        plan: Made for this source.
-        folder: Exists, and is empty or holds an earlier attempt.
-        thoroughness: "full" compares logits whatever the size; "auto" does for small models, and the
-            stored values of a few layers of others.
-        progress: Called with (bytes done, bytes in all).
+        source: Source whose weights are on this machine.
+        plan: Plan made for this source.
+        folder: Existing folder, empty or holding an earlier attempt.
+        thoroughness: "full" compares logits at any size; "auto" does so for small models only, and for
+            others compares the stored values of a few layers.
+        progress: Callback that receives (bytes done, total bytes).
 
     Raises:
         CheckpointError: The source's weights are missing or damaged.
         DiskSpaceError: The disk is full.
         UnsupportedArchitectureError: The source has no single stack of decoder layers.
-        UnsupportedFieldError: A configuration field that cannot be right without the dropped layers.
-        VerificationError: The result does not load as its configuration says, or computes something else
-            than the source with those layers skipped.
+        UnsupportedFieldError: A configuration field cannot be adapted to the missing layers.
+        VerificationError: The result does not load as its configuration says, or does not compute the same
+            as the source with those layers skipped.
     """
     source_folder = source.local_folder
     tensors = read_checkpoint(source_folder)
@@ -68,8 +68,8 @@ def prune(
     kept = _kept_tensors(tensors, stack=stack, kept=plan.kept)
     config = prune_config(source.config, kept=plan.kept)
     if not source.remote_code:
-        config.pop("auto_map", None)  # names code that is neither needed nor copied
-    config.pop("_name_or_path", None)  # where somebody had it on disk
+        config.pop("auto_map", None)  # refers to code that is neither needed nor copied
+    config.pop("_name_or_path", None)  # may be a path on its author's disk
     files = write_checkpoint(kept, folder=folder, progress=progress)
     copy_auxiliary_files(source_folder, folder)
     (folder / "config.json").write_text(
@@ -97,8 +97,8 @@ def _stack(source: Source, plan: PruningPlan, tensors: Mapping[str, TensorInfo])
     stack = locate(source.config, tensors)
     if stack.num_layers != plan.num_layers:
         raise VerificationError(
-            f"the plan is for {plan.num_layers} layers, {source.name} has {stack.num_layers}",
-            hint="plan again from this source",
+            f"the plan is for {plan.num_layers} layers, but {source.name} has {stack.num_layers}",
+            hint="make a new plan for this source",
         )
     return stack
 
@@ -106,7 +106,7 @@ def _stack(source: Source, plan: PruningPlan, tensors: Mapping[str, TensorInfo])
 def _kept_tensors(
     tensors: Mapping[str, TensorInfo], *, stack: DecoderStack, kept: Sequence[int]
 ) -> list[tuple[str, TensorInfo]]:
-    """Pairs (name in the result, where the values lie) of every tensor that stays."""
+    """Return pairs (name in the result, tensor in the source) of all kept tensors."""
     kept_index = {old: new for new, old in enumerate(kept)}
     names = ((renumber(name, stack=stack, kept_index=kept_index), name) for name in tensors)
     return [(new, tensors[old]) for new, old in names if new is not None]

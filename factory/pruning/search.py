@@ -1,4 +1,4 @@
-"""Search: the layers whose removal costs least calibration loss, and what any cut costs unhealed."""
+"""Search for the layers whose removal costs least calibration loss, and compare cuts without healing."""
 
 import json
 import math
@@ -21,27 +21,27 @@ from factory.model.losses import pad_batch, row_losses
 from factory.model.tokenizer import Encoder, load_encoder
 from factory.text.text import Text
 
-CLOSE = 0.01  # relative; batches and 16-bit sums in another order stay far below
+CLOSE = 0.01  # relative; other batches and orders of 16-bit sums differ by far less
 FIRST_BATCH_SIZE = 8
-FEW = 8  # sequences on which all candidates run; the best of them run on all
+FEW = 8  # sequences on which all candidates run; only the best run on all sequences
 FINALISTS = 4
 STATE = "order.json"
-SEARCH, COMPARE = 0, 1  # which half of the documents: a choice is not judged by the text that made it
+SEARCH, COMPARE = 0, 1  # halves of the documents: a choice is not judged on the text it was made on
 Progress = Callable[[int, int, str], None]
 
 
 class Trial:
     """Losses of a loaded model without some of its layers, on fixed sequences.
 
-    The layers before the first one that a candidate leaves out give the same states for every candidate:
-    they run once a batch, and each candidate starts where it differs. Nothing is changed on disk or in
-    the model. Layers that are left out do not run at all.
+    The layers before the first one that a candidate drops give the same states for every candidate: they
+    run once per batch, and each candidate starts where it differs. Dropped layers do not run at all;
+    nothing is changed on disk or in the model.
 
     Args:
-        model: In evaluation mode.
+        model: Model in evaluation mode.
         sequences: Token lists of at least 2 tokens.
         batch_size: Sequences per pass.
-        num_given: Tokens at the start of each sequence that are not predicted.
+        num_given: Number of tokens at the start of each sequence that are not predicted.
     """
 
     def __init__(
@@ -60,24 +60,24 @@ class Trial:
             pad_batch(list(sequences[start : start + batch_size]), pad_token_id=pad_token_id)
             for start in range(0, len(sequences), batch_size)
         ]
-        self.forms: dict[int, Forms] = {}  # of each batch, from a pass of the whole model
-        self.layer_passes = 0  # layers that were run, a batch; what the search has cost
+        self.forms: dict[int, Forms] = {}  # by batch, from a pass of the whole model
+        self.layer_passes = 0  # layers run, summed over batches: the cost of the search
 
     @property
     def passes(self) -> float:
-        """What was run so far, in passes of the whole model over all sequences."""
+        """Work done so far, in passes of the whole model over all sequences."""
         return self.layer_passes / len(self.layers) / len(self.batches)
 
     @torch.inference_mode()
     def losses(
         self, dropped: Sequence[int], candidates: Sequence[Layers], *, num_batches: int | None = None
     ) -> torch.Tensor:
-        """Summed loss and predicted tokens of every candidate: [c, sequences, 2] in float64.
+        """Return summed loss and number of predicted tokens per candidate: [c, sequences, 2] in float64.
 
         Args:
-            dropped: Layers that are left out for every candidate.
-            candidates: Layers that one candidate leaves out besides; one after another among the rest.
-            num_batches: Of the first batches only.
+            dropped: Layers dropped for every candidate.
+            candidates: Layers that each candidate drops besides, consecutive among the remaining ones.
+            num_batches: Number of batches to use, from the first; None uses all.
         """
         gone = frozenset(dropped)
         rows = []
@@ -97,10 +97,10 @@ class Trial:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compare one loss with that of the reference, which runs every layer and discards its result.
+        """Compare one loss with a reference that runs every layer and discards the dropped ones' output.
 
         Raises:
-            ModelError: They differ: a layer hands on more than its states to the layers after it.
+            ModelError: The losses differ: a layer passes on more than its hidden states.
         """
         middle = len(self.layers) // 2
         if middle < 2:
@@ -111,9 +111,9 @@ class Trial:
         found = self.losses((middle,), [(middle - 2, middle - 1)], num_batches=1)[0, 0, 0]
         if not abs(float(found) - float(expected)) <= CLOSE * abs(float(expected)):
             raise ModelError(
-                f"{self.model.config.model_type}: leaving layers out gives a loss of {float(found):.4g}, not "
-                f"{float(expected):.4g}: a layer hands on more than its states",
-                hint="choose the layers by `criterion=angular`",
+                f"{self.model.config.model_type}: dropping layers gives a loss of {float(found):.4g}, not "
+                f"{float(expected):.4g}: a layer passes on more than its hidden states",
+                hint="use `criterion=angular`",
             )
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, without: int = 0) -> None:
@@ -128,7 +128,7 @@ class Trial:
         candidate: Layers,
         calls: dict[int, Call],
     ) -> torch.Tensor:
-        """Loss of one batch where a candidate's layers are left out too, [b, 2]."""
+        """Return the loss of one batch with a candidate's layers dropped too, [b, 2]."""
         resume = max(candidate) + 1 if candidate else 0
         skipped = gone.union(range(resume))
         given = {resume - 1: calls[min(candidate)]} if candidate else {}
@@ -139,7 +139,7 @@ class Trial:
 
 
 def mean_loss(losses: torch.Tensor) -> torch.Tensor:
-    """[…, sequences, 2] → nats a token, […]; NaN counts as worst."""
+    """Return the mean loss in nats per token: […, sequences, 2] → […]; NaN becomes infinity."""
     return (losses[..., 0].sum(dim=-1) / losses[..., 1].sum(dim=-1)).nan_to_num(nan=torch.inf)
 
 
@@ -155,15 +155,15 @@ def search(
     folder: Path,
     progress: Progress,
 ) -> PruningPlan:
-    """Choose layers by the loss on the calibration text, as `settings.criterion` says.
+    """Choose layers by the loss on the calibration set, as `settings.criterion` says.
 
     Args:
-        folder: Holds the layers that a greedy search has dropped so far; a later call goes on from there.
+        folder: Folder that stores the layers a greedy search has dropped so far; a later call resumes there.
 
     Raises:
-        DataError: Too little text.
+        DataError: There is too little text.
         ModelError: No cut of this size is possible, the loss is not finite, or a layer of this architecture
-            hands on more than its states.
+            passes on more than its hidden states.
     """
     model = load_model(source.local_folder, four_bit=four_bit)
     encoder = load_encoder(source.local_folder)
@@ -203,7 +203,7 @@ def compare(
     seed: int,
     progress: Progress,
 ) -> CutLosses:
-    """Unhealed loss of several cuts on the same documents, none of which a search has seen."""
+    """Measure the unhealed loss of several cuts on the same documents, none of them used by a search."""
     model = load_model(source.local_folder, four_bit=four_bit)
     encoder = load_encoder(source.local_folder)
     sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=COMPARE)
@@ -230,10 +230,10 @@ def compare(
 def take_sequences(
     text: Text, encoder: Encoder, *, settings: PlanSettings, seed: int, half: int
 ) -> list[list[int]]:
-    """The beginnings of every other document in shuffled order; equal documents count as one.
+    """Return the beginnings of every other document in shuffled order, duplicates removed.
 
     Raises:
-        DataError: Fewer than 2.
+        DataError: Fewer than 2 documents are usable.
     """
     sequences: list[list[int]] = []
     seen: set[str] = set()
@@ -251,8 +251,8 @@ def take_sequences(
             break
     if len(sequences) < 2:
         raise DataError(
-            f"{text.data.name} holds {len(sequences)} usable documents here; comparing losses needs 2",
-            hint="give more text with `calibration_data`",
+            f"{text.data.name} has {len(sequences)} usable documents here; comparing losses needs 2",
+            hint="provide more text with `calibration_data`",
         )
     return sequences
 
@@ -270,7 +270,9 @@ def _trial(model: Any, sequences: list[list[int]], encoder: Encoder, *, batch_si
 def best_candidate(
     trial: Trial, dropped: Sequence[int], candidates: Sequence[Layers]
 ) -> tuple[Layers, torch.Tensor]:
-    """The candidate of least loss, and its losses [sequences, 2]: all on a few sequences, few on all.
+    """Return the candidate with the lowest loss, and its losses [sequences, 2].
+
+    All candidates run on a few sequences, the best few on all.
 
     Raises:
         ModelError: No loss is finite.
@@ -286,16 +288,16 @@ def best_candidate(
     if not bool(means.isfinite()[best]):
         raise ModelError(
             f"the loss without layers {list(finalists[best])} is not finite",
-            hint="16-bit precision may be too narrow for this model",
+            hint="16-bit precision may be too low for this model",
         )
     return finalists[best], losses[best]
 
 
 def search_block(trial: Trial, candidates: Sequence[Layers], *, progress: Progress) -> Layers:
-    """The block whose removal costs least loss: half the work of running each shortened model.
+    """Return the block whose removal costs least, in half the work of running each shortened model.
 
     Raises:
-        ModelError: The surgery allows none.
+        ModelError: The architecture does not allow any of them.
     """
     if not candidates:
         raise ModelError("no block of this size can be dropped", hint="choose another `drop`")
@@ -312,19 +314,19 @@ def search_greedily(
     progress: Progress,
     state: Path | None = None,
 ) -> list[int]:
-    """Drop one layer after another, each time the one whose removal costs least loss.
+    """Drop one layer after another, each time the one whose removal costs least.
 
     Args:
-        num_layers: How many to drop.
-        rank: From the layers that are left, the candidates worth a look.
-        may_drop: Whether the surgery allows a set of layers to be missing.
-        state: File that keeps the layers dropped so far, and is gone on from.
+        num_layers: Number of layers to drop.
+        rank: Function from the remaining layers to the candidates worth trying.
+        may_drop: Predicate: can this set of layers be cut from the architecture?
+        state: File that stores the layers dropped so far, and is used to resume.
 
     Returns:
-        The layers in the order in which they went, so that its first n are the choice for n layers.
+        The layers in the order in which they were dropped: the first n are the choice for n layers.
 
     Raises:
-        ModelError: No layer can be left out.
+        ModelError: No further layer can be dropped.
     """
     order: list[int] = json.loads(state.read_text(encoding="utf-8")) if state and state.exists() else []
     for step in range(len(order), num_layers):
@@ -333,7 +335,7 @@ def search_greedily(
         allowed = [(layer,) for layer in rank(left) if may_drop(tuple(sorted([*order, layer])))]
         if not allowed:
             raise ModelError(
-                f"after {step} layers none can be dropped alone",
+                f"after {step} dropped layers, no other layer can be dropped alone",
                 hint="this architecture drops only whole groups of layers: use `criterion=angular`",
             )
         chosen, _ = best_candidate(trial, order, allowed)
@@ -346,9 +348,9 @@ def search_greedily(
 
 
 def _nearest(profile: DistanceProfile) -> Callable[[list[int]], list[int]]:
-    """Of the layers that are left, the half across which the states turn least: the rest costs more.
+    """Return a function that keeps the half of the remaining layers across which the states turn least.
 
-    All of them where a profile from elsewhere does not hold those distances.
+    It keeps all of them if an imported profile lacks those distances.
     """
 
     def rank(left: list[int]) -> list[int]:
@@ -372,23 +374,22 @@ def _block(
     progress: Progress,
     **_: Any,
 ) -> list[int]:
-    """Choose a block: quick enough to begin again after a kill."""
+    """Choose a block; quick enough to start over after an interruption."""
     starts = range(len(trial.layers) - block_size + 1)
     blocks = [tuple(range(start, start + block_size)) for start in starts]
     return list(search_block(trial, [block for block in blocks if may_drop(block)], progress=progress))
 
 
 def _greedily(trial: Trial, profile: DistanceProfile, *, block_size: int, **options: Any) -> list[int]:
-    """Choose one layer after another, among those that the profile ranks first."""
+    """Choose one layer after another among those that the profile ranks first."""
     return search_greedily(trial, num_layers=block_size, rank=_nearest(profile), **options)
 
 
-# By the criteria's names.
 BY_LOSS: Mapping[str, Callable[..., list[int]]] = {"loss": _block, "greedy": _greedily}
 
 
 def _cut_loss(cut: Layers, losses: torch.Tensor, *, best: torch.Tensor) -> CutLoss:
-    """Mean loss with the standard error of a ratio over documents, and of its difference to the best."""
+    """Return the mean loss and its difference to the best, with standard errors of ratios over documents."""
     nats, tokens = losses[:, 0], losses[:, 1]
     mean, least = mean_loss(losses), mean_loss(best)
     total, n = tokens.sum(), len(tokens)

@@ -1,4 +1,4 @@
-"""Verifying a pruned checkpoint: names, shapes, values and logits."""
+"""Verify a pruned checkpoint: names, shapes, values and logits."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,26 +17,25 @@ from factory.model.config_fields import packing
 from factory.model.layers import skip_layers
 from factory.model.loading import ATTENTION, any_layer, auto_config, quietly, report_of, some, told
 
-MOST_LAYERS_READ = 4  # of a model whose logits are not compared
-MEMORY_SHARE = 0.6  # of the free memory that one model may take
-RELATIVE_LIMIT = 1e-4  # of the largest logit; fp32 sums in another order stay far below
+MAX_LAYERS_READ = 4  # for models whose logits are not compared
+MEMORY_SHARE = 0.6  # share of the free memory that one model may take
+RELATIVE_LIMIT = 1e-4  # of the largest logit; other orders of fp32 sums differ by far less
 transformers_logging.disable_progress_bar()
 
 
 def verify(folder: Path, *, source_folder: Path | None = None) -> None:
     """Match names and shapes on disk with the architecture that config.json describes, on the meta device.
 
-    transformers does the matching, so renamed and fused weights, tied embeddings and buffers are its
-    business. Packed tensors of a quantised checkpoint are not compared: their loaders ask for a library
-    of their own and often for a GPU.
+    transformers does the matching, so it handles renamed and fused weights, tied embeddings and buffers.
+    Packed tensors of a quantised checkpoint are not compared: their loaders need a library of their own
+    and often a GPU.
 
     Args:
-        folder: A complete checkpoint.
-        source_folder: What it was made from; tensors that its architecture leaves unused may be unused
-            here too.
+        folder: Folder of a complete checkpoint.
+        source_folder: Folder of its source; tensors left unused there may be unused here too.
 
     Raises:
-        VerificationError: Names the first tensors that are missing, left over or of another shape.
+        VerificationError: Tensors are missing, unexpected or of another shape; the message names the first.
     """
     with told("be loaded"):
         config = auto_config(folder)
@@ -60,8 +59,8 @@ def verify(folder: Path, *, source_folder: Path | None = None) -> None:
     ]
     if problems:
         raise VerificationError(
-            f"the weights are not those of config.json: {'; '.join(problems)}",
-            hint="the model disagrees with its own configuration, or this architecture is not supported",
+            f"the weights do not match config.json: {'; '.join(problems)}",
+            hint="the model contradicts its own configuration, or this architecture is not supported",
         )
 
 
@@ -69,27 +68,27 @@ def verify_values(source_folder: Path, pruned_folder: Path, *, kept: Sequence[in
     """Compare the stored values of a few layers with the source's: first, last, both sides of each cut.
 
     Args:
-        kept: 0-based numbers in the source of the layers of the result.
-        prefix: Of the tensors of a layer, before its number.
+        kept: 0-based source layers that make up the result.
+        prefix: Prefix of a layer's tensor names, up to its number.
 
     Returns:
-        How many layers were compared, `MOST_LAYERS_READ` at most.
+        Number of layers compared, at most `MAX_LAYERS_READ`.
 
     Raises:
-        VerificationError: Names the first tensor that is not the source's.
+        VerificationError: A tensor differs from the source's; the message names it.
     """
     before, after = (read_checkpoint(folder) for folder in (source_folder, pruned_folder))
     last = len(kept) - 1
     beside_cuts = [new for new in range(last) if kept[new + 1] != kept[new] + 1]
     ordered = dict.fromkeys([last, 0, *(new for cut in beside_cuts for new in (cut, cut + 1))])
-    chosen = list(ordered)[:MOST_LAYERS_READ]
+    chosen = list(ordered)[:MAX_LAYERS_READ]
     for new in chosen:
         start = f"{prefix}{new}."
         for name in [name for name in after if name.startswith(start)]:
             theirs = before.get(f"{prefix}{kept[new]}.{name[len(start) :]}")
             if theirs is None or not are_equal(after[name], theirs):
                 raise VerificationError(
-                    f"{name} does not hold what layer {kept[new]} of the source holds",
+                    f"{name} differs from layer {kept[new]} of the source",
                     hint="is the disk failing? run the same command again",
                 )
     return len(chosen)
@@ -97,16 +96,16 @@ def verify_values(source_folder: Path, pruned_folder: Path, *, kept: Sequence[in
 
 @torch.no_grad()
 def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence[int]) -> None:
-    """Compare the reloaded checkpoint, in fp32 on the CPU, with the source whose layers are skipped.
+    """Compare the reloaded checkpoint, in fp32 on the CPU, with the source with its layers skipped.
 
-    Catches what names and shapes cannot show: a per-layer setting that went to another layer, and layers
-    whose number in the cache is not their place. One model at a time is in memory, and of a model that
-    does not fit a few layers at a time, read from disk once for each pass.
+    Catches what names and shapes cannot show: a per-layer setting applied to another layer, and layers
+    with the wrong cache index. Only one model is in memory at a time, and of a model that does not fit
+    only a few layers, which are read from disk once per pass.
 
     Raises:
-        VerificationError: Logits differ in one pass, or where a second pass goes on from a cache.
+        VerificationError: Logits differ in a single pass, or in a second pass that continues from a cache.
     """
-    with quietly(), told("be run"):  # transformers would remark on padding tokens among the random ones
+    with quietly(), told("be run"):  # transformers would warn about padding tokens among the random ones
         with _loaded(source_folder, scratch=pruned_folder) as source, skip_layers(source, dropped):
             vocab_size = source.get_input_embeddings().weight.shape[0]
             tokens = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))  # [b, s]
@@ -119,7 +118,7 @@ def verify_logits(source_folder: Path, pruned_folder: Path, *, dropped: Sequence
 
 
 def _logits(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits [b, s, V] of one pass, and of a pass and a second one that goes on from its cache."""
+    """Return logits [b, s, V] of a single pass, and of two passes that share a cache."""
     found = {"in one pass": model(tokens, use_cache=False).logits}
     first = model(tokens[:, :-4], use_cache=True)
     cache = first.get("past_key_values")
@@ -131,10 +130,10 @@ def _logits(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _loaded(folder: Path, *, scratch: Path) -> Iterator[Any]:
-    """The model in fp32. What does not fit into memory stays on disk, a layer at a time is read to be run.
+    """Load the model in fp32. Layers that do not fit in memory stay on disk and are read one at a time.
 
     Args:
-        scratch: Takes weights that are fused on loading, while they stay on disk.
+        scratch: Folder for weights that are fused on loading, while they stay on disk.
     """
     num_elements = sum(tensor.num_elements for tensor in read_checkpoint(folder).values())
     room_bytes = int(MEMORY_SHARE * get_max_memory()["cpu"])
@@ -153,5 +152,5 @@ def _check_equal(actual: torch.Tensor, expected: torch.Tensor, *, what: str) -> 
     if not difference <= limit:  # NaN fails too
         raise VerificationError(
             f"the pruned model's logits differ by {difference:.3g} from {what} (limit {limit:.3g})",
-            hint="this architecture is not pruned right; please report it",
+            hint="this architecture is not pruned correctly; please report it",
         )

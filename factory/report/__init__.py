@@ -1,1 +1,1 @@
-"""Card, figures and tables: pure functions of a build."""
+"""Cards, figures and tables: pure functions of a build."""

@@ -1,4 +1,4 @@
-"""Card: from a build to the README.md that is published with the model; every number comes from the build."""
+"""Render a build as the README.md published with its model; every number comes from the build."""
 
 import math
 import re
@@ -39,10 +39,10 @@ HEALING_FIGURE = "figures/healing.png"
 
 
 def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space: str | None = None) -> Path:
-    """Write README.md into the model folder; the healing curve is shown where its figure lies there.
+    """Write README.md into the model folder, with the healing curve if its figure is there.
 
     Raises:
-        StoreError: A folder has that name.
+        StoreError: README.md is a folder.
     """
     path = folder / "README.md"
     if path.is_dir():
@@ -54,10 +54,10 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space:
 
 @contextmanager
 def renewed_card(build: Build, folder: Path, *, repo_id: str, space: str | None = None) -> Iterator[bool]:
-    """Name a repository on the card while it is published there; where that fails, the old card comes back.
+    """Name a repository on the card while it is published; if that fails, restore the old card.
 
     Yields:
-        Whether the card is one that somebody has edited, which is kept as it is.
+        Whether the card was edited by hand, and is therefore unchanged.
     """
     path = folder / "README.md"
     with ExitStack() as undo:
@@ -71,7 +71,7 @@ def renewed_card(build: Build, folder: Path, *, repo_id: str, space: str | None 
 
 
 def is_edited(path: Path, build: Build) -> bool:
-    """Whether a card says something else than would be written, whichever repository and Space it names."""
+    """Return whether a card differs from the one that would be written, whatever repository it names."""
     content = path.read_bytes()
     text = content.decode("utf-8", "replace")
     named = re.search(r'model="([^"\\\n]+)"', text)
@@ -87,16 +87,16 @@ def is_edited(path: Path, build: Build) -> bool:
 def render(
     build: Build, *, repo_id: str | None = None, space: str | None = None, has_healing_figure: bool
 ) -> str:
-    """The card: YAML front matter and Markdown.
+    """Render the card: YAML front matter and Markdown.
 
     Args:
-        build: Everything that is said.
-        repo_id: Where it will be published; without it the code on the card loads `./model`.
-        space: Where source and result can be tried side by side.
-        has_healing_figure: Whether `figures/healing.png` lies beside the card.
+        build: Build that the card describes.
+        repo_id: Repository to publish to; without it the code on the card loads `./model`.
+        space: Space that compares source and result side by side.
+        has_healing_figure: Whether `figures/healing.png` is beside the card.
 
     Raises:
-        jinja2.UndefinedError: The template names something that does not exist.
+        jinja2.UndefinedError: The template uses an undefined name.
     """
     config = settings_of(build)[0]
     body = (
@@ -118,7 +118,7 @@ def render(
             loss=comparison(build, build.shipped, "loss"),
             groups=worst_parts(build),
             writes=any(
-                s.writes or s.metric == "exact_match"  # of a build from before that was kept
+                s.writes or s.metric == "exact_match"  # builds before `writes` was recorded
                 for s in build.evaluations["source"].tasks
             ),
             gap_closed=gap_closed(build),
@@ -140,11 +140,11 @@ def render(
 
 @lru_cache
 def _environment(templates: Path) -> Environment:
-    """The one of a folder; it compiles a template once, which takes ten times as long as filling it in."""
+    """Return a folder's jinja2 environment, cached because compiling takes ten times as long as rendering."""
     environment = Environment(
         loader=FileSystemLoader(templates),
         undefined=StrictUndefined,
-        autoescape=False,  # HTML's rules are not Markdown's: `finalize` escapes instead
+        autoescape=False,  # escapes HTML, not Markdown: `finalize` does that instead
         finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
@@ -157,7 +157,7 @@ YAML_STYLE: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width"
 
 
 def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
-    """What the Hub reads: only fields that it knows, only those with a value."""
+    """Return the metadata for the Hub: only fields that it knows and that have a value."""
     source = build.source
     used = [build.calibration]
     if build.adapter and build.shipped == "healed":
@@ -167,7 +167,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
         "license_name": source.license_name,
         "license_link": _license_url(build) or source.license_link,
         "base_model": source.repo_id or _one_or_all(source.base_models),
-        # The Hub knows no "pruned"; of what it knows only this fits.
+        # The Hub has no "pruned"; of its values only this one fits.
         "base_model_relation": "finetune" if source.repo_id or source.base_models else None,
         "datasets": sorted({data.hub_id for data in used if data.hub_id}),
         "language": list(source.languages),
@@ -219,7 +219,7 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _choice(plan: PruningPlan) -> str:
-    """How the layers were chosen, where the distance did not decide."""
+    """Explain how the layers were chosen if not by the distance."""
     order = ", ".join(map(str, plan.order or ()))
     return criterion_of(plan.criterion).card.format(num_documents=f"{plan.num_documents or 0:,}", order=order)
 
@@ -233,13 +233,13 @@ def _title(build: Build, *, repo_id: str | None) -> str:
 
 
 def _license_names(build: Build) -> tuple[str, ...]:
-    """The source's licences for people: one that the Hub has no identifier for by its own name."""
+    """Return the source's licences in readable form: unknown to the Hub ("other"), by their own name."""
     own = build.source.license_name
     return tuple(own if own and name == "other" else name for name in build.source.licenses)
 
 
 def _license_url(build: Build) -> str | None:
-    """The source's licence text; a link relative to the source's repository is made absolute."""
+    """Return the link to the source's licence; one relative to its repository is made absolute."""
     link, repo_id = build.source.license_link, build.source.repo_id
     if link is None or link.startswith(("https://", "http://")):
         return link

@@ -1,4 +1,4 @@
-"""The command that makes a build again."""
+"""Reconstruct the command that reproduces a build."""
 
 import json
 import shlex
@@ -16,11 +16,11 @@ from factory.config.settings import BuildConfig, settle
 from factory.errors import StoreError
 from factory.report.markdown import plain
 
-EMBEDDED = "demo"  # the one alias that is no repository
+EMBEDDED = "demo"  # the only alias that is not a repository
 SECTIONS = ("measure", "plan", "heal", "evaluate")
-WITH_LENGTH = ("measure", "heal", "evaluate")  # whose sequence length is one option
-IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # by the sequence length, in place of a fraction
-# (section, setting) → the option that decides it alone.
+WITH_LENGTH = ("measure", "heal", "evaluate")  # sections whose sequence length is one option
+IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # set by --sequence-length and --layers
+# (section, setting) → the option that alone decides it.
 FLAGS = {
     tuple(option.sets[0].split(".")): "--" + name.replace("_", "-")
     for name, (_, option) in BuildRequest.options().items()
@@ -29,7 +29,7 @@ FLAGS = {
 
 
 def reproduction_command(build: Build) -> Markup:
-    """The command that makes this build, with each option whose absence would mean something else."""
+    """Return the command that makes this build, with every option that differs from its default."""
     config = settings_of(build)[0]
     chosen = config.plan.layers
     cut = f"--layers {','.join(map(str, chosen))}" if chosen else f"--drop {config.drop:g}"
@@ -58,31 +58,31 @@ def reproduction_command(build: Build) -> Markup:
 
 
 def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
-    """(section, name) → value of each setting that the reference and the drop alone would not give."""
-    asked = settings_of(build)[0]
+    """Return (section, name) → value of all settings that do not follow from the reference and the drop."""
+    config = settings_of(build)[0]
     request = BuildRequest(
         model=_reference(build) if _reference(build) in aliases() else "owner/name",
-        heal=asked.heal.objective,
+        heal=config.heal.objective,
     )
-    usual = settle(request, build.source, drop=asked.drop).model_dump(mode="json")
+    usual = settle(request, build.source, drop=config.drop).model_dump(mode="json")
     usual["heal"]["objective"] = DEFAULT_OBJECTIVE.name
     return {
         (section, key): value
         for section in SECTIONS
-        if section != "heal" or asked.heal_enabled
-        for key, value in getattr(asked, section).model_dump(mode="json").items()
+        if section != "heal" or config.heal_enabled
+        for key, value in getattr(config, section).model_dump(mode="json").items()
         if value != usual[section][key]
     }
 
 
 def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
-    """The settings of a finished build, also of one that another version made.
+    """Return the settings of a finished build, possibly of another version.
 
     Returns:
         The settings, and by name those that this version does not have.
 
     Raises:
-        StoreError: A value that this version does not take.
+        StoreError: This version does not accept a value.
     """
     known: dict[str, Any] = {}
     gone: dict[str, Any] = {}
@@ -100,14 +100,14 @@ def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
         return BuildConfig.model_validate(known), gone
     except ValidationError as error:
         raise StoreError(
-            f"{build.name} is of factory {build.factory_version}, which {__version__} does not read: "
+            f"{build.name} was made by factory {build.factory_version}, and {__version__} cannot read it: "
             f"{first_problem(error)}",
             hint=f"install hf-factory {build.factory_version}",
         ) from error
 
 
 def _reference(build: Build) -> str:
-    """An alias as it was typed, since it stands for settings too; a repository with its commit."""
+    """Return the alias as typed, since it implies settings, or the repository with its commit."""
     repo_id = build.source.repo_id
     if build.reference in aliases() and (repo_id or build.reference == EMBEDDED):
         return build.reference
@@ -115,7 +115,7 @@ def _reference(build: Build) -> str:
 
 
 def without_option(build: Build) -> str:
-    """Settings that no option of the command sets, as `heal.dropout = 0.1`."""
+    """Return settings that no option of the command can set, as `heal.dropout = 0.1`."""
     config, gone = settings_of(build)
     one_length = len({getattr(config, section).sequence_length for section in WITH_LENGTH}) == 1
     left = {

@@ -1,4 +1,4 @@
-"""Figures of the card and of the terminal: angular distances, the chosen block, the healing curve."""
+"""Draw the figures of card and terminal: angular distances, the chosen block, the healing curve."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from factory.config.objectives import OBJECTIVES
 
 INK = "#1f2328"
 GRID = "#d8dee4"
-LINE = "#2c5f8a"  # blue and vermilion stay apart under every common colour blindness
+LINE = "#2c5f8a"  # blue and vermilion are distinct in all common forms of colour blindness
 ACCENT = "#d1440c"
 SERIES = (LINE, "#8a5a00", "#7b3f8c", "#2f7d5b", "#5c6670")
 SHADES = "·░▒▓█"  # near to far
 DPI = 200  # 1,640 pixels wide: sharp at the card's 800
-# Fixed so that equal values give equal bytes on every machine; the fonts come with matplotlib.
+# Fixed so that equal values give equal bytes on every machine; matplotlib includes the fonts.
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "hf-factory",
     "svg.fonttype": "path",
@@ -67,11 +67,11 @@ def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: P
 
 
 def draw_distances(profile: DistanceProfile, plan: PruningPlan) -> Figure:
-    """Draw the distances of every block, the best block of each size, and where the cut was made.
+    """Draw the distance of every block, the best block of each size, and the cut.
 
     Args:
         profile: Distances in [0, 1] between all L + 1 layer inputs.
-        plan: The dropped layers; a block among them is outlined, scattered layers are only shaded.
+        plan: Dropped layers; a block is outlined, scattered layers are only shaded.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 4.7), dpi=DPI, facecolor="white", layout="constrained")
@@ -83,9 +83,9 @@ def draw_distances(profile: DistanceProfile, plan: PruningPlan) -> Figure:
 
 
 def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
-    """Draw the loss against the step, and the loss on held-back text before and after.
+    """Draw the loss against the step, and the held-out loss before and after healing.
 
-    The line is the training loss, or the held-back loss where the objective is none of next tokens.
+    The line is the training loss, or the held-out loss if the objective is not next-token loss.
 
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
@@ -150,7 +150,7 @@ def draw_sweep(sweep: Sweep) -> Figure:
 
 
 def _task_panels(tasks: Sequence[TaskScore]) -> dict[str, list[int]]:
-    """What stands on one scale: the shares of right answers, and each other metric by itself."""
+    """Group tasks by scale: shares of correct answers together, every other metric by itself."""
     panels: dict[str, list[int]] = {}
     for index, task in enumerate(tasks):
         panels.setdefault("score" if task.is_share else f"{task.metric} {task.arrow}".rstrip(), []).append(
@@ -171,7 +171,7 @@ def _draw_tasks(axes: Axes, sweep: Sweep, name: str, indices: Sequence[int]) -> 
 
 
 def _label_line(axes: Axes, height: float, label: str) -> None:
-    """At the right end, above the line."""
+    """Label a horizontal line above its right end."""
     axes.annotate(
         label,
         (1, height),
@@ -199,7 +199,7 @@ def _draw_sweep(
     *,
     labels: Sequence[str] = ("",),
 ) -> None:
-    """A line a value: dashed for the pruned, solid for the healed models, both from the source on."""
+    """Draw one line per value, dashed for pruned and solid for healed models, starting at the source."""
     kinds: list[tuple[str, list[tuple[float, Evaluation]]]] = [
         ("pruned", [(0.0, sweep.source), *((point.drop, point.pruned) for point in sweep.points)])
     ]
@@ -225,18 +225,18 @@ def _draw_sweep(
 
 
 def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int) -> str:
-    """Draw the distances with block characters: a row a block size, a column a start layer.
+    """Draw the distances with block characters: one row per block size, one column per start layer.
 
     Args:
         profile: Distances in [0, 1].
-        plan: The dropped layers, marked below the map; the row of their number is marked at its left.
-        width: Characters a line at most; below 40 it is taken for 40.
+        plan: Dropped layers, marked below the map; the row of their number is marked on its left.
+        width: Maximum number of characters per line, at least 40.
 
     Returns:
-        Lines without colour codes and without a final line break. Each row is shaded on its own: `●` is
-        its nearest block, `·` the nearest fifth, `█` the farthest; at its right the distance across the
-        nearest. Blocks that hold the last layer are not shown, since no plan chooses them, nor sizes
-        of which a profile from elsewhere holds no distance.
+        Lines without colour codes and without a final line break. Each row has its own shades: `●` is its
+        nearest block, `·` the nearest fifth, `█` the farthest; the distance across the nearest is on its
+        right. Blocks with the last layer are not shown, since no plan chooses them, nor sizes for which an
+        imported profile has no distances.
     """
     count, room = profile.num_layers, max(width, 40) - len("▸126 ") - len("  0.123")
     layers_per_cell = math.ceil(count / room)
@@ -261,13 +261,13 @@ def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int)
 
 
 def _shown_sizes(profile: DistanceProfile, *, chosen: int) -> list[int]:
-    """At most 17 block sizes, spread evenly over those that the profile holds, and the chosen one."""
+    """Return at most 17 block sizes, spread evenly over those in the profile, and the chosen one."""
     known = list(best_starts(profile))
     return sorted({*known[:: max(math.ceil(len(known) / 16), 1)], chosen})
 
 
 def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
-    """One character a cell: `●` for the nearest, else by rank, since layer 0 alone would fill a scale."""
+    """Return one character per cell: `●` for the nearest, others by rank, as layer 0 would skew a scale."""
     known = [math.inf if math.isnan(distance) else distance for distance in distances]
     cells = [min(known[index : index + layers_per_cell]) for index in range(0, len(known), layers_per_cell)]
     ranked = sorted(cell for cell in cells if cell < math.inf)
@@ -281,9 +281,9 @@ def _shades(distances: Sequence[float], *, layers_per_cell: int) -> list[str]:
 
 
 def best_starts(profile: DistanceProfile) -> dict[int, int]:
-    """n → start of the nearest block of n layers that keeps the last layer; the deepest of equals.
+    """Return n → start of the nearest block of n layers without the last layer; the deepest if tied.
 
-    These are the blocks that a plan can choose; sizes of which the profile holds no distance are left out.
+    These are the blocks that a plan can choose; sizes without distances in the profile are omitted.
     """
     starts = {}
     for size in range(1, profile.num_layers):
@@ -310,7 +310,7 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
         interpolation="none",
         extent=(-0.5, count - 0.5, 0.5, count - 0.5),
     )
-    cell = 270 / count  # points a layer, about
+    cell = 270 / count  # points per layer, roughly
     nearest = best_starts(profile)
     axes.plot(
         list(nearest.values()),
@@ -324,7 +324,7 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
         label="nearest, last layer kept",
     )
     if is_block(plan.dropped):
-        side = max(1.0, 7 / cell)  # layers; a cell of 2 points would not be seen
+        side = max(1.0, 7 / cell)  # layers; a cell of 2 points would be invisible
         corner = (plan.dropped[0] - side / 2, len(plan.dropped) - side / 2)
         outline = Rectangle(corner, side, side, fill=False, edgecolor=ACCENT, linewidth=2.2, zorder=4)
         outline.set_label(
@@ -391,7 +391,7 @@ def _draw_single_layers(axes: Axes, profile: DistanceProfile, plan: PruningPlan)
 
 
 def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) -> None:
-    """A dashed line with its label at the right of the axes, where no curve runs."""
+    """Draw a dashed line with its label to the right of the axes, clear of any curve."""
     axes.axhline(loss, color=color, linewidth=1.1, linestyle=(0, (5, 3)))
     axes.annotate(
         f"{loss:.3f} {label}",
@@ -399,14 +399,14 @@ def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) 
         xycoords=("axes fraction", "data"),
         xytext=(5, 0),
         textcoords="offset points",
-        va="bottom" if above else "top",  # apart even where the two losses are equal
+        va="bottom" if above else "top",  # apart even if the two losses are equal
         color=color,
     )
 
 
 def _save(figure: Figure, path_stem: Path) -> list[Path]:
     png, svg = path_stem.with_name(path_stem.name + ".png"), path_stem.with_name(path_stem.name + ".svg")
-    # By default the files carry the date and the version of matplotlib.
+    # By default the files contain the date and matplotlib's version.
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""Markdown of the card: escaping what others named, and how numbers and texts are written."""
+"""Format the card's Markdown: escape untrusted text, and write numbers and names."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from factory.artifacts import DataSource, layer_ranges
 from factory.units import count_in_words, rough_duration
 
 HUB = "https://huggingface.co"
-SMALLEST_P = 0.001  # that is written out
+SMALLEST_P = 0.001  # smaller ones are shown as "<"
 NO_BREAK = "\u00a0"
 
 
 def filters() -> dict[str, Any]:
-    """Filters of the card's template; those that return `Markup` escape on their own."""
+    """Return the filters of the card's template; those that return `Markup` do their own escaping."""
     return {
         "code": code,
         "count": count_in_words,
@@ -41,13 +41,13 @@ def filters() -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Text on one line without control, format (such as right-to-left) and surrogate characters."""
+    """Return text on one line, without control, format (such as right-to-left) and surrogate characters."""
     spaced = " ".join(text.split())
     return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
 
 
 def clean(value: Any) -> Any:
-    """`plain` on every string of a nested value."""
+    """Apply `plain` to every string of a nested value."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, dict):
@@ -56,38 +56,38 @@ def clean(value: Any) -> Any:
 
 
 def markdown(text: str) -> Markup:
-    """Text that shows as it is, in prose and in tables: nothing in it is Markdown, HTML or a link."""
+    """Escape text for prose and tables, so that nothing in it is Markdown, HTML or a link."""
     escaped = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", plain(text))
     escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return Markup(re.sub(r"://|(?<=www)\.", lambda match: "\\" + match[0], escaped, flags=re.IGNORECASE))
 
 
 def code(text: str) -> Markup:
-    """A code span; with a backtick or a table's bar in it, escaped text, which no span can hold safely."""
+    """Return a code span, or escaped text if it has a backtick or bar, which are not safe in a span."""
     shown = plain(text)
     return markdown(shown) if "`" in shown or "|" in shown or not shown else Markup(f"`{shown}`")
 
 
 def row(cells: Sequence[str]) -> Markup:
-    """One row of a table; no line breaks at a sign that belongs to the number beside it, or in brackets."""
+    """Return one row of a table, without line breaks between a number and its sign, or in brackets."""
     return Markup(f"| {' | '.join(_unbroken(markdown(cell)) for cell in cells)} |")
 
 
 def _unbroken(cell: str) -> str:
-    """With no-break spaces around ±, before × and %, and between the ends of an interval."""
+    """Put no-break spaces around ±, before × and %, and within an interval."""
     cell = re.sub(r" (?=[±×%])|(?<=±) ", NO_BREAK, cell)
     return re.sub(r"\([+−]?[\d.]+ to [+−]?[\d.]+\)", lambda found: found[0].replace(" ", NO_BREAK), cell)
 
 
 def number(value: float, *, digits: int = 3) -> str:
-    """With a fixed number of decimals; past the float range it is infinite."""
+    """Format a number with a fixed number of decimals; infinities as ∞, NaN as n/a."""
     if math.isnan(value):
         return "n/a"
     return f"{value:.{digits}f}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
 
 
 def signed(value: float, *, digits: int = 3) -> str:
-    """A difference, with its sign: "+0.391", "−0.012", "0.000"."""
+    """Format a difference with its sign: "+0.391", "−0.012", "0.000"."""
     shown = number(abs(value), digits=digits)
     if math.isnan(value):
         return shown
@@ -95,22 +95,22 @@ def signed(value: float, *, digits: int = 3) -> str:
 
 
 def p_value(value: float) -> str:
-    """ "p = 0.041", "p < 0.001"."""
+    """Format a p-value: "p = 0.041", "p < 0.001"."""
     return f"p = {value:.3f}" if value >= SMALLEST_P else f"p < {SMALLEST_P}"
 
 
 def with_error(value: float, stderr: float | None) -> str:
-    """0.624 ± 0.004."""
+    """Format a value with its standard error: "0.624 ± 0.004"."""
     return number(value) if stderr is None else f"{number(value)} ± {number(stderr)}"
 
 
 def percent(share: float) -> str:
-    """0.785 → "79 %"."""
+    """Format a share in percent: 0.785 → "79 %"."""
     return f"{100 * share:.0f} %"
 
 
 def text_name(data: DataSource) -> Markup:
-    """A Hub data set as a link; Python's own sources with what they are."""
+    """Return the name of a text: a link for a Hub data set, a description for Python's own sources."""
     split = f", {data.split} split" if data.split else ""
     if data.part:
         split += f", {data.part}" if data.part.startswith("without") else f", documents of part {data.part}"
@@ -123,11 +123,11 @@ def text_name(data: DataSource) -> Markup:
 
 
 def ratio(after: float, before: float) -> str:
-    """After over before: "0.73 ×"."""
+    """Format after / before: "0.73 ×"."""
     return f"{after / before:.2f} ×" if before else "n/a"
 
 
 def rate(tokens_per_second: float, spread: float) -> str:
-    """Tokens a second with the spread as a share of it: "2,210 ± 2 %"."""
+    """Format tokens per second with its relative spread: "2,210 ± 2 %"."""
     digits = 0 if tokens_per_second >= 100 else 1
     return f"{tokens_per_second:,.{digits}f} ± {100 * spread:.0f} %"

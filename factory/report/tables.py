@@ -1,4 +1,4 @@
-"""Rows of the results, for card and terminal, and what follows from the numbers of a build."""
+"""Build the result tables of card and terminal, and draw conclusions from a build's numbers."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NUM_WORST = 5
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the results: a text for each model, and what follows from them where that is known."""
+    """A row of the results: one text per model, and their change and recovery if known."""
 
     label: str
     cells: list[str]
@@ -24,9 +24,9 @@ class Row:
 
 
 def quality_table(build: Build) -> list[list[str]]:
-    """Return head and rows: a column for each model, then change and recovery where they are known.
+    """Return header and rows: a column per model, then change and recovery if known.
 
-    A star marks what differs from the source by more than chance.
+    A star marks values that differ from the source by more than chance.
     """
     names = [name for name in ("source", "pruned", "healed") if name in build.evaluations]
     models = [f"{name} (this model)" if name == build.shipped else name for name in names]
@@ -45,7 +45,7 @@ def quality_table(build: Build) -> list[list[str]]:
 
 
 def loss_row(build: Build, names: Sequence[str]) -> Row:
-    """Mean loss with its standard error."""
+    """Return the row of the mean loss with its standard error."""
     losses = [build.evaluations[name].loss for name in names]
     stars = [_star(comparison(build, name, "loss")) for name in names]
     cells = [with_error(loss.nats, loss.stderr) + star for loss, star in zip(losses, stars, strict=True)]
@@ -53,18 +53,18 @@ def loss_row(build: Build, names: Sequence[str]) -> Row:
 
 
 def normalized_loss_row(build: Build, names: Sequence[str]) -> Row:
-    """Loss as a share of a uniform guess's."""
+    """Return the row of the loss relative to that of uniform guessing."""
     return Row("Loss / log V ↓", [number(build.evaluations[name].loss.normalized) for name in names])
 
 
 def perplexity_row(build: Build, names: Sequence[str]) -> Row:
-    """Exponential of the loss."""
+    """Return the row of the exponential of the loss."""
     cells = [number(build.evaluations[name].loss.perplexity, digits=2) for name in names]
     return Row("Perplexity ↓", cells)
 
 
 def task_row(build: Build, names: Sequence[str], finding: dict[str, Any]) -> Row:
-    """Score of each model in one task."""
+    """Return the row of each model's score in one task."""
     task: TaskScore = finding["source"]
     chance = "" if task.chance is None else f" (chance {number(task.chance)})"
     answers = "" if task.answers is None else f" by {task.answers}"
@@ -89,23 +89,23 @@ def _change(compared: Comparison | None) -> str:
 
 
 def comparison(build: Build, name: str, measure: str) -> Comparison | None:
-    """Of one model with the source, on the loss or a task; None where the two were not compared."""
+    """Return the comparison of a model with the source on the loss or a task; None if not compared."""
     return next((c for c in build.comparisons.get(name, ()) if c.measure == measure), None)
 
 
 def task_findings(build: Build) -> list[dict[str, Any]]:
-    """For each task: score of the source and of this model, and what follows from the two."""
+    """Return, for each task, the scores of the source and of this model, and conclusions from them."""
     findings = []
     for source in build.evaluations["source"].tasks:
         shipped = _score_of(build.evaluations[build.shipped], source)
         compared = comparison(build, build.shipped, source.task)
         says_nothing = source.chance is not None and not is_above_chance(source)
-        sign = {True: 1, False: -1, None: 0}[source.higher_is_better]  # of what is gained
+        sign = {True: 1, False: -1, None: 0}[source.higher_is_better]  # sign of an improvement
         if not (math.isfinite(source.value) and math.isfinite(shipped.value)):
-            worse, compared = False, None  # nothing follows from what is no number
+            worse, compared = False, None  # no conclusions without finite scores
         elif compared:
             worse = sign != 0 and compared.significant and not sign * compared.difference > 0
-        else:  # no score a question: their errors alone, as if the questions were others
+        else:  # no scores per question: compare by the errors alone, as if the questions differed
             error = math.hypot(source.stderr or 0, shipped.stderr or 0)
             worse = sign * (source.value - shipped.value) > SIGNIFICANT * error
         findings.append(
@@ -120,7 +120,7 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
                 and bool(sign)
                 and not compared.significant
                 and not says_nothing,
-                "at_most": compared and (-compared.low if sign > 0 else compared.high),  # lost, at most
+                "at_most": compared and (-compared.low if sign > 0 else compared.high),  # possible loss
                 "no_direction": source.higher_is_better is None,
                 "fall": _fall(source),
                 "says_nothing": says_nothing,
@@ -130,12 +130,12 @@ def task_findings(build: Build) -> list[dict[str, Any]]:
 
 
 def _fall(task: TaskScore) -> tuple[str, str]:
-    """How getting worse is called: ("fell", "fall")."""
+    """Return the words for getting worse: ("fell", "fall")."""
     return ("rose", "rise") if task.higher_is_better is False else ("fell", "fall")
 
 
 def worst_parts(build: Build) -> list[dict[str, Any]]:
-    """Of each group of tasks, the parts that lost most, worst first: label, both scores, questions."""
+    """Return the parts of each task group that lost most, worst first: label, both scores, questions."""
     groups = []
     for source in build.evaluations["source"].tasks:
         after = {part.label: part for part in _score_of(build.evaluations[build.shipped], source).parts}
@@ -155,7 +155,7 @@ def worst_parts(build: Build) -> list[dict[str, Any]]:
 
 
 def precision(build: Build) -> str:
-    """In which dtype the models ran; they can differ where a stage was made on another machine."""
+    """Say in which dtype the models ran; they can differ if a stage was made on another machine."""
     dtypes = {name: evaluation.dtype for name, evaluation in build.evaluations.items()}
     if len(set(dtypes.values())) == 1:
         return f"All models ran in {dtypes['source']}."
@@ -163,7 +163,7 @@ def precision(build: Build) -> str:
 
 
 def gap_closed(build: Build) -> float | None:
-    """Share of the loss that the cut had added and healing took away again; None without such a loss."""
+    """Return the share of the loss added by the cut that healing removed; None if the cut added none."""
     if build.shipped != "healed":
         return None
     source, pruned, healed = (build.evaluations[name].loss.nats for name in ("source", "pruned", "healed"))
@@ -175,19 +175,19 @@ def _score_of(evaluation: Evaluation, like: TaskScore) -> TaskScore:
 
 
 def is_above_chance(score: TaskScore) -> bool:
-    """Whether a score exceeds chance by more than two standard errors."""
+    """Return whether a score exceeds chance by more than two standard errors."""
     return score.chance is not None and score.value - score.chance > SIGNIFICANT * (score.stderr or 0)
 
 
 def recovery(source: TaskScore, shipped: TaskScore) -> float | None:
-    """(score − chance) / (source − chance); None where the source is not clearly above chance."""
+    """Return (score − chance) / (source − chance); None if the source is not clearly above chance."""
     if source.chance is None or not is_above_chance(source):
         return None
     return (shipped.value - source.chance) / (source.value - source.chance)
 
 
 def size_table(build: Build) -> list[list[str]]:
-    """Return head and rows: source, this model, and their ratio, of whatever was measured."""
+    """Return header and rows of everything measured: source, this model, and their ratio."""
     rows = (
         parameters_row(build),
         weights_row(build),
@@ -200,18 +200,18 @@ def size_table(build: Build) -> list[list[str]]:
 
 
 def parameters_row(build: Build) -> list[str]:
-    """Parameter count."""
+    """Return the row of parameter counts."""
     before, after = build.source_parameters, build.result_parameters
     return ["Parameters", f"{before:,}", f"{after:,}", ratio(after, before)]
 
 
 def weights_row(build: Build) -> list[str]:
-    """Bytes of the weight files."""
+    """Return the row of weight file sizes."""
     return ["Weight files", *_sizes(build.source_bytes, build.result_bytes)]
 
 
 def memory_row(build: Build) -> list[str]:
-    """Memory while generating; empty if it was not measured."""
+    """Return the row of memory while generating; empty if it was not measured."""
     if build.speed is None:
         return []
     before, after = build.speed.source.memory_bytes, build.speed.result.memory_bytes
@@ -222,7 +222,7 @@ def memory_row(build: Build) -> list[str]:
 
 
 def cache_row(build: Build) -> list[str]:
-    """Growth of the cache; empty if it was not measured."""
+    """Return the row of cache growth; empty if it was not measured."""
     if build.speed is None:
         return []
     before, after = build.speed.source.cache_bytes_per_token, build.speed.result.cache_bytes_per_token
@@ -232,7 +232,7 @@ def cache_row(build: Build) -> list[str]:
 
 
 def speed_row(build: Build, label: str, phase: str) -> list[str]:
-    """Tokens per second in one phase, "prefill" or "decode"; empty if it was not measured."""
+    """Return the row of tokens per second in "prefill" or "decode"; empty if they were not measured."""
     if build.speed is None:
         return []
     sides = (build.speed.source, build.speed.result)
@@ -246,7 +246,7 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
 
 
 def data_rows(build: Build) -> list[tuple[str, DataSource]]:
-    """Each text with what it was used for."""
+    """Return each text with its use."""
     used = [("calibration text", build.calibration)]
     if build.adapter:
         used.append(("healing text", build.adapter.data))

@@ -188,7 +188,7 @@ def test_a_402_says_what_else_is_possible_and_leaves_everything_as_it_was(
 ) -> None:
     before = hub.files(MODEL)
     told = refused(commands, pushed, "--hardware", "cpu-basic")
-    assert f"asks for money to run {SPACE} on cpu-basic (402): A PRO subscription is required" in told
+    assert f"requires payment to run {SPACE} on cpu-basic (402): A PRO subscription is required" in told
     assert "--hardware zero-a10g is free for two Spaces" in told
     assert "without --deploy the same page runs on this machine" in told
     for name in ("one", "two"):
@@ -258,7 +258,7 @@ def test_an_edited_card_is_kept_and_told(hub: Hub, commands: Forks, pushed: Path
 
 def test_somebody_elses_space_is_left_alone(hub: Hub, commands: Forks, pushed: Path) -> None:
     hub.storage.put("space", "alice/game", {"game.py": b"play", "README.md": b"---\ntitle: Game\n---\n"})
-    assert "the Space alice/game holds something else: game.py" in refused(commands, pushed, "alice/game")
+    assert "the Space alice/game has other files: game.py" in refused(commands, pushed, "alice/game")
     assert hub.files("alice/game", kind="space").keys() == {"game.py", "README.md"}
 
 
@@ -275,7 +275,7 @@ def test_a_repository_that_holds_another_build_by_now_is_refused(
     hub: Hub, commands: Forks, pushed: Path
 ) -> None:
     hub.storage.put("model", MODEL, {"build.json": b"{}"})
-    assert f"the main branch of {MODEL} does not hold this build" in refused(commands, pushed)
+    assert f"the main branch of {MODEL} does not contain this build" in refused(commands, pushed)
     assert ("space", SPACE) not in hub.storage.repositories
     del hub.storage.repositories["model", MODEL]
     assert f"no repository {MODEL}" in refused(commands, pushed)
@@ -285,8 +285,8 @@ def test_a_source_that_a_space_could_not_load_is_refused(hub: Hub, commands: For
     hub.requests.clear()
     known = json.loads((pushed / "build.json").read_text())
     for change, told in (
-        ({"repo_id": None}, "made from 'tiny', which is not on the Hub"),
-        ({"remote_code": True}, "tiny comes with code of its own"),
+        ({"repo_id": None}, "the source of tiny, 'tiny': it is not on the Hub"),
+        ({"remote_code": True}, "tiny needs its own code"),
     ):
         (pushed / "build.json").write_text(json.dumps(known | {"source": known["source"] | change}))
         assert told in refused(commands, pushed, code=2 if "repo_id" in change else 1)

@@ -70,7 +70,7 @@ def test_any_text_is_layers_or_a_usage_error(typed: str) -> None:
         ("4-2", "4-2 runs backwards"),
         ("1,2,1", "names layer 1 twice"),
         ("1-3,3-4", "names layer 3 twice"),
-        ("6", "`layers=6`: the model's 6 layers are 0 to 5"),
+        ("6", "`layers=6`: the model has layers 0 to 5"),
         ("0-5", "leaves 0 of 6 layers"),
         ("0-2,4,5", "leaves 1 of 6 layers"),
     ],
@@ -147,7 +147,7 @@ def test_a_result_that_lost_a_file_is_made_again(tmp_path: Path, model: Path) ->
 def test_another_result_is_replaced_only_by_force(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out"
     prune(model, "2", out)
-    with pytest.raises(StoreError, match="holds another model: model without 1 layers"):
+    with pytest.raises(StoreError, match="contains another model: model without 1 layers"):
         prune(model, "3,4", out)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
     prune(model, "3,4", out, "--force")
@@ -178,7 +178,7 @@ def test_a_place_that_takes_no_folder_is_refused(tmp_path: Path, model: Path, ou
 @pytest.mark.parametrize("out", [".", "inside", ".."])
 def test_the_source_is_never_written_over(tmp_path: Path, model: Path, out: str) -> None:
     before = sorted(model.rglob("*"))
-    with pytest.raises(StoreError, match="lie in each other"):
+    with pytest.raises(StoreError, match="are inside each other"):
         prune(model, "2", model / out, "--force")
     assert sorted(model.rglob("*")) == before
 
@@ -287,7 +287,7 @@ def test_a_run_killed_between_two_names_leaves_the_old_result_to_be_replaced_by_
     (tmp_path / "new").rename(tmp_path / ".out.partial")
     left = [folder for folder, _ in collect_garbage(tmp_path / "home", recent=True)]
     assert left == []  # the only copies
-    with pytest.raises(StoreError, match="holds another model: model without 1 layers"):
+    with pytest.raises(StoreError, match="contains another model: model without 1 layers"):
         prune(model, "3,4", out)
     assert json.loads((out / "pruning.json").read_text())["dropped"] == [1]
     prune(model, "3,4", out, "--force")

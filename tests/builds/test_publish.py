@@ -222,7 +222,7 @@ def test_a_model_with_the_record_of_another_build_is_not_published(
     (build / "model" / "build.json").write_text(json.dumps(value | {"device": "another"}))
     take_sums(Build.read(build), build)
     refused = told(commands.run("push", str(build), "alice/other", folder=build.parent))
-    assert "build.json is of another build" in refused
+    assert "build.json belongs to another build" in refused
     assert not hub.requests
 
 
@@ -361,7 +361,7 @@ def test_a_file_whose_name_is_no_text_is_not_accepted_and_told_in_one_line(
     assert "is no name for a list of checksums" in refused
     assert "\x1b" not in refused
     assert (build / "SHA256SUMS").read_text() == before
-    assert "holds what its build did not make" in told(
+    assert "contains files that its build did not make" in told(
         commands.run("verify", str(build), folder=build.parent)
     )
 
@@ -385,7 +385,7 @@ def test_files_that_the_build_did_not_make_are_published_only_once_somebody_says
     (build / "model" / "notes" / "diary.txt").write_text("Dear diary")
     (build / "model" / "token.txt").write_text("hf_secret")
     refused = told(commands.run("push", str(build), "alice/more", folder=build.parent))
-    assert "holds what its build did not make: model/notes/diary.txt, model/token.txt\n" in refused
+    assert "contains files that its build did not make: model/notes/diary.txt, model/token.txt\n" in refused
     assert f"`factory verify {build} --accept`" in refused
     assert not hub.requests
     verified = commands.run("verify", str(build), folder=build.parent)
@@ -479,7 +479,7 @@ def test_builds_of_one_file_that_take_one_place_are_refused(
     lines = [f"model: {built.parent.parent / 'tiny'}", "drop: 0.4", "builds:", f"- {first}", f"- {second}"]
     (tmp_path / "build.yaml").write_text("\n".join(lines))
     ended = commands.run("build", "build.yaml", "--dry-run", folder=tmp_path)
-    assert (ended.code, "is where the build in line 4 goes" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.code, "is already used by the build in line 4" in ended.stderr) == (2, True), ended.stderr
 
 
 def test_a_card_that_nobody_edited_names_the_repository_it_goes_to(

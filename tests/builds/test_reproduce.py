@@ -106,11 +106,11 @@ def test_a_text_that_was_a_file_must_be_given_and_be_the_same(
 ) -> None:
     assert run(commands, folder, "build", "acme/tiny", *QUICK, "--out", "of-files").code == 0
     words = ("build", "of-files", "--reproduce", "--out", "of-files-again")
-    assert "give it with --calibration-data" in told(run(commands, folder, *words))
+    assert "pass it with --calibration-data" in told(run(commands, folder, *words))
     texts = ("--calibration-data", "measured.jsonl", "--eval-data")
     wrong = told(run(commands, folder, *words, *texts, "measured.jsonl"))
     assert "measured.jsonl is" in wrong
-    assert "give the same file with --eval-data" in wrong
+    assert "pass the same file with --eval-data" in wrong
     done = run(commands, folder, *words, *texts, "evaluated.jsonl", home="files")
     assert done.code == 0, done.stderr
     assert "the same weights as of-files" in done.stdout
@@ -126,8 +126,8 @@ def test_what_cannot_be_repeated_is_told(world: Hub, commands: Forks, folder: Pa
     assert "no revision 'v9'" in repeat("alice/smaller@v9")
     written = json.loads((folder / "builds" / "tiny-drop40" / "build.json").read_text())
     for name, change, words in (
-        ("newer", {"factory_version": "9.1", "new_field": 1}, "of factory 9.1, which"),
-        ("odd", {"factory_version": "9.1", "config": {}}, "of factory 9.1, which"),
+        ("newer", {"factory_version": "9.1", "new_field": 1}, "written by factory 9.1, and"),
+        ("odd", {"factory_version": "9.1", "config": {}}, "written by factory 9.1, and"),
         ("local", {"source": written["source"] | {"repo_id": None}}, "was made from a folder, 'tiny'"),
     ):
         (folder / name).mkdir()
@@ -150,7 +150,7 @@ def test_other_weights_are_told_with_what_was_different() -> None:
     )
     assert comparison(published, published, reference="me/x") == "the same weights as me/x, byte for byte"
     said = comparison(published, made, reference="me/x")
-    assert said.startswith("other weights than me/x: 1 of 1 files differ (torch 2.13.0 there, 2.14.0 here; ")
+    assert said.startswith("weights differ from me/x in 1 of 1 files (torch 2.13.0 there, 2.14.0 here; ")
     assert "CPU, 2 threads here" in said
 
 
@@ -171,7 +171,7 @@ def test_what_a_strangers_record_claims_is_not_believed(world: Hub, commands: Fo
     (folder / "here.yaml").write_text("task: here")
     tasks = written["config"]["evaluate"] | {"tasks": ["./here.yaml"]}
     config = written["config"] | {"evaluate": tasks}
-    assert "give it with --tasks" in told(repeat(config=config))
+    assert "pass it with --tasks" in told(repeat(config=config))
     assert "lacks the evaluation" in told(repeat(evaluations={}))
     world.storage.put("model", "mallory/deep", {"build.json": b"[" * 100_000})
     assert "damaged" in told(run(commands, folder, "build", "mallory/deep", "--reproduce"))
@@ -189,6 +189,6 @@ def test_a_text_that_is_divided_otherwise_is_refused(part: str) -> None:
     )
     check_same_texts(build, Texts(calibration, healing, evaluation))
     other = Text(healing.data.model_copy(update={"part": part}), healing.rows)
-    with pytest.raises(DataError, match="stdlib:train is divided otherwise here") as caught:
+    with pytest.raises(DataError, match="stdlib:train is divided differently here") as caught:
         check_same_texts(build, Texts(calibration, other, evaluation))
     assert caught.value.hint == f"install hf-factory {build.factory_version}"

@@ -76,7 +76,7 @@ WRONG = (  # the file, the line that is named, what else the message must say
     ("model: demo\nbuilds: []\ndrop: 0.3\n", 2, "builds: []"),
     ("model: demo\nbuilds: demo\n", 2, "builds: 'demo'"),
     ("model: demo\nbuilds:\n- drop: 0.3\n- 0.4\n", 4, "0.4"),
-    ("model: demo\nbuilds:\n- drop: 0.3\n- drop: 0.30\n", 4, "builds/demo-drop30 is where"),
+    ("model: demo\nbuilds:\n- drop: 0.3\n- drop: 0.30\n", 4, "builds/demo-drop30 is already used"),
     ("drop: 0.3\nbuilds:\n- model: demo\n- samples: 8\n", 4, "model is missing"),
     ("- model: demo\n", 1, "not a list of options"),
     ("demo\n", 1, "'demo'"),

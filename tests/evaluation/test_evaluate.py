@@ -109,7 +109,7 @@ def test_only_as_many_documents_are_read_as_asked(model: Path, tmp_path: Path) -
 
 
 def test_too_little_text_is_a_clear_error(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="rhymes holds 1 usable documents"):
+    with pytest.raises(DataError, match="rhymes has 1 usable documents"):
         evaluation_of(model, tmp_path / "into", ["only one"])
 
 

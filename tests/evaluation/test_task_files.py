@@ -68,8 +68,8 @@ def test_the_embedded_task_counts_with_its_text_and_others_by_name() -> None:
     [
         (None, "does not exist"),
         ("task: [", "no YAML"),
-        ("date: 2020-99-99", "no YAML: month must be"),
-        ("x: &x {a: b}\n<<: *x", "no YAML: merge keys are not read"),
+        ("date: 2020-99-99", "not YAML: month must be"),
+        ("x: &x {a: b}\n<<: *x", "not YAML: merge keys are not read"),
         ('q: !!int "abc"', "no YAML: invalid literal"),
         ('q: !!int ""', "no YAML"),
         ("q: !!bool x", "no YAML"),
@@ -182,7 +182,7 @@ def test_two_files_of_one_name_are_refused_where_a_group_names_it(tmp_path: Path
         (tmp_path / f"{name}.yaml").write_text("task: good\n")
     group = tmp_path / "group.yaml"
     group.write_text("group: all\ntask: [good, elsewhere]\n")
-    with pytest.raises(UsageError, match=r"'good', of the group 'all', is what .*copy.* both define"):
+    with pytest.raises(UsageError, match=r"'good', of the group 'all', is defined by both .*copy"):
         read_task_file(group)
     (tmp_path / "good (copy).yaml").unlink()
     assert read_task_file(group).missing == ("elsewhere",)

@@ -77,11 +77,11 @@ def test_a_template_cannot_reach_what_is_behind_its_values(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (CHOICES + "unsafe_code: true\n", "runs the programs that a model writes"),
-        (CHOICES + "tag: false\n", "lm-eval does not take"),
+        (CHOICES + "unsafe_code: true\n", "runs programs written by the model"),
+        (CHOICES + "tag: false\n", "lm-eval does not recognise"),
         (CHOICES + "doc_to_image: q\n", "asks about images or sounds"),
         (CHOICES.replace("acc", "bypass"), "no metric but 'bypass'"),
-        (CHOICES + "process_docs: !function nowhere_at_all.first\n", "does not run here"),
+        (CHOICES + "process_docs: !function nowhere_at_all.first\n", "cannot run task"),
         (CHOICES + "process_docs: !function json.first\n", "no function 'first'"),
         (CHOICES + "process_docs: !function empty.rows\n", "lm-eval cannot use the task file"),
     ],
@@ -157,7 +157,7 @@ def test_a_group_without_rows_or_with_too_many_is_refused(
 def test_one_score_is_not_asked_for_twice(tmp_path: Path) -> None:
     one = save_task(tmp_path, "a", questions(1))
     group = group_of(tmp_path, "all", ["a"])
-    with pytest.raises(UsageError, match="asks for 'a' twice"):
+    with pytest.raises(UsageError, match="requests 'a' twice"):
         load_tasks(EvaluateSettings(tasks=(str(one), str(group))))
 
 

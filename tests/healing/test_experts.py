@@ -130,7 +130,7 @@ def test_other_experts_are_refused_by_name_and_attention_is_offered() -> None:
     assert (targets.experts, targets.left_out) == ([], LLAMA4)
     assert set(ATTENTION) < set(targets.modules)
     with pytest.raises(
-        UnsupportedArchitectureError, match="its experts are one parameter"
+        UnsupportedArchitectureError, match="no known LoRA fits its experts"
     ):  # peft's special case
         check_targets(config_of("mixtral", num_local_experts=1, num_experts_per_tok=1), "ffn")
 
@@ -153,7 +153,7 @@ def test_packed_weights_are_refused_before_there_are_any() -> None:
 @pytest.mark.parametrize(
     ("fields", "dropout", "says"),
     [
-        ({"experts": EXPERTS}, 0.05, ("without dropout", "experts in 16 bits, not in NF4")),
+        ({"experts": EXPERTS}, 0.05, ("no dropout", "experts in 16 bits, not in NF4")),
         ({"experts": EXPERTS, "quantization": "none"}, 0.0, ()),
         ({"left_out": LLAMA4}, 0.05, ("experts in 16 bits, not in NF4", f"no adapter on {LLAMA4[0]}")),
     ],
@@ -161,6 +161,8 @@ def test_packed_weights_are_refused_before_there_are_any() -> None:
 def test_the_terminal_says_what_is_otherwise_with_experts(
     fields: dict[str, Any], dropout: float, says: tuple[str, ...]
 ) -> None:
-    told = describe_healing(an_adapter(**fields), steps_asked=12, dropout_asked=dropout).split("; ")[2:]
+    told = describe_healing(an_adapter(**fields), requested_steps=12, requested_dropout=dropout).split("; ")[
+        2:
+    ]
     assert len(told) == len(says)
     assert all(line.startswith(start) for line, start in zip(told, says, strict=True))

@@ -181,22 +181,22 @@ def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
     [
         ({}, ""),
         ({"best_step": 10}, ", lowest at step 10"),
-        ({"slowed_at_step": 5}, "; at a lower rate from step 5 on, after the loss ran away"),
+        ({"slowed_at_step": 5}, "; learning rate lowered from step 5, after the loss diverged"),
         ({"num_steps": 10, "best_step": 10}, "; stopped early, at step 10 of 12"),
         (
             {"num_steps": 10, "best_step": 10, "ran_away_at_step": 11},
-            "; the loss ran away again at step 11, which ended it: went back to step 10",
+            "; stopped at step 11, where the loss diverged again: went back to step 10",
         ),
         (
             {"num_steps": 0, "best_step": None, "ran_away_at_step": 3},
-            "; the loss ran away again at step 3, which ended it: nothing learnt",
+            "; stopped at step 3, where the loss diverged again: nothing learnt",
         ),
-        ({"packed": False}, "; not packed, since this model reads across packed documents"),
+        ({"packed": False}, "; not packed, since this model attends across packed documents"),
     ],
 )
 def test_the_terminal_says_what_did_not_go_as_asked_for(fields: dict[str, Any], says: str) -> None:
     adapter = an_adapter(**{"best_step": 12, **fields})
-    told = describe_healing(adapter, steps_asked=12)
+    told = describe_healing(adapter, requested_steps=12)
     assert told == f"{adapter.num_steps} steps, 1,536 tokens; held-back loss 3.000 → 2.500{says}"
 
 
@@ -319,7 +319,7 @@ def test_what_a_text_raises_in_its_middle_is_raised_as_it_is(
 
 
 def test_text_that_is_too_short_is_a_clear_error(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="rhymes holds too little text"):
+    with pytest.raises(DataError, match="rhymes has too little text"):
         run(model, tmp_path / "adapter", documents=["one two"])
 
 

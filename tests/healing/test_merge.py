@@ -413,7 +413,7 @@ def test_a_heal_that_overflows_on_every_base_is_one_that_did_not_help(
         assert math.isfinite(healed.guard_losses["unhealed"])
         assert (healed.helped, healed.is_finite, healed.files) == (False, False, {})
         assert {path.name for path in healed.folder.iterdir()} == {"stage.json", "checkpoint.json"}
-    line = "the adapter makes weights infinite or not a number, so the unhealed model ships"
+    line = "the adapter makes weights infinite or NaN, so the unhealed model ships"
     assert told.lines == [line, line]
 
 

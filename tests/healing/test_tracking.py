@@ -115,7 +115,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(
     monkeypatch.setenv("FAILS_IN", fails_in)
     warnings: list[str] = []
     report(Tracking("trackio", "demo", warn=warnings.append))
-    assert warnings == ["trackio failed; healing goes on without it: no Hub"]
+    assert warnings == ["trackio failed; healing continues without it: no Hub"]
     assert [next(iter(note)) for note in noted(trackio)] == calls
 
 

@@ -131,7 +131,7 @@ def test_a_folder_is_pinned_by_its_content_with_its_code(hub: Hub, commands: For
 
     before = build("local")
     assert "auto_map" not in json.loads((folder / "local" / "model" / "config.json").read_text())
-    assert "needs its code, which is not on the Hub" in told(commands.run("push", "local", folder=folder))
+    assert "need its code, which is not on the Hub" in told(commands.run("push", "local", folder=folder))
     with (folder / "homemade" / "modeling_homemade.py").open("a") as code:
         code.write("# another version\n")
     assert build("local2") != before

@@ -224,7 +224,7 @@ def test_a_dry_run_makes_no_bucket(rich: Hub, commands: Forks, folder: Path) -> 
     dry = (*BUILD, "--state", "alice/stages", "--dry-run")
     done = commands.run(*dry, folder=folder)
     assert (done.code, done.stdout.count("from measure on")) == (0, 1), done.stderr
-    assert done.stderr == "note: what alice/stages holds already is not counted in a dry run\n"
+    assert done.stderr == "note: a dry run ignores the stages already in alice/stages\n"
     assert not rich.storage.buckets
     rich.storage.buckets["alice/stages"] = Bucket(private=False)
     assert "the bucket alice/stages is public" in commands.run(*dry, folder=folder).stderr

@@ -71,7 +71,7 @@ def test_what_an_earlier_download_left_whole_needs_no_disk_again(tmp_path: Path)
 
 def test_a_model_that_no_memory_here_holds_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
     sizes = {"num_parameters": 10**15, "layer_parameters": (10**14,) * 10, "folder": None}
-    with pytest.raises(MachineError, match=r"needs about 6800\.\d TB of memory, and this machine has"):
+    with pytest.raises(MachineError, match=r"needs about 6800\.\d TB of memory, but this machine has"):
         preview_of(SOURCE.model_copy(update=sizes), pending=("speed", "card"), home=tmp_path)
 
 
@@ -96,7 +96,7 @@ LLAMA_70B = SOURCE.model_copy(
 
 def test_a_rented_gpu_that_cannot_hold_the_healing_is_refused_before_it_is_paid_for(tmp_path: Path) -> None:
     rented = Machine("A10G", memory_bytes=24 * 10**9, flops_per_second=1e13, disk_bytes=10**13)
-    with pytest.raises(MachineError, match=r"healing by sft needs about .* and there are 24\.0 GB"):
+    with pytest.raises(MachineError, match=r"healing by sft needs about .* but there are only 24\.0 GB"):
         preview_of(LLAMA_70B, pending=("heal",), home=tmp_path, machine=rented)
 
 

@@ -297,15 +297,18 @@ def test_a_build_can_drop_layers_of_ones_own_choice(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build", "demo", "--layers", "3,99"], "--layers 3, 99: the model's 24 layers are 0 to 23"),
+        (["build", "demo", "--layers", "3,99"], "--layers 3, 99: the model has layers 0 to 23"),
         (["build", "demo", "--layers", "3", "--drop", "0.1"], "--layers with --drop"),
         (["build", "demo", "--layers", "3", "--criterion", "loss"], "--layers with --criterion"),
         (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
         (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
         (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),
-        (["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
-        (["sweep", "demo", "--out", "/dev/null/x"], "cannot make the folder '/dev/null/x'"),
-        (["plan", "demo", "--drop", "0.1", "--profile", "nowhere"], "there is no profile at 'nowhere'"),
+        (
+            ["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"],
+            "cannot create the folder '/dev/null/x'",
+        ),
+        (["sweep", "demo", "--out", "/dev/null/x"], "cannot create the folder '/dev/null/x'"),
+        (["plan", "demo", "--drop", "0.1", "--profile", "nowhere"], "no profile at 'nowhere'"),
         (["plan", "demo", "--drop", "0.1", "--criterion", "best"], "'best' is not one of"),
         (["plan", "dmo", "--drop", "0.1"], "dmo"),
     ],

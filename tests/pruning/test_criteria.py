@@ -123,7 +123,7 @@ def plans_of(*criteria: str) -> list[PruningPlan]:
     ("behind", "chosen", "why"),
     [
         (((0.3, 0.1), (0.5, 0.1), (0.0, 0.0)), "greedy", "0.300 ahead of the next"),
-        (((0.1, 0.1), (0.5, 0.1), (0.0, 0.0)), "angular", "within noise of the least loss (greedy"),
+        (((0.1, 0.1), (0.5, 0.1), (0.0, 0.0)), "angular", "within noise of the lowest loss (greedy"),
         (((0.0, 0.0), (0.5, 0.1), (0.1, 0.1)), "angular", "though greedy is within noise"),
     ],
 )
@@ -161,9 +161,9 @@ def test_a_row_of_pruneme_is_the_distance_across_zero_based_layers(tmp_path: Pat
     assert profile.mean[3][11] == pytest.approx(0.47)
     made = plan(profile, block_size=8)
     assert made.dropped == tuple(range(15, 23))  # the block from 16 on holds the last layer
-    with pytest.raises(DataError, match="no distance across 7 layers") as caught:
+    with pytest.raises(DataError, match="no distances across 7 layers") as caught:
         plan(profile, block_size=7)
-    assert "across 8 layers" in caught.value.hint
+    assert "covers 8 layers" in caught.value.hint
     with pytest.raises(DataError, match="no Block Influence"):
         plan(profile, block_size=8, criterion="block-influence")
 
@@ -171,13 +171,13 @@ def test_a_row_of_pruneme_is_the_distance_across_zero_based_layers(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "x,y\n1,2\n", "has no columns block_start"),
+        ("a.csv", "x,y\n1,2\n", "lacks block_start"),
         ("a.csv", "block_start,block_end,average_distance\n1,9,0.1\n2,x,0.1\n", "line 3"),
         ("a.csv", "block_start,block_end,average_distance\n1,9,1.5\n", "line 2"),
         ("a.csv", "block_start,block_end,average_distance\n1,9,0.1\n", "with 9 layers; model has 24"),
         ("a.json", "{", "cannot read"),
         ("a.json", "[]", "cannot read"),
-        ("absent", None, "there is no profile at"),
+        ("absent", None, "no profile at"),
     ],
 )
 def test_what_is_no_profile_of_this_model_is_told_in_one_line(
@@ -203,7 +203,7 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path, source: Source) -
     with pytest.raises(DataError, match="outside 0 to 1"):
         read_profile(tmp_path, source=source)
     flat_profile(24, influence=(math.nan,) * 24).write(tmp_path)
-    with pytest.raises(DataError, match="Block Influence that is no number"):
+    with pytest.raises(DataError, match="Block Influence that is not finite"):
         read_profile(tmp_path, source=source)
 
 

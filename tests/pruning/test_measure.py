@@ -250,12 +250,12 @@ def test_a_killed_measurement_goes_on_where_it_was(
 
 
 def test_fewer_documents_than_asked_is_an_error(tiny_source: Source, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds 20 usable documents; 30 were asked for"):
+    with pytest.raises(DataError, match="has 20 usable documents; 30 were requested"):
         measured(tiny_source, tmp_path, documents=20, num_samples=30)
 
 
 def test_sequences_shorter_than_asked_are_an_error(tiny_source: Source, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the longest of 20 documents .* sequences of 200 were asked for"):
+    with pytest.raises(DataError, match=r"the longest of 20 documents .* sequences of 200 were requested"):
         measured(tiny_source, tmp_path, documents=20, num_samples=20, sequence_length=200, exact_length=True)
 
 

@@ -257,7 +257,7 @@ def test_values_that_are_not_the_source_s_are_found_in_the_layers_beside_the_cut
     assert verify_values(source.local_folder, pruned.folder, **check) == 4
     name = f"model.layers.{layer}.mlp.up_proj.weight"
     edit(pruned.folder, lambda tensors: tensors | {name: tensors[name] * 2})
-    with pytest.raises(VerificationError, match=f"{name} does not hold what layer"):
+    with pytest.raises(VerificationError, match=f"{name} differs from layer"):
         verify_values(source.local_folder, pruned.folder, **check)
 
 
@@ -270,5 +270,5 @@ def test_a_source_whose_cache_cuts_its_own_attention_short_is_no_fault_of_the_cu
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
     plan = PruningPlan(criterion="test", num_layers=8, dropped=(7,))
-    with pytest.raises(VerificationError, match="plan is for 8 layers, toy has 6"):
+    with pytest.raises(VerificationError, match="plan is for 8 layers, but toy has 6"):
         prune(source, plan, folder=tmp_path / "pruned")

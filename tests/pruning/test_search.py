@@ -184,7 +184,7 @@ def test_layers_that_hand_on_more_than_states_are_refused_rather_than_searched_w
     layers, beside = decoder_layers(model), []
     layers[2].mlp.register_forward_hook(lambda _module, _args, output: beside.append(output))
     layers[5].register_forward_pre_hook(lambda _module, args: (args[0] + beside[-1][: len(args[0])],))
-    with pytest.raises(ModelError, match="llama: leaving layers out gives a loss of"):
+    with pytest.raises(ModelError, match="llama: dropping layers gives a loss of"):
         trial_of(model).check()
 
 

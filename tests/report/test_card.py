@@ -82,7 +82,7 @@ def test_the_rate_after_a_loss_that_ran_away_is_the_one_trained_at() -> None:
     build = demo_healed()
     slowed = build.adapter.model_copy(update={"slowed_at_step": 900})
     card = render(build.model_copy(update={"adapter": slowed}), has_healing_figure=False)
-    assert f"; {SLOWER} times that from step 900 on" in card
+    assert f"; {SLOWER} times that from step 900, after" in card
 
 
 def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> None:
@@ -279,7 +279,7 @@ def test_a_perplexity_that_rose_is_a_loss_and_one_that_fell_is_none() -> None:
 def test_a_metric_without_a_direction_is_no_loss_and_no_gain() -> None:
     card = render(perplexities(None), has_healing_figure=False)
     assert "| wiki, 0-shot, word\\_perplexity | 410.500" in card
-    assert "Which way word\\_perplexity of wiki is better, the task does not say" in card
+    assert "wiki does not say whether higher or lower word\\_perplexity is better" in card
     assert "rose from" not in card
     assert "fell from" not in card
 
@@ -313,7 +313,7 @@ def test_a_score_that_is_no_number_is_kept_and_shown_but_not_sent_to_the_hub(
 
 
 def test_free_writing_is_unknown_only_where_no_task_asks_for_it() -> None:
-    unknown = "In none of these tasks does the model write freely"
+    unknown = "None of these tasks tests free writing"
     assert unknown in render(perplexities(False), has_healing_figure=False)
     assert unknown not in render(perplexities(True, metric="bleu", writes=True), has_healing_figure=False)
 
@@ -376,14 +376,14 @@ def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> Non
 def test_each_of_several_licences_is_on_the_card() -> None:
     build = with_a_full_card()
     assert front_matter(build, repo_id=None)["license"] == ["cc-by-nd-4.0", "other"]
-    said = "Those of the source, which all hold: cc-by-nd-4.0, own-1 ([text](https://a.b/c))."
+    said = "Those of the source, all of which apply: cc-by-nd-4.0, own-1 ([text](https://a.b/c))."
     assert said in render(build, has_healing_figure=False)
 
 
 def test_what_a_folder_descends_from_is_on_the_card() -> None:
     fields = front_matter(with_a_full_card(), repo_id=None)
     assert (fields["base_model"], fields["base_model_relation"]) == (["org/base", "org/other"], "finetune")
-    said = "By its card, the source was itself made from [org/base](https://huggingface.co/org/base), [org/"
+    said = "the source was itself derived from [org/base](https://huggingface.co/org/base), [org/"
     assert said in render(with_a_full_card(), has_healing_figure=False)
 
 
@@ -610,7 +610,7 @@ def test_a_setting_with_a_value_that_is_gone_by_now_is_named_in_one_line() -> No
     config = build.config | {"heal": build.config["heal"] | {"objective": "rl"}}
     old = build.model_copy(update={"config": config, "factory_version": "0.0.9"})
     with pytest.raises(
-        StoreError, match=r"demo-drop30 is of factory 0\.0\.9, .*: heal\.objective: "
+        StoreError, match=r"demo-drop30 was made by factory 0\.0\.9, .*: heal\.objective: "
     ) as raised:
         render(old, has_healing_figure=False)
     assert raised.value.hint == "install hf-factory 0.0.9"
@@ -635,7 +635,7 @@ def test_a_heal_that_left_no_model_has_its_infinite_loss_on_the_card_and_no_colu
     del build.evaluations["healed"]
     losses = {"unhealed": 2.88, "healed": math.inf}
     text = render(build.model_copy(update={"guard_losses": losses}), has_healing_figure=False)
-    assert "of the files themselves, 2.880 without it and ∞ with it" in text
+    assert "for the files themselves, 2.880 without healing and ∞ with it" in text
     assert "*healed*" not in text
     assert Build.model_validate_json(build.model_copy(update={"guard_losses": losses}).text())
 

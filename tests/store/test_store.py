@@ -351,7 +351,7 @@ def test_a_home_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot write") as caught:
         Store(home).make(spec(), write_hello)
     assert "`home`" in caught.value.hint
-    with pytest.raises(StoreError, match="home is no folder"):
+    with pytest.raises(StoreError, match="home is not a folder"):
         changed_in(Build.model_construct(stages={}), tmp_path, store=Store(home))
 
 

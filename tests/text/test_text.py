@@ -87,7 +87,7 @@ def test_rows_without_text_are_passed_over_and_counted_in_every_format(tmp_path:
         path.write_bytes(gzip.compress(lines.encode()) if ending.endswith("gz") else lines.encode())
     texts = open_texts(config_of(calibration=str(path), evaluation=str(write(tmp_path / "b.jsonl"))))
     assert list(texts.calibration.documents()) == ["first", "second"]
-    assert check_texts(texts) == (f"3 rows of a.{ending} hold no text and are passed over",)
+    assert check_texts(texts) == (f"3 rows of a.{ending} have no text and are skipped",)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])

@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_build_is_not_overwritten(forks: Forks, built: Path)
     (built / "mine" / "thesis.txt").write_text("years of work")
     done = forked(forks, *DEMO, "--out", "mine", home=built)
     assert done.code == 1
-    assert "mine is there already and is no build" in done.stderr
+    assert "mine already exists and is not a build folder" in done.stderr
     assert (built / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -345,7 +345,7 @@ def test_any_folder_can_be_built_from_local_files_though_its_tracker_fails(
     command = ("build", "tiny", "--drop", "0.4", *texts.split(), *TINY, "--report-to", "tensorboard")
     done = forked(forks, *command, home=tmp_path, before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
     assert done.code == 0, done.stderr
-    assert done.stderr == "note: tensorboard failed; healing goes on without it: no room\n"
+    assert done.stderr == "note: tensorboard failed; healing continues without it: no room\n"
     build = Build.read(tmp_path / "builds" / "tiny-drop40")
     assert len(build.dropped) == 2
     assert build.reference == "tiny"
