@@ -14,7 +14,7 @@ from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
-MOST_BYTES = 2**26  # of one value's file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
+MAX_BYTES = 2**26  # of one value's file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
 
 
 def canonical_json(value: object) -> str:
@@ -34,8 +34,8 @@ def check_size(size_bytes: int) -> None:
     Raises:
         ValueError: Says how large it is.
     """
-    if size_bytes > MOST_BYTES:
-        raise ValueError(f"it has {size_bytes:,} bytes, more than {MOST_BYTES:,}")
+    if size_bytes > MAX_BYTES:
+        raise ValueError(f"it has {size_bytes:,} bytes, more than {MAX_BYTES:,}")
 
 
 # Pydantic asks each model, not the outermost one, how to write what is no number.

@@ -25,13 +25,13 @@ LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = {"README.md": 2**24, WEIGHTS_INDEX: 2**26}
-MOST_JSON_BYTES = 2**24  # of any other JSON
-MOST_OTHER_BYTES = 2**28
+MAX_OTHER_JSON_BYTES = 2**24  # of any other JSON
+MAX_OTHER_BYTES = 2**28
 # Each part of a JSON stands beside one of these, and takes up to 80 bytes once parsed, however few it takes
 # here. A tensor in an index has two of them, a merge in a tokenizer.json three: the largest, of 262,000
 # tokens, has 2.2 million.
 MARKS = (b"{", b"[", b":", b",")
-MOST_MARKS, MOST_VOCABULARY_MARKS = 2**20, 2**23
+MAX_MARKS, MAX_VOCABULARY_MARKS = 2**20, 2**23
 BLOCK_BYTES = 2**20
 MAX_LICENSE_BYTES = 1_000_000  # the longest licences have a tenth
 _TEXT = r"\.(txt|md|rst|html?|pdf)"
@@ -139,7 +139,7 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
     """
     for name, size_bytes in sizes.items():
         is_other = name in VOCABULARIES or not name.endswith(".json")
-        most = MAX_JSON_BYTES.get(name, MOST_OTHER_BYTES if is_other else MOST_JSON_BYTES)
+        most = MAX_JSON_BYTES.get(name, MAX_OTHER_BYTES if is_other else MAX_OTHER_JSON_BYTES)
         if size_bytes > most:
             raise CheckpointError(
                 f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it", hint=UNTRUSTED
@@ -155,7 +155,7 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         if not name.endswith(".json"):
             continue
-        most = MOST_VOCABULARY_MARKS if name in VOCABULARIES else MOST_MARKS
+        most = MAX_VOCABULARY_MARKS if name in VOCABULARIES else MAX_MARKS
         count = 0
         with (folder / name).open("rb") as file:
             while block := file.read(BLOCK_BYTES):

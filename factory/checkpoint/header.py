@@ -12,7 +12,7 @@ from typing import Any
 from factory.errors import UNTRUSTED, CheckpointError
 
 MAX_HEADER_BYTES = 2**24  # one of 90,000 tensors, as many as any model known has, takes 13 MB
-MOST_TENSORS = 300_000  # of all files of a model
+MAX_TENSORS = 300_000  # of all files of a model
 # A tensor's entry takes at least so many bytes for each object, and for each name, in it. What has more of
 # them is no list of tensors, and as Python's objects takes up to 40 times its length.
 BYTES_AN_OBJECT, BYTES_A_NAME = 16, 12
@@ -116,9 +116,9 @@ def check_count(count: int, *, where: str) -> None:
     Raises:
         CheckpointError: Says how many.
     """
-    if count > MOST_TENSORS:
+    if count > MAX_TENSORS:
         raise CheckpointError(
-            f"{where} has {count:,} tensors or more; no model known has more than {MOST_TENSORS:,}",
+            f"{where} has {count:,} tensors or more; no model known has more than {MAX_TENSORS:,}",
             hint=UNTRUSTED,
         )
 

@@ -123,9 +123,9 @@ def load_recipe(alias: str) -> Recipe:
 # Healing a model that has no recipe: between the paper's 7B models (164 M tokens at 3e-4) and a
 # 26 M-parameter Llama (best at 3e-3), learning rate falls with the power 0.4 of the size.
 TOKENS_PER_PARAMETER = 0.0227
-FEWEST_TOKENS = 500_000
-MOST_TOKENS = 164_000_000
-FEWEST_STEPS = 100
+MIN_TOKENS = 500_000
+MAX_TOKENS = 164_000_000
+MIN_STEPS = 100
 
 
 def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
@@ -136,8 +136,8 @@ def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
         max_length: Tokens the model was made for.
     """
     length = min(HealSettings().sequence_length, max_length)
-    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), FEWEST_TOKENS), MOST_TOKENS)
-    batch_size = min(max(tokens // (FEWEST_STEPS * length), 1), HealSettings().batch_size)
+    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), MIN_TOKENS), MAX_TOKENS)
+    batch_size = min(max(tokens // (MIN_STEPS * length), 1), HealSettings().batch_size)
     steps = math.ceil(tokens / (batch_size * length))
     return HealSettings(
         learning_rate=float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.4, 3e-3):.1e}"),

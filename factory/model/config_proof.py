@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 # Settings by which a configuration can have transformers fetch and run a kernel of any repository.
 KERNELS = ("attn_implementation", "experts_implementation")
-MOST_MADE_UP = 1.5  # parameters described for one stored: a head that is tied without saying so
-MOST_PACKED = 16
-MOST_LABELS = 100_000
+MAX_MADE_UP = 1.5  # parameters described for one stored: a head that is tied without saying so
+MAX_PACKED = 16
+MAX_LABELS = 100_000
 
 
 def full_config(config: dict[str, Any]) -> Any:
@@ -66,7 +66,7 @@ def _check_sources(config: dict[str, Any]) -> None:
                     hint="take it out of config.json; code from repositories is not run",
                 )
         labels = part.get("num_labels")
-        if isinstance(labels, int) and labels > MOST_LABELS:  # transformers makes a name for each
+        if isinstance(labels, int) and labels > MAX_LABELS:  # transformers makes a name for each
             raise UnsupportedFieldError(
                 f"num_labels = {str(labels)[:40]} is no number of labels", hint="take it out of config.json"
             )
@@ -146,7 +146,7 @@ def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
     """
     model = on_meta(config)
     described = int(model.num_parameters())
-    most = MOST_PACKED if fields.packing(config) else MOST_MADE_UP  # several weights in a stored number
+    most = MAX_PACKED if fields.packing(config) else MAX_MADE_UP  # several weights in a stored number
     if described > most * num_parameters:
         raise CheckpointError(
             f"config.json describes {described:,} parameters, the weights hold {num_parameters:,}",

@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from factory.errors import UNTRUSTED, ModelError
 from factory.model.config_fields import vocab_size
 
-MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
-MOST_SPECIAL_TOKENS = 64  # around each text
+MAX_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
+MAX_SPECIAL_TOKENS = 64  # around each text
 PROBES = ("text", "A", "1", "я", "文")  # show what a tokenizer puts around a text; some know few letters
 
 
@@ -220,13 +220,13 @@ def check_tokenizer(tokenizer: Any, *, name: str) -> None:
         ModelError: Says what it does.
     """
     special = tokenizer.num_special_tokens_to_add()
-    if special > MOST_SPECIAL_TOKENS:
+    if special > MAX_SPECIAL_TOKENS:
         raise _refused(name, f"puts {special:,} tokens around each text")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
         found = getattr(backend, part, None)
         growth = _growth(json.loads(found.__getstate__())) if found is not None else 1
-        if growth > MOST_GROWTH:
+        if growth > MAX_GROWTH:
             raise _refused(name, f"makes {growth:,.0f} letters of one in its {part}")
 
 

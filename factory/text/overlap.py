@@ -15,7 +15,7 @@ from factory.artifacts import DataSource
 from factory.text.text import Text
 
 Hashes = NDArray[numpy.uint64]  # [n], of documents: sorted, each once
-MOST_LEFT_OUT = 0.75  # of a text; beyond that it and the evaluation's are divided
+MAX_LEFT_OUT = 0.75  # of a text; beyond that it and the evaluation's are divided
 NONE: Hashes = numpy.empty(0, dtype=numpy.uint64)
 
 
@@ -136,7 +136,7 @@ def _divide(evaluation: Text, other: Text, *, hashes: Hashes, others: Hashes) ->
         return _Divided(without(other, hashes) if is_stream else other)
     told = f"{len(shared):,} documents of {other.data.name} are also in {name}, which is evaluated on"
     possible = hashes if is_stream else shared  # a stream may hold others further on
-    if len(shared) <= MOST_LEFT_OUT * len(others):
+    if len(shared) <= MAX_LEFT_OUT * len(others):
         return _Divided(without(other, possible), remark=f"{told}: they are left out")
     is_odd = possible % 2 == 1
     return _Divided(

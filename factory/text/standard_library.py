@@ -46,7 +46,7 @@ HELD_OUT = (
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "__phello__"}
 SKIPPED_FILES = {"html/entities.py", "stringprep.py"}  # generated tables
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-MOST_BYTES = 400_000  # larger files are generated
+MAX_BYTES = 400_000  # larger files are generated
 
 
 def documents(split: Part, *, root: Path | None = None, include_tests: bool = False) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _train(library: Path, include_tests: bool) -> Iterator[str]:
         ]
         for file in files:
             name = (inside / file).as_posix()
-            if file.endswith(".py") and _is_train(name) and (library / name).stat().st_size <= MOST_BYTES:
+            if file.endswith(".py") and _is_train(name) and (library / name).stat().st_size <= MAX_BYTES:
                 yield name
 
 

@@ -116,7 +116,7 @@ def test_a_gated_data_set_and_a_wrong_revision_name_the_page_of_the_data_set(
 ) -> None:
     hub.put_dataset(NAME, {"train.jsonl": lines(text=["a"]), "README.md": b"# Text\n"})
     page = f"{hub.url}/datasets/{NAME}"
-    assert opened(client, f"{NAME}@v9").hint == f"its branches and commits: {page}/commits"
+    assert opened(client, f"{NAME}@v9").hint == f"see its commits: {page}/commits"
     hub.repository(NAME, kind="dataset").gated_to = {"alice"}
     assert opened(client, NAME).hint.startswith(f"accept its terms at {page}, ")
 

@@ -77,7 +77,7 @@ def test_each_document_that_comes_gives_new_patience(hub: Hub, client: Client) -
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [({"drop": True}, "no connection to"), ({"status": 503}, "out of order (503)")]
+    ("how", "message"), [({"drop": True}, "no connection to"), ({"status": 503}, "returned an error (503)")]
 )
 def test_a_break_for_good_is_an_error_after_so_many_reads(
     hub: Hub, client: Client, how: dict[str, object], message: str

@@ -19,7 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from factory.artifacts import Build
 from factory.builds.integrity import take_sums
 from factory.checkpoint.auxiliary import check_json, check_sizes
-from factory.checkpoint.header import MOST_TENSORS
+from factory.checkpoint.header import MAX_TENSORS
 from tests.builders.commands import HEAVY, QUICK
 from tests.builders.models import byte_tokenizer, save_llama
 from tests.builders.texts import rhymes
@@ -443,7 +443,7 @@ def test_a_text_file_whose_name_paints_is_told_plainly(commands: Forks, folder: 
 
 
 def test_an_index_of_as_many_tensors_as_any_model_has_is_none_too_many(tmp_path: Path) -> None:
-    names = [f"model.layers.{n // 1000}.mlp.experts.{n % 1000}.up_proj.weight" for n in range(MOST_TENSORS)]
+    names = [f"model.layers.{n // 1000}.mlp.experts.{n % 1000}.up_proj.weight" for n in range(MAX_TENSORS)]
     weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
     text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=2)
     (tmp_path / "model.safetensors.index.json").write_text(text)
