@@ -97,4 +97,4 @@ def test_a_shard_cut_short_for_good_is_an_error_and_no_end(hub: Hub, client: Cli
     answer = client.call("read_text", NAME, token=None)
     assert answer.error == "DataError"
     assert f"cannot read data set '{NAME}'" in answer.message
-    assert "a file of it is damaged" in answer.hint
+    assert "one of its files is damaged" in answer.hint
