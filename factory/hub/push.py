@@ -160,7 +160,7 @@ class _Target:
 
 
 def _public(repo_id: str, *, create_pr: bool) -> HubError:
-    shown = ", so that the proposal would be public, too" if create_pr else ""
+    shown = ", so what is proposed there would be public, too" if create_pr else ""
     return HubError(
         f"{repo_id} already exists and is public{shown}",
         hint="nothing was published; add `public` to publish there, or choose another name",

@@ -314,7 +314,7 @@ def test_too_little_disk_is_said_before_the_work(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "SPARE_BYTES", 10**18)
-    with pytest.raises(DiskSpaceError, match=r"B of disk are needed at .*B are free"):
+    with pytest.raises(DiskSpaceError, match=r"B of disk space is needed at .*B is free"):
         prune(model, "2", tmp_path / "out")
 
 

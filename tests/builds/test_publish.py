@@ -358,7 +358,7 @@ def test_a_file_whose_name_is_no_text_is_not_accepted_and_told_in_one_line(
     (Path(os.fsdecode(os.fsencode(build / "model") + b"/" + name))).write_text("x")
     before = (build / "SHA256SUMS").read_text()
     refused = told(commands.run("verify", str(build), "--accept", folder=build.parent))
-    assert "is no name for a list of checksums" in refused
+    assert "is not a valid name in a checksum list" in refused
     assert "\x1b" not in refused
     assert (build / "SHA256SUMS").read_text() == before
     assert "holds what its build did not make" in told(
