@@ -45,7 +45,7 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
     repo_id, config, column, revision = _parts(reference)
     commit = _data_set_commit(repo_id, revision=revision)
     name = reference.partition("@")[0]
-    with _read_errors(name, repo_id=repo_id, commit=commit, hint="give another data set, or a file"):
+    with _read_errors(name, repo_id=repo_id, commit=commit, hint="use another data set, or a file"):
         patiently(lambda: check_data_files(repo_id, revision=commit))
         splits = _open(repo_id, config, commit=commit)
         found = _split(splits, split, name=name)

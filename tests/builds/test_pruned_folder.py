@@ -67,7 +67,7 @@ def test_any_text_is_layers_or_a_usage_error(typed: str) -> None:
         ("-1", "'-1' is not a layer number"),
         ("1-2-3", "'1-2-3' is not a layer number"),
         ("0-999999999", "is not a layer number"),
-        ("4-2", "4-2 runs backwards"),
+        ("4-2", "4-2 is a descending range"),
         ("1,2,1", "names layer 1 twice"),
         ("1-3,3-4", "names layer 3 twice"),
         ("6", "`layers=6`: the model's 6 layers are 0 to 5"),

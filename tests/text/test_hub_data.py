@@ -108,7 +108,7 @@ def test_a_data_set_without_text_is_one_line_before_any_work(
     hub.put_dataset(NAME, files)
     answer = opened(client, NAME)
     assert answer.error == "DataError", answer.message
-    assert answer.hint.startswith("give another data set")
+    assert answer.hint.startswith("use another data set")
 
 
 def test_a_gated_data_set_and_a_wrong_revision_name_the_page_of_the_data_set(

@@ -160,7 +160,7 @@ def test_what_is_no_data_reference_is_refused_with_its_value(reference: str) -> 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nx\n")
-    with pytest.raises(DataError, match="format that is not read"):
+    with pytest.raises(DataError, match="an unsupported format"):
         open_text(str(tmp_path / "a.csv"), split="train")
 
 

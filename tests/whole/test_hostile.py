@@ -255,8 +255,8 @@ CASES = (
          ("this is an encoder",)),
     Case("a tensor's name that paints", renamed_tensor),
     Case("a licence that paints", wrote("README.md", f"---\nlicense: {json.dumps(ESCAPE)}\n---\n")),
-    Case("a name with a Cyrillic letter", lambda _: None, ("is no known model",), "mistr\u0430lai/Mistral"),
-    Case("a name that turns the writing round", lambda _: None, ("is no known model",), "a/\u202egnp.x"),
+    Case("a name with a Cyrillic letter", lambda _: None, ("is not a known model",), "mistr\u0430lai/Mistral"),
+    Case("a name that turns the writing round", lambda _: None, ("is not a known model",), "a/\u202egnp.x"),
 )  # fmt: skip
 
 
