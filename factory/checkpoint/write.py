@@ -170,7 +170,6 @@ def assemble(
     Args:
         path: File that does not exist yet.
         parts: Contents after the header, in order.
-        header: Header of the file.
         progress: Called with the bytes of each step after the header.
 
     Raises:

@@ -24,8 +24,6 @@ def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreErro
     """Return the error for a folder that cannot be written, or whose file system has no locks.
 
     Args:
-        folder: Folder to write to.
-        error: Error of the operating system.
         option: Option that sets the folder.
     """
     if error.errno in NO_LOCKS:
@@ -59,7 +57,6 @@ def locked(
     """Wait for the lock of one file and hold it; a stage may take days, so there is no timeout.
 
     Args:
-        path: Lock file.
         on_wait: Called once if another process holds the lock.
         passing: Remove the file afterwards; a process that waits for it creates it again.
         option: Option that sets the folder.

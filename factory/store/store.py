@@ -74,7 +74,6 @@ class Store:
         """Return the complete stage of this spec, fetched from elsewhere if need be, or None.
 
         Args:
-            spec: Spec of the stage.
             made_from: Key → digest of its input stages. A stage made from other bytes under these keys
                 counts as missing: not every stage produces the same bytes when made again.
         """

@@ -33,7 +33,6 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
 
     Args:
         reference: `owner/name[:config][#column][@revision]`.
-        split: Split to look for.
 
     Raises:
         DataError: The data set, configuration, split or column does not exist; the hint lists the choices.

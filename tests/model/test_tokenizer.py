@@ -110,7 +110,7 @@ def test_a_word_that_contains_an_added_token_is_not_taken_for_it(tmp_path: Path)
     tokenizer.save_pretrained(tmp_path / "model")
     encoder = load_encoder(tmp_path / "model")
     encoder.check(["concatenate"])
-    with pytest.raises(ModelError, match="a text holds 'cat'"):
+    with pytest.raises(ModelError, match="a text contains 'cat'"):
         encoder.check(["concatenate", "a cat"])
 
 

@@ -217,11 +217,11 @@ CASES = (
     Case("a tokenizer of 1 TB", sparse("tokenizer.json", 10**12), ("tokenizer.json has 1,000,000,000,000",)),
     Case("a tokenizer that doubles a letter 40 times",
          tokenizing(normalizer={"type": "Sequence", "normalizers": [replaced("e", "ee")] * 40}),
-         ("makes 1,099,511,627,776 letters of one in its normalizer",)),
+         ("turns one character into 1,099,511,627,776 in its normalizer",)),
     Case("a tokenizer that makes a letter 2 MB", tokenizing(normalizer=replaced("e", "x" * 2_000_000)),
-         ("makes 2,000,000 letters of one in its normalizer",)),
+         ("turns one character into 2,000,000 in its normalizer",)),
     Case("a tokenizer that writes 2 MB for a letter", tokenizing(decoder=replaced("e", "x" * 2_000_000)),
-         ("makes 2,000,000 letters of one in its decoder",)),
+         ("turns one character into 2,000,000 in its decoder",)),
     Case("100,000 tokens around each text", tokenizing(post_processor=MANY_ENDS),
          ("puts 100,000 tokens around each text",)),
     Case("a tokenizer that pads to 10¹⁰ tokens",
@@ -255,8 +255,8 @@ CASES = (
          ("this is an encoder",)),
     Case("a tensor's name that paints", renamed_tensor),
     Case("a licence that paints", wrote("README.md", f"---\nlicense: {json.dumps(ESCAPE)}\n---\n")),
-    Case("a name with a Cyrillic letter", lambda _: None, ("is not a known model",), "mistr\u0430lai/Mistral"),
-    Case("a name that turns the writing round", lambda _: None, ("is not a known model",), "a/\u202egnp.x"),
+    Case("a name with a Cyrillic letter", lambda _: None, ("not a known model",), "mistr\u0430lai/Mistral"),
+    Case("a name that turns the writing round", lambda _: None, ("not a known model",), "a/\u202egnp.x"),
 )  # fmt: skip
 
 
