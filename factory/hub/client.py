@@ -1,4 +1,4 @@
-"""The Hub's client: bounded in time, retried, and sending its token only to the Hub."""
+"""Create Hub clients that are bounded in time, retry, and send the token only to the Hub."""
 
 import logging
 import time

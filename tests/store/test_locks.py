@@ -151,12 +151,12 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path) -> None:
 def test_a_read_only_file_system_is_told(tmp_path: Path) -> None:
     left = tmp_path / "stages" / "prune" / "feedfeedfeedfeed.partial"
     left.mkdir(parents=True)
-    what, hint = "Read-only file system | give another folder with", "--home or FACTORY_HOME"
+    what, hint = "Read-only file system | give another folder with", "`home` or FACTORY_HOME"
     assert told(READ_ONLY, tmp_path) == [
         f"cannot write to {left.parent}: {what} {hint}",
         f"cannot write to {left.parent}: {what} {hint}",
         f"cannot write to {tmp_path / 'builds'}: {what} {hint}",
-        f"cannot write to {tmp_path}: {what} --out",
+        f"cannot write to {tmp_path}: {what} `out`",
     ]
 
 
