@@ -25,8 +25,8 @@ def cells(steps: int) -> list[nbformat.NotebookNode]:
     return [
         new_markdown_cell(
             "# A smaller model in a notebook\n\n"
-            "The functions of `factory` take the options of the command line by name. Everything here runs on "
-            "a CPU, without a network, on the model that comes with the program."
+            "The functions of `factory` take the options of the command line by name. Everything here runs "
+            "on a CPU, without a network, on the model that comes with the program."
         ),
         new_code_cell("import factory\n\nfactory.preview('demo', drop=0.3)"),
         new_markdown_cell("Which layers could go? Nothing is cut yet."),

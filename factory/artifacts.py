@@ -1,4 +1,4 @@
-"""What stages hand on: frozen values, each written to and read from one folder."""
+"""Define the frozen values that stages pass on, each written to and read from one folder."""
 
 import json
 import math
@@ -14,42 +14,42 @@ from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
-MOST_BYTES = 2**26  # of one value's file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
+MAX_BYTES = 2**26  # of one file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes on every machine."""
+    """Write JSON with sorted keys and no spaces: equal values give equal bytes on every machine."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong with a value, by its place: "heal.rank: Input should be …"."""
+    """Return the first validation error with its location: "heal.rank: Input should be …"."""
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
 
 
 def check_size(size_bytes: int) -> None:
-    """Refuse a JSON file that is larger than anything written here, which would fill the memory.
+    """Refuse a JSON file larger than any written here, which would fill the memory.
 
     Raises:
-        ValueError: Says how large it is.
+        ValueError: The file is too large.
     """
-    if size_bytes > MOST_BYTES:
-        raise ValueError(f"it has {size_bytes:,} bytes, more than {MOST_BYTES:,}")
+    if size_bytes > MAX_BYTES:
+        raise ValueError(f"it has {size_bytes:,} bytes, more than {MAX_BYTES:,}")
 
 
-# Pydantic asks each model, not the outermost one, how to write what is no number.
+# Pydantic uses the setting of each nested model, not of the outermost one, to write NaN and infinity.
 FROZEN = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Artifact(BaseModel):
-    """A frozen value that lies in a folder as one JSON file."""
+    """A frozen value that is stored as one JSON file in a folder."""
 
     model_config = FROZEN
     file_name: ClassVar[str]
 
     def text(self) -> str:
-        """What `write` writes; paths and other machine facts are left out."""
+        """Return the JSON that `write` writes, without paths and other machine facts."""
         return self.model_dump_json(indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -58,10 +58,10 @@ class Artifact(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the value that `write` left in `folder`.
+        """Read the value that `write` wrote into `folder`.
 
         Raises:
-            StoreError: The file is missing or is not what `write` leaves.
+            StoreError: The file is missing or malformed.
         """
         path = folder / cls.file_name
         try:
@@ -79,7 +79,7 @@ class Artifact(BaseModel):
 
 
 class Source(Artifact):
-    """A resolved model: what it is, before any weight is read.
+    """A resolved model, described before any weight is read.
 
     `layer_parameters[i]` counts the parameters of decoder layer i; `num_parameters` counts each stored
     tensor once, so tied embeddings count once.
@@ -93,45 +93,45 @@ class Source(Artifact):
     folder: Path | None = Field(default=None, exclude=True)  # None until the weights are here
     model_type: str
     architecture: str  # "MistralForCausalLM"
-    config: dict[str, Any]  # config.json as it stands
-    # Name → type, in safetensors' words, and shape.
+    config: dict[str, Any]  # the unchanged config.json
+    # Name → type, by safetensors' name, and shape.
     tensors: dict[str, tuple[str, tuple[int, ...]]] = Field(default_factory=dict, exclude=True, repr=False)
     num_layers: int = Field(ge=1)
     num_parameters: int = Field(ge=1)
     layer_parameters: tuple[int, ...]
     size_bytes: int = Field(ge=1)  # of the weight files
-    cached_bytes: int = Field(default=0, exclude=True)  # of these in the Hub's cache, where `folder` is None
+    cached_bytes: int = Field(default=0, exclude=True)  # of these in the Hub's cache, while `folder` is None
     layer_bytes: tuple[int, ...]
     vocab_size: int = Field(ge=1)
-    dtype: str  # "bfloat16": of most of the stored weights
+    dtype: str  # type of most of the stored weights: "bfloat16"
     license: str | tuple[str, ...] | None = None  # as on the source's card, which may name several
     license_name: str | None = None
     license_link: str | None = None
-    base_models: tuple[str, ...] = ()  # on the Hub, that it was made from by its card
+    base_models: tuple[str, ...] = ()  # Hub repositories that it derives from, according to its card
     languages: tuple[str, ...] = ()
     has_chat_template: bool = False
-    remote_code: bool = False  # transformers lacks this model type: code of the source, at `commit`, is run
+    remote_code: bool = False  # transformers lacks this model type: the source's code, at `commit`, is run
 
     @property
     def licenses(self) -> tuple[str, ...]:
-        """Each licence that the card names; all of them hold."""
+        """Return each licence that the card names; all of them apply."""
         return (self.license,) if isinstance(self.license, str) else self.license or ()
 
     @property
     def download_bytes(self) -> int:
-        """Of the weight files that a pull has to bring."""
+        """Return the size of the weight files that a pull has to download."""
         return self.size_bytes - self.cached_bytes if self.folder is None else 0
 
     @property
     def local_folder(self) -> Path:
-        """Where the weights lie; only after a pull."""
+        """Return the folder of the weights, which exists only after a pull."""
         if self.folder is None:
             raise StoreError(f"{self.name} has not been pulled", hint="this is a bug; please report it")
         return self.folder
 
 
 class DataSource(Artifact):
-    """Text that was used: where it comes from and which version, without paths."""
+    """Origin and version of a text that was used, without paths."""
 
     file_name = "data.json"
 
@@ -139,7 +139,7 @@ class DataSource(Artifact):
     version: str  # data set commit, or sha256 of the content
     hub_id: str | None = None
     split: str | None = None
-    part: str | None = None  # "1 of 2": other documents of it serve another use
+    part: str | None = None  # "1 of 2": its other documents serve another use
 
 
 class DistanceProfile(Artifact):
@@ -153,13 +153,13 @@ class DistanceProfile(Artifact):
     file_name = "profile.json"
 
     num_layers: int = Field(ge=1)
-    source_commit: str | None = None  # None where a profile from elsewhere does not say
-    num_samples: int = Field(ge=0)  # 0 where a profile from elsewhere does not say
-    sequence_length: int  # tokens, at most
-    num_tokens: int  # real tokens read
-    tokens: Literal["last", "all"] = "last"  # whose states were compared
+    source_commit: str | None = None  # None: unknown, in a profile from elsewhere
+    num_samples: int = Field(ge=0)  # 0: unknown, in a profile from elsewhere
+    sequence_length: int  # maximum, in tokens
+    num_tokens: int  # tokens read, without padding
+    tokens: Literal["last", "all"] = "last"  # positions whose states were compared
     quantization: str | None = None  # "nf4"
-    certain_for: tuple[int, ...] = ()  # block sizes whose best block was ahead by three standard errors
+    certain_for: tuple[int, ...] = ()  # block sizes whose best block led by three standard errors
     mean: tuple[tuple[float, ...], ...]
     stderr: tuple[tuple[float, ...], ...]
     influence: tuple[float, ...] | None = None  # Block Influence of each layer (arXiv 2403.03853)
@@ -167,11 +167,11 @@ class DistanceProfile(Artifact):
     data: DataSource
 
     def block_distances(self, block_size: int) -> list[float]:
-        """Distance d(x^l, x^{l+n}) over each start l = 0 … L−n, for n = `block_size`."""
+        """Return the distance d(x^l, x^{l+n}) for each start l = 0 … L−n, with n = `block_size`."""
         return [self.mean[start][start + block_size] for start in range(self.num_layers - block_size + 1)]
 
     def across(self, layers: tuple[int, ...]) -> float | None:
-        """Distance across a block of layers; None across others, or where the profile does not hold it."""
+        """Return the distance across a block of layers; None if they are not a block or it is unknown."""
         if not is_block(layers):
             return None
         distance = self.mean[layers[0]][layers[-1] + 1]
@@ -179,7 +179,7 @@ class DistanceProfile(Artifact):
 
 
 class PruningPlan(Artifact):
-    """Which layers go, by which criterion, and what else was possible."""
+    """The layers to drop, the criterion that chose them, and the runner-up."""
 
     file_name = "plan.json"
 
@@ -190,25 +190,25 @@ class PruningPlan(Artifact):
     runner_up_start: int | None = None  # of the next best block of the same size
     runner_up_distance: float | None = None
     order: tuple[int, ...] | None = None  # in which a greedy search dropped them
-    passes: float | None = None  # of the whole model over the documents; None where no loss was looked at
-    num_documents: int | None = None  # that a search ran on
+    passes: float | None = None  # of the whole model over the documents; None if no loss was computed
+    num_documents: int | None = None  # of a search
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """0-based indices of the layers that stay, ascending."""
-        gone = set(self.dropped)
-        return tuple(index for index in range(self.num_layers) if index not in gone)
+        """Return the 0-based indices of the kept layers, ascending."""
+        dropped = set(self.dropped)
+        return tuple(index for index in range(self.num_layers) if index not in dropped)
 
 
 class CutLoss(BaseModel):
-    """Unhealed loss of one cut, in nats a token. Standard errors treat documents as independent."""
+    """Unhealed loss of one cut, in nats per token. Standard errors treat documents as independent."""
 
     model_config = FROZEN
 
     dropped: tuple[int, ...]
     nats: float
     stderr: float
-    behind: float  # the best cut in the same comparison
+    behind: float  # excess over the best cut in the same comparison
     behind_stderr: float  # paired: of the difference on the same documents
 
 
@@ -220,19 +220,19 @@ class CutLosses(Artifact):
     source: CutLoss
     cuts: tuple[CutLoss, ...]
     num_documents: int
-    sequence_length: int  # tokens, at most
+    sequence_length: int  # maximum, in tokens
     data: DataSource
 
 
 class Plans(Artifact):
-    """What each criterion would drop, what that costs without healing, and which one to take."""
+    """The plan of each criterion, its loss without healing, and the choice among them."""
 
     file_name = "plans.json"
 
     source_name: str
     source_commit: str
     plans: tuple[PruningPlan, ...]
-    losses: CutLosses | None  # of the plans in their order; None where none was asked for
+    losses: CutLosses | None  # in the order of the plans; None if not requested
     chosen: str  # criterion
     reason: str
 
@@ -247,25 +247,25 @@ class Checkpoint(Artifact):
     num_parameters: int
     size_bytes: int  # of the weight files
     files: dict[str, str]  # weight file name → sha256
-    merge_base: str | None = None  # "source weights"; None where nothing was merged
-    merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-back text
-    guard_losses: dict[str, float] | None = None  # "unhealed" and "healed", of files, on that text
-    verified: tuple[str, ...] = ()  # what was compared with the source: "names and shapes", "logits"
+    merge_base: str | None = None  # "source weights"; None if nothing was merged
+    merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-out set
+    guard_losses: dict[str, float] | None = None  # "unhealed" and "healed", of the files, on that set
+    verified: tuple[str, ...] = ()  # aspects compared with the source: "names and shapes", "logits"
 
     @property
     def helped(self) -> bool:
-        """Whether what was merged into it lowered the loss on text that the healing did not train on."""
+        """Return whether the merged adapter lowered the loss on the held-out set."""
         losses = self.guard_losses
         return losses is not None and losses["healed"] < losses["unhealed"]
 
     @property
     def is_finite(self) -> bool:
-        """Whether it computes anything: healing can take weights or their loss beyond all numbers."""
+        """Return whether the held-out loss is finite: healing can make weights or the loss overflow."""
         return self.guard_losses is None or math.isfinite(self.guard_losses["healed"])
 
 
 class LossPoint(BaseModel):
-    """One point of the healing curve; losses in nats a token."""
+    """One point of the healing curve; losses in nats per token."""
 
     model_config = FROZEN
 
@@ -274,7 +274,7 @@ class LossPoint(BaseModel):
 
 
 class Adapter(Artifact):
-    """A LoRA adapter in peft's format, and how its training went. Losses in nats a token."""
+    """A LoRA adapter in peft's format, and a record of its training. Losses in nats per token."""
 
     file_name = "adapter.json"
 
@@ -284,21 +284,21 @@ class Adapter(Artifact):
     rank: int
     learning_rate: float
     target_modules: tuple[str, ...]
-    experts: tuple[str, ...] = ()  # each one parameter for all; adapted in 16 bits, which allows no dropout
-    left_out: tuple[str, ...] = ()  # the same, but no LoRA is known to fit
-    layers: str = "all"  # that are adapted; "seam": from the last one before the cut on
+    experts: tuple[str, ...] = ()  # fused parameters of experts; adapted in 16 bits, without dropout
+    left_out: tuple[str, ...] = ()  # fused parameters to which no LoRA is known to fit
+    layers: str = "all"  # adapted layers; "seam": from the last one before the cut onwards
     num_steps: int
-    best_step: int | None = None  # that the adapter is of: where the guard's loss was lowest
-    num_tokens: int  # real tokens seen in training, without padding
+    best_step: int | None = None  # step of this adapter, where the held-out loss was lowest
+    num_tokens: int  # tokens seen in training, without padding
     sequence_length: int
-    packed: bool = True  # False: a document a row, as the model reads across documents in one row
+    packed: bool = True  # False: one document per row, as the model would attend across documents
     num_trainable_parameters: int
-    curve: tuple[LossPoint, ...]  # of the objective: distilled, the divergence from the source
+    curve: tuple[LossPoint, ...]  # of the objective; when distilling, the divergence from the source
     guard_curve: tuple[LossPoint, ...] = ()
-    guard_loss_before: float  # held back from the healing text, same 4-bit model, adapter off
+    guard_loss_before: float  # on the held-out set, same 4-bit model, adapter off
     guard_loss_after: float
-    slowed_at_step: int | None = None  # from there on at a lower rate, after the loss had run away
-    ran_away_at_step: int | None = None  # the second time, which ended the training; 0 steps: nothing learnt
+    slowed_at_step: int | None = None  # the rate is lower from here on, after the loss had diverged
+    ran_away_at_step: int | None = None  # second divergence, which ended training; 0 steps: nothing learnt
     data: DataSource
 
 
@@ -310,14 +310,14 @@ class TokenLoss(BaseModel):
     nats: float
     stderr: float
     normalized: float  # nats / log V (arXiv 2403.17887, figure 4)
-    num_tokens: int  # that were predicted
+    num_tokens: int  # predicted tokens
     num_documents: int
     sequence_length: int
     data: DataSource
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite past the float range."""
+        """Return exp(loss), or infinity beyond the float range."""
         return math.exp(self.nats) if self.nats < 700 else math.inf
 
 
@@ -326,7 +326,7 @@ class PartScore(BaseModel):
 
     model_config = FROZEN
 
-    label: str  # for people: "abstract_algebra"
+    label: str  # "abstract_algebra"
     value: float
     num_samples: int
 
@@ -337,39 +337,39 @@ class TaskScore(BaseModel):
     model_config = FROZEN
 
     task: str
-    label: str  # for people: "MMLU"
+    label: str  # shown name: "MMLU"
     metric: str
     value: float
     stderr: float | None
-    num_fewshot: int | None  # None: not the same in all tasks of a group
+    num_fewshot: int | None  # None: differs among the tasks of a group
     num_samples: int
-    chance: float | None  # the score without a look at the question; None where there is none to speak of
-    higher_is_better: bool | None = True  # as the harness says; None where it does not
-    is_share: bool = True  # of answers that are right, in [0, 1]; others have a scale of their own
-    version: str  # the task's, as the harness gives it
-    data: tuple[DataSource, ...] = ()  # Hub data sets that the questions come from
-    answers: str | None = None  # how they were found in what the model wrote: "strict-match"
+    chance: float | None  # score of guessing without the question; None if there is no meaningful one
+    higher_is_better: bool | None = True  # as the harness says; None: unknown
+    is_share: bool = True  # share of correct answers, in [0, 1]; other metrics have their own scale
+    version: str  # of the task, in the harness
+    data: tuple[DataSource, ...] = ()  # Hub data sets of the questions
+    answers: str | None = None  # filter that extracted answers from generated text: "strict-match"
     parts: tuple[PartScore, ...] = ()  # of a group
-    runs_code: bool = False  # Python that a task file names
-    writes: bool = False  # the model's own text is judged, not a choice of given ones
+    runs_code: bool = False  # the task file names Python
+    writes: bool = False  # the model generates the answer instead of choosing among given ones
 
     @property
     def shots(self) -> str:
-        """Examples that each question was shown with: "5-shot"."""
+        """Return the number of examples before each question: "5-shot"."""
         return "shots differ" if self.num_fewshot is None else f"{self.num_fewshot}-shot"
 
     @property
     def arrow(self) -> str:
-        """Where better lies: "↑", "↓", or nothing where that is not known."""
+        """Return the direction of better values: "↑", "↓", or nothing if unknown."""
         return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
 
     @property
     def name(self) -> str:
-        """Its label, with the metric where that is not the share of right answers."""
+        """Return the label, with the metric unless that is the share of correct answers."""
         return self.label if self.is_share else f"{self.label} {self.metric} {self.arrow}".rstrip()
 
     def shown(self, value: float, *, sign: str = "") -> str:
-        """A value of this metric for the terminal: a share in per cent, another as a number."""
+        """Format a value of this metric for the terminal: a share in per cent, others as numbers."""
         return format(value, f"{sign}.1%" if self.is_share else f"{sign},.3f")
 
 
@@ -380,19 +380,19 @@ class Evaluation(Artifact):
 
     loss: TokenLoss
     tasks: tuple[TaskScore, ...]
-    dtype: str  # that the model ran in
+    dtype: str  # of the running model
     harness: str  # "lm-eval 0.4.13"
 
 
 class Comparison(BaseModel):
-    """How one measure of a model differs from its source's, on the same documents or questions."""
+    """Difference of a model from its source in one measure, on the same documents or questions."""
 
     model_config = FROZEN
 
     measure: str  # "loss", or the task
     difference: float  # model − source
     stderr: float
-    low: float  # ends of the confidence interval
+    low: float  # bounds of the confidence interval
     high: float
     confidence: float  # 0.95
     p_value: float  # two-sided
@@ -401,8 +401,8 @@ class Comparison(BaseModel):
 
     @property
     def significant(self) -> bool:
-        """Whether chance alone would rarely make such a difference."""
-        return not self.p_value >= 1 - self.confidence  # what is not a number proves nothing alike
+        """Return whether chance alone would rarely produce such a difference."""
+        return not self.p_value >= 1 - self.confidence  # NaN is no evidence of equality
 
 
 class Speed(BaseModel):
@@ -415,11 +415,11 @@ class Speed(BaseModel):
     decode_tokens_per_second: float
     decode_spread: float
     memory_bytes: int | None = None
-    cache_bytes_per_token: float | None = None  # that the key-value cache grows by
+    cache_bytes_per_token: float | None = None  # growth of the key-value cache
 
 
 class SpeedComparison(Artifact):
-    """Tokens a second and memory of source and result, measured in turns in one run."""
+    """Tokens per second and memory of source and result, measured alternately in one run."""
 
     file_name = "speed.json"
 
@@ -428,15 +428,15 @@ class SpeedComparison(Artifact):
     prompt_tokens: int
     new_tokens: int
     batch_size: int
-    dtype: str | None = None  # that the models ran in
-    memory: Literal["peak", "weights and cache"] | None = None  # what was counted; a peak only on a GPU
+    dtype: str | None = None  # of the running models
+    memory: Literal["peak", "weights and cache"] | None = None  # how it was measured; a peak only on a GPU
     source: Speed
     result: Speed
 
 
 @dataclass(frozen=True)
 class Made:
-    """Everything the stages made; a build keeps each value that it has a field of the same name for."""
+    """All results of the stages; a build keeps those for which it has a field of the same name."""
 
     source: Source
     profile: DistanceProfile
@@ -451,22 +451,22 @@ class Made:
 
 
 class Build(Artifact):
-    """The whole of a build, as `build.json` holds it: no paths, no user names."""
+    """A complete build, as stored in `build.json`: no paths, no user names."""
 
     file_name = "build.json"
 
     factory_version: str
     name: str  # "demo-drop0.3"
-    reference: str  # what was asked for; a folder by its name alone
-    config: dict[str, Any]  # every setting that was used
+    reference: str  # model reference as given; of a folder, only its name
+    config: dict[str, Any]  # every setting in use
     source: Source
     plan: PruningPlan
     profile_samples: int
     calibration: DataSource
     adapter: Adapter | None  # None for a build without healing
     merge_base: str | None = None  # weights that the adapter was added to: "source weights"
-    merge_losses: dict[str, float] | None = None  # of the bases tried, on the healing's held-back text
-    guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that text
+    merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-out set of healing
+    guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that set
     shipped: str  # "healed" or "pruned"
     source_parameters: int
     result_parameters: int
@@ -477,19 +477,19 @@ class Build(Artifact):
     speed: SpeedComparison | None
     files: dict[str, str]  # published weight file → sha256
     stages: dict[str, str]  # stage → key
-    versions: dict[str, str]  # library → version: those that can change a number
-    libraries: dict[str, str] = {}  # every installed library that the program could use → version
-    seconds: dict[str, float]  # stage → wall time when it was made
+    versions: dict[str, str]  # library → version, of those that can change a number
+    libraries: dict[str, str] = {}  # library → version, of all installed ones that the program could use
+    seconds: dict[str, float]  # stage → wall time of making it
     device: str
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """0-based indices of the dropped layers."""
+        """Return the 0-based indices of the dropped layers."""
         return self.plan.dropped
 
 
 class Pruning(Artifact):
-    """How a model folder was made from its source by removing layers alone: no paths, no user names."""
+    """Record of a model folder made by `factory prune`, without paths or user names."""
 
     file_name = "pruning.json"
 
@@ -509,7 +509,7 @@ class Pruning(Artifact):
 
 
 class Publication(Artifact):
-    """What lies on the Hub."""
+    """A published build on the Hub."""
 
     file_name = "publication.json"
 
@@ -519,16 +519,16 @@ class Publication(Artifact):
     private: bool
     files: dict[str, str]  # every file → sha256
     space: str | None = None  # the comparison Space that the card links to
-    pull_request: int | None = None  # number of the one that it was proposed in
+    pull_request: int | None = None  # number, if it was proposed in one
 
 
 def is_block(layers: Sequence[int]) -> bool:
-    """Whether ascending layer indices follow one another without a gap."""
+    """Return whether ascending layer indices are consecutive."""
     return len(layers) > 0 and layers[-1] - layers[0] + 1 == len(layers)
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
-    """Indices as people write them, inclusive: (14, 15, 16, 20) → "14–16, 20"."""
+    """Format layer indices as inclusive ranges: (14, 15, 16, 20) → "14–16, 20"."""
     ranges: list[list[int]] = []
     for layer in sorted(layers):
         if ranges and layer == ranges[-1][1] + 1:
@@ -550,12 +550,12 @@ class SweepPoint(BaseModel):
 
     @property
     def best(self) -> Evaluation:
-        """Of the model that one would take: healed if it was."""
+        """Return the evaluation of the healed model, or of the pruned one if it was not healed."""
         return self.healed or self.pruned
 
 
 class Sweep(Artifact):
-    """Quality against the fraction of layers that are dropped."""
+    """Quality against the fraction of dropped layers."""
 
     file_name = "sweep.json"
 
@@ -565,5 +565,5 @@ class Sweep(Artifact):
     criterion: str
     source: Evaluation
     points: tuple[SweepPoint, ...]  # by rising fraction
-    before_the_cliff: float | None  # largest fraction that still keeps enough; None: not even the first
+    before_the_cliff: float | None  # largest fraction that keeps enough quality; None: not even the first
     rule: str

@@ -1,17 +1,17 @@
-"""Every deliberate error: one line that says what is wrong with the value in it, and a hint."""
+"""Define every deliberate error: one line that says what is wrong, with the value in it, and a hint."""
 
 from functools import partial
 from typing import Any
 
-UNTRUSTED = "do not use this model unless you trust where it comes from"  # the hint on what no model needs
+UNTRUSTED = "do not use this model unless you trust its origin"  # hint for values that no model needs
 
 
 class FactoryError(Exception):
-    """Base of all errors the user can do something about.
+    """Base of all errors that the user can do something about.
 
     Args:
-        message: One line: what is wrong, with the offending value in it.
-        hint: One line: what to do about it.
+        message: One line that says what is wrong, with the offending value in it.
+        hint: One line that says what to do about it.
     """
 
     exit_code = 1
@@ -22,22 +22,22 @@ class FactoryError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled with its hint: a process hands it to the one that started it."""
+        """Pickle the error with its hint: worker processes pass it to the main one."""
         return partial(type(self), hint=self.hint), (self.message,)
 
 
 class UsageError(FactoryError):
-    """The command line or a configuration value cannot mean anything."""
+    """An invalid command line or configuration value."""
 
     exit_code = 2
 
 
 class UnknownModelError(UsageError):
-    """A model reference that is no alias, no folder and no repository name."""
+    """A model reference that is not an alias, a folder or a repository name."""
 
 
 class DropError(UsageError):
-    """`drop` or a set of layers that leaves no usable model."""
+    """A fraction or set of layers to drop that leaves no usable model."""
 
 
 class DataError(FactoryError):
@@ -49,15 +49,15 @@ class ModelError(FactoryError):
 
 
 class UnsupportedArchitectureError(ModelError):
-    """No decoder stack found, or one whose layers cannot be removed safely."""
+    """A model without a decoder stack, or with one whose layers cannot be removed safely."""
 
 
 class UnsupportedFieldError(ModelError):
-    """A configuration field that cannot be proved right after removal of layers."""
+    """A configuration field that cannot be proved right after layers are removed."""
 
 
 class CheckpointError(ModelError):
-    """Weights that are missing, damaged, hostile or in a format that is not read."""
+    """Weights that are missing, damaged, hostile or in an unsupported format."""
 
 
 class VerificationError(ModelError):
@@ -69,11 +69,11 @@ class OverflowedError(VerificationError):
 
 
 class HubError(FactoryError):
-    """The Hub said no, could not be reached, or returned something else than it promised."""
+    """A refusal by the Hub, no connection to it, or a file that is not what it announced."""
 
 
 class LicenseError(FactoryError):
-    """A licence that forbids what was asked."""
+    """A licence that forbids publishing the result."""
 
 
 class DiskSpaceError(FactoryError):
@@ -89,8 +89,8 @@ class StoreError(FactoryError):
 
 
 class HealingError(FactoryError):
-    """Training diverged, or made the model worse where that is not acceptable."""
+    """Training that diverged, or made the model worse where that is not acceptable."""
 
 
 class WorkerError(FactoryError):
-    """One of several processes ended without saying why."""
+    """A worker process that ended without an error message."""

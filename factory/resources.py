@@ -1,9 +1,9 @@
-"""Data files that come with the program: where a wheel and a clone of the repository keep each of them."""
+"""Locate the data files that come with the program, in a wheel or a clone of the repository."""
 
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-PACKED = PACKAGE / "_resources"  # only in a wheel: what lies beside the package in the repository
+PACKED = PACKAGE / "_resources"  # only in a wheel: files that a clone keeps beside the package
 BESIDE = PACKED if PACKED.is_dir() else PACKAGE.parent
 
 RECIPES = PACKAGE / "config" / "recipes"

@@ -1,8 +1,8 @@
-"""Bytes, counts and durations as text."""
+"""Format bytes, counts and durations as text."""
 
 
 def size(num_bytes: int, *, decimals: int = 1) -> str:
-    """14483464192 → "14.5 GB"; powers of ten, as disks are sold."""
+    """Format bytes in powers of ten, as disks are sold: 14483464192 → "14.5 GB"."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.{decimals}f} {name}"
@@ -10,7 +10,7 @@ def size(num_bytes: int, *, decimals: int = 1) -> str:
 
 
 def count(number: int) -> str:
-    """1234567 → "1.23 M"."""
+    """Format a count with a suffix: 1234567 → "1.23 M"."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.2f} {name}"
@@ -18,15 +18,15 @@ def count(number: int) -> str:
 
 
 def count_in_words(number: int) -> str:
-    """7241732096 → "7.24 billion"."""
+    """Format a count in words: 7241732096 → "7.24 billion"."""
     for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if number >= 0.9995 * unit:  # what rounds up to the unit is written in it
+        if number >= 0.9995 * unit:  # a number that rounds up to the unit
             return f"{number / unit:.3g} {name}"
     return str(number)
 
 
 def duration(seconds: float) -> str:
-    """200 → "3 min 20 s"."""
+    """Format a duration: 200 → "3 min 20 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """200 → "3 min"."""
+    """Format a duration roughly: 200 → "3 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

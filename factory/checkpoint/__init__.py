@@ -1,1 +1,1 @@
-"""Safetensors on disk: headers, streamed reading and writing, the files beside the weights."""
+"""Read and write safetensors checkpoints: headers, streamed weights, the files beside them."""

@@ -1,4 +1,4 @@
-"""The files beside the weights: configuration, tokenizer, licence texts."""
+"""Find, check and copy the files beside the weights: configuration, tokenizer, licence texts."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from factory.errors import UNTRUSTED, CheckpointError
 
-SHARED_BLOB = re.compile("[0-9a-f]{64}")  # of the Hub's cache
+SHARED_BLOB = re.compile("[0-9a-f]{64}")  # name of a file in the Hub's cache
 AUXILIARY = (
     "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken",
@@ -18,29 +18,29 @@ AUXILIARY = (
     "chat_template.*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
-# Of tokenizer_config.json: transformers writes them and does without them.
+# Keys of tokenizer_config.json that transformers writes but does not need.
 LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
-# Larger ones are no model's. The largest index known, of 70,000 tensors, takes a third of its limit; the
+# No model has larger files. The largest known index, of 70,000 tensors, takes a third of its limit; the
 # largest tokenizer.json a seventh.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = {"README.md": 2**24, WEIGHTS_INDEX: 2**26}
-MOST_JSON_BYTES = 2**24  # of any other JSON
-MOST_OTHER_BYTES = 2**28
-# Each part of a JSON stands beside one of these, and takes up to 80 bytes once parsed, however few it takes
-# here. A tensor in an index has two of them, a merge in a tokenizer.json three: the largest, of 262,000
-# tokens, has 2.2 million.
+MAX_OTHER_JSON_BYTES = 2**24  # of any other JSON
+MAX_OTHER_BYTES = 2**28
+# Each part of a JSON file comes with one of these, and takes up to 80 bytes once parsed, however short it
+# is. A tensor in an index has two of them, a merge in a tokenizer.json three: the largest, of 262,000 tokens,
+# has 2.2 million.
 MARKS = (b"{", b"[", b":", b",")
-MOST_MARKS, MOST_VOCABULARY_MARKS = 2**20, 2**23
+MAX_MARKS, MAX_VOCABULARY_MARKS = 2**20, 2**23
 BLOCK_BYTES = 2**20
-MAX_LICENSE_BYTES = 1_000_000  # the longest licences have a tenth
+MAX_LICENSE_BYTES = 1_000_000  # the longest licences take a tenth of it
 _TEXT = r"\.(txt|md|rst|html?|pdf)"
 _FAMILY = "(apache|mit|bsd|[al]?gpl|lesser|mpl|cc|llama|gemma)"
 # "LICENSE", "MODEL_LICENSE", "Tongyi Qianwen LICENSE AGREEMENT.txt", "Terms-of-use.md", "COPYING.LESSER"
 _LICENSE = r"licen[cs](e|es|ing)(agreement)?(?![a-z])"
 _OTHER = r"(?<![a-z])(copying|copyrights?|notices?|terms|use[ _-]?policy)(?![a-z])"
-_STEM = r"(\w|[ ,()+-]|\.(?=\d))*"  # no dot but of a version
-_SECRET = r"(?![^/]*(?<![a-z])(keys?|tokens?|secrets?|passwords?)(?![a-z]))"  # "license_key" is no text
+_STEM = r"(\w|[ ,()+-]|\.(?=\d))*"  # dots only in versions
+_SECRET = r"(?![^/]*(?<![a-z])(keys?|tokens?|secrets?|passwords?)(?![a-z]))"  # "license_key" is not a text
 LICENSE_FOLDER = re.compile("licen[cs]es", re.IGNORECASE)
 LEGAL = re.compile(
     rf"({LICENSE_FOLDER.pattern}/)?{_SECRET}{_STEM}({_LICENSE}|{_OTHER}){_STEM}({_TEXT}|\.{_FAMILY}[\d.v-]*)?"
@@ -50,14 +50,14 @@ LEGAL = re.compile(
 
 
 def is_auxiliary(name: str, size_bytes: int) -> bool:
-    """Whether a file of this name goes along with the weights, in a folder as on the Hub."""
+    """Return whether a file of this name accompanies the weights, in a folder or on the Hub."""
     if is_legal(name, size_bytes):
         return True
     return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in AUXILIARY)
 
 
 def names_in(folder: Path) -> list[str]:
-    """Files of a model's folder and of the folders in it that may hold a part of it, sorted."""
+    """List the files of a model's folder and of its subfolders for templates and licences, sorted."""
     inner = [p for p in folder.glob("*") if p.name == TEMPLATES or LICENSE_FOLDER.fullmatch(p.name)]
     folders = [folder, *filter(Path.is_dir, inner)]
     files = [path for each in folders for path in each.glob("*") if path.is_file()]
@@ -65,10 +65,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def auxiliary_files(folder: Path) -> dict[str, Path]:
-    """Tokenizer, generation settings, chat templates and licence texts: name → the file itself.
+    """Map the names of tokenizer, generation settings, chat templates and licence texts to their files.
 
-    A link is followed only within the folder or into the blobs of the Hub's cache: these files are copied
-    into what gets published.
+    A link is followed only within the folder or into the blobs of the Hub's cache, since these files are
+    published with the result.
 
     Raises:
         CheckpointError: A file is a link to somewhere else.
@@ -81,16 +81,16 @@ def auxiliary_files(folder: Path) -> dict[str, Path]:
         if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
             raise CheckpointError(
                 f"{name} is a link to {target}, outside the model's folder",
-                hint="put the file itself there",
+                hint="replace the link by the file",
             )
         found[name] = target
     return found
 
 
 def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
-    """Copy what `auxiliary_files` finds; returns the names, sorted.
+    """Copy what `auxiliary_files` finds, and return the names, sorted.
 
-    Left behind: code (`*.py`), the card, other weights, whatever training left; of a tokenizer's settings,
+    Not copied: code (`*.py`), the card, other weights, leftovers of training, and in a tokenizer's settings
     the paths of the machine that saved it.
 
     Raises:
@@ -106,21 +106,21 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
 
 
 def _drop_local_paths(path: Path) -> None:
-    """Take the places it was loaded from out of a tokenizer's settings; without any, leave the bytes."""
+    """Remove local paths from a tokenizer's settings; without any, leave the file as it is."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return  # what is damaged is told by whoever loads it
+        return  # loading the tokenizer reports the damage
     if isinstance(settings, dict) and LOCAL_PATHS & settings.keys():
         rest = {key: value for key, value in settings.items() if key not in LOCAL_PATHS}
         path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_hub_cache(target: Path, folder: Path) -> bool:
-    """Whether the target is a blob of the repository whose snapshot the folder is.
+    """Return whether the target is a blob of the repository that the folder is a snapshot of.
 
-    cache/models--owner--name/snapshots/<commit> holds links to cache/models--owner--name/blobs/<etag>, and
-    these may be links into the store of all repositories, cache/blobs/<2 hex>/<64 hex>.
+    cache/models--owner--name/snapshots/<commit> holds links to cache/models--owner--name/blobs/<etag>, which
+    may be links into the store of all repositories, cache/blobs/<2 hex>/<64 hex>.
     """
     snapshots = folder.resolve().parent
     repository, cache = snapshots.parent, snapshots.parent.parent
@@ -132,41 +132,41 @@ def _in_hub_cache(target: Path, folder: Path) -> bool:
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Refuse files beside the weights that no model has in such a size, before they are downloaded.
+    """Refuse files beside the weights that are larger than any model's, before they are downloaded.
 
     Raises:
-        CheckpointError: Names the file.
+        CheckpointError: A file is too large.
     """
     for name, size_bytes in sizes.items():
         is_other = name in VOCABULARIES or not name.endswith(".json")
-        most = MAX_JSON_BYTES.get(name, MOST_OTHER_BYTES if is_other else MOST_JSON_BYTES)
-        if size_bytes > most:
+        maximum = MAX_JSON_BYTES.get(name, MAX_OTHER_BYTES if is_other else MAX_OTHER_JSON_BYTES)
+        if size_bytes > maximum:
             raise CheckpointError(
-                f"{name} has {size_bytes:,} bytes; no model needs more than {most:,} of it", hint=UNTRUSTED
+                f"{name} has {size_bytes:,} bytes; no model needs more than {maximum:,}", hint=UNTRUSTED
             )
 
 
 def check_json(folder: Path, names: Iterable[str]) -> None:
-    """Refuse those of a model's files that are JSON of more parts than any model has.
+    """Refuse JSON files with more parts than any model's.
 
     Raises:
-        CheckpointError: Names the file.
+        CheckpointError: A file has too many parts.
     """
     for name in names:
         if not name.endswith(".json"):
             continue
-        most = MOST_VOCABULARY_MARKS if name in VOCABULARIES else MOST_MARKS
+        maximum = MAX_VOCABULARY_MARKS if name in VOCABULARIES else MAX_MARKS
         count = 0
         with (folder / name).open("rb") as file:
             while block := file.read(BLOCK_BYTES):
                 count += sum(map(block.count, MARKS))
-        if count > most:
+        if count > maximum:
             raise CheckpointError(
-                f"{name} has {count:,} brackets, colons and commas; no model needs more than {most:,} of it",
+                f"{name} has {count:,} brackets, colons and commas; no model needs more than {maximum:,}",
                 hint=UNTRUSTED,
             )
 
 
 def is_legal(name: str, size_bytes: int) -> bool:
-    """Whether a file, in the model's folder or its `licenses/`, is a licence text."""
+    """Return whether a file in the model's folder or its `licenses/` is a licence text."""
     return bool(LEGAL.fullmatch(name)) and size_bytes <= MAX_LICENSE_BYTES

@@ -1,4 +1,4 @@
-"""The header of one safetensors file: where each tensor lies, read as if somebody hostile wrote it."""
+"""Read the header of one safetensors file, which may be hostile: where each tensor is stored."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from typing import Any
 
 from factory.errors import UNTRUSTED, CheckpointError
 
-MAX_HEADER_BYTES = 2**24  # one of 90,000 tensors, as many as any model known has, takes 13 MB
-MOST_TENSORS = 300_000  # of all files of a model
-# A tensor's entry takes at least so many bytes for each object, and for each name, in it. What has more of
-# them is no list of tensors, and as Python's objects takes up to 40 times its length.
+MAX_HEADER_BYTES = 2**24  # a header of 90,000 tensors, the most of any known model, takes 13 MB
+MAX_TENSORS = 300_000  # in all files of a model
+# A tensor's entry takes at least this many bytes per object and per name. JSON with more of them is not a
+# list of tensors, and takes up to 40 times its length as Python objects.
 BYTES_AN_OBJECT, BYTES_A_NAME = 16, 12
 SPARE_BYTES = 2**20  # for JSON within the metadata
 MAX_DIMENSIONS = 64  # torch's limit
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write halves of characters
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can contain lone ones
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8,
@@ -31,10 +31,10 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one stored tensor lies; `start` and `end` are byte offsets from the beginning of the file."""
+    """Location of one stored tensor; `start` and `end` are byte offsets from the beginning of the file."""
 
     name: str
-    dtype: str  # safetensors' word: "BF16"
+    dtype: str  # safetensors' name: "BF16"
     shape: tuple[int, ...]
     file: Path
     start: int
@@ -42,27 +42,26 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
-        """Product of the shape; 1 for a scalar."""
+        """Return the product of the shape; 1 for a scalar."""
         return prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the values take."""
+        """Return the size of the values in bytes."""
         return self.end - self.start
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file, in the order of their bytes; no values are read.
+    """Return the tensors of one safetensors file, in the order of their bytes, without reading values.
 
-    Stricter than needed to parse: whatever the safetensors library refuses, this refuses too (a gap
-    between tensors could hide data, an overlap could alias it).
+    As strict as the safetensors library: a gap between tensors could hide data, an overlap could alias it.
 
     Raises:
-        CheckpointError: Unreadable, cut short, or not well-formed; says which and where.
+        CheckpointError: The file is unreadable, truncated or malformed.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise damaged(path, "it is no regular file")
+            raise damaged(path, "it is not a regular file")
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             length = header_length(path, file.read(8), size_bytes=size_bytes)
@@ -75,12 +74,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(path: Path, raw: bytes, *, data_start: int, size_bytes: int) -> dict[str, TensorInfo]:
-    """Tensors that a header describes, in the order of their bytes.
+    """Return the tensors that a header describes, in the order of their bytes.
 
     Args:
+        path: File that the header belongs to.
         raw: The header's JSON.
-        data_start: Where the values begin, in the file.
-        size_bytes: Of the file.
+        data_start: Offset of the values in the file.
+        size_bytes: Size of the file.
 
     Raises:
         CheckpointError: As for `read_header`.
@@ -95,18 +95,18 @@ def parse_header(path: Path, raw: bytes, *, data_start: int, size_bytes: int) ->
 
 
 def header_length(path: Path, prefix: bytes, *, size_bytes: int) -> int:
-    """Bytes of the header, by the first eight of the file.
+    """Return the length of the header from the first eight bytes of the file.
 
     Raises:
-        CheckpointError: The file is shorter than that, or the header longer than any model's.
+        CheckpointError: The file is too short, or the header longer than any model's.
     """
     if len(prefix) < 8:
         raise damaged(path, f"only {size_bytes} bytes long")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise damaged(path, f"a header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
+        raise damaged(path, f"its header has {length} bytes, the limit is {MAX_HEADER_BYTES}")
     if 8 + length > size_bytes:
-        raise damaged(path, f"a header of {length} bytes in a file of {size_bytes}")
+        raise damaged(path, f"its header has {length} bytes, the file {size_bytes}")
     return length
 
 
@@ -114,20 +114,20 @@ def check_count(count: int, *, where: str) -> None:
     """Refuse more tensors than any model has.
 
     Raises:
-        CheckpointError: Says how many.
+        CheckpointError: There are more.
     """
-    if count > MOST_TENSORS:
+    if count > MAX_TENSORS:
         raise CheckpointError(
-            f"{where} has {count:,} tensors or more; no model known has more than {MOST_TENSORS:,}",
+            f"{where} has {count:,} tensors or more; no known model has more than {MAX_TENSORS:,}",
             hint=UNTRUSTED,
         )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for json: a name given twice is an error, not the last value.
+    """Build a dict from JSON pairs, refusing duplicate keys; an `object_pairs_hook`.
 
     Raises:
-        ValueError: Names the repeated key.
+        ValueError: A key appears twice.
     """
     mapping: dict[str, Any] = {}
     for name, value in pairs:
@@ -138,20 +138,20 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def damaged(path: Path, problem: str) -> CheckpointError:
-    """The error for a file that is not what its format asks for."""
+    """Return the error for a file that violates its format."""
     return CheckpointError(f"{path.name} is damaged: {problem}", hint="download it again")
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     objects, names = raw.count(b"{") + raw.count(b"["), raw.count(b":")
     if max(BYTES_AN_OBJECT * objects, BYTES_A_NAME * names) > len(raw) + SPARE_BYTES:
-        raise damaged(path, f"its header of {len(raw)} bytes is no list of tensors")
+        raise damaged(path, f"its header of {len(raw)} bytes is not a list of tensors")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"its header is not JSON: {str(error)[:200]}") from error
     if not isinstance(header, dict) or raw[:1] != b"{":
-        raise damaged(path, f"its header is not a JSON object but begins {raw[:20]!r}")
+        raise damaged(path, f"its header is not a JSON object: it begins with {raw[:20]!r}")
     if any(SURROGATE.search(name) for name in header):
         raise damaged(path, "a tensor's name is not Unicode")
     metadata = header.get("__metadata__", {})
@@ -171,15 +171,15 @@ def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorI
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
             f"tensor {name!r} in {path.name} has the unknown dtype {str(dtype)[:40]!r}",
-            hint=f"known are {', '.join(DTYPE_BITS)}",
+            hint=f"known: {', '.join(DTYPE_BITS)}",
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise damaged(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
+        raise damaged(path, f"tensor {name!r} has the invalid shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise damaged(path, f"tensor {name!r} has the offsets {str(offsets)[:80]}")
+        raise damaged(path, f"tensor {name!r} has the invalid offsets {str(offsets)[:80]}")
     start, end = offsets
     if (end - start) * 8 != prod(shape) * DTYPE_BITS[dtype]:
-        raise damaged(path, f"tensor {name!r}, {dtype} {shape}, does not take bytes {start} to {end}")
+        raise damaged(path, f"tensor {name!r}, {dtype} {shape}, does not fit bytes {start} to {end}")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + start, data_start + end)
 
 
@@ -187,9 +187,7 @@ def _check_contiguous(path: Path, tensors: list[TensorInfo], *, data_start: int,
     position = data_start
     for tensor in tensors:
         if tensor.start != position:
-            raise damaged(
-                path, f"tensor {tensor.name!r} begins at byte {tensor.start} where {position} is due"
-            )
+            raise damaged(path, f"tensor {tensor.name!r} begins at byte {tensor.start}, not at {position}")
         position = tensor.end
     if position != size_bytes:
         raise damaged(path, f"its tensors end at byte {position}, the file at {size_bytes}")

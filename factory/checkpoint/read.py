@@ -1,4 +1,4 @@
-"""Reading a safetensors checkpoint: its headers, and tensors in blocks."""
+"""Read a safetensors checkpoint: its headers, and tensors in blocks."""
 
 import json
 import re
@@ -14,16 +14,17 @@ from factory.store.files import sha256_of_file
 WEIGHTS = "model.safetensors"
 SHARD_NAME = re.compile(r"[^/\\:]+\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-BLOCK_BYTES = 2**20  # of one step: in the processor's cache where bytes pass through memory
+BLOCK_BYTES = 2**20  # a block fits the processor's cache
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
-    """Tensors of `model.safetensors`, or of all shards that its index names, in the order of their bytes.
+    """Return the tensors of `model.safetensors`, or of all shards in the index, in the order of their bytes.
 
-    Links are followed (the Hub's cache is made of them), but the index may name files of this folder only.
+    Links are followed (the Hub's cache consists of them), but the index may name only files of this folder.
 
     Raises:
-        CheckpointError: No safetensors, a missing or damaged shard, an index that disagrees with the shards.
+        CheckpointError: There are no safetensors, a shard is missing or damaged, or the index disagrees with
+            the shards.
     """
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS)
@@ -43,22 +44,22 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(
-                f"{WEIGHTS_INDEX} promises tensor {name!r} in {shard}, which lacks it",
+                f"{WEIGHTS_INDEX} lists tensor {name!r} in {shard}, which lacks it",
                 hint="the checkpoint is incomplete; download it again",
             )
     return tensors
 
 
 def is_shard_name(name: object) -> bool:
-    """Whether an index may say this: a safetensors file that lies beside it."""
+    """Return whether an index may name this file: a safetensors file in the same folder."""
     return isinstance(name, str) and name.isprintable() and bool(SHARD_NAME.fullmatch(name))
 
 
 def read_tensor_bytes(tensor: TensorInfo) -> bytearray:
-    """Values of one tensor, little-endian and row-major, as stored.
+    """Return the values of one tensor, little-endian and row-major, as stored.
 
     Raises:
-        CheckpointError: The file is gone or has been cut since its header was read.
+        CheckpointError: The file was removed or truncated since its header was read.
     """
     values = bytearray(tensor.size_bytes)
     try:
@@ -70,15 +71,15 @@ def read_tensor_bytes(tensor: TensorInfo) -> bytearray:
             f"cannot read {tensor.file}: {error.strerror}", hint="has the folder changed during the build?"
         ) from error
     if count != tensor.size_bytes:
-        raise damaged(tensor.file, f"ends inside tensor {tensor.name!r}")
+        raise damaged(tensor.file, f"it ends inside tensor {tensor.name!r}")
     return values
 
 
 def are_equal(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors are the same: type, shape and every byte, read a block at a time.
+    """Return whether two stored tensors have the same type, shape and bytes, reading in blocks.
 
     Raises:
-        CheckpointError: A file has been cut since its header was read.
+        CheckpointError: A file was truncated since its header was read.
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -103,28 +104,28 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, f"not JSON: {str(error)[:200]}") from error
+        raise damaged(path, f"it is not JSON: {str(error)[:200]}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(path, "it has no weight_map")
     for name, shard in weight_map.items():
         if not is_shard_name(shard):
             raise CheckpointError(
-                f"{path.name} puts tensor {name!r} into {str(shard)[:80]!r}, no safetensors file beside it",
-                hint="do not use this checkpoint unless you trust where it comes from",
+                f"{path.name} puts tensor {name!r} in {str(shard)[:80]!r}, not a safetensors file beside it",
+                hint="do not use this checkpoint unless you trust its origin",
             )
     return weight_map
 
 
 def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """File name → sha256, several files at a time."""
+    """Return the sha256 of each file by name, reading several at a time."""
     names = list(names)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256_of_file(folder / name), names), strict=True))
 
 
 def read_blocks(tensor: TensorInfo, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytearray]:
-    """The values of a tensor, a block at a time.
+    """Yield the values of a tensor in blocks.
 
     Raises:
         CheckpointError: The file ends inside the tensor.

@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint: streamed, sharded, checksummed; never the whole model in memory."""
+"""Write a safetensors checkpoint: streamed, sharded, checksummed; never the whole model in memory."""
 
 import errno
 import hashlib
@@ -36,23 +36,24 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
 
-    Nothing larger than a block is held in memory, save what `transform` returns. Tensors keep the order of
-    the source files, so that both sides are read and written in order. Syncing to the disk is left to
-    whoever gives the folder its final name.
+    Nothing larger than a block is held in memory, except what `transform` returns. Tensors keep the order of
+    the source files, so that both sides are read and written sequentially. Syncing to the disk is left to
+    the caller that gives the folder its final name.
 
     Args:
-        tensors: Pairs (new name, where its values lie).
-        folder: Exists; weight files that an earlier attempt left in it are removed first.
-        max_shard_bytes: A larger checkpoint is split; a single tensor never is.
-        transform: Gives the new values of a tensor in parts, as many bytes as before, or None to copy it.
-        metadata: Of each file's header; {"format": "pt"} where None.
-        progress: Called with (bytes done, bytes in all).
+        tensors: Pairs of new name and stored tensor.
+        folder: Existing folder; weight files that an earlier attempt left in it are removed first.
+        max_shard_bytes: Size above which a checkpoint is split; a single tensor never is.
+        transform: Function that returns the new values of a tensor in parts, as many bytes as before, or
+            None to copy it.
+        metadata: Metadata in each file's header; None: {"format": "pt"}.
+        progress: Called with the bytes done and the total bytes.
 
     Returns:
-        Weight file name → sha256. The index, where there is one, lies beside them and is not listed.
+        The sha256 of each weight file by name; the index, if there is one, is not listed.
 
     Raises:
-        CheckpointError: Two tensors with one name, a source that changed, a transform of another size.
+        CheckpointError: Two tensors have one name, a source changed, or a transform changed a size.
         DiskSpaceError: The disk is full.
     """
     shards = _plan_shards(list(tensors), max_shard_bytes=max_shard_bytes)
@@ -62,7 +63,7 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     sums: dict[str, str] = {}
 
-    def tell(count: int) -> None:
+    def report(count: int) -> None:
         nonlocal done_bytes
         done_bytes += count
         if progress:
@@ -73,7 +74,7 @@ def write_checkpoint(
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             header = _header(shard, metadata={"format": "pt"} if metadata is None else metadata)
             parts = _parts(shard, transform=transform)
-            sums[name] = assemble(folder / name, parts, header=header, progress=tell)
+            sums[name] = assemble(folder / name, parts, header=header, progress=report)
             weight_map.update((tensor, name) for tensor, _ in shard)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -95,7 +96,7 @@ def _plan_shards(
             size_bytes = 0
         shards[-1].append((name, tensor))
         size_bytes += tensor.size_bytes
-    for shard in shards:  # wider types first keeps every tensor aligned to its type, which torch asks for
+    for shard in shards:  # wider types first: this aligns every tensor to its type, as torch requires
         shard.sort(key=lambda pair: -DTYPE_BITS[pair[1].dtype])
     return shards
 
@@ -137,7 +138,7 @@ def _header(shard: list[tuple[str, TensorInfo]], *, metadata: Mapping[str, str])
 def _parts(
     shard: list[tuple[str, TensorInfo]], *, transform: Transform | None
 ) -> Iterator[TensorInfo | memoryview]:
-    """What follows the header of one file, in order."""
+    """Yield what follows the header of one file, in order."""
     for name, tensor in shard:
         values = transform(name, tensor) if transform else None
         if values is None:
@@ -161,15 +162,15 @@ def assemble(
     header: bytes,
     progress: Callable[[int], None] = lambda _: None,
 ) -> str:
-    """Write a new file from tensors of other files and values in memory; returns its sha256.
+    """Write a new file from stored tensors and values in memory, and return its sha256.
 
-    Nothing is synced to the disk, and no more than a block is held in memory. A thread reads the file behind
-    the writing, while its blocks are in the system's cache: the checksum takes hardly any time of its own.
+    Nothing is synced to the disk, and no more than a block is held in memory. A thread reads the file right
+    behind the writer, while its blocks are in the system's cache, so the checksum takes hardly any time.
 
     Args:
-        path: Must not be there yet.
-        parts: In the order of the file, after the header.
-        progress: Gets the bytes of each step after the header.
+        path: File that does not exist yet.
+        parts: Contents after the header, in order.
+        progress: Called with the bytes of each step after the header.
 
     Raises:
         CheckpointError: A source ends inside a tensor.
@@ -190,7 +191,7 @@ def assemble(
 
 
 def _sha256_behind(path: Path, steps: SimpleQueue[int]) -> str:
-    """Of a file that is being written: what each step has added, until one adds nothing."""
+    """Hash a file while it is written; each step is the number of bytes added, and 0 ends it."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -198,7 +199,7 @@ def _sha256_behind(path: Path, steps: SimpleQueue[int]) -> str:
             while added:
                 count = file.readinto(block[:added])
                 if not count:
-                    raise damaged(path, "somebody has cut it while it was written")
+                    raise damaged(path, "it was truncated while it was written")
                 digest.update(block[:count])
                 added -= count
     return digest.hexdigest()
@@ -218,7 +219,7 @@ def _copy(file: FileIO, tensor: TensorInfo) -> Iterator[int]:
         while position < tensor.end:
             wanted = min(BLOCK_BYTES, tensor.end - position)
             count = _copy_in_kernel(source, file, position, wanted) if in_kernel else 0
-            if not count:  # from here on by plain reads, which also know a true end of the file
+            if not count:  # continue with plain reads, which also detect a true end of the file
                 in_kernel = False
                 source.seek(position)
                 count = sum(_write_all(file, memoryview(source.read(wanted))))
@@ -229,7 +230,7 @@ def _copy(file: FileIO, tensor: TensorInfo) -> Iterator[int]:
 
 
 def _copy_in_kernel(source: FileIO, target: FileIO, position: int, wanted: int) -> int:
-    """Bytes that the kernel copied without showing them to us; 0 where it will not."""
+    """Copy bytes inside the kernel and return their number; 0 if it cannot."""
     try:
         return os.copy_file_range(source.fileno(), target.fileno(), wanted, offset_src=position)
     except OSError as error:

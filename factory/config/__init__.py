@@ -1,1 +1,1 @@
-"""What can be asked for: choices, references, settings, recipes, requests."""
+"""Define what the user can request: choices, references, settings, recipes, requests."""

@@ -1,4 +1,4 @@
-"""What a setting can be: criteria, splits, trackers; standard library alone, so that `--help` stays fast."""
+"""Define the choices of settings, with the standard library alone, so that `--help` stays fast."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -13,5 +13,5 @@ else:  # one of the names in the table, which pydantic checks
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 Split = Literal["train", "validation"]  # of a Hub data set
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
-MAX_COUNT = 10**9  # of whatever is counted: more is a slip of the hand
+MAX_COUNT = 10**9  # limit of every count: larger ones are typing errors
 Tracker = Literal["trackio", "wandb", "tensorboard", "none"]

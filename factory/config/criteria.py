@@ -1,6 +1,6 @@
-"""How layers can be chosen: one value each. The standard library alone, so that `--help` stays fast.
+"""Define the criteria that choose layers, with the standard library alone, so that `--help` stays fast.
 
-A function of the same name does it, in `factory/pruning/criteria.py` or `factory/pruning/search.py`.
+Each is implemented by a function of the same name in `factory/pruning/criteria.py` or `search.py`.
 """
 
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Criterion:
-    """How layers are chosen, and the words for it."""
+    """A way to choose layers, and its descriptions."""
 
     name: str
     summary: str  # layers that it drops, for `--help` and docs/choosing-layers.md
-    card: str  # paragraph for the model card, with {num_documents} and {order} of the plan; empty: none
-    searches: bool = False  # by the loss of the model without layers; otherwise the profile is enough
-    needs_influence: bool = False  # of each layer, which a profile from elsewhere may lack
-    nested: bool = False  # its choice of n layers begins its choice of more: one search serves all sizes
-    terminal: str | None = None  # behind the dropped layers; None: " by " and the name
+    card: str  # paragraph for the model card, with {num_documents} and {order} of the plan; may be empty
+    searches: bool = False  # measures the loss of the model without layers; otherwise the profile is enough
+    needs_influence: bool = False  # needs each layer's influence, which a profile from elsewhere may lack
+    nested: bool = False  # its choice of n layers starts its choice of more: one search serves all sizes
+    terminal: str | None = None  # text after the dropped layers; None: " by " and the name
 
     @property
     def by(self) -> str:
-        """What follows the dropped layers in the terminal."""
+        """Return the text after the dropped layers in the terminal."""
         return f" by {self.name}" if self.terminal is None else self.terminal
 
 
@@ -31,13 +31,13 @@ ANGULAR = Criterion(
     card="",
     terminal="",
 )
-CHOSEN = Criterion(  # no choice of `--criterion`: the layers were given
+CHOSEN = Criterion(  # used for `--layers`; not a choice of `--criterion`
     "chosen",
-    summary="the layers that were given",
-    card="The distance did not decide: whoever made this model chose the layers.",
+    summary="the given layers",
+    card="The distance did not decide: the author of this model chose the layers.",
     terminal=" by choice",
 )
-# From the simplest to the one that takes most: of those that are equally good, the first is taken.
+# From the simplest to the most expensive: of equally good ones, the first is used.
 CRITERIA: Mapping[str, Criterion] = {
     criterion.name: criterion
     for criterion in (

@@ -1,6 +1,6 @@
-"""What healing can train for: one value each. The standard library alone, so that `--help` stays fast.
+"""Define the training objectives of healing, with the standard library alone, so that `--help` stays fast.
 
-Its trainer has the same name in `factory/healing/trainers.py`.
+The trainer of each has the same name in `factory/healing/trainers.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,32 +14,32 @@ def _no_changes(_num_parameters: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained for, what that takes, and the words for it."""
+    """A training objective, its requirements and its descriptions."""
 
     name: str
-    summary: str  # for `--help`, behind the name
+    summary: str  # for `--help`, after the name
     card: str  # for the model card
-    # Settings that differ from those for a model of any objective, by the number of the source's parameters.
+    # Parameter count of the source → settings that differ from the common ones.
     settings: Callable[[int], dict[str, Any]] = _no_changes
-    # The source is loaded, and its layers left out in memory; otherwise the pruned model is loaded.
+    # Load the source and skip its layers in memory, instead of loading the pruned model.
     loads_source: bool = False
-    teacher_passes: int = 0  # passes of the whole source for each of the student's
+    teacher_passes: int = 0  # passes of the whole source for each pass of the student
     makes_logits: bool = True  # of a whole sequence at once, on a GPU
-    curve_is_loss: bool = True  # the training lowers the loss of next tokens itself
+    curve_is_loss: bool = True  # training minimises the next-token loss itself
 
     @property
     def curve(self) -> str:
-        """Name of the line in the figure of the healing."""
+        """Return the name of the line in the healing figure."""
         return "Training loss" if self.curve_is_loss else "Loss on held-back text"
 
 
-SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here NF4 saves little memory, and costs small models more
+SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here, NF4 saves little memory and costs more quality
 
 
 def _distill_settings(num_parameters: int) -> dict[str, Any]:
-    """Settings measured with `benchmarks/heal.py` on a 26 M-parameter Llama.
+    """Return settings measured with `benchmarks/heal.py` on a 26 M-parameter Llama.
 
-    The learning rate falls from there, 5e-3, with the root of the size to the paper's 3e-4 at 7 B.
+    The learning rate falls from 5e-3 there, with the root of the size, to the paper's 3e-4 at 7 B.
     """
     return {
         "modules": "all-linear",
@@ -50,10 +50,10 @@ def _distill_settings(num_parameters: int) -> dict[str, Any]:
     }
 
 
-SFT = Objective("sft", summary="on the text, as in the paper", card="next-token prediction")
+SFT = Objective("sft", summary="next-token loss, as in the paper", card="next-token prediction")
 DISTILL = Objective(
     "distill",
-    summary="on what the source makes of the text",
+    summary="match the source's token probabilities",
     card="distillation: the divergence from the source's next-token distribution",
     settings=_distill_settings,
     loads_source=True,
@@ -67,6 +67,6 @@ LIGHTEST_OBJECTIVE = SFT  # takes the least memory
 
 
 def summaries() -> str:
-    """Return what each objective trains on, in one line, the default first."""
+    """Return the summaries of all objectives in one line, the default first."""
     others = [objective for objective in OBJECTIVES.values() if objective is not DEFAULT_OBJECTIVE]
     return "; ".join(f"{one.name}: {one.summary}" for one in (DEFAULT_OBJECTIVE, *others))

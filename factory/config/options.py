@@ -1,4 +1,4 @@
-"""Options: how one is read, limited, shown, and which settings it decides."""
+"""Define options: how they are read, limited and shown, and which settings they decide."""
 
 import difflib
 import math
@@ -26,25 +26,25 @@ LAYERS_HINT = "`layers=3,7,21-24` drops six layers, counted from 0"
 
 @dataclass(frozen=True)
 class Option:
-    """How one option is shown, and what it decides."""
+    """Presentation of one option, and the settings that it decides."""
 
     help: str  # begins with a noun or a verb
     group: str
-    default: str = ""  # what leaving it out means, where that is not a fixed value
+    default: str = ""  # description of the default, if that is not a fixed value
     sets: tuple[str, ...] = ()  # settings of `BuildConfig` that it decides, as "heal.num_steps"
     metavar: str | None = None
-    bare: str | None = None  # the value of the option given without one
-    of_run: bool = False  # says how to run, not what to build: a build file does not hold it
+    bare: str | None = None  # value of the option if it is given without one
+    of_run: bool = False  # says how to run, not what to build: not written to build files
     on_terminal: bool = False  # has no meaning in Python
-    repeats: bool = False  # can be given with `reproduce`
+    repeats: bool = False  # can be combined with `reproduce`
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Turns what was typed, or what a file holds, into the value of an option."""
+    """A conversion of typed text, or a value in a build file, to the value of an option."""
 
     read: Callable[[Any], Any]
-    written: Any  # the types that a build file may hold
+    written: Any  # types that a build file may hold
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
@@ -53,10 +53,10 @@ class Reads:
 
 
 def read_layers(value: Any) -> Any:
-    """Layer numbers and inclusive ranges of them, "3,7,21-24" or [3, 7, "21-24"], sorted."""
+    """Read layer numbers and inclusive ranges, "3,7,21-24" or [3, 7, "21-24"], sorted."""
     parts = str(value).split(",") if isinstance(value, str | int) else value
     if not isinstance(parts, list | tuple) or not all(type(part) in (str, int) for part in parts):
-        return value  # refused by its type
+        return value  # pydantic refuses the type
     found: list[int] = []
     for part in parts:
         match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[-–]\s*([0-9]{1,5}))?\s*", str(part))
@@ -64,7 +64,7 @@ def read_layers(value: Any) -> Any:
             raise UsageError(f"`layers`: {str(part)[:60]!r} is not a layer number", hint=LAYERS_HINT)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UsageError(f"`layers`: {str(part).strip()} runs backwards", hint=LAYERS_HINT)
+            raise UsageError(f"`layers`: {str(part).strip()} is a descending range", hint=LAYERS_HINT)
         if twice := sorted({*found} & {*range(first, last + 1)}):
             raise UsageError(f"`layers` names layer {twice[0]} twice", hint=LAYERS_HINT)
         found += range(first, last + 1)
@@ -72,27 +72,29 @@ def read_layers(value: Any) -> Any:
 
 
 def read_names(value: Any) -> Any:
-    """Names with commas between them, or a list of names; "none" for none of them."""
+    """Read comma-separated names, or a list of names; "none" means an empty list."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not all(type(part) in (str, int) for part in parts):
-        return value  # refused by its type
+        return value  # pydantic refuses the type
     names = [str(part).strip() for part in parts]
     if not all(names):
-        raise UsageError(f"`tasks` {value!r} has an empty name", hint="`tasks=mmlu,boolq`, or `tasks=none`")
+        raise UsageError(
+            f"`tasks` {value!r} has an empty name", hint="give `tasks=mmlu,boolq`, or `tasks=none`"
+        )
     return () if names == ["none"] else tuple(names)
 
 
 def read_fractions(value: Any) -> Any:
-    """Fractions with commas between them, "0.1,0.2", or a list of them: sorted, each once."""
+    """Read comma-separated fractions, "0.1,0.2", or a list of them: sorted, without duplicates."""
     parts = value.split(",") if isinstance(value, str) else value
     try:
         return tuple(sorted({float(part) for part in parts}))
     except (TypeError, ValueError):
-        return value  # refused by its type
+        return value  # pydantic refuses the type
 
 
 def read_path(value: Any) -> Any:
-    """A path; an empty one would mean the current folder."""
+    """Read a path; an empty one, which would mean the current folder, stays an invalid value."""
     return Path(value) if isinstance(value, str) and value.strip() else value
 
 
@@ -110,13 +112,13 @@ Eight = Annotated[int, Ge(8), Le(MAX_COUNT)]
 
 
 def without_none(kind: Any) -> Any:
-    """The type of an optional value."""
+    """Return the type of an optional value without None."""
     members = [member for member in get_args(kind) if member is not NoneType]
     return members[0] if len(members) == 1 and NoneType in get_args(kind) else kind
 
 
 def problem_of(error: "ValidationError") -> str:
-    """The first problem that pydantic found: the value, and what it should be."""
+    """Return the first problem that pydantic found: the value, and what it should be."""
     problem = error.errors()[0]
     shown = repr(problem["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
@@ -127,7 +129,7 @@ def problem_of(error: "ValidationError") -> str:
 
 
 def unknown_option(name: str, known: Mapping[str, Any]) -> UsageError:
-    """The error for a name that no option has; the hint offers the nearest."""
+    """Return the error for an unknown option; the hint suggests the nearest name."""
     near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
     return UsageError(f"unknown option {name!r}", hint=hint)

@@ -1,4 +1,4 @@
-"""What a user can type: aliases, folders, files and Hub names, told apart with the standard library alone."""
+"""Recognise what the user types: aliases, folders, files and Hub names, with the standard library alone."""
 
 import difflib
 import re
@@ -12,20 +12,20 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
 DATA_NOTATION = (
     f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][#column][@revision]"
 )
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # other letters could look like another name
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # non-ASCII letters could imitate another name
 HUB_DATA = re.compile(
     rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@]*))?(#(?P<column>[^@]+))?(@(?P<revision>.*))?", re.ASCII
 )
-NOWHERE = Path("/dev/null/nowhere")  # below a file: never there
+NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
 
 def aliases() -> list[str]:
-    """Names of the known models, sorted."""
+    """Return the names of the known models, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def local_path(reference: str) -> Path:
-    """The path that a reference would be; `~nobody/x` and names too long for a path lead to nothing."""
+    """Return a reference as a path; `NOWHERE` for unknown users, as in `~user/x`, and overlong names."""
     try:
         path = Path(reference).expanduser()
         path.exists()
@@ -38,7 +38,7 @@ def check_model(reference: str) -> None:
     """Accept an alias, a folder that exists, or `owner/name[@revision]`.
 
     Raises:
-        UnknownModelError: None of them; the hint offers the nearest alias.
+        UnknownModelError: The reference is none of them; the hint suggests the nearest alias.
     """
     if reference in aliases() or local_path(reference).is_dir():
         return
@@ -47,27 +47,27 @@ def check_model(reference: str) -> None:
 
 
 def unknown_model(reference: str) -> UnknownModelError:
-    """The error for a reference that is no alias, no folder and no repository name."""
+    """Return the error for a reference that is not an alias, a folder or a repository name."""
     near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UnknownModelError(
-        f"{reference[:200]!r} is no known model, no folder and no Hub repository name",
+        f"{reference[:200]!r} is not a known model, a folder or a Hub repository name",
         hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
     )
 
 
 def check_data(reference: str) -> None:
-    """Accept a data file that is there and not empty, `stdlib:…`, or the name of a Hub data set.
+    """Accept a data file that exists and is not empty, `stdlib:…`, or the name of a Hub data set.
 
     Raises:
-        DataError: None of them.
+        DataError: The reference is none of them.
     """
     path = local_path(reference)
     if path.is_file():
         if not path.name.endswith(DATA_SUFFIXES):
-            raise DataError(f"data {reference!r} has a format that is not read", hint=f"give {DATA_NOTATION}")
+            raise DataError(f"data {reference!r} has an unsupported format", hint=f"give {DATA_NOTATION}")
         if path.stat().st_size == 0:
-            raise DataError(f"data {reference!r} is empty", hint='a .jsonl has one {"text": …} a line')
+            raise DataError(f"data {reference!r} is empty", hint='a .jsonl has one {"text": …} per line')
         return
     if reference in STANDARD_LIBRARY:
         return

@@ -1,4 +1,4 @@
-"""Requests: what each command can be asked, one row an option; all that lists options reads these rows."""
+"""Define the requests of all commands, one row per option; every list of options derives from these rows."""
 
 import math
 import re
@@ -44,15 +44,15 @@ REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where in a build file a request comes from."""
+    """Location of a request in a build file."""
 
     file: str
-    line: int  # where it begins
-    lines: Mapping[str, int]  # of its options
+    line: int  # first line
+    lines: Mapping[str, int]  # option → line
 
     @contextmanager
     def located(self, key: str = "model") -> Iterator[None]:
-        """Put file and line before an error: of the option that it names, or else of `key`."""
+        """Prefix an error with file and line: of the option that it names, or else of `key`."""
         try:
             yield
         except FactoryError as error:
@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What every command on a model can be asked."""
+    """Options of every command on a model."""
 
     reads: ClassVar[tuple[str, ...]] = ()  # options that name a text
 
@@ -91,7 +91,7 @@ class Request:
 
     @classmethod
     def options(cls) -> dict[str, tuple[Any, Option]]:
-        """Name → type without None, and how it is shown: the rows above, in their order."""
+        """Return the rows above in their order: name → type without None, and `Option`."""
         found = {}
         for each in fields(cls):
             if each.name == "origin":
@@ -104,10 +104,10 @@ class Request:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, origin: Origin | None = None) -> Self:
-        """A request from names and values, each checked; None and what is missing mean the default.
+        """Build a request from checked names and values; None or a missing name means the default.
 
         Raises:
-            UsageError: An unknown name, a value outside its limits, or values that exclude each other.
+            UsageError: A name is unknown, a value is out of range, or values exclude each other.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -132,7 +132,7 @@ class Request:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What differs from the defaults, by name."""
+        """Return the values that differ from the defaults, by name."""
         return {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -140,7 +140,7 @@ class Request:
         }
 
     def file_values(self) -> dict[str, Any]:
-        """What differs from the defaults as a build file writes it, by the names of the flags."""
+        """Return the values that differ from the defaults, as a build file has them, by flag name."""
         return {
             name.replace("_", "-"): _as_yaml(value)
             for name, value in self.given.items()
@@ -149,16 +149,16 @@ class Request:
 
     @contextmanager
     def located(self, key: str = "model") -> Iterator[None]:
-        """Put file and line before an error, where the request comes from a file; see `Origin.located`."""
+        """Prefix an error with file and line if the request comes from a file; see `Origin.located`."""
         with self.origin.located(key) if self.origin else nullcontext():
             yield
 
     def check(self) -> None:
-        """Refuse what the types let through; looks at local files and nothing else.
+        """Refuse values that the types let through, looking only at local files.
 
         Raises:
-            UnknownModelError: Not an alias, a folder or a repository name.
-            DataError: A text that does not exist or has a format that is not read.
+            UnknownModelError: The model is not an alias, a folder or a repository name.
+            DataError: A text does not exist or has an unsupported format.
         """
         check_model(self.model)
         for name in self.reads:
@@ -171,7 +171,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Request):
-    """How the layers are measured."""
+    """Options of commands that measure layers."""
 
     reads: ClassVar[tuple[str, ...]] = ("calibration_data",)
 
@@ -228,7 +228,7 @@ class Measuring(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest(Measuring):
-    """What `plan` can be asked."""
+    """Options of `plan`."""
 
     drop: Annotated[Fraction, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))]
     criterion: Annotated[
@@ -250,7 +250,7 @@ class PlanRequest(Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluating(Measuring):
-    """What source and results are compared on, and how the cut is healed."""
+    """Options of commands that heal the cut and compare source and results."""
 
     reads: ClassVar[tuple[str, ...]] = ("calibration_data", "heal_data", "eval_data")
 
@@ -313,7 +313,7 @@ class Evaluating(Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest(Evaluating):
-    """What `sweep` can be asked; cuts are healed where `heal` is given."""
+    """Options of `sweep`; cuts are healed if `heal` is given."""
 
     drop: Annotated[
         Fractions,
@@ -339,22 +339,22 @@ class SweepRequest(Evaluating):
 
     @property
     def no_heal(self) -> bool:
-        """Cuts are healed only where that is asked for."""
+        """Return whether the cuts stay unhealed, the default of a sweep."""
         return self.heal is None
 
     def check(self) -> None:
-        """As the base class; healing options need `heal`."""
+        """Check as the base class does, and that healing options come with `heal`."""
         for name in ("heal_data", "heal_steps"):
             if getattr(self, name) is not None and self.heal is None:
                 raise UsageError(
-                    f"`{name}` without `heal`: no cut is healed", hint="add `heal`, or leave it out"
+                    f"`{name}` without `heal`: no cut is healed", hint=f"add `heal`, or remove `{name}`"
                 )
         super().check()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest(Evaluating):
-    """What `build` can be asked."""
+    """Options of `build`."""
 
     drop: Annotated[
         Fraction | None, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))
@@ -478,7 +478,7 @@ class BuildRequest(Evaluating):
     ] = ()
 
     def check(self) -> None:
-        """As the base class; options that exclude each other, or that need another."""
+        """Check as the base class does, and which options exclude or need each other."""
         super().check()
         self._check_cut()
         for one, other in (("no_heal", "require_healing"), ("on", "state"), ("on", "home")):
@@ -489,24 +489,24 @@ class BuildRequest(Evaluating):
                 raise UsageError(f"`{name}` without `{needed}`", hint=f"add `{needed}`, or remove `{name}`")
         if self.push_to is not None and not REPOSITORY.fullmatch(self.push_to):
             raise UsageError(
-                f"`push_to` {self.push_to!r} is not a repository name", hint="`push_to=owner/name`"
+                f"`push_to` {self.push_to!r} is not a repository name", hint="give `push_to=owner/name`"
             )
         for name, value in self.given.items():
             if isinstance(value, str) and not value.strip():
                 raise UsageError(f"`{name}` is empty", hint=f"give `{name}` a value, or remove it")
 
     def _check_cut(self) -> None:
-        """Exactly one of the ways to say which layers to drop."""
+        """Check that exactly one option says which layers to drop."""
         if self.reproduce:
             for name in self.given:
                 if not self.options()[name][1].repeats:
                     raise UsageError(
-                        f"`{name}` with `reproduce`, which repeats a build as it was",
+                        f"`{name}` with `reproduce`, which repeats a build unchanged",
                         hint="remove one of them",
                     )
         elif self.layers and (self.drop or self.criterion):
             other = "drop" if self.drop else "criterion"
-            raise UsageError(f"`layers` with `{other}`: each chooses layers", hint="remove one of them")
+            raise UsageError(f"`layers` with `{other}`: both choose layers", hint="remove one of them")
         elif not self.layers and self.drop is None:
             raise UsageError(
                 "`drop` is missing", hint="`drop=0.3` drops three of ten layers, `layers=3,7` those two"
@@ -515,7 +515,7 @@ class BuildRequest(Evaluating):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRequest(Request):
-    """What `prune` can be asked."""
+    """Options of `prune`."""
 
     layers: Annotated[Layers, Option("Layers to drop, counted from 0", CUT, metavar="3,7,21-24")]
     out: Annotated[Location, Option("Folder for the smaller model", RUNNING, metavar="FOLDER")]

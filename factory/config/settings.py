@@ -1,4 +1,4 @@
-"""What was asked: the configuration of a build and its parts, and the recipes of known models."""
+"""Define the configuration of a build and its parts, and the recipes of known models."""
 
 import math
 from collections.abc import Mapping
@@ -16,35 +16,33 @@ from factory.config.request import Request
 from factory.errors import DropError, UsageError
 from factory.resources import RECIPES
 
-SLOWER = 0.3  # of the learning rate, once the loss of healing has run away
+SLOWER = 0.3  # factor of the learning rate after the loss of healing has diverged
 
 
 class Settings(BaseModel):
-    """Base of everything that can be asked: unknown names are refused."""
+    """Base of all settings; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class MeasureSettings(Settings):
-    """How the angular distances are measured."""
+    """Settings for measuring angular distances."""
 
     data: str = "allenai/c4:en"
-    num_samples: int | None = Field(
-        default=None, ge=2, le=MAX_COUNT
-    )  # None: until the choice of the block is certain
-    max_samples: int = Field(default=2048, ge=2, le=MAX_COUNT)  # then at most this many
+    num_samples: int | None = Field(default=None, ge=2, le=MAX_COUNT)  # None: until the best block is certain
+    max_samples: int = Field(default=2048, ge=2, le=MAX_COUNT)  # limit if `num_samples` is None
     sequence_length: int = Field(default=2048, ge=2, le=MAX_COUNT)  # tokens
-    exact_length: bool = False  # it was asked for: at least one sample must have it
-    tokens: Literal["last", "all"] = "last"  # whose states are compared
+    exact_length: bool = False  # the length was requested: at least one sample must have it
+    tokens: Literal["last", "all"] = "last"  # positions whose states are compared
     four_bit: bool = False  # NF4
 
 
 class PlanSettings(Settings):
-    """How the layers are chosen, and on how much text where a criterion looks at the loss."""
+    """Settings for choosing layers, and the amount of text for criteria that measure the loss."""
 
     criterion: CriterionName = DEFAULT_CRITERION.name
-    layers: tuple[int, ...] | None = None  # 0-based; somebody's own choice, in place of a criterion
-    num_documents: int = Field(default=32, ge=2, le=MAX_COUNT)  # of the calibration text
+    layers: tuple[int, ...] | None = None  # 0-based; chosen by the user instead of a criterion
+    num_documents: int = Field(default=32, ge=2, le=MAX_COUNT)  # of the calibration set
     sequence_length: int = Field(default=512, ge=8, le=MAX_COUNT)  # tokens
 
 
@@ -52,34 +50,34 @@ class HealSettings(Settings):
     """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
 
     data: str = "allenai/c4:en"
-    objective: ObjectiveName = SFT.name  # next tokens of the text, or the source's distribution
+    objective: ObjectiveName = SFT.name
     modules: Literal["ffn", "all-linear"] = "ffn"
-    layers: Literal["all", "seam"] = "all"  # those that get an adapter; seam: from the one before the cut on
-    seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the states' error, if distilled
-    bits: Literal[4, 16] = 4  # of the weights under the adapter: NF4, or as they are
+    layers: Literal["all", "seam"] = "all"  # adapted layers; seam: from the one before the cut onwards
+    seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the hidden-state loss, distilling
+    bits: Literal[4, 16] = 4  # per weight under the adapter: 4 is NF4
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
     num_steps: int = Field(default=5000, ge=1, le=MAX_COUNT)
     warmup_steps: int = Field(default=100, ge=0, le=MAX_COUNT)
-    batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences an optimiser step
+    batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences per optimiser step
     sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
 
 
 class EvaluateSettings(Settings):
-    """What the three models are compared on."""
+    """Settings for comparing the three models."""
 
     data: str = "allenai/c4:en"
     num_documents: int = Field(default=1000, ge=2, le=MAX_COUNT)
     sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
     tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
-    limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)  # samples a task; None: all of them
-    backend: Literal["hf", "vllm"] = "hf"  # that answers the tasks; the loss is always transformers'
+    limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)  # samples per task; None: all of them
+    backend: Literal["hf", "vllm"] = "hf"  # answers the tasks; the loss always comes from transformers
 
 
 class BuildConfig(Settings):
-    """Everything that decides what a build makes."""
+    """All settings that determine the result of a build."""
 
     reference: str  # as typed: alias, repo[@revision] or folder
     drop: float = Field(gt=0, lt=1)
@@ -93,17 +91,17 @@ class BuildConfig(Settings):
 
 
 class Recipe(Settings):
-    """A known model: where it lies on the Hub, and what heals it."""
+    """A known model, its repository on the Hub, and settings for it."""
 
     alias: str
     repo_id: str | None = None
     source: Literal["hub", "embedded"] = "hub"
-    note: str | None = None  # what to know before the first build: gates, custom code
-    provenance: str  # where each figure below comes from
+    note: str | None = None  # advice before the first build: gates, custom code
+    provenance: str  # origin of each figure below
     license: str | None = None  # of the embedded model
     measure: MeasureSettings = MeasureSettings()
     heal: HealSettings = HealSettings()
-    # Objective → settings over its own, where that is tried for this model.
+    # Objective → settings that override its own, if they were tried for this model.
     objectives: dict[ObjectiveName, dict[str, Any]] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -112,7 +110,7 @@ def load_recipe(alias: str) -> Recipe:
     """Read the recipe of one alias.
 
     Raises:
-        UnknownModelError: No such alias; the hint offers the nearest.
+        UnknownModelError: The alias does not exist; the hint suggests the nearest.
     """
     if alias not in aliases():
         raise unknown_model(alias)
@@ -120,24 +118,24 @@ def load_recipe(alias: str) -> Recipe:
     return Recipe.model_validate({"alias": alias, **fields})
 
 
-# Healing a model that has no recipe: between the paper's 7B models (164 M tokens at 3e-4) and a
-# 26 M-parameter Llama (best at 3e-3), learning rate falls with the power 0.4 of the size.
+# Without a recipe: between the paper's 7B models (164 M tokens at 3e-4) and a 26 M-parameter Llama (best
+# at 3e-3), the learning rate falls with the power 0.4 of the size.
 TOKENS_PER_PARAMETER = 0.0227
-FEWEST_TOKENS = 500_000
-MOST_TOKENS = 164_000_000
-FEWEST_STEPS = 100
+MIN_TOKENS = 500_000
+MAX_TOKENS = 164_000_000
+MIN_STEPS = 100
 
 
 def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
-    """Defaults for a model without a recipe: the paper's recipe, scaled to the size of the model.
+    """Return the paper's settings, scaled to the size of a model without a recipe.
 
     Args:
-        num_parameters: Of the source.
-        max_length: Tokens the model was made for.
+        num_parameters: Parameter count of the source.
+        max_length: Longest sequence that the model was made for, in tokens.
     """
     length = min(HealSettings().sequence_length, max_length)
-    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), FEWEST_TOKENS), MOST_TOKENS)
-    batch_size = min(max(tokens // (FEWEST_STEPS * length), 1), HealSettings().batch_size)
+    tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), MIN_TOKENS), MAX_TOKENS)
+    batch_size = min(max(tokens // (MIN_STEPS * length), 1), HealSettings().batch_size)
     steps = math.ceil(tokens / (batch_size * length))
     return HealSettings(
         learning_rate=float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.4, 3e-3):.1e}"),
@@ -149,13 +147,15 @@ def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
 
 
 def settle(request: Request, source: Source, *, drop: float | None = None) -> BuildConfig:
-    """Every setting decided: what was asked for over the recipe over the defaults.
+    """Decide every setting: the request overrides the recipe, which overrides the defaults.
 
     Args:
-        drop: Fraction of the layers to drop; None: as the request says.
+        request: Options that the user gave.
+        source: Resolved model.
+        drop: Fraction of the layers to drop; None: as requested.
 
     Raises:
-        UsageError: Settings that exclude each other, or sequences longer than the model was made for.
+        UsageError: Settings exclude each other, or sequences are longer than the model was made for.
     """
     recipe = load_recipe(request.model) if request.model in aliases() else None
     longest = longest_sequence(source.config)
@@ -181,13 +181,13 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
         section, _, name = path.rpartition(".")
         (fields[section] if section else fields)[name] = value
     steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
-    if steps < 2 * warmup:  # fewer steps than the recipe's: the peak rate must still be reached
+    if steps < 2 * warmup:  # the peak rate must be reached even with fewer steps than the recipe's
         fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
     config = BuildConfig.model_validate({"reference": request.model, **fields})
     if config.merge_base == "nf4" and config.heal_enabled and config.heal.bits == 16:
         raise UsageError(
-            "`merge_base=nf4`, but this model is healed over 16-bit weights: there are none in NF4",
-            hint="`heal_bits=4` heals over NF4; or remove `merge_base`",
+            "`merge_base=nf4`, but this model is healed over 16-bit weights, not NF4",
+            hint="add `heal_bits=4` to heal over NF4, or remove `merge_base`",
         )
     return config
 
@@ -195,12 +195,12 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
 def _defaults(
     recipe: Recipe | None, source: Source, *, longest: int, objective: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Section → setting → value, where nothing was asked for."""
+    """Return the defaults: section → setting → value."""
     if recipe:
         measure, heal, evaluate = recipe.measure, recipe.heal, recipe.evaluate
     else:
         measure, heal = MeasureSettings(), heal_settings_for(source.num_parameters, max_length=longest)
-        # A folder gets no tasks unless they are asked for, since their data is on the Hub.
+        # A folder gets no tasks by default, since their data is on the Hub.
         evaluate = EvaluateSettings() if source.repo_id else EvaluateSettings(tasks=())
     sections = {
         "measure": measure.model_dump(),
@@ -217,7 +217,7 @@ def _defaults(
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int:
-    """Tokens that a model was made for, by its config.json; 2048 where that does not say."""
+    """Return the longest sequence that a model was made for, in tokens; 2048 if config.json lacks it."""
     text_config = config.get("text_config")
     for part in (text_config if isinstance(text_config, Mapping) else {}, config):
         for name in ("max_position_embeddings", "n_positions", "n_ctx"):
@@ -227,10 +227,10 @@ def longest_sequence(config: Mapping[str, Any]) -> int:
 
 
 def num_dropped(drop: float, num_layers: int) -> int:
-    """n = floor(drop · L + 0.5): how many of L layers a fraction means.
+    """Return the number of layers that a fraction means: n = floor(drop · L + 0.5).
 
     Raises:
-        DropError: It rounds to none, or leaves fewer than 2 layers.
+        DropError: The fraction rounds to 0 layers, or leaves fewer than 2.
     """
     n = math.floor(drop * num_layers + 0.5)
     if n < 1:
@@ -241,13 +241,13 @@ def num_dropped(drop: float, num_layers: int) -> int:
     if num_layers - n < 2:
         raise DropError(
             f"`drop={drop:g}` of {num_layers} layers leaves {num_layers - n}",
-            hint=f"at least 2 layers must stay: `drop={(num_layers - 2) / num_layers:.2g}` at most"
+            hint=f"at least 2 layers must be kept: `drop={(num_layers - 2) / num_layers:.2g}` at most"
             if num_layers > 2
-            else "at least 2 layers must stay, so this model has none to spare",
+            else "at least 2 layers must be kept, so none of this model's can be dropped",
         )
     return n
 
 
 def build_name(source_name: str, drop: float) -> str:
-    """Name of a build's folder and, by default, of its repository: "Mistral-7B-v0.1-drop30"."""
+    """Return the name of a build's folder and default repository: "Mistral-7B-v0.1-drop30"."""
     return f"{source_name}-drop{drop * 100:.3g}"

@@ -1,4 +1,4 @@
-"""The experiment tracker that follows a build's healing, and the name of the run there."""
+"""Choose the experiment tracker that follows a build's healing, and name its run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ def _ignore(_message: str) -> None: ...
 
 @dataclass(frozen=True)
 class Tracking:
-    """A run of a tracker; nothing that a build makes depends on it.
+    """A run of a tracker; the result of a build does not depend on it.
 
     Args:
-        tracker: The library that gets the losses.
-        run_name: A name that no other build has, and that a second attempt at the same build has again.
-        folder: The parent folder of TensorBoard's event files.
-        warn: Gets one line if the tracker fails.
+        tracker: Library that receives the losses.
+        run_name: Name that is unique to the build and the same for every attempt at it.
+        folder: Parent folder of TensorBoard's event files.
+        warn: Called with one line if the tracker fails.
     """
 
     tracker: Tracker = "none"
@@ -32,14 +32,16 @@ class Tracking:
 NO_TRACKING = Tracking()
 
 
-def choose_tracker(asked: Tracker | None) -> Tracker:
-    """Return the tracker that was asked for; by default trackio, if it is installed.
+def choose_tracker(requested: Tracker | None) -> Tracker:
+    """Return the requested tracker; by default trackio, if it is installed.
 
     Raises:
-        UsageError: The tracker that was asked for is not installed.
+        UsageError: The requested tracker is not installed.
     """
-    if asked is None:
+    if requested is None:
         return "trackio" if find_spec("trackio") else "none"
-    if asked != "none" and find_spec(asked) is None:
-        raise UsageError(f"`report_to={asked}`: {asked} is not installed", hint=f"pip install {asked}")
-    return asked
+    if requested != "none" and find_spec(requested) is None:
+        raise UsageError(
+            f"`report_to={requested}`: {requested} is not installed", hint=f"pip install {requested}"
+        )
+    return requested

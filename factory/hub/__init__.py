@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: a reference becomes a source, a folder becomes a repository."""
+"""Work with the Hugging Face Hub: turn a reference into a source, and a folder into a repository."""

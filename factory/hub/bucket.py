@@ -1,4 +1,4 @@
-"""Stages kept on the Hub as well, in a private bucket, so that another machine can go on from them."""
+"""Keep stages in a private Hub bucket as well, so that another machine can resume from them."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from factory.store.files import PARTIAL
 from factory.store.stage import STAGES
 from factory.store.store import MANIFEST
 
-WHOLE = "whole.json"  # of a partial stage: which copy of it was uploaded completely
+WHOLE = "whole.json"  # names the copy of a partial stage that was uploaded completely
 Listing = dict[str, tuple[int, int]]  # name → bytes, nanoseconds of its last change
 
 
@@ -27,22 +27,22 @@ Listing = dict[str, tuple[int, int]]  # name → bytes, nanoseconds of its last 
 class StageBucket:
     """A bucket that holds stages under `stages/`, as a home does, and unfinished ones under `partial/`.
 
-    A bucket takes files one by one, so whatever says that a folder is complete goes up last: the manifest
-    of a stage; for an unfinished one, the name of the last copy of it that was uploaded whole.
+    A bucket takes files one by one, so the file that marks a folder as complete is uploaded last: the
+    manifest of a stage, or `WHOLE` for an unfinished one.
 
     Args:
-        remark: Told in a line what could not be kept: a build goes on without.
+        remark: Called with one line about what could not be kept; the build continues without it.
     """
 
     bucket_id: str  # owner/name
     remark: Callable[[str], None]
-    kept: dict[Path, Listing] = field(default_factory=dict)  # by partial folder, as it was last uploaded
+    kept: dict[Path, Listing] = field(default_factory=dict)  # partial folder → its files as last uploaded
 
     def fetch(self, stage: str, key: str, folder: Path) -> bool:
-        """Download a complete stage into a folder; False if there is none.
+        """Download a complete stage into a folder; return False if there is none.
 
         Raises:
-            HubError: No access, no connection.
+            HubError: The bucket cannot be accessed or reached.
         """
         place = f"stages/{stage}/{key}"
         with hub_errors(self.bucket_id):
@@ -53,12 +53,12 @@ class StageBucket:
         return True
 
     def keep(self, stage: str, key: str, folder: Path) -> None:
-        """Upload a complete stage, and forget what was kept of it while it was unfinished."""
+        """Upload a complete stage, and delete what was kept of it while it was unfinished."""
         place = f"stages/{stage}/{key}"
         with self._remarking(f"{stage} {key}"):
             api = hub_api()
             before = list(self._files(place))
-            if MANIFEST in before:  # made again: until it is whole, there is none
+            if MANIFEST in before:  # a rerun: the stage must count as missing until its upload is complete
                 api.batch_bucket_files(self.bucket_id, delete=[f"{place}/{MANIFEST}"])
             names = [name for name in _listing(folder, stage) if name != MANIFEST]
             api.batch_bucket_files(self.bucket_id, add=[(folder / n, f"{place}/{n}") for n in names])
@@ -68,17 +68,17 @@ class StageBucket:
             self._delete(api, [*stale, *(f"{unfinished}/{name}" for name in self._files(unfinished))])
 
     def fetch_partial(self, stage: str, key: str, folder: Path) -> None:
-        """Download the last whole copy of an unfinished stage into a new folder; nothing if there is none.
+        """Download the last complete copy of an unfinished stage, if there is one, into a new folder.
 
         Raises:
-            HubError: No access, no connection.
+            HubError: The bucket cannot be accessed or reached.
         """
         place = f"partial/{stage}/{key}"
         with hub_errors(self.bucket_id):
             files = self._files(place)
             if WHOLE not in files:
                 return
-            # Beside it until it is whole: half a copy would count as something to resume from.
+            # Under another name until complete: a build would resume from half a copy.
             coming = folder.with_name(f"{folder.stem}.coming{PARTIAL}")
             shutil.rmtree(coming, ignore_errors=True)
             coming.mkdir(parents=True)
@@ -91,9 +91,9 @@ class StageBucket:
         self.kept[folder] = _listing(folder, stage)
 
     def keep_partial(self, stage: str, key: str, folder: Path) -> None:
-        """Upload what an unfinished stage would resume from, if that has changed.
+        """Upload the files that an unfinished stage would resume from, if they have changed.
 
-        A copy during which a file changed is not used: it would be none that any moment has seen.
+        A copy is discarded if a file changed during the upload: it would mix two states.
         """
         listing = _listing(folder, stage)
         if not listing or self.kept.get(folder) == listing:
@@ -115,7 +115,7 @@ class StageBucket:
             self._delete(api, [f"{place}/{name}" for name in stale])
 
     def _files(self, place: str) -> dict[str, BucketFile]:
-        """What lies below a place, by its name from there; the Hub's prefix may end within a name."""
+        """Return the files in a folder of the bucket by relative name; the Hub's prefix may end mid-name."""
         found = patiently(
             lambda: list(hub_api().list_bucket_tree(self.bucket_id, prefix=f"{place}/", recursive=True))
         )
@@ -137,7 +137,7 @@ class StageBucket:
 
     @contextmanager
     def _remarking(self, what: str) -> Iterator[None]:
-        """What cannot be kept costs time later, not the build now."""
+        """Report a failed upload and carry on: it costs time later, not this build."""
         try:
             with hub_errors(self.bucket_id, writing=True):
                 yield
@@ -148,10 +148,10 @@ class StageBucket:
 
 
 def open_bucket(bucket_id: str, *, remark: Callable[[str], None]) -> StageBucket:
-    """The bucket of that name, made private if it is new.
+    """Open a bucket, creating a private one if it is new.
 
     Raises:
-        HubError: No login, no access, or a bucket that everybody can read.
+        HubError: The user is not logged in or has no access, or the bucket is public.
     """
     with hub_errors(bucket_id, writing=True):
         api = hub_api()
@@ -161,10 +161,10 @@ def open_bucket(bucket_id: str, *, remark: Callable[[str], None]) -> StageBucket
 
 
 def look_at_bucket(bucket_id: str) -> None:
-    """Refuse a bucket that cannot hold stages, and make none: one that is not there yet can.
+    """Refuse a bucket that cannot hold stages; one that does not exist yet is accepted, not created.
 
     Raises:
-        HubError: No login, no access, or a bucket that everybody can read.
+        HubError: The user is not logged in or has no access, or the bucket is public.
     """
     with hub_errors(bucket_id):
         try:
@@ -173,12 +173,12 @@ def look_at_bucket(bucket_id: str) -> None:
             return
     if not info.private:
         raise HubError(
-            f"the bucket {bucket_id} is public", hint="make it private, or give another one: stages hold text"
+            f"the bucket {bucket_id} is public", hint="make it private, or use another: stages contain text"
         )
 
 
 def _listing(folder: Path, stage: str) -> Listing:
-    """Files of a stage folder; not those that are being written, as their names say, nor local ones."""
+    """List the files of a stage folder, except local ones and those still being written."""
     found, local = {}, STAGES[stage].local
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

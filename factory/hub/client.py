@@ -1,4 +1,4 @@
-"""The Hub's client: bounded in time, retried, and sending its token only to the Hub."""
+"""Create Hub clients that are bounded in time, retry, and send the token only to the Hub."""
 
 import logging
 import time
@@ -24,18 +24,18 @@ from factory import __version__
 from factory.hub.errors import BROKEN, CLIENT_ERRORS, CUT_SHORT, PASSING, UNANSWERED, causes, no_hub
 
 CONNECT_SECONDS = 10.0
-SILENCE_SECONDS = 120.0  # of the server; a large commit takes it a while
-WAITS_SECONDS = (1.0, 2.0, 4.0)  # before reading again what the Hub failed to answer
-LONGEST_WAIT_SECONDS = 60.0  # that the Hub may ask for
+SILENCE_SECONDS = 120.0  # the server takes a while over a large commit
+WAITS_SECONDS = (1.0, 2.0, 4.0)  # before each retry of a read
+MAX_WAIT_SECONDS = 60.0  # a longer `Retry-After` is an error
 T = TypeVar("T")
 SECRETS = ("Authorization", "Cookie")
 XET_HASH = constants.HUGGINGFACE_HEADER_X_XET_HASH
 
 
 def hub_api() -> HfApi:
-    """A client without progress bars and remarks, whose calls end even if the server falls silent."""
+    """Return a client without progress bars or log lines, whose calls end even if the server goes silent."""
     disable_progress_bars()
-    # Its remarks on trying again hold signed addresses; what comes of it in the end is told by us.
+    # Its log lines about retries contain signed URLs; the final failure is reported by us.
     remarks = logging.getLogger("huggingface_hub")
     if remarks.level == logging.WARNING:  # not where the user asked for more
         remarks.setLevel(logging.ERROR)
@@ -43,52 +43,52 @@ def hub_api() -> HfApi:
 
 
 def _bound_in_time(request: httpx2.Request) -> None:
-    """Bound every wait that the client leaves open; it asks for most things with `timeout=None`."""
+    """Bound every wait that the client leaves open; it sends most requests with `timeout=None`."""
     bounds = {"connect": CONNECT_SECONDS, "pool": None, "read": SILENCE_SECONDS, "write": SILENCE_SECONDS}
-    asked = {key: value for key, value in request.extensions["timeout"].items() if value is not None}
-    request.extensions["timeout"] = bounds | asked
+    given = {key: value for key, value in request.extensions["timeout"].items() if value is not None}
+    request.extensions["timeout"] = bounds | given
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """Read from the Hub, again after a fault that may pass: the client itself asks but once.
+    """Read from the Hub, with retries after temporary faults: the client itself tries only once.
 
-    A fault passes if the Hub was busy or out of order, or a connection broke; where nobody answers at
-    all, asking again would only take the user's time. `Retry-After` is obeyed up to a minute.
+    A fault is temporary if the Hub was busy or returned a server error, or a connection broke; where no
+    server answers at all, a retry would only waste time. `Retry-After` is obeyed up to a minute.
 
     Args:
-        read: Changes nothing, so that it can be called again.
+        read: Function without side effects, so that it can be called again.
     """
     for wait in WAITS_SECONDS:
         try:
             return read()
         except CLIENT_ERRORS as error:
             seconds = wait_after(error, wait)
-            if seconds is None or seconds > LONGEST_WAIT_SECONDS:
+            if seconds is None or seconds > MAX_WAIT_SECONDS:
                 raise
         time.sleep(seconds)
     return read()
 
 
 def wait_after(error: BaseException, seconds: float, *, unanswered: bool = False) -> float | None:
-    """How long to wait after this error, `seconds` unless the Hub says; None if it will not pass.
+    """Return how long to wait after an error: `seconds`, or what the Hub says; None if it is permanent.
 
     Args:
-        unanswered: Wait also where nobody answers: the network may be back later.
+        unanswered: Wait even if no server answers: the network may come back.
     """
     if isinstance(error, LocalEntryNotFoundError):
-        return None  # the one read that the client repeats by itself
+        return None  # the client has already retried this read
     for cause in causes(error):
         if isinstance(cause, httpx2.HTTPStatusError):
-            asked = cause.response.headers.get("Retry-After", "")
+            wanted = cause.response.headers.get("Retry-After", "")
             passing = cause.response.status_code in PASSING
-            return (float(asked) if asked.isdigit() else seconds) if passing else None
+            return (float(wanted) if wanted.isdigit() else seconds) if passing else None
         if isinstance(cause, UNANSWERED if unanswered else BROKEN):
             return seconds
     return seconds if str(error).startswith(CUT_SHORT) else None
 
 
 def account_name() -> str:
-    """The name of the account that the token belongs to."""
+    """Return the name of the account that the token belongs to."""
     answer = patiently(lambda: hub_api().whoami(cache=True))
     name = answer.get("name") if isinstance(answer, dict) else None
     if not isinstance(name, str):
@@ -97,10 +97,10 @@ def account_name() -> str:
 
 
 def files_of(info: ModelInfo | SpaceInfo) -> dict[str, RepoSibling]:
-    """Every file of a repository by name; the client passes on whatever types an answer has.
+    """Return the files of a repository by name, checking types, which the client does not.
 
     Raises:
-        HubError: The answer is not one of a Hub.
+        HubError: The answer did not come from a Hub.
     """
     files = {file.rfilename: file for file in info.siblings or () if isinstance(file.rfilename, str)}
     for file in files.values():
@@ -113,21 +113,21 @@ def files_of(info: ModelInfo | SpaceInfo) -> dict[str, RepoSibling]:
 
 
 def is_hub(url: httpx2.URL) -> bool:
-    """Whether an address is the Hub's: the same scheme, host and port, or the step from http to https."""
+    """Return whether a URL has the Hub's scheme, host and port, allowing an upgrade from http to https."""
     hub = httpx2.URL(constants.ENDPOINT)
-    upgraded = (hub.scheme, url.scheme) == ("http", "https") and url.port is None  # the usual port
+    upgraded = (hub.scheme, url.scheme) == ("http", "https") and url.port is None  # the default port
     return (url.host, url.port) == (hub.host, hub.port) and (url.scheme == hub.scheme or upgraded)
 
 
 def keep_token(request: httpx2.Request) -> None:
-    """Take the token off a request to another origin: answers name addresses, which the client follows."""
+    """Remove the token from a request to another origin: the client follows URLs that answers contain."""
     if not is_hub(request.url):
         for name in SECRETS:
             request.headers.pop(name, None)
 
 
 def keep_refresh(response: httpx2.Response) -> None:
-    """Take a file out of xet whose access is renewed elsewhere: hf_xet does that itself, with the token."""
+    """Download a file without xet if its access is renewed elsewhere: hf_xet would send the token there."""
     if XET_HASH in response.headers:
         found = parse_xet_file_data_from_response(response)
         if found and not is_hub(httpx2.URL(found.refresh_route)):
@@ -135,12 +135,12 @@ def keep_refresh(response: httpx2.Response) -> None:
 
 
 def guard_clients(bound: Callable[[httpx2.Request], None]) -> None:
-    """Have every client that huggingface_hub makes in this process keep the token to the Hub.
+    """Make every client that huggingface_hub creates in this process send the token only to the Hub.
 
-    A hook on a client that is there would not outlive it: one that finds no connection is replaced.
+    Hooks on an existing client would be lost: huggingface_hub replaces one that finds no connection.
 
     Args:
-        bound: Called with each request too, to bound its time.
+        bound: Hook that bounds the time of each request.
     """
 
     async def both(request: httpx2.Request) -> None:
@@ -162,5 +162,5 @@ def guard_clients(bound: Callable[[httpx2.Request], None]) -> None:
     set_async_client_factory(async_client)
 
 
-# At import, since `datasets` and lm-eval ask the Hub too, in whichever process reads texts or questions.
+# At import: `datasets` and lm-eval call the Hub too, in every process that reads texts or questions.
 guard_clients(_bound_in_time)

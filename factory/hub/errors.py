@@ -1,4 +1,4 @@
-"""Errors of the Hub's client, each explained in one line."""
+"""Explain each error of the Hub's client in one line."""
 
 import re
 import traceback
@@ -28,21 +28,21 @@ from factory.store.capacity import no_room
 
 PASSING = (429, 500, 502, 503, 504)
 AGAIN = "run the same command again"
-CUT_SHORT = "Consistency check failed"  # the client, of a file that came shorter than announced
-NOT_SENT = (UnicodeEncodeError, httpx2.LocalProtocolError)  # the request could not be written down
+CUT_SHORT = "Consistency check failed"  # the client's message for a truncated download
+NOT_SENT = (UnicodeEncodeError, httpx2.LocalProtocolError)  # the request could not be encoded
 BROKEN = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
 UNANSWERED = (httpx2.RemoteProtocolError, httpx2.NetworkError, httpx2.TimeoutException)
 UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
-# What comes of an answer that is no Hub's: a page of a proxy, redirects without end, JSON of another service.
+# Raised for answers that no Hub sends: a proxy's page, endless redirects, another service's JSON.
 STRANGE = (
     *(httpx2.TooManyRedirects, httpx2.DecodingError, httpx2.InvalidURL),
     *(JSONDecodeError, UnicodeDecodeError),
 )
-# Over JSON that lacks what it must hold, or is nested without end.
+# Raised for JSON that lacks expected fields or is nested without end.
 STUMBLES = (LookupError, TypeError, AttributeError, AssertionError, RecursionError)
-OF_CARDS = "huggingface_hub.repocard"  # raises ValueError for what the Hub has against a card
+OF_CARDS = "huggingface_hub.repocard"  # raises ValueError with the Hub's objections to a card
 CLIENT = ("huggingface_hub", "httpx2")
-# Everything the client raises on its own account; the two xet and LFS paths raise builtin errors.
+# Everything that the client raises itself; its xet and LFS paths raise builtin errors.
 CLIENT_ERRORS = (
     httpx2.HTTPError,
     OSError,
@@ -58,15 +58,15 @@ CLIENT_ERRORS = (
 
 @contextmanager
 def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Turn the client's errors into a `FactoryError` about `repo_id`; other errors pass.
+    """Turn the client's errors into a `FactoryError` about `repo_id`; let other errors through.
 
     Args:
-        repo_id: What the block is about.
-        revision: That was asked for.
-        writing: The block changes the repository: a refusal then means something else.
+        repo_id: Repository that the block works on.
+        revision: Requested revision.
+        writing: Whether the block changes the repository: a refusal then means something else.
 
     Raises:
-        HubError: Never with a token in it.
+        HubError: The client failed; the message never contains a token.
         DiskSpaceError: The disk is full.
     """
     try:
@@ -81,19 +81,19 @@ def hub_errors(repo_id: str, *, revision: str | None = None, writing: bool = Fal
 def explain(
     error: BaseException, *, repo_id: str, revision: str | None = None, writing: bool = False
 ) -> FactoryError | None:
-    """What an error of the client means; None if it is not about the Hub."""
+    """Return the error that explains one of the client's; None if it is not about the Hub."""
     for cause in causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
             return not_logged_in()
         if isinstance(cause, NOT_SENT) and not re.fullmatch("[ -~]*", get_token() or ""):
             return HubError(
-                "your token holds a character that cannot be sent",
-                hint=f"{_nothing(writing)}copy it again (HF_TOKEN, where set, comes before `hf auth login`)",
+                "your token contains a character that cannot be sent",
+                hint=f"{_nothing(writing)}copy it again (HF_TOKEN, if set, overrides `hf auth login`)",
             )
         if isinstance(cause, HFValidationError):
-            return HubError(f"{repo_id!r} is no repository name", hint="give owner/name")
+            return HubError(f"{repo_id!r} is not a repository name", hint="give owner/name")
         if isinstance(cause, OfflineModeIsEnabled):
-            lacks = "nothing can be published" if writing else f"{repo_id} is not completely in the cache"
+            lacks = "nothing can be published" if writing else f"the cache does not hold all of {repo_id}"
             return HubError(f"HF_HUB_OFFLINE is set and {lacks}", hint=f"unset it and {AGAIN}")
         if isinstance(cause, HfHubHTTPError):
             return _explain_answer(cause, repo_id=repo_id, revision=revision, writing=writing)
@@ -105,7 +105,7 @@ def explain(
 
 
 def endpoint() -> str:
-    """Address of the Hub as it can be shown: without the name and password of a proxy before it."""
+    """Return the Hub's URL without a user name and password, so that it can be shown."""
     return _without_password(constants.ENDPOINT)
 
 
@@ -114,12 +114,12 @@ def _without_password(text: str) -> str:
 
 
 def not_logged_in() -> HubError:
-    """The error for a command that needs a token."""
+    """Return the error for a command that needs a token."""
     return HubError("you are not logged in to the Hub", hint="run `hf auth login`, or set HF_TOKEN")
 
 
 def is_unknown(error: BaseException) -> bool:
-    """Whether a request may have been carried out although it failed: no answer, or none of the Hub's."""
+    """Return whether a failed request may have been carried out: no answer came, or not from the Hub."""
     return any(
         isinstance(cause, (httpx2.TransportError, *STRANGE, *STUMBLES))
         or (isinstance(cause, httpx2.HTTPStatusError) and cause.response.status_code >= 500)
@@ -128,13 +128,13 @@ def is_unknown(error: BaseException) -> bool:
 
 
 def stumbled_in(error: BaseException, packages: tuple[str, ...]) -> str:
-    """The innermost module, of these packages and ours, that an error came through."""
+    """Return the innermost module, of these packages and ours, that an error came through."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next((m for m in reversed(modules) if m.partition(".")[0] in (*packages, "factory")), "factory")
 
 
 def no_hub() -> HubError:
-    """The error for an answer that is not one of a Hub."""
+    """Return the error for an answer that did not come from a Hub."""
     return HubError(f"{endpoint()} does not answer like a Hub", hint="check HF_ENDPOINT and proxies")
 
 
@@ -146,15 +146,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _later(writing: bool) -> str:
-    return (
-        f"nothing was published; check the network and {AGAIN}"
-        if writing
-        else f"check the network and {AGAIN}"
-    )
+    return f"{_nothing(writing)}check the network and {AGAIN}"
 
 
 def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> FactoryError | None:
-    """Errors that come without a response: xet's, LFS's `ValueError`, a cut download, a full disk."""
+    """Explain errors without a response: xet's, LFS's `ValueError`, a truncated download, a full disk."""
     text = str(error)
     reason = no_room(error)
     if reason:
@@ -162,10 +158,10 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
     if text.startswith("LFS batch API"):
         return HubError(
             f"the Hub refuses a file for {repo_id}: {_line(text.partition(chr(10))[2])}",
-            hint="nothing was published; it may be too large, or the quota full",
+            hint="nothing was published; the file may be too large, or your quota used up",
         )
     if text.startswith(CUT_SHORT):
-        return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: what is complete is kept")
+        return HubError(f"a download from {repo_id} was cut short", hint=f"{AGAIN}: finished files are kept")
     if isinstance(error, ConnectionError | RuntimeError | EntryNotFoundError) and not isinstance(
         error, RecursionError
     ):
@@ -175,13 +171,13 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
         return HubError(f"the transfer with {repo_id} failed: {_line(text)}", hint=_later(writing))
     if isinstance(error, STRANGE):
         return no_hub()
-    if isinstance(error, (*STUMBLES, ValueError)):  # the client's over an answer, or its caller's own
+    if isinstance(error, (*STUMBLES, ValueError)):  # the client's error over an answer, or our own bug
         return None if stumbled_in(error, CLIENT).startswith(("factory", OF_CARDS)) else no_hub()
     return None
 
 
 def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None, writing: bool) -> HubError:
-    """Errors that the Hub itself sent."""
+    """Explain an error that the Hub itself sent."""
     page = _page(error.response.url, repo_id)
     message = error.server_message or ""
     refused_token = "credentials" in (error.response.headers.get("X-Error-Message") or "")
@@ -192,8 +188,7 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
         )
     if isinstance(error, RevisionNotFoundError):
         return HubError(
-            f"{repo_id} has no revision {revision or 'main'!r}",
-            hint=f"its branches and commits: {page}/commits",
+            f"{repo_id} has no revision {revision or 'main'!r}", hint=f"see its commits: {page}/commits"
         )
     if isinstance(error, RemoteEntryNotFoundError):
         return HubError(f"{repo_id} lacks {error.response.url.path.rsplit('/', 1)[-1]}", hint=f"see {page}")
@@ -202,21 +197,19 @@ def _explain_answer(error: HfHubHTTPError, *, repo_id: str, revision: str | None
     if error.response.status_code == 401 and refused_token:
         return _bad_token(writing)
     if isinstance(error, RepositoryNotFoundError) or (error.response.status_code == 401 and not writing):
-        access = "a private one needs " + (
-            "a token of yours that may read it" if get_token() else "`hf auth login` first"
-        )
+        access = "a token with read access" if get_token() else "`hf auth login` first"
         return HubError(
             f"there is no repository {repo_id} that you can see",
-            hint=f"{_nothing(writing)}check the name; {access}",
+            hint=f"{_nothing(writing)}check the name; a private one needs {access}",
         )
     retry = error.response.headers.get("Retry-After", "")
     wait = f"{retry} s" if retry.isdigit() else ""
     return _by_status(error.response.status_code, _line(message), repo_id=repo_id, writing=writing, wait=wait)
 
 
-def _page(asked: httpx2.URL, repo_id: str) -> str:
-    """Where a repository is shown, with the kind that the address asked for has."""
-    path = asked.path.removeprefix(httpx2.URL(constants.ENDPOINT).path.rstrip("/"))
+def _page(requested: httpx2.URL, repo_id: str) -> str:
+    """Return the URL of a repository's page, with the repository type of the requested URL."""
+    path = requested.path.removeprefix(httpx2.URL(constants.ENDPOINT).path.rstrip("/"))
     kind = re.match(r"(?:/api)?(/datasets|/spaces)/", path)
     return f"{endpoint()}{kind[1] if kind else ''}/{repo_id}"
 
@@ -228,33 +221,33 @@ def _nothing(writing: bool) -> str:
 def _bad_token(writing: bool) -> HubError:
     return HubError(
         "the Hub does not accept your token",
-        hint=f"{_nothing(writing)}run `hf auth login` (HF_TOKEN, where set, comes first)",
+        hint=f"{_nothing(writing)}run `hf auth login` (HF_TOKEN, if set, overrides it)",
     )
 
 
 def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: str = "") -> HubError:
-    """Errors known by their number alone."""
-    said = f": {message}" if message else ""
+    """Explain an error by its status code alone."""
+    reason = f": {message}" if message else ""
     nothing = _nothing(writing)
     if status == 401:
         return _bad_token(writing)
     if status == 403 and writing:
         return HubError(
-            f"your token may not write to {repo_id}{said}",
-            hint=f"nothing was published; make one that may at {endpoint()}/settings/tokens",
+            f"your token may not write to {repo_id}{reason}",
+            hint=f"nothing was published; create one with write access at {endpoint()}/settings/tokens",
         )
     if status == 403:
-        return HubError(f"the Hub denies access to {repo_id}{said}", hint="use a token that may read it")
+        return HubError(f"the Hub denies access to {repo_id}{reason}", hint="use a token with read access")
     if status in (402, 413):
         return HubError(
-            f"the Hub has no room for {repo_id} ({status}){said}",
+            f"the Hub has no room for {repo_id} ({status}){reason}",
             hint=f"{nothing}see {endpoint()}/settings/billing, or publish publicly",
         )
     if status == 409 and writing:
-        return HubError(f"{repo_id} is being changed by somebody else (409){said}", hint=f"{nothing}{AGAIN}")
+        return HubError(f"another client is changing {repo_id} (409){reason}", hint=f"{nothing}{AGAIN}")
     if status == 412 and writing:
         return HubError(
-            f"somebody else committed to {repo_id} in the meantime",
+            f"{repo_id} received another commit in the meantime",
             hint=f"{nothing}look at {endpoint()}/{repo_id}, then {AGAIN}",
         )
     if status == 429:
@@ -262,15 +255,15 @@ def _by_status(status: int, message: str, *, repo_id: str, writing: bool, wait: 
             "too many requests to the Hub (429)", hint=f"{nothing}wait {wait or 'a while'} and {AGAIN}"
         )
     if status >= 500:
-        return HubError(f"the Hub is out of order ({status})", hint=f"{nothing}{AGAIN} later")
+        return HubError(f"the Hub returned an error ({status})", hint=f"{nothing}{AGAIN} later")
     return HubError(
-        f"the Hub refused a request about {repo_id} ({status}){said}",
+        f"the Hub refused a request about {repo_id} ({status}){reason}",
         hint=f"{nothing}look at {endpoint()}/{repo_id}, then {AGAIN}",
     )
 
 
 def _line(text: object) -> str:
-    """One line of at most 200 characters, without anything that could be a token."""
+    """Return a text as one line of at most 200 characters, without anything that could be a token."""
     line = _without_password(" ".join(str(text).split()))
     token = get_token()
     if token:

@@ -1,4 +1,4 @@
-"""What a model is, from its file names, configuration and headers."""
+"""Describe a model from its file names, configuration and headers."""
 
 import json
 import re
@@ -21,7 +21,7 @@ CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# safetensors' words for the types that transformers calls otherwise
+# safetensors' name of a type → transformers'
 DTYPES = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -33,14 +33,14 @@ DTYPES = {
     "U8": "uint8",
     "I32": "int32",
 }
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 Progress = Callable[[int, int], None]
 
 
 def _check_names(names: Collection[str], *, where: str) -> None:
-    """Refuse, by name, a repository or folder that transformers could not load as safetensors."""
+    """Refuse a repository or folder whose file names show that transformers could not load it."""
     for name in names:
-        if not name.isprintable():  # its checksum could not be written down as a line
+        if not name.isprintable():  # its checksum could not be written as a line
             raise CheckpointError(f"{where} has a file named {ascii(name)[:80]}", hint="rename or remove it")
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
@@ -76,11 +76,11 @@ def _some(names: list[str]) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """config.json, with values that can be worked with."""
+    """Read and check config.json."""
     check_json(path.parent, [path.name])
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(config, ensure_ascii=False).encode("utf-8")  # JSON can write halves of characters
+        json.dumps(config, ensure_ascii=False).encode("utf-8")  # JSON can contain lone surrogates
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is damaged: {error}", hint="download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -88,22 +88,22 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path.name} has no model_type", hint="give a model that transformers can load"
         )
     _check_values(config, name=path.name)
-    # Where somebody had it on disk: what is recorded gets published.
+    # A path on its author's disk: the configuration is recorded and published.
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def _needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None) -> bool:
-    """Whether the model type is known to code of its own repository alone.
+    """Return whether only code in the model's own repository knows its model type.
 
     Args:
-        trusted: That code may be run.
-        pin: What to type for the same model at its commit; None where the commit was typed.
+        trusted: Whether that code may be run.
+        pin: Reference to the same model at its commit; None if the commit was given.
 
     Raises:
-        UnsupportedArchitectureError: Nobody knows the model type, or its code is not trusted.
-        UsageError: It is trusted, whatever it may be tomorrow.
+        UnsupportedArchitectureError: The model type is unknown, or its code is not trusted.
+        UsageError: The code is trusted without a commit.
     """
-    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses everything never needs.
+    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses all stages never needs.
     from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     model_type = config["model_type"]
@@ -112,24 +112,24 @@ def _needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None
     if not config.get("auto_map"):
         raise UnsupportedArchitectureError(
             f"model type {model_type!r} is unknown to transformers",
-            hint="a newer transformers may know it; else choose another model",
+            hint="try a newer transformers, or choose another model",
         )
     classes = ", ".join(class_references(config).values())
     if not trusted:
         raise UnsupportedArchitectureError(
             f"model type {model_type!r} needs its own code ({classes})",
-            hint=f"read that code; {pin or 'the same'} with `trust_remote_code` runs it",
+            hint=f"read that code; to run it, give {pin or 'the same model'} with `trust_remote_code`",
         )
     if pin:
         raise UsageError(
-            f"`trust_remote_code` without a commit would run whatever is there tomorrow ({classes})",
+            f"`trust_remote_code` without a commit would also run later changes to the code ({classes})",
             hint=f"read the code, then give {pin}",
         )
     return True
 
 
 def _check_values(config: dict[str, Any], *, name: str) -> None:
-    """Refuse values that nothing later could work with, each with its field."""
+    """Refuse values that later steps could not handle."""
     architectures = config.get("architectures")
     nested = config.get("text_config")
     wrong = []
@@ -146,7 +146,7 @@ def _check_values(config: dict[str, Any], *, name: str) -> None:
                 wrong.append((field, value))
         if type(part.get("num_nextn_predict_layers") or 0) is not int:
             wrong.append(("num_nextn_predict_layers", part["num_nextn_predict_layers"]))
-    if "device_map" in config:  # transformers would take it for a setting of its own
+    if "device_map" in config:  # transformers would use it as a loading option
         wrong.append(("device_map", config["device_map"]))
     if wrong:
         field, value = wrong[0]
@@ -200,11 +200,10 @@ def _source(
 
 
 def _by_layer(tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int) -> list[list[TensorInfo]]:
-    """The tensors of each decoder layer."""
-    if num_layers > MOST_LAYERS:
+    """Return the tensors of each decoder layer."""
+    if num_layers > MAX_LAYERS:
         raise CheckpointError(
-            f"{CONFIG} says {num_layers:,} layers; no model has more than {MOST_LAYERS:,}",
-            hint=UNTRUSTED,
+            f"{CONFIG} says {num_layers:,} layers; no model has more than {MAX_LAYERS:,}", hint=UNTRUSTED
         )
     layers: dict[str, list[TensorInfo]] = {str(index): [] for index in range(num_layers)}
     for name, tensor in tensors.items():
@@ -217,7 +216,7 @@ def _by_layer(tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int
 def _check_weights(
     config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, prefix: str, num_layers: int
 ) -> None:
-    """Refuse weights that cannot be of this configuration: more layers, or embeddings of another width."""
+    """Refuse weights that do not match the configuration: more layers, or embeddings of another width."""
     part = config.get("text_config") or config
     found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     numbers = [int(index) for index in found if re.fullmatch("[0-9]{1,9}", index)]
@@ -225,7 +224,7 @@ def _check_weights(
     if on_disk > num_layers + (part.get("num_nextn_predict_layers") or 0):
         raise CheckpointError(
             f"the weights have {on_disk} layers, {CONFIG} says {num_layers}",
-            hint="they are of two different models; download both again",
+            hint="they belong to two different models; download both again",
         )
     width = part.get("word_embed_proj_dim") or part.get("hidden_size")  # OPT's embedding may be narrower
     name = f"{prefix.removesuffix('layers.')}embed_tokens.weight"
@@ -234,7 +233,7 @@ def _check_weights(
     if tensor and width and tensor.dtype in ("BF16", "F16", "F32") and tensor.shape[-1:] != (width,):
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)}, {CONFIG} says hidden_size {width}",
-            hint="they are of two different models; download both again",
+            hint="they belong to two different models; download both again",
         )
 
 

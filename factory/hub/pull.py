@@ -1,4 +1,4 @@
-"""The Hub, both ways: `resolve` a reference, `pull` its files, `push` a build."""
+"""Download the files of a resolved source, and verify their checksums."""
 
 import glob
 from collections.abc import Callable
@@ -25,27 +25,27 @@ Progress = Callable[[int, int], None]
 
 
 def cache_demand(source: Source) -> tuple[Path, str, int]:
-    """Where a pull writes, what would give another place, and the bytes that it has to bring there."""
+    """Return the folder that a pull writes to, the variable that sets it, and the bytes to download."""
     return Path(HF_HUB_CACHE), "HF_HOME", source.download_bytes
 
 
 def pull(source: Source, *, progress: Progress | None = None) -> Source:
     """Download what a build needs of a source into the Hub's cache, and compare every checksum.
 
-    Never downloaded: pickled weights, GGUF, code that is not trusted, second copies of the weights. A file
-    that the cache already holds is read once for its checksum and not downloaded again.
+    Never downloaded: pickled weights, GGUF, untrusted code, second copies of the weights. A file that is
+    already in the cache is read once for its checksum and not downloaded again.
 
     Args:
-        source: As resolved; a folder's source is returned as it is.
-        progress: Called with the bytes that are done and all bytes.
+        source: Resolved source; one of a folder is returned unchanged.
+        progress: Called with the bytes done and the total bytes.
 
     Returns:
         The source with `folder` set.
 
     Raises:
-        HubError: No connection or access, or a file that is not what the Hub says it is; that file is
+        HubError: The Hub cannot be reached or accessed, or a file has the wrong checksum; that file is
             removed from the cache.
-        CheckpointError: A file whose JSON has more parts than any model's.
+        CheckpointError: A JSON file has more parts than any model's.
         DiskSpaceError: The disk is full.
     """
     repo_id = source.repo_id
@@ -59,7 +59,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         needed = sorted(needed_files(sizes, weights, code=source.remote_code))
         total = sum(sizes[name] for name in needed)
         folder = Path(
-            patiently(  # goes on where it broke: what is complete is not loaded again
+            patiently(  # a retry resumes: complete files are not downloaded again
                 lambda: snapshot_download(
                     repo_id,
                     revision=source.commit,
@@ -79,9 +79,9 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
 
 
 def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoSibling]:
-    """Every file at a commit; out of reach of the Hub, from the cache, without checksums of large files.
+    """Return the files at a commit; offline, from the cache, without checksums of large files.
 
-    Not the tree call, which retries for 23 s where nobody answers.
+    The tree call is avoided: without a connection it retries for 23 s.
     """
     try:
         return files_of(api.model_info(repo_id, revision=commit, files_metadata=True))
@@ -94,23 +94,23 @@ def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, Rep
 
 
 def _check_all_came(folder: Path, names: list[str], *, repo_id: str) -> None:
-    """Refuse a snapshot that lacks files: the client keeps a commit's list for good, also one cut short."""
+    """Refuse an incomplete snapshot: the client keeps a commit's file list for good, even a short one."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
         raise HubError(
             f"{endpoint()} lists {repo_id} without {missing[0]}",
-            hint=f"its list was removed from the cache; check HF_ENDPOINT and proxies, then {AGAIN}",
+            hint=f"the list was removed from the cache; check HF_ENDPOINT and proxies, then {AGAIN}",
         )
 
 
 def _verify(path: Path, file: RepoSibling, *, repo_id: str) -> None:
-    """Compare a downloaded file with the Hub's checksum: the client itself compares only the size."""
+    """Compare a downloaded file with the Hub's checksum: the client compares only the size."""
     blob = path.resolve()
     if file.lfs or len(blob.name) == 64:  # the cache names a large file by its sha256
         actual, expected = sha256_of_file(path), file.lfs.sha256 if file.lfs else blob.name
     elif path.suffix == ".safetensors":
-        return  # offline, in a cache without links: nothing here says what it should be
+        return  # offline, in a cache without links: its checksum is unknown
     else:
         actual, expected = git_hash(path.read_bytes()), str(file.blob_id)
     if actual != expected:
@@ -123,9 +123,9 @@ def _verify(path: Path, file: RepoSibling, *, repo_id: str) -> None:
 
 
 def _remove_begun(path: Path) -> None:
-    """Remove what killed downloads of a file left in the cache, which nobody goes on from or looks for.
+    """Remove what killed downloads of a file left in the cache: no later attempt resumes from it.
 
-    Each attempt writes a file of its own, under the lock of the blob, until that is there.
+    Each attempt writes its own file, under the lock of the blob, until the blob exists.
     """
     blob = path.resolve()
     for begun in blob.parent.glob(f"{glob.escape(blob.name)}.*.incomplete"):
@@ -133,13 +133,13 @@ def _remove_begun(path: Path) -> None:
 
 
 def _counting_bar(progress: Progress, *, total: int) -> type[tqdm]:
-    """A progress bar class that draws nothing and reports bytes; the client takes classes only."""
+    """Return a progress bar class that draws nothing and reports bytes; the client accepts only classes."""
     lock = Lock()
     done = 0
 
     class CountingBar(tqdm):
         def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
-            # The client makes three bars: bytes on disk, bytes from the network, files.
+            # The client creates three bars: bytes on disk, bytes from the network, files.
             self.counts = name == "huggingface_hub.snapshot_download"
             super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 

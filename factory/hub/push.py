@@ -1,4 +1,4 @@
-"""Folder → Publication: one commit that holds everything, or none."""
+"""Publish a folder in one commit that holds everything, or not at all."""
 
 import json
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ from factory.hub.errors import AGAIN, CLIENT_ERRORS, endpoint, explain, hub_erro
 from factory.store.files import sha256_once, visible_files
 
 README = "README.md"
-THE_HUBS_OWN = {".gitattributes"}  # comes with every new repository
+THE_HUBS_OWN = {".gitattributes"}  # created with every repository
 
 
 def label(build: Build) -> str:
-    """The build's name and the start of a hash of its weights: other settings can give the same name."""
+    """Return the build's name and a short hash of its weights: other settings can give the same name."""
     return f"{build.name} {sha256(canonical_json(build.files).encode()).hexdigest()[:8]}"
 
 
 def full_name(repo_id: str) -> str:
-    """`owner/name`; `name` and `~/name` belong to whoever is logged in.
+    """Return `owner/name`; the owner of `name` and `~/name` is the account that is logged in.
 
     Raises:
-        HubError: No repository can have that name, nobody is logged in, or the Hub could not be asked who.
+        HubError: The name is invalid, the user is not logged in, or the Hub cannot be reached.
     """
     owner, _, name = repo_id.rpartition("/")
     is_own = "/" not in repo_id or owner == "~"
@@ -55,7 +55,7 @@ def full_name(repo_id: str) -> str:
 
 
 def _check_name(given: str, repo_id: str) -> None:
-    """Refuse, before anything is written, what the Hub would refuse as a name."""
+    """Refuse, before anything is written, a name that the Hub would refuse."""
     try:
         validate_repo_id(repo_id)
         valid = bool(HUB_NAME.fullmatch(repo_id))
@@ -63,7 +63,7 @@ def _check_name(given: str, repo_id: str) -> None:
         valid = False
     if not valid:
         raise HubError(
-            f"{given[:200]!r} is no repository name",
+            f"{given[:200]!r} is not a repository name",
             hint="give owner/name: letters, digits and - _ . between them, 96 characters at most",
         )
 
@@ -80,30 +80,30 @@ def push(
     named: str = "",
     force: bool = False,
 ) -> Publication:
-    """Publish a folder exactly as it is, in one commit, and read back what the Hub then holds.
+    """Publish a folder exactly as it is, in one commit, and compare it with what the Hub then holds.
 
-    The card is checked before the first byte goes up. Files that are there already are not sent again: if
-    all are, nothing is committed. Weight files of an earlier build that this one does not have are deleted
-    in the same commit; of a repository that the factory did not make, nothing is.
+    The card is checked before the first byte is uploaded. Files that the Hub already has are not sent again;
+    if it has all of them, nothing is committed. Weight files of an earlier build that this one lacks are
+    deleted in the same commit; in a repository that the factory did not create, nothing is deleted.
 
     Args:
         folder: A build's `model/`.
         repo_id: `owner/name`; `name` and `~/name` mean the account that is logged in.
-        private: Of a new repository; an existing one stays as it is, so that a public one is refused.
-        revision: Branch to commit to; made from `main` if it is new. None: `main`.
-        create_pr: Propose the commit as a pull request, or add it to the own one that is still open.
-        pull_request: Number of the one that an earlier push opened.
-        message: Of the commit; a pull request with this title is one of an earlier push, too.
-        named: What such a title has to name.
-        force: Overwrite a repository that the factory did not make.
+        private: Make a new repository private; if an existing one is public, refuse it.
+        revision: Branch to commit to, created from `main` if it is new; None: `main`.
+        create_pr: Propose the commit as a pull request, or add it to your own one that is still open.
+        pull_request: Number of the pull request that an earlier push opened.
+        message: Commit message; a pull request with this title also counts as one of an earlier push.
+        named: Text that such a title must contain.
+        force: Overwrite a repository that the factory did not create.
 
     Raises:
-        HubError: Says what was refused; either everything was published or nothing.
-        UsageError: A pull request to another branch than main.
+        HubError: The Hub refused something; either everything was published or nothing.
+        UsageError: A pull request was requested for another branch than main.
     """
     if create_pr and revision not in (None, "main"):
         raise UsageError(
-            f"a pull request goes to main, not to {revision!r}", hint="leave out `revision` or `create_pr`"
+            f"a pull request goes to main, not to {revision!r}", hint="remove `revision` or `create_pr`"
         )
     repo_id = full_name(repo_id)
     api = hub_api()
@@ -151,24 +151,24 @@ def push(
 
 @dataclass(frozen=True)
 class _Target:
-    """What a commit goes on top of."""
+    """The branch or pull request that a commit goes to, as it is now."""
 
-    revision: str | None  # branch, or reference of a pull request; None: main
+    revision: str | None  # branch, or ref of a pull request; None: main
     head: str
     files: dict[str, RepoFile]
     pull_request: int | None = None
 
 
 def _public(repo_id: str, *, create_pr: bool) -> HubError:
-    shown = ", and everybody would see what is proposed to it" if create_pr else ""
+    shown = ", so what is proposed there would be public, too" if create_pr else ""
     return HubError(
-        f"{repo_id} is there already and public{shown}",
-        hint="nothing was published; `public` publishes there, or choose another name",
+        f"{repo_id} already exists and is public{shown}",
+        hint="nothing was published; add `public` to publish there, or choose another name",
     )
 
 
 def _check_card(folder: Path, *, repo_id: str) -> None:
-    """Let the Hub check the card's front matter, which it would otherwise refuse after the upload."""
+    """Have the Hub check the card's front matter, which it would otherwise refuse after the upload."""
     path = folder / README
     if not path.is_file():
         raise HubError(f"{folder} has no {README}", hint="publish the model folder of a finished build")
@@ -184,7 +184,7 @@ def _check_card(folder: Path, *, repo_id: str) -> None:
 
 
 def _reasons(body: str) -> str:
-    """What the Hub says about a card, in one line."""
+    """Return the Hub's objections to a card in one line."""
     try:
         errors = json.loads(body)["errors"]
         return "; ".join(str(error["message"]) for error in errors)
@@ -193,19 +193,19 @@ def _reasons(body: str) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, str]:
-    """Every file below the folder but hidden ones → sha256."""
+    """Return the sha256 of every file below the folder, except hidden ones."""
     return {path.relative_to(folder).as_posix(): sha256_once(path) for path in visible_files(folder)}
 
 
 def _open_repository(
     api: HfApi, repo_id: str, *, private: bool, revision: str | None
 ) -> tuple[ModelInfo, str | None]:
-    """The repository, created if it is new, at the head to commit on; and the branch to make."""
+    """Return the repository, created if it is new, at the commit to build on, and the branch to create."""
     try:
         info = patiently(lambda: api.model_info(repo_id))
     except RepositoryNotFoundError:
         info = None
-    if info is None:  # `exist_ok` would hide who else made it in between, and fails on some 409 answers
+    if info is None:  # `exist_ok` would hide that it was created in between, and fails on some 409 answers
         api.create_repo(repo_id, private=private)
         info = patiently(lambda: api.model_info(repo_id))
     if revision is None:
@@ -219,9 +219,9 @@ def _open_repository(
 def _pull_request(
     api: HfApi, repo_id: str, target: _Target, *, known: int | None, title: str, named: str
 ) -> _Target:
-    """The account's own pull request that an earlier push opened and that is still open; else main as before.
+    """Return the account's still open pull request from an earlier push, or `target` if there is none.
 
-    It is the one on record, or, as a record can be lost, the last one with this title that names the build.
+    It is the recorded one or, as a record can be lost, the latest one with this title that names the build.
     """
     author = patiently(lambda: api.whoami(cache=True))["name"]
     found = patiently(
@@ -246,7 +246,7 @@ def _remote_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoFil
 
 
 def _others_files(remote: dict[str, RepoFile], *, repo_id: str, commit: str) -> list[str]:
-    """Files of a repository that the factory did not make; none of an empty one or an earlier build's."""
+    """Return the files of a repository that the factory did not create; none if it is empty or a build's."""
     if Build.file_name in remote:
         path = Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
         try:
@@ -259,16 +259,16 @@ def _others_files(remote: dict[str, RepoFile], *, repo_id: str, commit: str) -> 
 
 
 def _check_others(others: list[str], local: dict[str, str], *, repo_id: str, accepted: bool) -> None:
-    """Refuse a repository whose own content was not accepted, or would be loaded in place of the build's."""
+    """Refuse other content in a repository unless accepted, or if it would be loaded instead of the build."""
     if not accepted:
         raise HubError(
-            f"{repo_id} holds content that is not a build's: "
+            f"{repo_id} has content that is not from a build: "
             f"{', '.join(others[:3])}{', …' * (len(others) > 3)}",
-            hint="nothing was published; choose another name, or `create_pr`, or `force` to overwrite it",
+            hint="nothing was published; choose another name, add `create_pr`, or overwrite it with `force`",
         )
     if WEIGHTS in others and WEIGHTS not in local:
         raise HubError(
-            f"{repo_id} holds a {WEIGHTS} of its own, which would be loaded in place of the build's shards",
+            f"{repo_id} has its own {WEIGHTS}, which would be loaded instead of the build's shards",
             hint="nothing was published; choose another name, or remove that file first",
         )
 
@@ -278,7 +278,7 @@ def _is_weight(name: str) -> bool:
 
 
 def _differing(folder: Path, local: dict[str, str], remote: dict[str, RepoFile]) -> list[str]:
-    """Local files that the Hub does not hold with the same content."""
+    """Return the local files that the Hub lacks or holds with other content."""
     return [
         name
         for name, digest in local.items()
@@ -301,7 +301,7 @@ def _commit(
     folder: Path,
     local: dict[str, str],
 ) -> tuple[str, int | None]:
-    """Make the one commit and compare every file with what then lies on the Hub.
+    """Make the commit and compare every file with what the Hub then holds.
 
     Returns:
         The commit's hash, and the number of the pull request if it opened one.
@@ -311,7 +311,7 @@ def _commit(
         made: CommitInfo = api.create_commit(repo_id, operations, **request)
         commit, opened = made.oid, made.pr_num
     except CLIENT_ERRORS as error:
-        # The commit may have been made although its answer was lost.
+        # The commit may have succeeded although the answer was lost.
         landed = is_unknown(error) and _landed(api, repo_id, request, folder=folder, local=local)
         if not landed:
             explained = explain(error, repo_id=repo_id, revision=request["revision"], writing=True)
@@ -323,8 +323,8 @@ def _commit(
         remote = _remote_files(api, repo_id, commit=commit)
     except CLIENT_ERRORS as error:
         raise HubError(
-            f"{repo_id} was published as {commit[:12]}, but the Hub did not let it be read back",
-            hint=f"{AGAIN}: it compares and uploads nothing twice",
+            f"{repo_id} was published as {commit[:12]}, but could not be read back from the Hub",
+            hint=f"{AGAIN}: it compares the files and uploads nothing twice",
         ) from error
     for name, digest in local.items():
         if name not in remote or not _is_same(folder / name, digest, remote[name]):
@@ -338,16 +338,16 @@ def _commit(
 def _landed(
     api: HfApi, repo_id: str, request: dict[str, Any], *, folder: Path, local: dict[str, str]
 ) -> str | None:
-    """The head of the branch if it holds every local file; None if it does not.
+    """Return the head of the branch if it holds every local file; None if it does not.
 
     Raises:
-        HubError: It cannot be found out.
+        HubError: The state of the repository cannot be determined.
     """
     page = f"{endpoint()}/{repo_id}"
     if request["create_pr"]:
         raise HubError(
-            f"the connection was lost while a pull request to {repo_id} was on its way",
-            hint=f"look at {page}/discussions, or {AGAIN}: it goes on with the one that is open there",
+            f"the connection was lost while a pull request to {repo_id} was being sent",
+            hint=f"look at {page}/discussions, or {AGAIN}: it continues the one that is open there",
         )
     try:
         head = str(patiently(lambda: api.model_info(repo_id, revision=request["revision"])).sha)

@@ -1,4 +1,4 @@
-"""Code that comes with a model: run only where it is trusted, at one commit, and never copied."""
+"""Handle code that comes with a model: it runs only if trusted, at one commit, and is never copied."""
 
 import json
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from factory.artifacts import Source
 from factory.errors import ModelError, UnsupportedArchitectureError
 
 CONFIG_CLASS, MODEL_CLASS, TOKENIZER_CLASS = "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"
-# What loading somebody's module can raise before anything of it runs.
+# Errors that loading a foreign module can raise before any of it runs.
 LOADING_ERRORS = (ImportError, SyntaxError, AttributeError, OSError, ValueError)
-registered: list[Source] = []  # in this process; those that it starts have to do the same
+registered: list[Source] = []  # in this process; worker processes must register them again
 
 
 def class_references(config: Mapping[str, Any]) -> dict[str, str]:
-    """The classes that a config.json asks for by `auto_map`: {"AutoConfig": "configuration_x.XConfig", …}.
+    """Return the classes that `auto_map` names: {"AutoConfig": "configuration_x.XConfig", …}.
 
     Raises:
-        UnsupportedArchitectureError: No configuration or no causal language model among them, or code of
+        UnsupportedArchitectureError: They lack a configuration or a causal language model, or need code of
             another repository, which no commit of this one pins.
     """
     found = config.get("auto_map")
@@ -39,10 +39,10 @@ def class_references(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def register(source: Source) -> None:
-    """Load the classes that came with a pulled source and make them transformers' own for this process.
+    """Load the classes that came with a pulled source and register them with transformers in this process.
 
-    From then on the source and what is made from it load like any model, without a flag and without
-    another look at the code: `AutoConfig.register` and its like are how transformers takes in models.
+    From then on, the source and models derived from it load like any other, without a flag and without
+    reading the code again.
 
     Raises:
         ModelError: The code does not load here.
@@ -69,7 +69,7 @@ def register(source: Source) -> None:
 
 
 def _tokenizer_reference(folder: Path) -> str | None:
-    """The tokenizer's class, where it is foreign too; the fast one if there are two."""
+    """Return the tokenizer's class if it is foreign, too; the fast one if there are two."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     reference = settings.get("auto_map", {}).get(TOKENIZER_CLASS)
@@ -84,10 +84,10 @@ def _tokenizer_reference(folder: Path) -> str | None:
 
 
 def point_to_source(source: Source, folder: Path) -> None:
-    """Let the settings in `folder` name the source's repository as the place of its code.
+    """Make the settings in `folder` refer to the source's repository for its code.
 
-    "owner/name--module.Class" is transformers' own notation. Of a folder's code nothing is named: it
-    would have to be copied.
+    "owner/name--module.Class" is transformers' own notation. References to the code of a local folder are
+    removed: it would have to be copied.
     """
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name

@@ -1,4 +1,4 @@
-"""The headers of safetensors files that lie on the Hub, by range requests: no weight is downloaded."""
+"""Read the headers of safetensors files on the Hub by range requests, without downloading weights."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,25 +13,25 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from factory.checkpoint.header import TensorInfo, check_count, header_length, parse_header
 
-FIRST_BYTES = 100_000  # nearly every header is shorter: one request is enough
-SECONDS = 10.0  # without an answer
+FIRST_BYTES = 100_000  # longer than nearly every header, so that one request is enough
+SECONDS = 10.0  # timeout
 
 
 def read_remote_headers(
     api: HfApi, repo_id: str, *, commit: str, sizes: Mapping[str, int]
 ) -> dict[str, TensorInfo]:
-    """Tensors of weight files, read as strictly as those of files that are here.
+    """Return the tensors of weight files, read as strictly as those of local files.
 
-    The client's own reading takes what a header says for true, and parses 25 MB of it in each thread.
+    The client's own reader trusts what a header says, and parses up to 25 MB of it in each thread.
 
     Args:
-        sizes: Of the weight files, in bytes.
+        sizes: Size of each weight file in bytes.
 
     Raises:
-        CheckpointError: Not well-formed, or more tensors than any model has.
+        CheckpointError: A header is malformed or has more tensors than any model.
     """
     tensors: dict[str, TensorInfo] = {}
-    one_at_a_time = Lock()  # what a header becomes in memory is many times as long as it
+    one_at_a_time = Lock()  # a parsed header takes many times its length in memory
 
     def read(name: str) -> None:
         path, size_bytes = Path(name), sizes[name]
@@ -51,7 +51,7 @@ def read_remote_headers(
 
 
 def _range(api: HfApi, url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a file, or fewer where it ends before."""
+    """Download bytes [start, end) of a file, or fewer if it is shorter."""
     known = build_hf_headers(
         token=api.token, library_name=api.library_name, library_version=api.library_version
     )

@@ -1,4 +1,4 @@
-"""Model reference → Source: a commit, its configuration and its headers; no weight is downloaded."""
+"""Resolve a model reference to a source, from its configuration and headers; no weights are downloaded."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -39,7 +39,7 @@ from factory.resources import DEMO_MODEL
 
 
 def resolve_model(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """The source that an alias, a repository or a folder means; see `resolve`."""
+    """Resolve an alias, a repository or a folder; see `resolve`."""
     if reference not in aliases():
         return resolve(reference, trust_remote_code=trust_remote_code)
     recipe = load_recipe(reference)
@@ -50,17 +50,17 @@ def resolve_model(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """Find out what a model is, without its weights: configuration and safetensors headers only.
+    """Resolve a folder or repository from its configuration and safetensors headers, without weights.
 
     Args:
         reference: A folder, or `owner/name[@revision]`.
         trust_remote_code: Accept a model type that only code of its own repository knows, at a pinned commit.
 
     Raises:
-        UnknownModelError: No folder, and not written like a repository name.
-        HubError: No such repository or revision, no access, no connection.
-        CheckpointError: Weights that are missing or in a format that is not read.
-        ModelError: A model that the factory cannot work on.
+        UnknownModelError: The reference is not a folder and not a repository name.
+        HubError: The repository or revision does not exist, or cannot be accessed or reached.
+        CheckpointError: Weights are missing or in an unsupported format.
+        ModelError: The factory cannot work on this model.
     """
     folder = local_path(reference)
     if folder.is_dir():
@@ -77,13 +77,13 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
-    """The commit of a folder is a hash of the files that make the model, not of its card."""
+    """Resolve a folder, whose commit is a hash of the model's files without the card."""
     names = names_in(folder)
     _check_names(names, where=str(folder))
     sizes = {name: (folder / name).stat().st_size for name in names}
     needed = sorted(needed_files(sizes, ()))
     check_sizes({name: sizes[name] for name in needed})
-    auxiliary_files(folder)  # refuses links that lead elsewhere
+    auxiliary_files(folder)  # refuses links that point elsewhere
     check_json(folder, needed)
     config = _read_config(folder / CONFIG)
     remote_code = _needs_code(config, trusted=trust_remote_code)
@@ -127,7 +127,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
     tokenizer_config = Path(TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in sizes:
         tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
-    there = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
+    cached_names = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
     source = _source(
         name=repo_id.split("/")[1],
         repo_id=repo_id,
@@ -141,11 +141,11 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         has_chat_template=_has_chat_template(sizes, tokenizer_config),
         remote_code=remote_code,
     )
-    return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in there)})
+    return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in cached_names)})
 
 
 def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
-    """The safetensors files that transformers would load, sorted."""
+    """Return the safetensors files that transformers would load, sorted."""
     if WEIGHTS in names:
         return [WEIGHTS]
     path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
@@ -159,25 +159,25 @@ def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[s
     strange = [name for name in weights if not is_shard_name(name)]
     if strange:
         raise CheckpointError(
-            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, no safetensors file beside it",
-            hint="do not use this repository unless you trust where it comes from",
+            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, not a safetensors file beside it",
+            hint="do not use this repository unless you trust its origin",
         )
     missing = [name for name in weights if name not in names]
     if missing or not weights:
         raise CheckpointError(
-            f"{repo_id} lacks {_some(missing) or 'weights'} that its {WEIGHTS_INDEX} names",
-            hint="its upload is incomplete: choose another revision",
+            f"{repo_id} lacks {_some(missing) or 'weights'}, named in its {WEIGHTS_INDEX}",
+            hint="the upload is incomplete: choose another revision",
         )
     return weights
 
 
 def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bool = False) -> set[str]:
-    """Weights, configuration, tokenizer, chat templates, licence texts and card; code only if asked for.
+    """Return the names of weights, configuration, tokenizer, templates, licence texts, card and code.
 
     Args:
-        sizes: Bytes of each file.
-        weights: Names of the weight files to take.
-        code: Whether the model's own Python is needed.
+        sizes: Size of each file in bytes.
+        weights: Names of the weight files to include.
+        code: Include the model's own Python.
     """
     always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
     return {
@@ -190,7 +190,7 @@ def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bo
 
 
 def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
-    """The cache's folder of a commit, if a pull has completed it."""
+    """Return the cache's folder of a commit, if a pull has completed it."""
     try:
         sizes = {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
         _check_names(sizes, where=repo_id)

@@ -1,1 +1,1 @@
-"""What a decoder is: configuration, layers, tokenizer, loading, devices."""
+"""Describe and load decoders: configuration, layers, tokenizer, weights, devices."""

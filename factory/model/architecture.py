@@ -1,4 +1,4 @@
-"""Any decoder: where its layers live, which config fields are per layer, how to renumber them."""
+"""Handle any decoder: find its layers, and rewrite names and config fields when layers are removed."""
 
 import copy
 import re
@@ -13,11 +13,11 @@ from factory.model.config_fields import packing
 from factory.model.config_proof import num_layers_of, text_config, values_of, verify_structure
 
 FIRST_NUMBER = re.compile(r"^(|.*?\.)(0|[1-9][0-9]{0,8})\.")
-# What lies beside packed weights and holds none: their scales, zero points, codes, order and shape.
+# Tensors beside packed weights that hold none: scales, zero points, codes, order and shape.
 BESIDE = re.compile(
     r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
 )
-WORDS = ("U8", "I32")  # hold several weights each
+WORDS = ("U8", "I32")  # types that hold several weights each
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
     """Find the decoder stack of a checkpoint from its config.json and its tensor names.
 
     Args:
-        config: config.json as it stands.
-        tensor_names: Of the whole checkpoint.
+        config: Contents of config.json.
+        tensor_names: Names of all tensors in the checkpoint.
 
     Raises:
-        UnsupportedArchitectureError: An encoder-decoder, or no single stack of the configured size.
+        UnsupportedArchitectureError: It is an encoder-decoder, or has no single stack of the configured size.
     """
     model_type = str(config.get("model_type", ""))
     _, num_layers = _path_and_count(config)
@@ -45,7 +45,7 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
     for name in tensor_names:
         if match := FIRST_NUMBER.match(name):
             indices.setdefault(match[1], set()).add(int(match[2]))
-    # Layers of multi-token prediction may be numbered on after the last decoder layer.
+    # The numbers of multi-token prediction layers may continue after the last decoder layer.
     whole = [
         prefix
         for prefix, found in indices.items()
@@ -56,12 +56,12 @@ def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
 
 
 def renumber(name: str, *, stack: DecoderStack, kept_index: Mapping[int, int]) -> str | None:
-    """Name of a tensor after pruning, None if its layer is dropped.
+    """Return the name of a tensor after pruning; None if its layer is dropped.
 
-    Layers numbered past the last decoder layer (multi-token prediction) stay behind the last kept one.
+    Layers numbered past the last decoder layer (multi-token prediction) follow the last kept one.
 
     Args:
-        kept_index: Old 0-based layer number to new one, for the layers that stay.
+        kept_index: Old → new 0-based number of each kept layer.
     """
     match = FIRST_NUMBER.match(name)
     if match is None or match[1] != stack.tensor_prefix:
@@ -72,14 +72,14 @@ def renumber(name: str, *, stack: DecoderStack, kept_index: Mapping[int, int]) -
 
 
 def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, Any]:
-    """config.json for the kept layers, proven by building both models without weights.
+    """Return config.json for the kept layers, proven by building both models without weights.
 
     Args:
-        config: config.json as it stands.
-        kept: 0-based layer numbers, ascending.
+        config: Contents of config.json.
+        kept: 0-based numbers of the kept layers, ascending.
 
     Raises:
-        UnsupportedArchitectureError: transformers does not know the model type, or it is no decoder.
+        UnsupportedArchitectureError: transformers does not know the model type, or it is not a decoder.
         UnsupportedFieldError: A field would give a kept layer another kind, window or position encoding.
     """
     path, num_layers = _path_and_count(config)
@@ -99,7 +99,7 @@ def prune_config(config: dict[str, Any], *, kept: Sequence[int]) -> dict[str, An
 
 
 def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
-    """Whether the fields of a configuration allow these layers to be missing; not yet proven by building."""
+    """Return whether the fields of a configuration allow these layers to be dropped, without building it."""
     path, num_layers = _path_and_count(config)
     kept = [layer for layer in range(num_layers) if layer not in dropped]
     values = {**values_of(text_config(config)), **_at(config, path)}
@@ -111,18 +111,18 @@ def may_drop(config: dict[str, Any], dropped: Collection[int]) -> bool:
 
 
 def _rewritten(values: dict[str, Any], **cut: Any) -> dict[str, Any]:
-    """`decoder_fields.rewritten`, whose rules take it that a field holds what its name says."""
+    """Call `config_fields.rewritten`, whose rules assume that every field has a sensible value."""
     try:
         return fields.rewritten(values, **cut)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnsupportedFieldError(
-            f"{cut['model_type']}: a field about layers holds what it cannot mean: {error!r}"[:200],
+            f"{cut['model_type']}: a field about layers has an invalid value: {error!r}"[:200],
             hint="the configuration is damaged; download it again",
         ) from error
 
 
 def _path_and_count(config: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Where the decoder's fields are, and how many layers it has."""
+    """Return the path to the decoder's fields and its number of layers."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedArchitectureError(
@@ -147,7 +147,7 @@ def _at(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
-    """How many parameters of the model a stored tensor holds."""
+    """Return how many parameters of the model a stored tensor holds."""
     settings = packing(config)
     if not settings:
         return tensor.num_elements

@@ -1,4 +1,4 @@
-"""The proof, from headers alone, that the weights hold every parameter of the model that will be built."""
+"""Prove from headers alone that the weights hold every parameter of the model."""
 
 import re
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ from factory.model.config_fields import packing
 from factory.model.config_proof import check_decoder, find_layers, on_meta
 from factory.model.loading import loading_report, some, told
 
-PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")  # others hold packed weights, in shapes of their own
-AGAIN = "the checkpoint is incomplete, or config.json is another model's; download both again"
+PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")  # others hold packed weights, in other shapes
+AGAIN = "the checkpoint is incomplete, or config.json belongs to another model; download both again"
 
 
 def check_source(source: Source) -> None:
-    """Refuse a model that is no decoder, or whose weights lack what transformers would then make up.
+    """Refuse a model that is not a decoder, or whose weights lack parameters that transformers would invent.
 
-    transformers itself matches names and shapes, on the meta device, so that what it renames, fuses, ties
-    or computes counts as there. A model of its own code is checked when it is loaded.
+    transformers itself matches names and shapes on the meta device, so that parameters that it renames,
+    fuses, ties or computes count as present. A model with its own code is checked when it is loaded.
 
     Raises:
         UnsupportedArchitectureError: transformers cannot build it as a causal language model.
-        CheckpointError: Names the first tensor that is missing or has another shape, and its layer.
+        CheckpointError: A tensor is missing or has another shape; the message names it and its layer.
     """
     if source.remote_code:
         return
@@ -33,7 +33,7 @@ def check_source(source: Source) -> None:
     try:
         with told("be loaded"):
             report = loading_report(model, {name: shape for name, (_, shape) in source.tensors.items()})
-    except VerificationError:  # parts that are fused do not fit together
+    except VerificationError:  # parts to be fused do not fit together
         if packing(source.config):
             return
         weights.check_layers()
@@ -52,7 +52,7 @@ def check_source(source: Source) -> None:
 
 
 class _Weights:
-    """The tensors of a source by transformers' names: what an error says of them, in their own names."""
+    """The tensors of a source, mapped from transformers' names to their own for error messages."""
 
     def __init__(self, source: Source, model: Any) -> None:
         self.tensors = source.tensors
@@ -67,24 +67,24 @@ class _Weights:
                 self.layers[index].add(rest)
 
     def is_plain(self, name: str) -> bool:
-        """Whether a parameter is stored as it is."""
+        """Return whether a parameter is stored unpacked."""
         dtype, _ = self.tensors.get(self._stored_name(name), ("", ()))
         return dtype in PLAIN_DTYPES
 
     def lacking(self, missing: list[str]) -> CheckpointError:
-        """The error for parameters that no tensor gives."""
+        """Return the error for parameters that no tensor provides."""
         first = missing[0]
         if wrapper := self._wrapper(missing):
             return CheckpointError(
-                f"the names of the weights begin with {wrapper!r}: transformers would know none of them and "
-                f"make up {len(missing):,} parameters",
-                hint=f"take {wrapper!r} off the names: a wrapper of the model was saved, not the model",
+                f"the names of the weights begin with {wrapper!r}: transformers would recognise none of them "
+                f"and invent {len(missing):,} parameters",
+                hint=f"remove {wrapper!r} from the names: a wrapper of the model was saved, not the model",
             )
         module = self.model.get_submodule(first.rpartition(".")[0])
         if len(missing) == 1 and module is self.model.get_output_embeddings():
             return CheckpointError(
                 f"the weights lack {first}, and config.json does not tie it to the embedding",
-                hint='set "tie_word_embeddings": true there if it was trained so; else download it again',
+                hint='set "tie_word_embeddings": true if it was trained so; otherwise download it again',
             )
         index, _ = _split(first, self.ours)
         if index is None:
@@ -93,7 +93,7 @@ class _Weights:
         return self._lacking_in(index, self._lost(index) or [self._stored_name(name) for name in of_layer])
 
     def misshapen(self, name: str, found: Iterable[int], wanted: Iterable[int]) -> CheckpointError:
-        """The error for a tensor of another shape, or for what several tensors make together."""
+        """Return the error for a tensor, or several fused ones, of another shape."""
         index, _ = _split(name, self.ours)
         stored = self._stored_name(name)
         if index is not None and stored not in self.tensors and (lost := self._lost(index)):
@@ -104,10 +104,10 @@ class _Weights:
         )
 
     def check_layers(self) -> None:
-        """Refuse a layer that lacks a tensor of the layer most like it, or has it in another shape.
+        """Refuse a layer that lacks a tensor of the most similar layer, or has it in another shape.
 
         Raises:
-            CheckpointError: Names the tensor.
+            CheckpointError: A layer differs; the message names the tensor.
         """
         for index, mine in enumerate(self.layers):
             if lost := self._lost(index):
@@ -123,22 +123,22 @@ class _Weights:
         return CheckpointError(f"the weights lack {some(names)} (layer {index})", hint=AGAIN)
 
     def _like(self, index: int) -> int:
-        """The other layer whose tensors are most like those of this one; itself if there is no other."""
+        """Return the other layer with the most similar tensors; the layer itself if there is no other."""
         mine = self.layers[index]
         others = (number for number in range(self.num_layers) if number != index)
         return min(others, key=lambda number: len(mine ^ self.layers[number]), default=index)
 
     def _lost(self, index: int) -> list[str]:
-        """Names that a layer lacks and the layer most like it has."""
+        """Return the names that a layer lacks and the most similar one has."""
         lost = self.layers[self._like(index)] - self.layers[index]
         return sorted((f"{self.theirs}{index}.{rest}" for rest in lost), key=_by_number)
 
     def _stored_name(self, name: str) -> str:
-        """A parameter's name in the files, where they only begin it differently."""
+        """Return a parameter's name in the files, which may have another prefix."""
         return f"{self.theirs}{name[len(self.ours) :]}" if name.startswith(self.ours) else name
 
     def _wrapper(self, missing: list[str]) -> str:
-        """What stands before all names, if that is why no layer has anything; "" otherwise."""
+        """Return the prefix of all names if it is the reason why no layer has weights; otherwise ""."""
         in_layers = sum(name.startswith(self.ours) for name in self.model.state_dict())
         if sum(name.startswith(self.ours) for name in missing) < in_layers:
             return ""
@@ -148,17 +148,17 @@ class _Weights:
 
 
 def _split(name: str, prefix: str) -> tuple[int | None, str]:
-    """A layer's number and what follows it; no number for what is outside the layers."""
+    """Split a name into layer number and rest; the number is None outside the layers."""
     index, dot, rest = name.removeprefix(prefix).partition(".")
     inside = name.startswith(prefix) and dot and re.fullmatch("[0-9]{1,9}", index)
     return (int(index), rest) if inside else (None, name)
 
 
 def _beginnings(names: Iterable[str]) -> set[str]:
-    """Names of all modules that these tensors are in."""
+    """Return the names of all modules that contain these tensors."""
     return {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 2."""
+    """Return a sort key that puts layer 10 after layer 2."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""What configuration fields mean, by name, and how each kind is rewritten when layers are removed."""
+"""Classify configuration fields by name, and rewrite each kind when layers are removed."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
 
-# Number of decoder layers; the first that a configuration has counts, others must agree with it.
+# Number of decoder layers; the first one in a configuration counts, others must agree with it.
 COUNTS = (
     "decoder_layers",
     "num_decoder_layers",
@@ -21,7 +21,7 @@ COUNTS = (
 )
 # Where a multimodal configuration keeps the decoder's fields.
 NESTED = ("text_config", "language_config", "llm_config", "decoder")
-# One entry a layer: lists, or strings of one letter a layer.
+# One entry per layer: lists, or strings with one letter per layer.
 PER_LAYER = frozenset(
     {
         "activation_sparsity_pattern",
@@ -50,7 +50,7 @@ PER_LAYER = frozenset(
         "sparse_attention_freq",
     }
 )
-# Lists that may have as many entries as there are layers, by accident.
+# Lists that may happen to have as many entries as there are layers.
 NOT_PER_LAYER = frozenset(
     {
         "architectures",
@@ -77,7 +77,7 @@ NOT_PER_LAYER = frozenset(
         "time_step_limit",
     }
 )
-# A pattern that is repeated until there are enough layers.
+# Patterns that are repeated until there are enough layers.
 CYCLES = frozenset({"block_types"})
 # Lists of 0-based layer numbers.
 LAYER_NUMBERS = frozenset(
@@ -104,11 +104,11 @@ THRESHOLDS = frozenset(
         "num_hash_layers",
     }
 )
-# Layers up to and with the value differ from those above it; negative numbers count from the end.
+# Layers up to and including the value differ from those above it; negative numbers count from the end.
 LAST_OF_KIND = frozenset({"moe_layer_end_index"})
-# Multiplied with 1/sqrt(number of layers) in every layer.
+# Multiplied by 1/sqrt(number of layers) in every layer.
 OVER_SQRT_OF_COUNT = frozenset({"scale_depth"})
-# Every so many layers one is of another kind; nothing to rewrite, the kept layers must still follow it.
+# One in so many layers is of another kind; not rewritten: the kept layers must still follow the period.
 PERIODS = frozenset(
     {
         "attn_layer_offset",
@@ -126,37 +126,37 @@ PERIODS = frozenset(
         "sliding_window_pattern",
     }
 )
-# What cannot be right without some of the layers, if it is set.
+# Fields that, if set, cannot be right once any layer is missing.
 INSEPARABLE = {
-    "hidden_size_per_layer_input": "the embeddings of all layers lie in one table",
+    "hidden_size_per_layer_input": "the embeddings of all layers are in one table",
     "n_layers_per_attn_res_block": "layers read the sums of all blocks of layers before them",
     "num_layers_per_stack": "stacks of layers are run several times",
     "ple_layer_ids": "embeddings depend on the numbers of their layers",
 }
 # Types whose layers are not a chain of functions of the hidden states.
-UNPROVEN = {"reformer": "its layers are reversible and hand on two streams"}
-# Words in a tensor's or module's name that mark a stack which is not the decoder.
+UNPROVEN = {"reformer": "its layers are reversible and pass on two streams"}
+# Words in a tensor's or module's name that mark a stack other than the decoder.
 TOWERS = ("vision", "visual", "audio", "image", "speech")
-# Names under which models keep their list of layers.
+# Names of lists of layers.
 STACKS = frozenset({"layers", "h", "layer", "blocks", "block"})
-# Attributes in which a module keeps its layer's number.
+# Attributes that hold the number of a module's layer.
 INDEX_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
-# Attributes in which a module keeps the numbers of several layers.
+# Attributes that hold the numbers of several layers.
 INDEX_LISTS = frozenset({"layer_block_map"})
-# How many numbers the parts of a layer take in the cache, where it is not one.
+# How many numbers the parts of a layer take in the cache, if not one.
 NUMBERS_A_LAYER = {"longcat_flash": 2}
 # Code that computes with the number of a layer.
 ARITHMETIC = re.compile(
     r"layer_(?:idx|id|index|number)\s*(?:[-+*/%]|//)\s"
     r"|(?:[-+*/%]|//)\s*(?:float\()?(?:self\.)?layer_(?:idx|id|index|number)\b"
 )
-# Groups of fields, some of them about layers.
+# Nested groups of fields, some of them about layers.
 GROUPS = frozenset({"linear_attn_config", "sparse_attention_config"})
-# Groups whose lists are about something else.
+# Nested groups whose lists are not about layers.
 OTHER_GROUPS = re.compile(
     r"rope|quantization|compression|auto_map|task_specific|2label|label2|^per_layer_config$"
 )
-# Names in a tower, or in a module of multi-token prediction that counts its layers by itself.
+# Names in a tower, or in a module of multi-token prediction that numbers its layers separately.
 OTHER_STACK = re.compile(rf"{'|'.join(TOWERS)}|(?:^|\.)mtp\.")
 # Patterns (re:… of compressed-tensors, -:… and +:… of GPTQ) that seem to choose layers by number.
 NUMBER_IN_PATTERN = re.compile(r"layers.*\d|^(?:re|[-+]):.*\.[(\[]*(?:\?:)?\d")
@@ -164,20 +164,20 @@ LAYER_IN_NAME = re.compile(r"^(.*\b(?:layers|layer|h|blocks|block)\.)(\d+)(\b.*)
 
 
 def vocab_size(config: Mapping[str, Any]) -> int | None:
-    """What config.json says of the vocabulary's size; None where it leaves that to its class."""
+    """Return the vocabulary size in config.json; None if it is left to the configuration class."""
     parts = (config, config.get("text_config") or {})
     return next((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), None)
 
 
 def packing(config: Mapping[str, Any]) -> Any:
-    """What config.json says of weights that are packed already; None where they are not."""
+    """Return the settings of packed weights in config.json; None if they are not packed."""
     parts = (config, *(config.get(name) for name in NESTED))
     found = (part.get("quantization_config") for part in parts if isinstance(part, Mapping))
     return next((settings for settings in found if settings), None)
 
 
 def packing_method(config: Mapping[str, Any]) -> str:
-    """How they are packed, for people: "gptq"."""
+    """Return the name of the packing method: "gptq"."""
     settings = packing(config)
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     return str(method or "quantised")
@@ -186,21 +186,22 @@ def packing_method(config: Mapping[str, Any]) -> str:
 def rewritten(
     values: Mapping[str, Any], *, kept: Sequence[int], num_layers: int, model_type: str
 ) -> dict[str, Any]:
-    """New values of the fields that change when only `kept` layers stay.
+    """Return new values of the fields that change when only some layers are kept.
 
     Args:
         values: The decoder's fields, with the defaults of its class.
-        kept: 0-based, ascending.
-        num_layers: Before.
+        kept: 0-based numbers of the kept layers, ascending.
+        num_layers: Number of layers before.
 
     Raises:
-        UnsupportedFieldError: A field that cannot be right for the kept layers, or is not known.
+        UnsupportedFieldError: A field cannot be right for the kept layers, or is unknown.
     """
     changed: dict[str, Any] = {name: len(kept) for name in COUNTS if values.get(name) == num_layers}
     for name, value in values.items():
         if value and name in INSEPARABLE:
             raise UnsupportedFieldError(
-                f"{model_type}: {name} = {value}: {INSEPARABLE[name]}", hint="no layer of it can be dropped"
+                f"{model_type}: {name} = {value}: {INSEPARABLE[name]}",
+                hint="none of its layers can be dropped",
             )
         if rule := _rule(name, value, num_layers=num_layers, model_type=model_type):
             changed[name] = rule(value, kept, num_layers)
@@ -225,7 +226,7 @@ Rule = Callable[[Any, Sequence[int], int], Any]
 
 
 def _rule(name: str, value: Any, *, num_layers: int, model_type: str) -> Rule | None:
-    """How a field is rewritten; None if it stays."""
+    """Return the rule that rewrites a field; None if it does not change."""
     if name in NOT_PER_LAYER or name in GROUPS or isinstance(value, bool) or not value:
         return None
     if isinstance(value, int | float):
@@ -245,7 +246,7 @@ def _rule(name: str, value: Any, *, num_layers: int, model_type: str) -> Rule | 
 
 
 def _refuse_if_long(name: str, value: Any, *, num_layers: int, model_type: str) -> None:
-    """Refuse a list that may be about layers by its length or its name."""
+    """Refuse a list whose length or name suggests that it is about layers."""
     if not isinstance(value, list):
         return
     named = re.search(r"layers|layer_?id|layer_?ind|_idxs", name) and all(
@@ -254,7 +255,7 @@ def _refuse_if_long(name: str, value: Any, *, num_layers: int, model_type: str) 
     if len(value) == num_layers or named:
         raise UnsupportedFieldError(
             f"{model_type}: {name} has {len(value)} entries that may be about layers",
-            hint="this field is not known, so it is not guessed",
+            hint="this field is unknown, and its meaning is not guessed",
         )
 
 
@@ -281,7 +282,7 @@ def _cycle(value: Any, kept: Sequence[int], _: int) -> Any:
 
 
 def _entries(value: Any, kept: Sequence[int], num_layers: int) -> Any:
-    """Entries past the last layer are for multi-token prediction and stay."""
+    """Keep the entries of kept layers, and those past the last layer, for multi-token prediction."""
     entries = [*(value[layer] for layer in kept), *value[num_layers:]]
     return "".join(entries) if isinstance(value, str) else entries
 
@@ -289,7 +290,7 @@ def _entries(value: Any, kept: Sequence[int], num_layers: int) -> Any:
 def _kv_sharing(
     values: Mapping[str, Any], *, kept: Sequence[int], num_layers: int, model_type: str
 ) -> dict[str, Any]:
-    """The last layers may read keys and values of the last earlier layer of their type (Gemma 3n, 4)."""
+    """Rewrite the number of last layers that reuse keys and values of an earlier layer (Gemma 3n, 4)."""
     num_shared = values.get("num_kv_shared_layers") or 0
     if not num_shared:
         return {}
@@ -302,13 +303,13 @@ def _kv_sharing(
             raise UnsupportedFieldError(
                 f"{model_type}: num_kv_shared_layers = {num_shared}: layer {layer} reads the keys and "
                 f"values of {where}",
-                hint="it runs beside that model only" if source is None else f"keep layer {source}",
+                hint="it only runs together with that model" if source is None else f"keep layer {source}",
             )
     return {"num_kv_shared_layers": sum(layer >= first_shared for layer in kept)}
 
 
 def _check_indexers(values: Mapping[str, Any], *, kept: Sequence[int], model_type: str) -> None:
-    """A layer with a "shared" indexer attends to what the last "full" one before it chose (GLM DSA)."""
+    """Refuse to drop a "full" indexer whose choice a kept layer with a "shared" one uses (GLM DSA)."""
     types = values.get("indexer_types")
     if not isinstance(types, list):
         return
@@ -322,7 +323,7 @@ def _check_indexers(values: Mapping[str, Any], *, kept: Sequence[int], model_typ
 
 
 def _check_attention(values: Mapping[str, Any], *, kept: Sequence[int], model_type: str) -> None:
-    """transformers counts the tokens in a cache by an attention layer: one must stay."""
+    """Refuse a cut without attention layers: transformers counts the tokens in a cache by one of them."""
     for name in ("layer_types", "layers_block_type"):
         types = values.get(name)
         if not isinstance(types, list):
@@ -340,7 +341,7 @@ def renumber_module_names(value: Any, *, kept: Sequence[int], num_layers: int) -
     """Renumber layers in names of modules, such as those that quantisation leaves out.
 
     Raises:
-        UnsupportedFieldError: A pattern that seems to choose layers by number.
+        UnsupportedFieldError: A pattern seems to choose layers by number.
     """
     new_index = {old: new for new, old in enumerate(kept)}
     new_index |= {old: old - num_layers + len(kept) for old in range(num_layers, num_layers + 16)}
@@ -369,7 +370,7 @@ def renumber_module_names(value: Any, *, kept: Sequence[int], num_layers: int) -
 
 
 def only_decoder(names: list[str], *, model_type: str, num_layers: int) -> str:
-    """The decoder's among names of lists of layers, with or without a closing dot."""
+    """Return the decoder's name among those of lists of layers, with or without a final dot."""
     text = [name for name in names if not any(word in name for word in TOWERS)]
     usual = [name for name in text if name.rstrip(".").rpartition(".")[2] in STACKS]
     found = usual or text

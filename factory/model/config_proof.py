@@ -1,4 +1,4 @@
-"""The proof that a pruned configuration is right: both models built without weights, layer by layer."""
+"""Prove that a pruned configuration is right, by comparing both models, built without weights, by layer."""
 
 import functools
 import inspect
@@ -13,21 +13,21 @@ from factory.model import config_fields as fields
 if TYPE_CHECKING:
     from torch.nn import Module, ModuleList
 
-# What classes of transformers raise on values that they were not made for.
+# Errors that transformers' classes raise on unexpected values.
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
-# Settings by which a configuration can have transformers fetch and run a kernel of any repository.
+# Settings that can make transformers fetch and run a kernel from any repository.
 KERNELS = ("attn_implementation", "experts_implementation")
-MOST_MADE_UP = 1.5  # parameters described for one stored: a head that is tied without saying so
-MOST_PACKED = 16
-MOST_LABELS = 100_000
+MAX_MADE_UP = 1.5  # described per stored parameter, to allow for a head that is tied silently
+MAX_PACKED = 16  # the same, for packed weights
+MAX_LABELS = 100_000
 
 
 def full_config(config: dict[str, Any]) -> Any:
-    """The config class of transformers for a config.json.
+    """Load a config.json with transformers' configuration class.
 
     Raises:
         UnsupportedArchitectureError: transformers does not know the model type.
-        UnsupportedFieldError: It refuses the configuration.
+        UnsupportedFieldError: transformers refuses the configuration.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -40,7 +40,7 @@ def full_config(config: dict[str, Any]) -> Any:
         need = "needs custom code" if "auto_map" in config else "is not known"
         raise UnsupportedArchitectureError(
             f"{model_type} {need} to transformers {transformers.__version__}",
-            hint="a newer transformers may know it; code from model repositories is not run",
+            hint="try a newer transformers; code from model repositories is not run",
         ) from None
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     try:
@@ -57,28 +57,28 @@ def _last_line(error: Exception) -> str:
 
 
 def _check_sources(config: dict[str, Any]) -> None:
-    """Refuse a configuration that names code on the Hub or weights that are not checked, or fills memory."""
+    """Refuse a configuration that names code on the Hub or unchecked weights, or would fill the memory."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in (*KERNELS, *(f"_{name}" for name in KERNELS)):
             if "/" in str(part.get(name)):
                 raise UnsupportedFieldError(
                     f"{name} = {str(part[name])[:80]!r} asks for a kernel from the Hub",
-                    hint="take it out of config.json; code from repositories is not run",
+                    hint="remove it from config.json; code from repositories is not run",
                 )
         labels = part.get("num_labels")
-        if isinstance(labels, int) and labels > MOST_LABELS:  # transformers makes a name for each
+        if isinstance(labels, int) and labels > MAX_LABELS:  # transformers creates a name for each
             raise UnsupportedFieldError(
-                f"num_labels = {str(labels)[:40]} is no number of labels", hint="take it out of config.json"
+                f"num_labels = {str(labels)[:40]} is too large", hint="remove it from config.json"
             )
         if part.get("transformers_weights"):
             raise UnsupportedFieldError(
-                f"transformers_weights = {str(part['transformers_weights'])[:80]!r} names weights of its own",
-                hint="take it out of config.json if model.safetensors holds the model",
+                f"transformers_weights = {str(part['transformers_weights'])[:80]!r} names other weights",
+                hint="remove it from config.json if model.safetensors holds the model",
             )
 
 
 def _decode_floats(value: Any) -> Any:
-    """A copy with the tagged floats that transformers writes ({"__float__": "Infinity"}) as floats."""
+    """Return a copy with the tagged floats that transformers writes ({"__float__": "Infinity"}) decoded."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -87,10 +87,10 @@ def _decode_floats(value: Any) -> Any:
 
 
 def text_config(config: dict[str, Any]) -> Any:
-    """The decoder's part of `full_config`, with all defaults filled in."""
+    """Return the decoder's part of `full_config`, with all defaults filled in."""
     if reason := fields.UNPROVEN.get(config["model_type"]):
         raise UnsupportedArchitectureError(
-            f"{config['model_type']}: {reason}", hint="no way is known to prove what is left without a layer"
+            f"{config['model_type']}: {reason}", hint="a cut of this model type cannot be proved right"
         )
     whole = full_config(config)
     if whole.is_encoder_decoder:
@@ -101,14 +101,14 @@ def text_config(config: dict[str, Any]) -> Any:
     text = whole.get_text_config(decoder=True)
     if not hasattr(text, "to_dict"):
         raise UnsupportedArchitectureError(
-            f"{config['model_type']} has no nested configuration of text, but config.json holds one",
+            f"{config['model_type']} has no nested text configuration, but config.json contains one",
             hint="the configuration is damaged; download it again",
         )
     return text
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """Fields of a config class with its defaults filled in, without nested configurations."""
+    """Return the fields of a configuration with defaults filled in, without nested configurations."""
     return {
         name: value
         for name, value in config.to_dict().items()
@@ -117,10 +117,10 @@ def values_of(config: Any) -> dict[str, Any]:
 
 
 def num_layers_of(config: Any) -> int:
-    """How many decoder layers a config class describes.
+    """Return the number of decoder layers of a configuration.
 
     Raises:
-        UnsupportedArchitectureError: It does not say.
+        UnsupportedArchitectureError: The configuration does not say.
     """
     values = values_of(config)
     counts = [values[name] for name in fields.COUNTS if isinstance(values.get(name), int)]
@@ -134,23 +134,24 @@ def num_layers_of(config: Any) -> int:
 
 
 def check_decoder(config: dict[str, Any], *, num_parameters: int) -> None:
-    """Refuse early, whatever the cut, what is no decoder that transformers can build.
+    """Refuse early, whatever the cut, a model that transformers cannot build as a decoder.
 
     Args:
-        num_parameters: Parameter count of the stored weights; a larger configuration is refused, since
-            loading would fill in what they lack, in any size.
+        config: Contents of config.json.
+        num_parameters: Parameter count of the stored weights; a much larger configuration is refused, since
+            loading would invent the missing ones, however many.
 
     Raises:
-        UnsupportedArchitectureError: Says the model type.
-        CheckpointError: The configuration describes a model that is much larger than the weights.
+        UnsupportedArchitectureError: transformers cannot build the model as a decoder.
+        CheckpointError: The configuration describes a model much larger than the weights.
     """
     model = on_meta(config)
     described = int(model.num_parameters())
-    most = MOST_PACKED if fields.packing(config) else MOST_MADE_UP  # several weights in a stored number
-    if described > most * num_parameters:
+    maximum = MAX_PACKED if fields.packing(config) else MAX_MADE_UP
+    if described > maximum * num_parameters:
         raise CheckpointError(
             f"config.json describes {described:,} parameters, the weights hold {num_parameters:,}",
-            hint="they are of two different models; download both again",
+            hint="they belong to two different models; download both again",
         )
     _, layers = find_layers(model)
     _check_causal(layers[0], model_type=config["model_type"])
@@ -161,7 +162,7 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
 
     Raises:
         UnsupportedArchitectureError: transformers cannot build the model.
-        UnsupportedFieldError: A layer, or something beside the layers, is built differently.
+        UnsupportedFieldError: A layer, or a part outside the layers, is built differently.
     """
     old = on_meta(config)
     try:
@@ -190,14 +191,14 @@ def verify_structure(config: dict[str, Any], pruned_config: dict[str, Any], kept
         _compare(before, after, where=f"{model_type}: layer {layer} as layer {position}", config=config)
     _compare(
         *(_shapes(model, without=old_path) for model in (old, new)),
-        where=f"{model_type}: beside the layers, the model",
+        where=f"{model_type}: outside the layers, the model",
         config=config,
     )
     _check_shared_weights(old_layers, new_layers, kept=kept, model_type=model_type)
 
 
 def _shapes(model: "Module", *, without: str) -> dict[str, Any]:
-    """Shapes of the weights outside the decoder's layers."""
+    """Return the shapes of the weights outside the decoder's layers."""
     return {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
@@ -206,7 +207,7 @@ def _shapes(model: "Module", *, without: str) -> dict[str, Any]:
 
 
 def _check_causal(layer: "Module", *, model_type: str) -> None:
-    """Refuse encoders: they load as causal language models but attend to what follows."""
+    """Refuse encoders: they load as causal language models but attend to later tokens."""
     if any(getattr(module, "is_decoder", None) is False for module in layer.modules()):
         raise UnsupportedArchitectureError(
             f"{model_type}: is_decoder is false, so this is an encoder",
@@ -217,8 +218,7 @@ def _check_causal(layer: "Module", *, model_type: str) -> None:
 def _check_arithmetic(layers: "ModuleList", *, model_type: str) -> None:
     """Refuse layers that compute with their number when they run.
 
-    What a constructor computes is among the attributes and shapes that are compared; what other methods
-    compute is not.
+    Results of a constructor are among the compared attributes and shapes; those of other methods are not.
     """
     classes = {type(module) for layer in layers for module in layer.modules()}
     for cls in sorted(classes, key=lambda cls: cls.__qualname__):
@@ -236,24 +236,24 @@ def _check_arithmetic(layers: "ModuleList", *, model_type: str) -> None:
 def _check_shared_weights(
     old: "ModuleList", new: "ModuleList", *, kept: Sequence[int], model_type: str
 ) -> None:
-    """Layers that share weights must go on sharing them, and the one they are stored with must stay."""
+    """Check that layers still share the same weights, and that the layer that stores them is kept."""
     shared = _shared_weights(old, numbers=range(len(old)))
     for layers in shared:
         if len(layers & set(kept)) and min(layers) not in kept:
             raise UnsupportedFieldError(
-                f"{model_type}: layers {sorted(layers)} share weights stored with layer {min(layers)}",
+                f"{model_type}: layers {sorted(layers)} share the weights of layer {min(layers)}",
                 hint=f"keep layer {min(layers)}",
             )
     before = {group for layers in shared if len(group := layers & set(kept)) > 1}
     if before != _shared_weights(new, numbers=kept):
         raise UnsupportedFieldError(
-            f"{model_type}: other layers would share weights than {sorted(map(sorted, before))}",
+            f"{model_type}: other layers than {sorted(map(sorted, before))} would share weights",
             hint="keep all layers that share weights, or one of each group",
         )
 
 
 def _shared_weights(layers: "ModuleList", *, numbers: Sequence[int]) -> set[frozenset[int]]:
-    """Sets of layers with a common weight; `numbers` names the layers."""
+    """Return the sets of layers with a common weight; `numbers` are the layers' numbers."""
     users: dict[int, set[int]] = {}
     for number, layer in zip(numbers, layers, strict=True):
         for tensor in layer.parameters():
@@ -262,10 +262,10 @@ def _shared_weights(layers: "ModuleList", *, numbers: Sequence[int]) -> set[froz
 
 
 def find_layers(model: Any) -> tuple[str, "ModuleList"]:
-    """Name and module of the decoder's list of layers.
+    """Return the name and module of the decoder's list of layers.
 
     Raises:
-        UnsupportedArchitectureError: No single list of the configured length.
+        UnsupportedArchitectureError: There is no single list of the configured length.
     """
     from torch.nn import ModuleList
 
@@ -282,7 +282,7 @@ def find_layers(model: Any) -> tuple[str, "ModuleList"]:
 
 
 def on_meta(config: dict[str, Any]) -> Any:
-    """The causal language model of a config.json, on the meta device."""
+    """Build the causal language model of a config.json on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM, __version__
 
@@ -290,7 +290,7 @@ def on_meta(config: dict[str, Any]) -> Any:
     if type(whole) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedArchitectureError(
             f"{config['model_type']} is not among the causal language models of transformers {__version__}",
-            hint="a multimodal model can be pruned only if transformers loads its text part by itself",
+            hint="a multimodal model can be pruned only if transformers can load its text part alone",
         )
     try:
         with torch.device("meta"):
@@ -299,19 +299,19 @@ def on_meta(config: dict[str, Any]) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedArchitectureError(
             f"transformers cannot build {config['model_type']} as a causal language model: {reason}",
-            hint="the model's own config.json is wrong, or it is no decoder-only language model",
+            hint="the model's own config.json is wrong, or it is not a decoder-only language model",
         ) from error
 
 
 def _signature(
     layer: "Module", *, number: int, stride: int, renumbered: dict[int, int] | None
 ) -> dict[str, Any]:
-    """What a layer is: classes, shapes, plain attributes; its number is counted from its first.
+    """Describe a layer by its classes, shapes and plain attributes, with numbers relative to its own.
 
     Args:
-        number: 0-based, in its model.
+        number: 0-based number of the layer in its model.
         stride: How many numbers the parts of a layer take.
-        renumbered: New numbers of the layers that stay, for the layers of the original model.
+        renumbered: Old → new number of each kept layer, for layers of the original model; otherwise None.
     """
     found: dict[str, Any] = {}
     for path, module in layer.named_modules():
@@ -320,7 +320,7 @@ def _signature(
             if name.startswith("_") or name == "training":
                 continue
             if name in fields.PER_LAYER and isinstance(value, list | tuple):
-                continue  # the whole list, of which the layer reads its entry
+                continue  # the list of all layers, of which this one reads its entry
             if name in fields.INDEX_ATTRIBUTES and isinstance(value, int) and value >= 0:
                 value -= number * (stride if path else 1)
             elif name in fields.INDEX_LISTS and renumbered is not None:
@@ -350,16 +350,16 @@ def _compare(before: dict[str, Any], after: dict[str, Any], *, where: str, confi
 
 
 def _is_same(before: Any, after: Any) -> bool:
-    """Equal, or floats that differ by no more than the order of their computation."""
+    """Return whether two values are equal, allowing for rounding in floats."""
     if isinstance(before, float) and isinstance(after, float):
         return math.isclose(before, after, rel_tol=1e-12)
     return bool(before == after)
 
 
 def _suspects(config: dict[str, Any]) -> str:
-    """Names the fields that cannot be rewritten and that this configuration has."""
+    """Return a hint that names this configuration's fields that cannot be rewritten."""
     decoder = next((config[name] for name in fields.NESTED if isinstance(config.get(name), dict)), config)
     found = sorted(name for name in decoder if name in fields.PERIODS)
     if found:
         return f"the kept layers must still follow {', '.join(found)}"
-    return "its layers depend on their place, and no setting keeps them as they are in another"
+    return "its layers depend on their position, and no setting preserves them in another one"

@@ -1,4 +1,4 @@
-"""Experts that transformers holds as one parameter: which of them LoRA adapts, and where on disk they lie."""
+"""Handle experts fused into one parameter: which of them LoRA can adapt, and how they are stored."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,31 +18,31 @@ from transformers.core_model_loading import (
 from factory.checkpoint.header import TensorInfo
 from factory.model.layers import decoder_layers
 
-# How one parameter is made of a matrix for each expert: stacked, of two kinds one above the other.
+# How one matrix per expert becomes one parameter: stacked; two kinds are put one above the other.
 PLAIN_CONVERSIONS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stored matrix, and which rows of which expert of a parameter it is: all, of one without experts."""
+    """A stored matrix, and the rows and expert of a parameter that it fills: all, if without experts."""
 
     tensor: TensorInfo
-    shape: tuple[int, ...]  # of the expert's whole matrix, as stored
+    shape: tuple[int, ...]  # of the expert's complete matrix, as stored
     expert: int = 0
     num_experts: int = 1
     start: int = 0  # the first of its rows
 
 
 def fused_experts(model: Any) -> list[str]:
-    """Names, relative to a layer, of parameters that hold all its experts at once, [experts, …]."""
+    """Return the names, relative to a layer, of parameters that hold all its experts, [experts, …]."""
     return sorted({name for _, name, _ in _in_layers(model)})
 
 
 def adaptable_experts(model: Any) -> list[str]:
-    """Those of `fused_experts` to which LoRA is known to be added and merged rightly, in all layers.
+    """Return those of `fused_experts` that LoRA is known to adapt and merge correctly, in all layers.
 
-    Their module follows transformers' interface of experts: its forward pass reads them from it, and it says
-    whether they are transposed. And they lie on disk as they are, or as a matrix for each expert.
+    Their module follows transformers' interface for experts: its forward pass reads them from it, and it says
+    whether they are transposed. They are stored as they are, or as one matrix per expert.
     """
     odd = [
         target
@@ -73,7 +73,7 @@ def _is_plain(converter: WeightConverter) -> bool:
 
 
 def expert_sizes(model: Any) -> tuple[int, int]:
-    """Of all layers: how many parameters `fused_experts` have, and an adapter of rank 1 on the adaptable."""
+    """Count the parameters of all `fused_experts`, and of a rank-1 adapter on the adaptable ones."""
     fit = adaptable_experts(model)
     found = [(name, parameter) for _, name, parameter in _in_layers(model)]
     adapter = sum(p.shape[0] * (p.shape[1] + p.shape[2]) for name, p in found if name in fit)
@@ -81,9 +81,9 @@ def expert_sizes(model: Any) -> tuple[int, int]:
 
 
 def adapted_parameters(model: Any, targets: Collection[str]) -> dict[str, str]:
-    """Module name in an adapter → the parameter that peft's `target_parameters` mean by it.
+    """Map module names in an adapter to the parameters that peft's `target_parameters` select.
 
-    peft wraps a module once for each of them, the one that was registered first innermost.
+    peft wraps a module once per parameter, the one registered first innermost.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -94,14 +94,14 @@ def adapted_parameters(model: Any, targets: Collection[str]) -> dict[str, str]:
 
 
 def stored_parts(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, list[Part]]:
-    """Parameter name in the loaded model → what it is made of on disk, by transformers' own tables.
+    """Map parameter names in the loaded model to their stored parts, by transformers' own tables.
 
-    The names differ where transformers renames weights (Gemma 3) or adds a prefix (GPT-2). Tensors that are
-    fused on loading in another way than `PLAIN_CONVERSIONS` are left out.
+    The names differ if transformers renames weights (Gemma 3) or adds a prefix (GPT-2). Tensors that loading
+    fuses in other ways than `PLAIN_CONVERSIONS` are left out.
 
     Args:
-        model: Without values.
-        tensors: Of the checkpoint.
+        model: Model without values.
+        tensors: Tensors of the checkpoint.
     """
     expected = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -112,7 +112,7 @@ def stored_parts(model: Any, tensors: Mapping[str, TensorInfo]) -> dict[str, lis
     }
     parts: dict[str, list[Part]] = {}
     stacks: dict[str, dict[str, list[TensorInfo]]] = defaultdict(lambda: defaultdict(list))
-    for stored in sorted(tensors, key=dot_natural_key):  # experts by their numbers, as transformers has them
+    for stored in sorted(tensors, key=dot_natural_key):  # experts by number, as in transformers
         name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
         if name in expected and pattern is None:
             parts[name] = list(_whole(tensors[stored]))

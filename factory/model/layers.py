@@ -1,4 +1,4 @@
-"""The layers of a model in memory: finding, skipping and replacing them."""
+"""Find, skip and replace the layers of a model in memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from torch.nn import ModuleList
 
 Layers = tuple[int, ...]
-Forms = dict[int, Any]  # layer → what it returns beside the states, where it returns more
+Forms = dict[int, Any]  # layer → its outputs besides the hidden states, if any
 
 
 def decoder_layers(model: Any) -> "ModuleList":
-    """The decoder's layers of a loaded causal language model, as the list that its forward walks.
+    """Return the decoder layers of a loaded causal language model, as the list that its forward uses.
 
     Raises:
-        UnsupportedArchitectureError: No single list of the configured length.
+        UnsupportedArchitectureError: There is no single list of the configured length.
     """
     from factory.model.config_proof import find_layers
 
@@ -27,11 +27,10 @@ def decoder_layers(model: Any) -> "ModuleList":
 
 @contextmanager
 def skip_layers(model: Any, dropped: Iterable[int]) -> Iterator[None]:
-    """While active, the dropped layers of a loaded model hand on their input.
+    """Make the dropped layers of a loaded model pass on their input while active.
 
-    They still run, so that what they return beside the hidden states keeps its form and the cache its
-    length; only their output is replaced. Nothing of the surgery on disk is used, so the model serves as
-    the reference for it.
+    They still run, so that their other outputs keep their form and the cache its length; only the hidden
+    states are replaced. No code of the surgery on disk is used, so the model can serve as its reference.
     """
     layers = decoder_layers(model)
     handles = [layers[i].register_forward_hook(hand_on, with_kwargs=True) for i in dropped]
@@ -43,10 +42,10 @@ def skip_layers(model: Any, dropped: Iterable[int]) -> Iterator[None]:
 
 
 def hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A layer's output with its input in it; a forward hook that makes the layer do nothing.
+    """Return a layer's output with its input in it; a forward hook that makes the layer do nothing.
 
-    Where a layer returns more than the hidden states, what it was given in the same place and shape is
-    handed on too (the router states of ZAYA).
+    If a layer returns more than the hidden states, inputs of the same position and shape are passed on, too
+    (the router states of ZAYA).
     """
     if not isinstance(output, tuple | list):
         return args[0] if args else kwargs["hidden_states"]
@@ -59,14 +58,14 @@ def hand_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
 
 @dataclass
 class Call:
-    """What a layer was given in a pass."""
+    """Arguments of a layer in a pass."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 def record_forms(model: Any) -> Forms:
-    """What each layer returns beside the states, from a short pass."""
+    """Record in a short pass what each layer returns besides the hidden states."""
     layers = decoder_layers(model)
     forms: Forms = {}
     ids = torch.ones((1, 2), dtype=torch.long, device=model.device)
@@ -79,10 +78,12 @@ def record_forms(model: Any) -> Forms:
 def bypassed(
     layers: Any, skipped: frozenset[int], forms: Forms, *, given: dict[int, Call] | None = None
 ) -> Iterator[None]:
-    """Replace the forward of some layers by one that hands on its input, or what another was given.
+    """Replace the forward of some layers by one that passes on its input, or that of another call.
 
     Args:
-        given: Layer → the call whose input it hands on instead of its own.
+        skipped: Numbers of the layers to replace.
+        forms: Outputs of the layers, from `record_forms`.
+        given: Layer → call whose input it passes on instead of its own.
     """
     with ExitStack() as stack:
         for index in skipped:
@@ -102,7 +103,7 @@ def _handing_on(layer: Any, form: Any, instead: Call | None) -> Callable[..., An
 
 
 def _restore(layer: Any, forward: Any) -> None:
-    """accelerate, too, may have put a forward of its own on the instance."""
+    """Restore a layer's forward; accelerate may have set one on the instance, too."""
     if forward is None:
         del layer.forward
     else:
@@ -111,7 +112,7 @@ def _restore(layer: Any, forward: Any) -> None:
 
 @contextmanager
 def recorded_calls(layers: Any, calls: dict[int, Call], forms: Forms) -> Iterator[None]:
-    """Keep what every layer is given in a pass, and the form of what it returns."""
+    """Record the arguments of every layer in a pass, and the form of its output."""
 
     def hook(index: int) -> Callable[..., None]:
         def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

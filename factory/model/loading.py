@@ -1,4 +1,4 @@
-"""Loading a model: its weights, or its skeleton without values."""
+"""Load a model with its weights, or its skeleton without values."""
 
 import logging
 import re
@@ -24,24 +24,24 @@ from factory.model.quantization import keep_scales_whole, nf4_config, repair_fou
 from factory.store.capacity import no_room
 
 transformers_logging.disable_progress_bar()
-UNPACKED_SIZE = 4  # times that of the files, at most: MXFP4's 4 bits become 16
-NUM_NAMED = 4  # tensors that an error message names
-ATTENTION = "eager"  # every type has it; what config.json asks for may need another library
+UNPACKED_SIZE = 4  # times the size of the files, at most: MXFP4's 4 bits become 16
+NUM_NAMED = 4  # tensors named in an error message
+ATTENTION = "eager"  # every model type has it; the one in config.json may need another library
 
 
 def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) -> Any:
     """Load a causal language model in evaluation mode, as a user would, onto the best device.
 
-    Weights that do not fit one GPU are spread over all of them and, what is left, over the host's memory.
+    Weights that do not fit one GPU are spread over all of them, and the rest over the host's memory.
 
     Args:
-        folder: A complete checkpoint.
+        folder: Folder of a complete checkpoint.
         four_bit: Quantise the linear layers to bitsandbytes NF4 while loading.
-        to_shard: Load into the host's memory, in a form that FSDP can divide among GPUs: NF4 weights are
-            stored as if they were floating-point numbers.
+        to_shard: Load into the host's memory, in a form that FSDP can shard: NF4 weights are stored as if
+            they were floating-point numbers.
 
     Raises:
-        ModelError: transformers cannot load it, or would make up parameters that it lacks.
+        ModelError: transformers cannot load it, or would invent missing parameters.
     """
     device = best_device()
     place = torch.device("cpu") if to_shard else device
@@ -54,14 +54,14 @@ def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) 
             device_map={"": place} if to_shard or four_bit or fits(folder, device) else "auto",
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are told below
-            # Given as None, it would have packed weights read as if they were not.
+            ignore_mismatched_sizes=True,  # they are reported below
+            # Passing None would make transformers read packed weights as if they were not.
             **({"quantization_config": quantization} if quantization else {}),
         )
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise ModelError(
             f"transformers cannot load {folder}: {' '.join((str(error) or repr(error)).split())[:300]}",
-            hint="its config.json or generation_config.json asks for what is not there",
+            hint="its config.json or generation_config.json requires something that is missing",
         ) from error
     _check_whole(found, folder)
     if device.type == "cpu":
@@ -73,22 +73,22 @@ def load_model(folder: Path, *, four_bit: bool = False, to_shard: bool = False) 
 
 
 def _check_whole(found: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a model of which transformers has made up parameters.
+    """Refuse a model with parameters that transformers has invented.
 
     Args:
-        found: What it says of the loading.
+        found: transformers' report of the loading.
     """
     made_up = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if made_up:
         more = f" and {len(made_up) - 1:,} more" if len(made_up) > 1 else ""
         raise ModelError(
             f"{folder} lacks {made_up[0]}{more}, which transformers fills with random values",
-            hint="the checkpoint is incomplete, or config.json is another model's; download both again",
+            hint="the checkpoint is incomplete, or config.json belongs to another model; download both again",
         )
 
 
 def _widen(model: Any, dtype: torch.dtype) -> None:
-    """Compute in fp32 also where packed weights, or what was unpacked from them, ask for 16 bits."""
+    """Compute in fp32 even with packed weights, or unpacked ones, that specify 16 bits."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.to(dtype)
@@ -98,7 +98,7 @@ def _widen(model: Any, dtype: torch.dtype) -> None:
 
 
 def fits(folder: Path, device: torch.device) -> bool:
-    """Whether a checkpoint's weights, and some room to work, fit into what is free on a device."""
+    """Return whether a device has enough free memory for a checkpoint's weights and some working space."""
     if device.type == "cpu":
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -109,23 +109,23 @@ def fits(folder: Path, device: torch.device) -> bool:
 
 
 def matrix_weights(module: Any) -> int:
-    """Weights of the linear layers: a token costs two operations for each of them in a pass."""
+    """Count the weights of the linear layers: a pass takes two operations per token for each."""
     return sum(
         linear.weight.numel() if isinstance(linear, Conv1D) else linear.in_features * linear.out_features
         for linear in module.modules()
-        if isinstance(linear, torch.nn.Linear | Conv1D)  # of 4-bit ones the weight is packed
+        if isinstance(linear, torch.nn.Linear | Conv1D)  # the weight of 4-bit ones is packed
     )
 
 
 @torch.no_grad()
 def fuse_norms(model: Any) -> int:
-    """Let RMS norms run as one kernel instead of six, which saves a seventh of a 7B model's pass on a GPU.
+    """Run RMS norms as one kernel instead of six, which saves a seventh of a 7B model's pass on a GPU.
 
-    Each is tried first: one that adds 1 to its weight, subtracts a mean or is wrapped stays as it is.
-    PyTorch's kernel rounds to 16 bits once, where transformers' norms round twice.
+    Each is tried first: one that adds 1 to its weight, subtracts a mean or is wrapped is not replaced.
+    PyTorch's kernel rounds to 16 bits once, transformers' norms twice.
 
     Returns:
-        How many were replaced.
+        The number of replaced norms.
     """
     count = 0
     for module in model.modules():
@@ -144,20 +144,20 @@ def fuse_norms(model: Any) -> int:
 
 
 def _agree(norm: Any, fused: Any, *, like: torch.Tensor) -> bool:
-    """Whether two norms give the same but for rounding, also where their epsilon counts."""
-    states = torch.randn(8, *like.shape).to(like) + 0.5  # of a mean that is not 0
+    """Return whether two norms agree up to rounding, even on inputs where their epsilon matters."""
+    states = torch.randn(8, *like.shape).to(like) + 0.5  # with a mean other than 0
     return all(
         torch.allclose(norm(states * scale), fused(states * scale), rtol=0.02, atol=0) for scale in (1, 1e-3)
     )
 
 
 def skeleton(folder: Path) -> Any:
-    """The causal language model of a checkpoint's config.json, without values."""
+    """Build the causal language model of a checkpoint's config.json, without values."""
     return _skeleton(auto_config(folder))
 
 
 def transposed_modules(model: Any) -> set[str]:
-    """Names of the modules that store their weights as [in, out]: GPT-2's Conv1D, experts of GPT-OSS."""
+    """Return the names of modules with weights stored as [in, out]: GPT-2's Conv1D, GPT-OSS's experts."""
     return {
         name
         for name, module in model.named_modules()
@@ -166,7 +166,7 @@ def transposed_modules(model: Any) -> set[str]:
 
 
 def quantized_modules(model: Any) -> set[str]:
-    """Names of the modules whose weights are NF4 where the model is loaded in 4 bits."""
+    """Return the names of modules whose weights become NF4 when the model is loaded in 4 bits."""
     kept = get_keys_to_not_convert(model)
     return {
         name
@@ -193,15 +193,15 @@ def report_of(folder: Path, config: Any) -> dict[str, Any]:
 
 
 def loading_report(skeleton: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What `from_pretrained` finds wrong: sets missing_keys, unexpected_keys and mismatched_keys.
+    """Return `from_pretrained`'s findings: the sets missing_keys, unexpected_keys and mismatched_keys.
 
     Args:
-        skeleton: The model without values; its own configuration is taken, which of a multimodal model is
-            the text model's.
-        shapes: Of the stored tensors, by name.
+        skeleton: Model without values; its own configuration is used, for a multimodal model the text
+            model's.
+        shapes: Shape of each stored tensor by name.
 
     Raises:
-        VerificationError: Parts of a fused weight that do not fit together.
+        VerificationError: Parts of a fused weight do not fit together.
     """
     state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
     with quietly():
@@ -214,12 +214,12 @@ def loading_report(skeleton: Any, shapes: Mapping[str, Sequence[int]]) -> dict[s
                 dtype=torch.float32,
                 device_map={"": "meta"},
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are reported, not raised
+                ignore_mismatched_sizes=True,  # report them instead of raising
             )
         except RuntimeError as error:
             raise VerificationError(
-                "the weights cannot be fused as this architecture needs them",
-                hint="the model disagrees with its own configuration",
+                "the weights cannot be fused as this architecture requires",
+                hint="the model does not match its own configuration",
             ) from error
     found: dict[str, Any] = report
     return found
@@ -227,7 +227,7 @@ def loading_report(skeleton: Any, shapes: Mapping[str, Sequence[int]]) -> dict[s
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep the libraries' reports and remarks off the terminal; what matters in them is raised."""
+    """Silence the libraries' log lines; problems that matter are raised."""
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -241,7 +241,7 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Whatever transformers raises on a configuration that it accepted, as one line."""
+    """Turn what transformers raises on a configuration that it accepted into a one-line error."""
     try:
         yield
     except (
@@ -262,7 +262,7 @@ def any_layer(name: str) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names in order, and how many more there are."""
+    """List the first names in order, and the number of others."""
     ordered = sorted(names)
     shown = ", ".join(ordered[:NUM_NAMED])
     return shown if len(ordered) <= NUM_NAMED else f"{shown} and {len(ordered) - NUM_NAMED} more"

@@ -1,4 +1,4 @@
-"""Batches and their next-token losses."""
+"""Pad batches and compute their next-token losses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad token lists to one batch: ids and attention mask, both [b, s]."""
+    """Right-pad token lists to a batch: ids and attention mask, both [b, s]."""
     longest = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
@@ -20,17 +20,17 @@ def pad_batch(sequences: list[list[int]], *, pad_token_id: int) -> tuple[torch.T
 def row_losses(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, *, num_given: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted tokens and summed next-token loss in nats of each row: two of [b] in float64.
+    """Return each row's number of predicted tokens and summed next-token loss in nats: [b], float64.
 
     Args:
-        ids: [b, s], right-padded, on the model's device.
-        mask: [b, s], 1 on real tokens.
-        num_given: Tokens at the start of each row that are not predicted.
+        ids: Tokens, [b, s], right-padded, on the model's device.
+        mask: Attention mask, [b, s], 1 on real tokens.
+        num_given: Number of tokens at the start of each row that are not predicted.
     """
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [b, s, v]
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     targets[:, : num_given - 1] = -100
-    nats = [  # a row at a time: fp32 is large
+    nats = [  # one row at a time: fp32 logits are large
         torch.nn.functional.cross_entropy(row.float(), target, reduction="sum")
         for row, target in zip(logits[:, :-1], targets.to(logits.device), strict=True)
     ]
@@ -39,7 +39,7 @@ def row_losses(
 
 @torch.inference_mode()
 def token_loss(model: Any, sequences: Sequence[list[int]], *, batch_size: int = 1) -> float:
-    """Mean next-token loss in nats over token lists; every predicted token counts alike."""
+    """Return the mean next-token loss in nats over token lists; every predicted token counts equally."""
     counts, nats = 0.0, 0.0
     for start in range(0, len(sequences), batch_size):
         ids, mask = pad_batch(list(sequences[start : start + batch_size]), pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: packed checkpoints, and NF4."""
+"""Work with weights in fewer bits: packed checkpoints, and NF4."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,27 +18,27 @@ def nf4_config(dtype: torch.dtype, *, to_shard: bool) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,  # 3 GB less of a 70B model, which else leaves no room in 40 GB
+        bnb_4bit_use_double_quant=True,  # saves 3 GB of a 70B model, which otherwise fills 40 GB
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
     )
 
 
 def keep_scales_whole(model: Any, device: torch.device) -> None:
-    """Put the scales of NF4 weights on the GPU: they are no parameters, so that FSDP does not see them."""
+    """Put the scales of NF4 weights on the GPU: they are not parameters, so FSDP ignores them."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.quant_state = module.weight.quant_state  # of the layer: a share of its weight has none
+            module.quant_state = module.weight.quant_state  # a shard of the weight has none
             module.quant_state.to(device)
 
 
 def repair_four_bit_on_cpu(model: Any) -> None:
     """Work around two silent faults of bitsandbytes 0.50 on CPUs.
 
-    A layer whose inputs are no multiple of the block size is unpacked with the wrong scales: it is
-    replaced by one that holds the right NF4 values in full precision. And on CPUs with AVX512-BF16 a
-    layer is repacked for good at its first pass in evaluation mode, after which training has no
-    gradient for its input: that is switched off.
+    A layer whose input size is not a multiple of the block size is unpacked with wrong scales: it is
+    replaced by one with the right NF4 values in full precision. And with AVX512-BF16, the first pass in
+    evaluation mode repacks a layer for good, so that training has no gradient for its input: this is
+    switched off.
     """
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
@@ -50,7 +50,7 @@ def repair_four_bit_on_cpu(model: Any) -> None:
 
 
 def _unpacked(module: Linear4bit) -> torch.nn.Linear:
-    """The same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
+    """Return the same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
     state = module.weight.quant_state
     packed = module.weight.data.view(torch.uint8).flatten().long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
@@ -67,7 +67,7 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """What a linear layer's weight, [out, in], is after it was packed as `load_model` packs it; in fp32."""
+    """Round a linear layer's weight, [out, in], as `load_model` packs it; the result is fp32."""
     device = best_device()
     module = Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, device="meta"
@@ -85,7 +85,7 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpacking(config: Mapping[str, Any]) -> Any:
-    """What has transformers unpack weights on loading, where only kernels from the Hub could run packed ones.
+    """Return a configuration that unpacks weights on loading if only Hub kernels can run them packed.
 
     Returns:
         A quantisation configuration; None for all other weights, packed or not.
@@ -101,11 +101,12 @@ def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
     """Refuse packed weights that transformers cannot load here, before they are downloaded.
 
     Args:
-        four_bit: They are to be packed while they are loaded.
+        config: Contents of config.json.
+        four_bit: Whether loading would pack the weights.
 
     Raises:
-        UsageError: They are packed already.
-        ModelError: Names the method and what is missing.
+        UsageError: The weights are already packed.
+        ModelError: transformers cannot load them; the message names the method and what is missing.
     """
     settings = packing(config)
     if not settings:
@@ -113,7 +114,7 @@ def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
     method = packing_method(config)
     if four_bit:
         raise UsageError(
-            f"`load_in_4bit`: the weights are packed already ({method})", hint="leave the option out"
+            f"`load_in_4bit`: the weights are already packed ({method})", hint="remove `load_in_4bit`"
         )
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -127,5 +128,5 @@ def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
         reason = " ".join(str(error).split()).partition(" - ")[0]
         raise ModelError(
             f"the weights are packed ({method}), and transformers cannot load them here: {reason[:200]}",
-            hint="start from the unpacked model; `factory prune` needs no loading",
+            hint="start from the unpacked model; `factory prune` works without loading it",
         ) from error

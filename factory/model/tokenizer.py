@@ -1,4 +1,4 @@
-"""A model's tokenizer: loaded and checked, and texts as sequences of tokens that the model knows."""
+"""Load and check a model's tokenizer, and encode texts as sequences of tokens that the model knows."""
 
 import base64
 import copy
@@ -15,21 +15,21 @@ from tokenizers.processors import TemplateProcessing
 from factory.errors import UNTRUSTED, ModelError
 from factory.model.config_fields import vocab_size
 
-MOST_GROWTH = 64  # letters for one; the longest that Unicode's own forms make of one take 33 bytes
-MOST_SPECIAL_TOKENS = 64  # around each text
-PROBES = ("text", "A", "1", "я", "文")  # show what a tokenizer puts around a text; some know few letters
+MAX_GROWTH = 64  # output characters per input character; Unicode's longest normal forms take 33 bytes
+MAX_SPECIAL_TOKENS = 64  # around each text
+PROBES = ("text", "A", "1", "я", "文")  # reveal the tokens around a text; some tokenizers know few letters
 
 
 class Encoder:
-    """Turns texts into token sequences that each begin as the tokenizer begins a text.
+    """Encodes texts as token sequences that each start with the tokenizer's prefix.
 
-    A window in the middle of a document needs the beginning as much as the first one: Gemma reads a window
-    without its BOS as noise (lm-evaluation-harness#2382). What a tokenizer puts behind a text is left to
-    those who train on whole documents: behind a text that is cut off it would be wrong.
+    A window in the middle of a document needs the prefix as much as the first one: Gemma reads a window
+    without BOS as noise (lm-evaluation-harness#2382). Tokens that a tokenizer puts after a text are left to
+    training on whole documents: after a truncated text they would be wrong.
 
     Args:
-        tokenizer: As transformers loads it.
-        vocab_size: Rows of the model's embedding.
+        tokenizer: Tokenizer from transformers.
+        vocab_size: Number of rows of the model's embedding.
     """
 
     def __init__(self, tokenizer: Any, *, vocab_size: int) -> None:
@@ -38,17 +38,17 @@ class Encoder:
 
     @cached_property
     def open_ended(self) -> Any:
-        """The tokenizer without what it puts behind a text: a task's answer follows its question.
+        """Return the tokenizer without tokens after a text, since a task's answer follows its question.
 
         Raises:
-            ModelError: One in Python that puts tokens behind a text, which cannot be told not to.
+            ModelError: A tokenizer written in Python puts tokens after a text, which cannot be switched off.
         """
         if not self._around[1]:
             return self.tokenizer
         tokenizer = copy.deepcopy(self.tokenizer)
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ModelError(
-                f"the tokenizer puts {self._around[1]} behind each text, also behind a task's question",
+                f"the tokenizer puts {self._around[1]} after each text, even after a task's question",
                 hint="set add_eos_token to false in its tokenizer_config.json, or give `tasks=none`",
             )
         names = tokenizer.convert_ids_to_tokens(self.prefix)
@@ -66,32 +66,32 @@ class Encoder:
                 if bare and whole[start : start + len(bare)] == bare:
                     return whole[:start], whole[start + len(bare) :]
         raise ModelError(
-            f"cannot tell what the tokenizer puts around a text: of {probe!r} it makes {whole}, and {bare} "
-            "without special tokens",
-            hint="give a model whose tokenizer adds special tokens around a text only",
+            f"cannot tell what the tokenizer puts around a text: it encodes {probe!r} as {whole}, and as "
+            f"{bare} without special tokens",
+            hint="give a model whose tokenizer adds special tokens only around a text",
         )
 
     @property
     def prefix(self) -> list[int]:
-        """Tokens that the tokenizer puts in front of a text: usually BOS, or none."""
+        """Return the tokens that the tokenizer puts before a text: usually BOS, or none."""
         return self._around[0]
 
     @property
     def end(self) -> list[int]:
-        """Tokens behind a whole document: those that the tokenizer adds, with one end token among them."""
+        """Return the tokens after a whole document: the tokenizer's, including an end token."""
         added, end = self._around[1], self.tokenizer.eos_token_id
         return added if end is None or end in added else [*added, end]
 
     @property
     def pad_token_id(self) -> int:
-        """A token that the embedding has, for padding that is masked."""
+        """Return a token with a row in the embedding, for masked padding."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, with nothing around them.
+        """Encode each text without special tokens.
 
         Raises:
-            ModelError: A token that the model's embedding has no row for.
+            ModelError: The model's embedding has no row for a token.
         """
         if not texts:
             return []
@@ -102,12 +102,12 @@ class Encoder:
         return found
 
     def check(self, texts: Iterable[str]) -> None:
-        """Refuse tokens that were added to the tokenizer, but not to the model, around or in these texts.
+        """Refuse tokens, around or in these texts, that were added to the tokenizer but not to the model.
 
-        The texts are read only for a tokenizer that has such tokens.
+        The texts are read only if the tokenizer has such tokens.
 
         Raises:
-            ModelError: Names the token.
+            ModelError: A text needs such a token; the message names it.
         """
         for number in (*self.prefix, *self.end):
             if number >= self.vocab_size:
@@ -119,12 +119,12 @@ class Encoder:
                 self.encode([text])
 
     def beginning(self, text: str, *, length: int) -> list[int]:
-        """The beginning of a text as one sequence of at most `length` tokens, with the prefix."""
+        """Encode the beginning of a text as one sequence of at most `length` tokens, with the prefix."""
         (tokens,) = self.encode([text])
         return [*self.prefix, *tokens[: length - len(self.prefix)]] if tokens else []
 
     def windows(self, tokens: Sequence[int], *, length: int) -> Iterator[list[int]]:
-        """Consecutive pieces of a text's tokens, of at most `length` tokens with the prefix before each.
+        """Split a text's tokens into consecutive pieces of at most `length` tokens, each with the prefix.
 
         A last piece with nothing to predict is left out.
         """
@@ -136,14 +136,14 @@ class Encoder:
 
     @property
     def num_given(self) -> int:
-        """Tokens at the start of a sequence that are not predicted: the prefix, or the first token."""
+        """Return how many tokens at the start of a sequence are not predicted: the prefix, or one."""
         return max(len(self.prefix), 1)
 
-    def _without_row(self, number: int, place: str = "a text holds") -> ModelError:
+    def _without_row(self, number: int, place: str = "a text contains") -> ModelError:
         token = self.tokenizer.convert_ids_to_tokens(number)
         return ModelError(
             f"{place} {token!r}, token {number:,}, but the model's embedding has {self.vocab_size:,} rows",
-            hint="it was added to the tokenizer alone: resize the embedding, or remove it from the text",
+            hint="it was added only to the tokenizer: resize the embedding, or remove it from the text",
         )
 
 
@@ -151,7 +151,7 @@ def load_encoder(folder: Path) -> Encoder:
     """Load the tokenizer of a checkpoint, to encode texts for its model.
 
     Raises:
-        ModelError: See `load_tokenizer`.
+        ModelError: As for `load_tokenizer`.
     """
     return Encoder(load_tokenizer(folder), vocab_size=_vocab_size(folder))
 
@@ -159,18 +159,17 @@ def load_encoder(folder: Path) -> Encoder:
 def load_tokenizer(folder: Path) -> Any:
     """Load a checkpoint's tokenizer as transformers does, with a padding token that the embedding has.
 
-    Where it has none, or one that was added without a row in the embedding, its end token serves, or else
-    token 0: padding is masked.
+    If its own is missing or has no row in the embedding, the end token is used, or else token 0, since
+    padding is masked.
 
     Raises:
-        ModelError: No tokenizer, a damaged one, or one that would make so much of a text that no memory
-            holds it.
+        ModelError: The tokenizer is missing or damaged, or would expand a text beyond all memory.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # all that tokenizers raises for a damaged file is a plain one
+    except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         known = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
         if type(error) is not Exception and not isinstance(error, known):
             raise
@@ -191,7 +190,7 @@ def _what_is_missing(folder: Path) -> str:
     only_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if only_sentencepiece and find_spec("sentencepiece") is None:
         return "its tokenizer.model needs sentencepiece: pip install sentencepiece"
-    return "give a model with a whole tokenizer"
+    return "give a model with a complete tokenizer"
 
 
 def _has_row(token: int | None, vocab_size: int) -> bool:
@@ -199,7 +198,7 @@ def _has_row(token: int | None, vocab_size: int) -> bool:
 
 
 def _vocab_size(folder: Path) -> int:
-    """Rows of the embedding of the model in a folder; some configurations leave them to their class."""
+    """Return the vocabulary size of the model in a folder; some configurations leave it to their class."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (size := vocab_size(config)) is not None:
         return size
@@ -210,28 +209,28 @@ def _vocab_size(folder: Path) -> int:
 
 
 def check_tokenizer(tokenizer: Any, *, name: str) -> None:
-    """Refuse a tokenizer that makes far more of a text than it is.
+    """Refuse a tokenizer that makes a text far longer than it is.
 
     Args:
-        tokenizer: As transformers loads it.
-        name: Of the model, for the error.
+        tokenizer: Tokenizer from transformers.
+        name: Name of the model, for the error.
 
     Raises:
-        ModelError: Says what it does.
+        ModelError: The tokenizer would expand texts too much.
     """
     special = tokenizer.num_special_tokens_to_add()
-    if special > MOST_SPECIAL_TOKENS:
+    if special > MAX_SPECIAL_TOKENS:
         raise _refused(name, f"puts {special:,} tokens around each text")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
         found = getattr(backend, part, None)
         growth = _growth(json.loads(found.__getstate__())) if found is not None else 1
-        if growth > MOST_GROWTH:
-            raise _refused(name, f"makes {growth:,.0f} letters of one in its {part}")
+        if growth > MAX_GROWTH:
+            raise _refused(name, f"turns one character into {growth:,.0f} in its {part}")
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many letters a step makes of one, at most: a text of such letters becomes as many times longer."""
+    """Return how many characters a step makes of one, at most."""
     kind = step.get("type")
     if kind == "Sequence":
         return prod(map(_growth, [*step.get("normalizers", ()), *step.get("decoders", ())]))
@@ -242,15 +241,10 @@ def _growth(step: dict[str, Any]) -> float:
         return max(1.0, len(step["prepend"]))
     if kind == "Precompiled" and step["precompiled_charsmap"]:
         table = base64.b64decode(step["precompiled_charsmap"])
-        made = table[
-            4 + int.from_bytes(table[:4], "little") :
-        ]  # behind the trie: texts with a zero after each
+        made = table[4 + int.from_bytes(table[:4], "little") :]  # after the trie: zero-terminated texts
         return max(1.0, *map(len, made.split(b"\0")))
     return 1.0
 
 
 def _refused(name: str, what: str) -> ModelError:
-    return ModelError(
-        f"the tokenizer of {name} {what}",
-        hint=UNTRUSTED,
-    )
+    return ModelError(f"the tokenizer of {name} {what}", hint=UNTRUSTED)

@@ -1,1 +1,1 @@
-"""One stage's work in several processes."""
+"""Run one stage's work in several processes."""

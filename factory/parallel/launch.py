@@ -1,4 +1,4 @@
-"""Spread: one stage's work in several processes that `accelerate launch` starts, one a GPU."""
+"""Spread one stage's work over several processes that `accelerate launch` starts, one per GPU."""
 
 import json
 import os
@@ -24,35 +24,35 @@ from factory.resources import ACCELERATE_CONFIGS
 
 JOB, RESULT, LOG = "job.pickle", "result.pickle", "log"
 STOPPING_SECONDS = 10.0
-SHARDING_TORCH = Version("2.13")  # before, a group with a module that is never called is sharded once only
-PATIENCE = timedelta(days=7)  # a process that is gone is noticed otherwise; one may download for hours
+SHARDING_TORCH = Version("2.13")  # earlier ones shard a group with a module that is never called only once
+PATIENCE = timedelta(days=7)  # dead processes are noticed in other ways; a live one may download for hours
 Progress = Callable[[int, int, str], None]
 Case = Literal["cpu", "gpus", "fsdp"]  # a file of `ACCELERATE_CONFIGS` each
 T = TypeVar("T")
 
 
-def num_processes(asked: int | None) -> int:
-    """How many processes a stage may use: what was asked for, else one for each visible GPU.
+def num_processes(requested: int | None) -> int:
+    """Return how many processes a stage may use: as requested, by default one per visible GPU.
 
     Raises:
-        UsageError: More than there are GPUs, or without a GPU more than there are cores.
+        UsageError: There are fewer GPUs or, without a GPU, fewer cores.
     """
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    if asked is None:
+    if requested is None:
         return max(gpus, 1)
-    if asked > (gpus or cores):
+    if requested > (gpus or cores):
         raise UsageError(
-            f"`processes={asked}` is more than the {gpus or cores} {'GPUs' if gpus else 'cores'} here",
-            hint=f"give {gpus or cores} or fewer; CUDA_VISIBLE_DEVICES says which GPUs may be used",
+            f"`processes={requested}` is more than the {gpus or cores} {'GPUs' if gpus else 'cores'} here",
+            hint=f"give {gpus or cores} or fewer; CUDA_VISIBLE_DEVICES selects the GPUs to use",
         )
-    return asked
+    return requested
 
 
 def check_sharding(torch_version: str = torch.__version__) -> None:
-    """Refuse to divide a model in training with a torch that cannot.
+    """Refuse to shard a model in training if torch is too old.
 
     Accelerate shards the last norm together with the head, and TRL multiplies by the head's weights without
-    calling it. Older versions of torch then wait for that call, and the second pass finds weights in shares.
+    calling it. Older versions of torch wait for that call, and the second pass finds sharded weights.
 
     Raises:
         MachineError: The version is too old.
@@ -66,26 +66,28 @@ def check_sharding(torch_version: str = torch.__version__) -> None:
 
 
 def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, progress: Progress) -> T:
-    """Call `work(progress=…)` in so many processes at once, and return what the main one returns.
+    """Call `work(progress=…)` in several processes at once, and return the main one's result.
 
-    In one process it is called here. The others are started by `accelerate launch` with the file of
+    With one process, it is called here. Several are started by `accelerate launch` with the file of
     `ACCELERATE_CONFIGS` for the case, and end when this process does, however that happens.
 
     Args:
-        work: Of functions and values that can be pickled; divides what there is to do by `processes`.
-        case: The file; None: "gpus" where there are any, else "cpu".
+        work: Picklable function that divides its work with `factory.parallel.processes`.
+        processes: Number of processes.
+        case: Configuration file; None: "gpus" if there are any, else "cpu".
+        progress: Called with the reports of the main process.
 
     Raises:
-        MachineError: For the case "fsdp": torch is too old.
-        WorkerError: A process ended without saying why.
-        Exception: What `work` raised in the process that failed first.
+        MachineError: Torch is too old for the case "fsdp".
+        WorkerError: A process ended without an error message.
+        Exception: The error that `work` raised in the process that failed first.
     """
     if processes == 1:
         return work(progress=progress)
     if case == "fsdp":
         check_sharding()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the first GPU is about to be another process's too
+        torch.cuda.empty_cache()  # a worker will share the first GPU
     with tempfile.TemporaryDirectory(prefix="factory-") as name:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps((list(remote_code.registered), work)))
@@ -96,7 +98,7 @@ def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, 
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=_environment(processes),
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+                start_new_session=True,  # Ctrl-C reaches only this process, which then ends the others
             )
         try:
             _follow(launched, progress)
@@ -115,22 +117,23 @@ def _command(folder: Path, *, processes: int, case: Case | None) -> list[str]:
 
 def _environment(processes: int) -> dict[str, str]:
     threads = max(torch.get_num_threads() // processes, 1)
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # else by the host's name
+    # Otherwise gloo looks up the host's name.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return loopback | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _follow(launched: subprocess.Popen[bytes], progress: Progress) -> None:
-    """Hand on what the main process reports, until no process is left."""
+    """Forward the main process's reports until all processes have ended."""
     assert launched.stdout is not None
     for line in launched.stdout:
-        with suppress(ValueError):  # what a library printed before the worker took the pipe
+        with suppress(ValueError):  # printed by a library before the worker took over the pipe
             done, total, note = json.loads(line)
             progress(done, total, note)
     launched.wait()
 
 
 def _end(launched: subprocess.Popen[bytes]) -> None:
-    """Close the workers' standard input, upon which they end, and wait for the launcher."""
+    """Close the workers' standard input, which ends them, and wait for the launcher."""
     for stream in (launched.stdin, launched.stdout):
         if stream:
             stream.close()
@@ -142,7 +145,7 @@ def _end(launched: subprocess.Popen[bytes]) -> None:
 
 
 def _result(folder: Path, code: int) -> Any:
-    """What the main process returned; what a process raised first is raised here."""
+    """Return the main process's result, or raise the first error of any process."""
     raised = sorted(folder.glob("raised-*"), key=lambda path: path.stat().st_mtime_ns)
     if raised:
         error, text = pickle.loads(raised[0].read_bytes())
@@ -151,9 +154,9 @@ def _result(folder: Path, code: int) -> Any:
     if code == 0 and (folder / RESULT).is_file():
         return pickle.loads((folder / RESULT).read_bytes())
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-    told = next((line.strip() for line in reversed(lines) if line.strip(" =-")), "it said nothing")
+    last = next((line.strip() for line in reversed(lines) if line.strip(" =-")), "it printed nothing")
     raise WorkerError(
-        f"a process started by `accelerate launch` is gone (code {code}): {told[:200]}",
+        f"a process started by `accelerate launch` died (code {code}): {last[:200]}",
         hint=processes.IF_GONE,
     )
 
@@ -163,7 +166,7 @@ def _take_part(folder: Path) -> None:
     from accelerate import PartialState
 
     reports = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what libraries print is no report
+    os.dup2(2, 1)  # libraries' output must not mix with reports
     threading.Thread(target=_end_with_parent, daemon=True).start()
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if not processes.is_main():
@@ -186,7 +189,7 @@ def _reporter(reports: BinaryIO) -> Progress:
 
 
 def _end_with_parent() -> None:
-    """Standard input is a pipe from the process that the user started: it closes when that one ends."""
+    """Exit when standard input closes: it is a pipe from the process that the user started."""
     while os.read(0, 1):
         pass
     os._exit(1)
@@ -195,16 +198,16 @@ def _end_with_parent() -> None:
 def _main(folder: Path) -> None:
     try:
         _take_part(folder)
-    except Exception as error:  # noqa: BLE001  raised again where the user sees it
+    except Exception as error:  # noqa: BLE001  raised again in the main program
         try:
-            told = pickle.dumps((error, traceback.format_exc()))
-            pickle.loads(told)
+            pickled = pickle.dumps((error, traceback.format_exc()))
+            pickle.loads(pickled)
         except Exception:  # noqa: BLE001  an exception can hold anything
-            told = pickle.dumps((RuntimeError(str(error) or repr(error)), traceback.format_exc()))
+            pickled = pickle.dumps((RuntimeError(str(error) or repr(error)), traceback.format_exc()))
         partial = folder / f"partial-{os.environ['RANK']}"
-        partial.write_bytes(told)
+        partial.write_bytes(pickled)
         partial.rename(folder / f"raised-{os.environ['RANK']}")
-        os._exit(1)  # no waiting for processes that wait for this one
+        os._exit(1)  # without waiting for processes that wait for this one
 
 
 if __name__ == "__main__":

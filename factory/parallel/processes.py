@@ -1,4 +1,4 @@
-"""Several processes on one piece of work: which one this is, its share, the shares put together again."""
+"""Divide work among several processes: find this one's share, and combine the results."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,38 +9,38 @@ from torch import distributed
 
 from factory.errors import WorkerError
 
-IF_GONE = "out of memory? the same command goes on from here; `processes=1` works in one process"
+IF_GONE = "out of memory? the same command resumes from here; `processes=1` uses a single process"
 T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes are at this work."""
+    """Return how many processes share this work."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is; 0 is the main one, which alone writes."""
+    """Return this process's number; 0 is the main one, the only one that writes."""
     return distributed.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes and reports."""
+    """Return whether this is the one process that writes and reports."""
     return index() == 0
 
 
 def sharded() -> bool:
-    """Whether a model in training is divided among the processes (FSDP), as `accelerate launch` was told."""
+    """Return whether a model in training is sharded across the processes (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The part of `items` that is this process's: consecutive ones, as many as everybody's but for one."""
+    """Return this process's consecutive share of `items`; the sizes of shares differ by one at most."""
     start, end = (len(items) * place // count() for place in (index(), index() + 1))
     return items[start:end]
 
 
 def gather(mine: Sequence[T]) -> list[T]:
-    """What all processes made of their shares, in the order of the shares; waits for every process."""
+    """Combine the results of all processes in the order of their shares; waits for every process."""
     if count() == 1:
         return list(mine)
     parts: list[list[T]] = [[] for _ in range(count())]
@@ -50,7 +50,7 @@ def gather(mine: Sequence[T]) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """The main process's value, in every process."""
+    """Return the main process's value in every process."""
     if count() == 1:
         return value
     values = [value]
@@ -61,7 +61,7 @@ def from_main(value: T) -> T:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process goes through the block before the others: it fills the caches that they read."""
+    """Let the main process run the block before the others, to fill the caches that they read."""
     if not is_main():
         from_main(None)
     yield
@@ -75,5 +75,5 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch's own errors of this kind are RuntimeErrors, or gloo's plain ones
         raise WorkerError(
-            f"one of {count()} processes is gone: {str(error).splitlines()[0][:200]}", hint=IF_GONE
+            f"one of {count()} processes died: {str(error).splitlines()[0][:200]}", hint=IF_GONE
         ) from error

@@ -1,1 +1,1 @@
-"""Stage folders: their keys, locks, checksums and room."""
+"""Keep stage folders: their keys, locks, checksums and disk space."""

@@ -1,4 +1,4 @@
-"""Files that outlast a kill or a power cut, and their checksums."""
+"""Write files that survive a kill or a power cut, and checksum them."""
 
 import hashlib
 import os
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from factory.errors import StoreError
 
-PARTIAL = ".partial"  # of the name of what is not whole yet
-SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+PARTIAL = ".partial"  # suffix of incomplete files and folders
+SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _taken: dict[tuple[int, ...], str] = {}  # device, inode, size, time → sha256
-OLD = ".old"  # what had the final name, until its successor has it
+OLD = ".old"  # suffix of a replaced folder until its successor is in place
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
+    """Return the hex sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, whatever happens."""
+    """Write a file atomically: whatever happens, it is either the old or the new one."""
     draft = path.with_name(path.name + PARTIAL)
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -32,19 +32,19 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError:
-        draft.unlink(missing_ok=True)  # half a file is nothing that a build has made
+        draft.unlink(missing_ok=True)  # `verify` would report half a file as foreign to the build
         raise
 
 
 def sync_files(folder: Path) -> None:
-    """Make all files below a folder, and their names, outlast a power cut."""
+    """Sync all files below a folder, and their names, to the disk."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir() or path.is_file():
             sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a power cut."""
+    """Sync a folder's entries, or a file, to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,9 +53,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_once(path: Path) -> str:
-    """Hex sha256 of a file that a run reads once, as long as its inode, size and time stay what they are.
+    """Return the hex sha256 of a file, cached as long as its inode, size and time stay the same.
 
-    For what is laid out and published at once. What lies between two of those is read again: see `forget`.
+    Meant for files that are written and published in one run; `forget` clears the cache.
     """
     state = path.stat()
     known = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
@@ -65,12 +65,12 @@ def sha256_once(path: Path) -> str:
 
 
 def forget() -> None:
-    """Have every file read again: a disk that rots changes neither size nor time."""
+    """Clear the cache of checksums: a failing disk changes neither size nor time."""
     _taken.clear()
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; hidden ones are no part of a model: keys, caches, `.git`."""
+    """List every file below a folder, sorted, except hidden ones, such as keys, caches and `.git`."""
     return [
         path
         for path in sorted(folder.rglob("*"))
@@ -81,12 +81,12 @@ def visible_files(folder: Path) -> list[Path]:
 def changed_files(
     folder: Path, sums: Mapping[str, str], *, sha256_of: Callable[[Path], str] = sha256_of_file
 ) -> list[str]:
-    """Names of files that are missing, cannot be read, or have another sha256 than they had."""
+    """List the files that are missing, unreadable or have another sha256 than recorded."""
 
     def is_same(name: str) -> bool:
         try:
             return sha256_of(folder / name) == sums[name]
-        except OSError:  # also what a failing disk answers
+        except OSError:  # a failing disk raises it, too
             return False
 
     names = sorted(sums)
@@ -95,23 +95,23 @@ def changed_files(
 
 
 def write_sums(folder: Path, names: Iterable[str], *, known: Mapping[str, str]) -> None:
-    """Write the sums of these files into `folder`; `known` holds those that were taken already.
+    """Write the checksums of these files into `folder`; `known` holds those already computed.
 
     Raises:
-        StoreError: A name that cannot stand in such a list.
+        StoreError: A file name cannot be written into such a list.
     """
     names = list(names)
     if strange := [name for name in names if not name.isprintable()]:
-        raise StoreError(f"{strange[0]!a} is no name for a list of checksums", hint="rename that file")
+        raise StoreError(f"{strange[0]!a} is not a valid name in a checksum list", hint="rename that file")
     sums = {name: known.get(name) or sha256_once(folder / name) for name in names}
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """File name → sha256; None where no sums were written.
+    """Return the recorded sha256 of each file by name; None if there is no list.
 
     Raises:
-        StoreError: It is no such list.
+        StoreError: The list is damaged.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -126,4 +126,4 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def _damaged(folder: Path) -> StoreError:
-    return StoreError(f"{folder / SUMS} is damaged", hint="run the build again: it lays it out anew")
+    return StoreError(f"{folder / SUMS} is damaged", hint="run the build again, which rewrites it")

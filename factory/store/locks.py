@@ -1,4 +1,4 @@
-"""Locks between processes, which the operating system frees when their holder dies."""
+"""Lock files between processes; the operating system releases a lock when its holder dies."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from factory.store.capacity import READ_ONLY
 
 try:
     import fcntl
-except ImportError:  # Windows: there age alone keeps `factory gc` from stages in use
+except ImportError:  # Windows, where only their age protects stages in use from `factory gc`
     fcntl = None  # type: ignore[assignment]
 POLL_SECONDS = 0.2
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -21,10 +21,10 @@ HOME = "`home` or FACTORY_HOME"
 
 
 def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreError:
-    """The error for a place that cannot be written, or whose file system lacks what is needed.
+    """Return the error for a folder that cannot be written, or whose file system has no locks.
 
     Args:
-        option: That would give another place.
+        option: Option that sets the folder.
     """
     if error.errno in NO_LOCKS:
         return StoreError(
@@ -37,7 +37,7 @@ def unwritable(folder: Path, error: OSError, *, option: str = HOME) -> StoreErro
 
 @contextmanager
 def writing(folder: Path, *, option: str = HOME) -> Iterator[None]:
-    """Tell a place that cannot be written from other trouble."""
+    """Turn errors that mean an unwritable folder into a `StoreError`; let others through."""
     try:
         yield
     except OSError as error:
@@ -54,12 +54,12 @@ def locked(
     passing: bool = False,
     option: str = HOME,
 ) -> Iterator[None]:
-    """Hold the lock of one file, once it is free; a stage may take days, so there is no limit.
+    """Wait for the lock of one file and hold it; a stage may take days, so there is no timeout.
 
     Args:
-        on_wait: Called once if another process holds it.
-        passing: Remove the file in the end; a process that waits for it creates it again.
-        option: The option that would give another place.
+        on_wait: Called once if another process holds the lock.
+        passing: Remove the file afterwards; a process that waits for it creates it again.
+        option: Option that sets the folder.
 
     Raises:
         StoreError: The file cannot be written, or its file system has no locks.
@@ -80,10 +80,10 @@ def locked(
 
 @contextmanager
 def unless_locked(path: Path, *, passing: bool = False) -> Iterator[bool]:
-    """Hold the lock of one file if nobody else does, and say whether; never waits.
+    """Hold the lock of one file if it is free, and yield whether it was; never wait.
 
     Raises:
-        StoreError: It cannot be written, or its file system has no locks.
+        StoreError: The file cannot be written, or its file system has no locks.
     """
     lock = _lock(path)
     try:
@@ -97,7 +97,7 @@ def unless_locked(path: Path, *, passing: bool = False) -> Iterator[bool]:
 
 
 def _lock(path: Path) -> FileLock:
-    """Never a soft lock, what filelock falls back to: it outlives a holder that is killed."""
+    """Return a lock without filelock's fallback to soft locks, which outlive a holder that is killed."""
     return FileLock(path, fallback_to_soft=False)
 
 
@@ -110,24 +110,24 @@ def _taken(lock: FileLock) -> bool:
 
 
 def _let_go(lock: FileLock, *, passing: bool) -> None:
-    if passing and lock.is_locked:  # still held: who opened the file already sees that it is gone
+    if passing and lock.is_locked:  # still held: a waiting process sees that the file is gone
         with suppress(OSError):
             Path(lock.lock_file).unlink()
     lock.release()
 
 
 def hold(path: Path) -> IO[bytes] | None:
-    """Mark a file as in use until what is returned is closed, or this process dies; many may at once."""
+    """Mark a file as in use until the returned file is closed or this process dies; holders can share it."""
     if fcntl is None:
         return None
     file = path.open("rb")
-    with suppress(OSError):  # without locks on its file system nobody could make it in the first place
+    with suppress(OSError):  # on a file system without locks, the stage could not have been written
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody marked this file as in use, and lives."""
+    """Return whether a live process has marked this file as in use."""
     if fcntl is None or not path.is_file():
         return False
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""The stages of a build, one row each, and the key of one: what decides its result.
+"""Define the stages of a build, one row each, and their keys.
 
-The standard library alone, so that `--help` stays fast.
+Only the standard library is imported, so that `--help` stays fast.
 """
 
 import hashlib
@@ -28,22 +28,22 @@ A = TypeVar("A", bound="Artifact")
 
 @dataclass(frozen=True)
 class Stage(Generic[A]):
-    """What the store, the runner and the command line know of a stage."""
+    """Description of a stage for the store, the runner and the command line."""
 
     name: str  # part of its key
     version: int  # raised when its code gives other results for the same input; part of its key
     makes: str  # class of its value in `factory.artifacts`, a module that takes long to import
-    libraries: tuple[str, ...] = ()  # whose version can change its numbers; part of its key
-    resumable: bool = False  # goes on from what an attempt that was cut short has left
+    libraries: tuple[str, ...] = ()  # their versions can change its numbers, and are part of its key
+    resumable: bool = False  # resumes from what an interrupted attempt left
     can_rerun: bool = True  # by --rerun
     reads_text: bool = False
-    loads_source: bool = False  # the weights, as they are
-    scratch: tuple[str, ...] = ()  # patterns of files of no use once its value is written
-    local: tuple[str, ...] = ()  # files at the top of its folder that are of use on this machine alone
+    loads_source: bool = False  # the unchanged weights
+    scratch: tuple[str, ...] = ()  # patterns of files that are useless once its value is written
+    local: tuple[str, ...] = ()  # top-level files that are useful only on this machine
 
     @property
     def artifact(self) -> "type[A]":
-        """Class of its value."""
+        """Return the class of its value."""
         artifact: type[A] = getattr(import_module("factory.artifacts"), self.makes)
         return artifact
 
@@ -72,7 +72,7 @@ COMPARE: "Stage[CutLosses]" = Stage(
     version=3,
     makes="CutLosses",
     libraries=("torch", "transformers", "bitsandbytes"),
-    can_rerun=False,  # of `factory plan` alone
+    can_rerun=False,  # only in `factory plan`
     reads_text=True,
     loads_source=True,
 )
@@ -104,7 +104,7 @@ SPEED: "Stage[SpeedComparison]" = Stage(
     libraries=("torch", "transformers"),
     loads_source=True,
 )
-# In the order in which a build comes to them.
+# In the order of a build.
 STAGES: Mapping[str, Stage[Any]] = {
     stage.name: stage for stage in (MEASURE, PLAN, SEARCH, COMPARE, PRUNE, HEAL, MERGE, EVALUATE, SPEED)
 }
@@ -113,16 +113,16 @@ MADE_BY = {"pruned": PRUNE.name, "healed": MERGE.name}  # model → the stage th
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What decides the result of a stage: equal specs give equal keys on every machine."""
+    """Everything that determines the result of a stage; equal specs have equal keys on every machine."""
 
     stage: str
     version: int  # raised when the stage's code gives other results
     parameters: Mapping[str, Any]  # JSON values that change the result
-    inputs: Mapping[str, str]  # name → key or commit of what goes in
+    inputs: Mapping[str, str]  # name → key or commit of an input
 
     @property
     def key(self) -> str:
-        """First 16 hex digits of sha256 over the canonical JSON of the spec."""
+        """Return the first 16 hex digits of the sha256 of the spec's canonical JSON."""
         from factory.artifacts import canonical_json
 
         value = {

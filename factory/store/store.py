@@ -1,4 +1,4 @@
-"""Stage folders: keys, resumption, locks, manifests. A folder with its final name is complete."""
+"""Make, find and resume stage folders, with locks and manifests. A folder with its final name is complete."""
 
 import hashlib
 import json
@@ -30,11 +30,11 @@ from factory.store.locks import hold, is_held, locked, writing
 from factory.store.stage import StageSpec
 
 MANIFEST = "stage.json"
-FETCHED = ".fetched"  # before PARTIAL: arriving from elsewhere
+FETCHED = ".fetched"  # before PARTIAL: being fetched from elsewhere
 
 
 def default_home() -> Path:
-    """`$FACTORY_HOME`, else the platform's user cache directory."""
+    """Return `$FACTORY_HOME`, or the platform's user cache directory."""
     return Path(os.environ.get("FACTORY_HOME") or platformdirs.user_cache_dir("factory"))
 
 
@@ -45,13 +45,13 @@ class StageResult:
     key: str
     folder: Path
     reused: bool
-    seconds: float  # wall time when it was made, over all attempts
+    seconds: float  # wall time of making it, over all attempts
     digest: str = ""  # of its files: equal bytes, equal digest
-    in_use: IO[bytes] | None = None  # while this is open, `factory gc` leaves the folder
+    in_use: IO[bytes] | None = None  # while this is open, `factory gc` keeps the folder
 
 
 class Elsewhere(Protocol):
-    """Where stages are kept besides this machine, so that another one can go on."""
+    """A second place that keeps stages, so that another machine can resume from them."""
 
     def fetch(self, stage: str, key: str, folder: Path) -> bool: ...
     def keep(self, stage: str, key: str, folder: Path) -> None: ...
@@ -67,15 +67,15 @@ class Store:
     elsewhere: Elsewhere | None = None
 
     def folder(self, spec: StageSpec) -> Path:
-        """Where a complete stage of this spec lies, whether it is there or not."""
+        """Return the folder of a complete stage of this spec, whether it exists or not."""
         return self.home / "stages" / spec.stage / spec.key
 
     def find(self, spec: StageSpec, *, made_from: Mapping[str, str] | None = None) -> StageResult | None:
-        """The complete stage of this spec, or None; one that is only elsewhere is brought here.
+        """Return the complete stage of this spec, fetched from elsewhere if need be, or None.
 
         Args:
-            made_from: Key → digest of the stages that it is to be made from. One that was made from others
-                of these keys is absent too: not every stage comes out with the same bytes again.
+            made_from: Key → digest of its input stages. A stage made from other bytes under these keys
+                counts as missing: not every stage produces the same bytes when made again.
         """
         found = self._here(spec, made_from)
         if found is None and self.elsewhere:
@@ -87,7 +87,7 @@ class Store:
         return found
 
     def _here(self, spec: StageSpec, made_from: Mapping[str, str] | None) -> StageResult | None:
-        """The complete stage of this spec on this machine; one whose files have other sizes is absent."""
+        """Return the complete stage of this spec on this machine; None if files have other sizes."""
         folder = self.folder(spec)
         manifest = _manifest_of(folder)
         if manifest is None or not _is_whole(folder, manifest):
@@ -98,7 +98,7 @@ class Store:
         return StageResult(spec.key, folder, reused=True, seconds=seconds, digest=digest)
 
     def _brought(self, spec: StageSpec, made_from: Mapping[str, str] | None) -> StageResult | None:
-        """The complete stage of this spec from elsewhere; None if it is not there, or not as it was made."""
+        """Fetch the complete stage of this spec from elsewhere; None if it is missing or damaged there."""
         if self.elsewhere is None:
             return None
         folder = self.folder(spec)
@@ -110,7 +110,7 @@ class Store:
             if not fetched or damage(arriving):
                 shutil.rmtree(arriving)
                 return None
-            _take_place(arriving, folder)  # what is there is damaged, or it would have been found
+            _take_place(arriving, folder)  # an existing folder is damaged, or it would have been found
         return self._here(spec, made_from)
 
     def make(
@@ -126,34 +126,34 @@ class Store:
     ) -> StageResult:
         """Return the complete stage of this spec, running `work` in a partial folder if need be.
 
-        `work` gets the partial folder, and returns the sha256 of those of its files that it has taken. The
-        folder is emptied first unless the stage is `resumable`. If `work` fails or is killed the partial
-        folder never takes the final name. `rerun` makes it again, and so does a finished one that is not
-        what it was when it was made. For `made_from` see `find`.
+        `work` gets the partial folder, which is emptied first unless the stage is `resumable`, and returns
+        the checksums that it has already computed. If `work` fails or is killed, the partial folder never
+        gets the final name. A finished stage is made again with `rerun`, or if it has changed since. For
+        `made_from` see `find`.
 
         Raises:
-            StoreError: The folder cannot be written, or what is to be made again is in use.
+            StoreError: The folder cannot be written, or the stage to make again is in use.
         """
         folder = self.folder(spec)
         partial = folder.with_name(folder.name + PARTIAL)
         with writing(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(folder.name + ".lock"), on_wait=on_wait):
-            if rerun and is_held(folder / MANIFEST):  # nobody comes to hold it while the lock is held
+            if rerun and is_held(folder / MANIFEST):  # nothing else can hold it while we have the lock
                 raise StoreError(
                     f"another build is using {spec.stage} {spec.key}, which `rerun` would make again",
-                    hint="run the same command once that build is done",
+                    hint="run the same command when that build is done",
                 )
             with writing(folder.parent):
                 _drop_old(folder)
                 if not rerun and not self._here(spec, made_from) and _is_complete(partial, made_from or {}):
-                    _take_place(partial, folder)  # killed just before that
+                    _take_place(partial, folder)  # an earlier run was killed just before this step
             found = self._here(spec, made_from)
             if found is None and not rerun:
                 found = self._brought(spec, made_from)
             if found and not rerun and is_intact(folder):
                 with suppress(OSError):
-                    os.utime(found.folder)  # in use: `garbage` leaves it for a day
+                    os.utime(found.folder)  # `garbage` keeps it for another day
                 return replace(found, in_use=hold(found.folder / MANIFEST))
             with writing(partial):
                 if partial.exists() and (rerun or not resumable or (partial / MANIFEST).exists()):
@@ -170,7 +170,7 @@ class Store:
         return StageResult(spec.key, folder, False, seconds, digest=_digest(sums), in_use=in_use)
 
     def stages(self) -> Iterator[dict[str, Any]]:
-        """Manifests of all complete stages, with `folder` and `size_bytes` added."""
+        """Yield the manifests of all complete stages, with `folder` and `size_bytes` added."""
         for manifest in sorted((self.home / "stages").glob(f"*/*/{MANIFEST}")):
             folder = manifest.parent
             value = _manifest_of(folder) if folder.suffix != PARTIAL else None
@@ -179,13 +179,13 @@ class Store:
 
 
 def damage(folder: Path) -> list[str]:
-    """Files of a complete stage that have changed since it was made: the manifest, if it has no sums."""
+    """List the files of a stage that have changed since it was made; the manifest, if it has no checksums."""
     manifest = _manifest_of(folder) or {}
     return changed_files(folder, manifest["sha256"]) if "sha256" in manifest else [MANIFEST]
 
 
 def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[float, Mapping[str, str]]:
-    """Run the work; its wall time in seconds adds to that of attempts that were cut short."""
+    """Run the work, and return its wall time, including interrupted attempts, and checksums."""
     clock = partial / "seconds"
     before = _seconds_of(clock)
     start = time.monotonic()
@@ -197,19 +197,19 @@ def _timed(work: Callable[[Path], Mapping[str, str]], partial: Path) -> tuple[fl
         if reason:
             raise DiskSpaceError(
                 f"{reason}, while writing {partial}",
-                hint="`factory gc` removes what no build uses; then the same command goes on from here",
+                hint="`factory gc` removes unused stages; then the same command resumes from here",
             ) from error
         raise
     finally:
         seconds = before + time.monotonic() - start
-        with suppress(OSError):  # on a full disk only the time of this attempt is lost
+        with suppress(OSError):  # on a full disk, only the time of this attempt is lost
             clock.write_text(f"{seconds:.3f}")
     clock.unlink(missing_ok=True)
     return round(seconds, 3), known
 
 
 def _seconds_of(clock: Path) -> float:
-    """What earlier attempts took; nothing where they were killed before they could say."""
+    """Return the wall time of earlier attempts; 0 if they were killed before writing it."""
     try:
         return float(clock.read_text())
     except (OSError, ValueError):
@@ -217,9 +217,9 @@ def _seconds_of(clock: Path) -> float:
 
 
 def _sums_of(folder: Path, *, known: Mapping[str, str]) -> dict[str, str]:
-    """File name → sha256 of all files below a folder; `known` holds those that were taken already."""
+    """Return the sha256 of all files below a folder by name; `known` holds those already computed."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    names -= {MANIFEST, MANIFEST + PARTIAL}  # of an attempt that was killed while it wrote the manifest
+    names -= {MANIFEST, MANIFEST + PARTIAL}  # left if an attempt was killed while writing the manifest
     return {name: known.get(name) or sha256_of_file(folder / name) for name in sorted(names)}
 
 
@@ -254,9 +254,9 @@ def _complete(
 
 
 def _take_place(whole: Path, folder: Path) -> None:
-    """Give a whole folder its final name; what had that name, damaged or made again, goes afterwards.
+    """Give a complete folder its final name, then remove the damaged or outdated folder that had it.
 
-    A kill in between leaves both, of which `make` takes the whole one.
+    A kill in between leaves both; `make` takes the complete one.
     """
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}{OLD}-{time.time_ns()}{PARTIAL}"))
@@ -266,26 +266,26 @@ def _take_place(whole: Path, folder: Path) -> None:
 
 
 def _drop_old(folder: Path) -> None:
-    """Remove what had this final name before; what a build still holds is left for later."""
+    """Remove folders that had this final name before, except those that a build still uses."""
     for old in folder.parent.glob(f"{folder.name}{OLD}-*{PARTIAL}"):
         if not is_held(old / MANIFEST):
             shutil.rmtree(old)
 
 
 def _is_complete(partial: Path, made_from: Mapping[str, str]) -> bool:
-    """Whether a partial folder lacks its final name alone: its manifest is written last."""
+    """Return whether a partial folder lacks only its final name: its manifest is written last."""
     manifest = _manifest_of(partial)
     return manifest is not None and _is_made_from(manifest, made_from) and not damage(partial)
 
 
 def _is_made_from(manifest: Mapping[str, Any], made_from: Mapping[str, str]) -> bool:
-    """Whether none of these stages had another digest when that one was made."""
+    """Return whether none of these stages had another digest when that one was made."""
     were = manifest.get("made_from", {})
     return all(were.get(key, digest) == digest for key, digest in made_from.items())
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a stage folder; None if it is missing or not what `_complete` writes."""
+    """Return the manifest of a stage folder; None if it is missing or malformed."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -299,7 +299,7 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether every file is there with the size that it had when the stage was completed."""
+    """Return whether every file exists with the size that it had when the stage was completed."""
     return all(
         (folder / name).is_file() and (folder / name).stat().st_size == size_bytes
         for name, size_bytes in manifest["files"].items()

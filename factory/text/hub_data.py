@@ -1,4 +1,4 @@
-"""Text of a Hub data set: which split and which column of it, and its rows as a stream, each once."""
+"""Find the split and column of a Hub data set that hold text, and stream its rows, each once."""
 
 import gzip
 import lzma
@@ -16,28 +16,27 @@ from factory.errors import DataError, HubError
 if TYPE_CHECKING:
     from datasets import IterableDatasetDict
 
-# Before reading on where a connection broke; with what the Hub's client waits by itself, ten minutes in
-# all without a single row.
+# Before each attempt to resume a broken stream; with the Hub client's own waits, ten minutes without a row.
 STREAM_WAITS_SECONDS = (5.0, 15.0, 60.0, 120.0, 240.0)
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-DAMAGED_HINT = "a file of it is damaged: take another revision (owner/name@revision) or another data set"
-READERS = ("datasets", "huggingface_hub", "pandas", "pyarrow")  # which stumble over settings of a card
+DAMAGED_HINT = "one of its files is damaged: use another revision (owner/name@revision) or data set"
+READERS = ("datasets", "huggingface_hub", "pandas", "pyarrow")  # they can fail on settings in a card
 DEFAULT_COLUMN = "text"
 STRINGS = ("string", "large_string", "string_view")
 
 
 def find_data_set(reference: str, *, split: Split) -> DataSource:
-    """The data set at its commit, with the split that serves as `split` and the column that holds text.
+    """Find the data set at its commit, the split that serves as `split`, and the column that holds text.
 
-    A data set without a validation split gives its training split. The column is `text`, or the only one
-    of strings; another than `text` becomes part of the name, `owner/name#column`.
+    Without a validation split, the training split is used. The column is `text`, or the only one of
+    strings; any other than `text` becomes part of the name, `owner/name#column`.
 
     Args:
         reference: `owner/name[:config][#column][@revision]`.
 
     Raises:
-        DataError: No such data set, configuration, split or column; the hint says what there is.
-        HubError: The Hub could not be reached.
+        DataError: The data set, configuration, split or column does not exist; the hint lists the choices.
+        HubError: The Hub cannot be reached.
     """
     from factory.hub.client import patiently
     from factory.text.hub_data_files import check_data_files
@@ -45,7 +44,7 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
     repo_id, config, column, revision = _parts(reference)
     commit = _data_set_commit(repo_id, revision=revision)
     name = reference.partition("@")[0]
-    with _read_errors(name, repo_id=repo_id, commit=commit, hint="give another data set, or a file"):
+    with _read_errors(name, repo_id=repo_id, commit=commit, hint="use another data set, or a file"):
         patiently(lambda: check_data_files(repo_id, revision=commit))
         splits = _open(repo_id, config, commit=commit)
         found = _split(splits, split, name=name)
@@ -55,21 +54,22 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
 
 
 def hub_rows(data: DataSource) -> Iterator[str | None]:
-    """Texts in the order of the data set; None for a row without one."""
+    """Yield texts in the order of the data set; None for a row without text."""
     _, config, column, _ = _parts(data.name)
     column = column or DEFAULT_COLUMN
     with _read_errors(data.name, repo_id=str(data.hub_id), commit=data.version, hint=DAMAGED_HINT):
         for row in _rows(data, config=config):
             if column not in row:
                 raise DataError(
-                    f"data set {data.name!r} has no column {column!r} but {', '.join(row)}", hint=DAMAGED_HINT
+                    f"data set {data.name!r} has no column {column!r}, only {', '.join(row)}",
+                    hint=DAMAGED_HINT,
                 )
             value = row[column]
             yield value if isinstance(value, str) and value.strip() else None
 
 
 def _parts(reference: str) -> tuple[str, str | None, str | None, str | None]:
-    """Repository, configuration, column and revision."""
+    """Split a reference into repository, configuration, column and revision."""
     match = HUB_DATA.fullmatch(reference)
     if match is None:
         raise DataError(f"data {reference[:200]!r} does not exist", hint=f"give {DATA_NOTATION}")
@@ -101,7 +101,7 @@ def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
 
 @contextmanager
 def _read_errors(name: str, *, repo_id: str, commit: str, hint: str) -> Iterator[None]:
-    """Turn what reading a data set raises into one line about it."""
+    """Turn the errors of reading a data set into one line about it."""
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
@@ -120,10 +120,11 @@ def _read_errors(name: str, *, repo_id: str, commit: str, hint: str) -> Iterator
 
 
 def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetDict":
-    """All splits of one configuration, of which nothing but the columns has been read.
+    """Open all splits of one configuration, reading only the columns.
 
     Raises:
-        DataError: No such configuration, or several and none is named; a script.
+        DataError: The configuration does not exist, or there are several and none is named; or the data
+            set is a script.
     """
     from datasets import get_dataset_config_names, load_dataset
 
@@ -144,36 +145,36 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
             raise
         raise DataError(
             f"data set {repo_id!r} is a script, which is not run",
-            hint=f"give another data set, or {repo_id}@refs/convert/parquet, if the Hub has converted it",
+            hint=f"use another data set, or {repo_id}@refs/convert/parquet if the Hub has converted it",
         ) from error
 
 
-def _split(splits: Mapping[str, Any], asked: Split, *, name: str) -> str:
-    """The split asked for; where there is no validation split, the training split."""
-    for each in (asked, "train"):
+def _split(splits: Mapping[str, Any], wanted: Split, *, name: str) -> str:
+    """Return the wanted split, or the training split if there is no validation split."""
+    for each in (wanted, "train"):
         if each in splits:
             return each
     raise DataError(
-        f"data set {name!r} has no split train{'' if asked == 'train' else ' or validation'}, only "
+        f"data set {name!r} has no split train{'' if wanted == 'train' else ' or validation'}, only "
         f"{', '.join(splits)}",
-        hint="give another data set, or download that split and give it as a file",
+        hint="use another data set, or download the split that you want and give it as a file",
     )
 
 
-def _column(features: Mapping[str, Any] | None, asked: str | None, *, name: str) -> str:
-    """The column that holds the text.
+def _column(features: Mapping[str, Any] | None, wanted: str | None, *, name: str) -> str:
+    """Return the column that holds the text.
 
     Args:
-        features: Columns with their types; None where the data set does not say.
+        features: Columns with their types; None if the data set does not declare them.
     """
-    column = asked or DEFAULT_COLUMN
+    column = wanted or DEFAULT_COLUMN
     if features is None:
         return column
     strings = [each for each, kind in features.items() if getattr(kind, "dtype", None) in STRINGS]
     if column in strings:
         return column
     if (
-        asked is None
+        wanted is None
         and column not in features
         and len(strings) == 1
         and HUB_DATA.fullmatch(f"a/b#{strings[0]}")
@@ -186,21 +187,21 @@ def _column(features: Mapping[str, Any] | None, asked: str | None, *, name: str)
         f"data set {name!r} {problem}; it has {', '.join(features)}",
         hint=_choices([f"{base}#{each}" for each in strings])
         if strings
-        else "give another data set: none of its columns holds strings",
+        else "use another data set: none of its columns holds strings",
     )
 
 
-def _choices(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"give {' or '.join(names[:most])}{more}"
+def _choices(names: list[str], maximum: int = 8) -> str:
+    more = f" and {len(names) - maximum} more" if len(names) > maximum else ""
+    return f"give {' or '.join(names[:maximum])}{more}"
 
 
 def _rows(data: DataSource, *, config: str | None) -> Iterator[dict[str, Any]]:
-    """Rows of a Hub data set, each once and in order, through whatever may pass on the way.
+    """Yield the rows of a Hub data set, each once and in order, despite temporary faults.
 
-    After a fault the shard is read anew up to the row that came last. `datasets` would rather repeat the
-    read that failed, and of a compressed file loses what that read had unpacked before: documents that
-    are missing without a word, or lines cut in two.
+    After a fault the shard is read again up to the last row. The retry of `datasets` itself repeats only
+    the failed read and loses what a compressed file had unpacked before: documents would be missing
+    silently, or lines cut in two.
     """
     from datasets import config as settings
     from datasets import load_dataset
@@ -214,7 +215,7 @@ def _rows(data: DataSource, *, config: str | None) -> Iterator[dict[str, Any]]:
         lambda: load_dataset(data.hub_id, config, split=data.split, revision=revision, streaming=True)
     )
     if rows.features:
-        rows = rows.decode(False)  # or pictures and sounds are had from wherever a row says they are
+        rows = rows.decode(False)  # otherwise images and audio are fetched from any URL that a row names
     reached: dict[str, Any] | None = None
     waits: Iterator[float] = iter(())
     while True:

@@ -1,4 +1,4 @@
-"""The files that a Hub data set's card names: none but its own are read."""
+"""Check the files that a Hub data set's card names: only its own may be read."""
 
 import re
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ CARDS = ("README.md", ".huggingface.yaml")  # where `datasets` looks for configu
 
 
 def check_data_files(repo_id: str, *, revision: str | None) -> None:
-    """Refuse a data set whose card leads to an address, a file of this machine or another repository.
+    """Refuse a data set whose card points to a URL, a local file or another repository.
 
-    `datasets` would ask any address in the name of this machine, which may stand in a network that the
-    card's author cannot reach, and read local files.
+    `datasets` would request any URL from this machine, which may be in a network that the card's author
+    cannot reach, and read local files.
 
     Raises:
-        DataError: It does, or it cannot be read.
+        DataError: The card names such a file, or cannot be read.
     """
     own = re.compile(
         rf"hf://datasets/{re.escape(repo_id)}[@/]"
@@ -33,13 +33,13 @@ def check_data_files(repo_id: str, *, revision: str | None) -> None:
             path = pattern[found.end() :] if (found := own.match(pattern)) else pattern
             if re.search(r"^/|\\|::|://|^\w+:|(^|/)\.\.(/|$)", path):
                 raise DataError(
-                    f"the card of data set {repo_id!r} names {pattern[:200]!r}, which is no file of its own",
+                    f"the card of data set {repo_id!r} names {pattern[:200]!r}, not one of its own files",
                     hint=UNTRUSTED.replace("model", "data set"),
                 )
 
 
 def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]:
-    """Whatever one of the cards gives as files or folders of its configurations."""
+    """Yield the files and folders of a card's configurations."""
     try:
         path = hub_api().hf_hub_download(repo_id, name, repo_type="dataset", revision=revision)
     except RemoteEntryNotFoundError:
@@ -50,7 +50,7 @@ def _patterns(repo_id: str, name: str, *, revision: str | None) -> Iterator[str]
     except NOT_YAML as error:
         raise DataError(
             f"{name} of data set {repo_id!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}",
-            hint="take another revision (owner/name@revision) or another data set",
+            hint="use another revision (owner/name@revision) or data set",
         ) from error
     configurations = card.get("configs")
     for one in configurations if isinstance(configurations, list) else ():
@@ -68,12 +68,12 @@ def _fields(text: str) -> dict[str, Any]:
 def _settings(text: str) -> dict[str, Any]:
     values = load(text) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"it is of type {type(values).__name__}, no names with values")
+        raise ValueError(f"it is of type {type(values).__name__}, not a mapping")
     return values
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Every text in lists and names with values, each of which an alias may hold again, also in itself."""
+    """Yield every text in nested lists and mappings, which YAML aliases may make recursive."""
     left, seen = [value], set[int]()
     while left:
         item = left.pop()

@@ -1,4 +1,4 @@
-"""Kept apart: no document that is evaluated on is measured or healed on too, whatever its file is called."""
+"""Keep texts apart: no evaluated document is also measured or healed on, whatever its file is called."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 from factory.artifacts import DataSource
 from factory.text.text import Text
 
-Hashes = NDArray[numpy.uint64]  # [n], of documents: sorted, each once
-MOST_LEFT_OUT = 0.75  # of a text; beyond that it and the evaluation's are divided
+Hashes = NDArray[numpy.uint64]  # [n], of documents: sorted, unique
+MAX_LEFT_OUT = 0.75  # share of a text; beyond it, the shared documents are divided between both texts
 NONE: Hashes = numpy.empty(0, dtype=numpy.uint64)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a text holds, so far as it was read; 8 bytes per document are kept of it."""
+    """The documents of a text, as far as it was read, as 8-byte hashes."""
 
     hashes: Hashes
     num_documents: int
     num_bytes: int  # of the documents in UTF-8
-    num_empty: int  # rows without text, which are passed over
-    is_whole: bool = True  # else it holds more documents
+    num_empty: int  # rows without text, which are skipped
+    is_whole: bool = True  # False: the text has more documents
 
 
 def look(text: Text, *, most: int | None = None) -> Contents:
     """Read a text, or its first `most` documents.
 
     Raises:
-        DataError: No text in it, or a fault anywhere in what was read (by its line).
+        DataError: The text is empty, or has a fault; the message names the line.
     """
     num_bytes = num_empty = 0
 
@@ -52,14 +52,14 @@ def look(text: Text, *, most: int | None = None) -> Contents:
 
 
 def hash_of(document: str) -> int:
-    """64 bits of a document's words: how they are spaced, and how lines end, makes no other document."""
+    """Hash a document's words to 64 bits, ignoring white space."""
     words = " ".join(document.split()).encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(words, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class Apart:
-    """The texts of a build with no document in common, and what to know of how that was reached."""
+    """The texts of a build without common documents, and remarks on how they were separated."""
 
     evaluation: Text
     others: tuple[Text, ...]
@@ -70,15 +70,15 @@ Look = Callable[[Text], Hashes]
 
 
 def keep_apart(evaluation: Text, others: tuple[Text, ...], *, look: Look) -> Apart:
-    """Divide what is evaluated on and used otherwise too: no document then serves both.
+    """Separate the evaluation text from the others, so that no document serves both.
 
-    A block chosen, or a model trained, on the very documents it is judged by looks better than it is.
-    A text that serves both is divided in halves, by the hashes of its documents. Of documents that two
-    texts share, the evaluation keeps all, unless they are most of the other text: then half, by their hashes.
+    A block chosen, or a model trained, on the documents that it is evaluated on looks better than it is.
+    A text that serves both is halved by the hashes of its documents. The evaluation keeps all documents that
+    two texts share, unless they are most of the other text: then it keeps half, by their hashes.
 
     Args:
-        look: The hashes of a text's documents; of a data set on the Hub those of as many as the evaluation
-            can come to read.
+        look: Function that returns the hashes of a text's documents; of a Hub data set, of as many as the
+            evaluation may read.
     """
     is_same = [_is_same(other.data, evaluation.data) for other in others]
     judged = _half(evaluation, 1) if any(is_same) else evaluation
@@ -103,14 +103,14 @@ def keep_apart(evaluation: Text, others: tuple[Text, ...], *, look: Look) -> Apa
 
 
 def _is_same(one: DataSource, other: DataSource) -> bool:
-    """Whether two texts are one: the same split of a data set, by any configuration, or equal files."""
+    """Return whether two texts are the same: one split of a data set in any configuration, or equal files."""
     if one.hub_id or other.hub_id:
         return (one.hub_id, one.version, one.split) == (other.hub_id, other.version, other.split)
     return one.version == other.version and Path(one.name).suffix == Path(other.name).suffix
 
 
 def _are_apart(one: DataSource, other: DataSource) -> bool:
-    """Whether whoever made both has kept them apart: splits of one data set, or of Python's library."""
+    """Return whether their author keeps two texts apart: splits of one data set, or of Python's library."""
     if one.hub_id:
         return (one.hub_id, one.version) == (other.hub_id, other.version)
     return one.name.startswith("stdlib:") and other.name.startswith("stdlib:")
@@ -123,31 +123,31 @@ class _Divided(NamedTuple):
 
 
 def _divide(evaluation: Text, other: Text, *, hashes: Hashes, others: Hashes) -> _Divided:
-    """Two texts that may share documents.
+    """Divide the documents that two texts share.
 
     Args:
-        hashes: Of the evaluation's documents.
-        others: Of the other text's; of a stream, of its first.
+        hashes: Hashes of the evaluation's documents.
+        others: Hashes of the other text's documents; of a stream, of its first ones.
     """
     shared = numpy.intersect1d(hashes, others, assume_unique=True)
     is_stream = other.data.hub_id is not None
     name = evaluation.data.name
     if not len(shared):
         return _Divided(without(other, hashes) if is_stream else other)
-    told = f"{len(shared):,} documents of {other.data.name} are also in {name}, which is evaluated on"
-    possible = hashes if is_stream else shared  # a stream may hold others further on
-    if len(shared) <= MOST_LEFT_OUT * len(others):
-        return _Divided(without(other, possible), remark=f"{told}: they are left out")
+    message = f"{len(shared):,} documents of {other.data.name} are also in the evaluation text {name}"
+    possible = hashes if is_stream else shared  # a stream may hold more of them further on
+    if len(shared) <= MAX_LEFT_OUT * len(others):
+        return _Divided(without(other, possible), remark=f"{message}: they are left out")
     is_odd = possible % 2 == 1
     return _Divided(
         without(other, possible[is_odd]),
         from_evaluation=possible[~is_odd],
-        remark=f"{told}: each of them serves one use",
+        remark=f"{message}: each of them serves one use",
     )
 
 
 def without(text: Text, hashes: Hashes) -> Text:
-    """The text without the documents that have these hashes; its part names them."""
+    """Return the text without the documents that have these hashes; its `part` identifies them."""
     if not len(hashes):
         return text
     digest = sha256(hashes.astype("<u8").tobytes()).hexdigest()[:16]

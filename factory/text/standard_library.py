@@ -1,4 +1,4 @@
-"""The source code of Python's standard library as text: one part to train on, one held out."""
+"""Use the source code of Python's standard library as text: one part to train on, one held out."""
 
 import hashlib
 import os
@@ -42,34 +42,34 @@ HELD_OUT = (
     "trace",
     "zipapp",
 )
-# Folders that hold other people's code, or nothing that is written by hand.
+# Folders with third-party or generated code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "__phello__"}
 SKIPPED_FILES = {"html/entities.py", "stringprep.py"}  # generated tables
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-MOST_BYTES = 400_000  # larger files are generated
+MAX_BYTES = 400_000  # larger files are generated
 
 
 def documents(split: Part, *, root: Path | None = None, include_tests: bool = False) -> Iterator[str]:
-    """Texts of the source files of one split, whole, in the order of their paths.
+    """Yield the source files of one split, whole, in the order of their paths.
 
     Args:
         split: "held-out" is `HELD_OUT`; "train" is everything else.
-        root: A standard library; default: that of the running interpreter.
-        include_tests: Add the library's own tests to "train", but for those of held-out modules. Not every
-            interpreter comes with them, so that without them the text is the same on more machines.
+        root: Folder of a standard library; None: that of the running interpreter.
+        include_tests: Add the library's own tests to "train", except those of held-out modules. Not every
+            interpreter has them, so without them the text is the same on more machines.
 
     Raises:
         DataError: The interpreter comes without readable source files.
     """
     for _, content in _contents(split, root=root, include_tests=include_tests):
-        with suppress(UnicodeDecodeError):  # a few tests are in other encodings on purpose
+        with suppress(UnicodeDecodeError):  # a few tests use other encodings on purpose
             text = content.decode("utf-8").replace("\r\n", "\n")
             if text.strip():
                 yield text
 
 
 def fingerprint(split: Part, *, root: Path | None = None) -> str:
-    """Hex sha256 over the relative paths and contents of the files that `documents` reads by default.
+    """Return the hex sha256 of the paths and contents of the files that `documents` reads by default.
 
     Raises:
         DataError: As for `documents`.
@@ -82,7 +82,7 @@ def fingerprint(split: Part, *, root: Path | None = None) -> str:
 
 
 def modules(*, root: Path | None = None) -> dict[str, str]:
-    """The held-out modules by name, in the order of `HELD_OUT`.
+    """Return the held-out modules by name, in the order of `HELD_OUT`.
 
     Raises:
         DataError: As for `documents`.
@@ -92,13 +92,13 @@ def modules(*, root: Path | None = None) -> dict[str, str]:
 
 
 def _contents(split: Part, *, root: Path | None, include_tests: bool) -> Iterator[tuple[str, bytes]]:
-    """Relative path with forward slashes, and bytes, of each file; ordered by path."""
+    """Yield the relative path, with forward slashes, and the bytes of each file, ordered by path."""
     library = root or Path(sysconfig.get_path("stdlib"))
     found = _held_out(library) if split == "held-out" else sorted(_train(library, include_tests))
     if not found:
         raise DataError(
             f"no source files of the standard library in {library}",
-            hint="use an interpreter that comes with them, or give other text",
+            hint="use an interpreter that comes with them, or another text",
         )
     for name in found:
         yield name, (library / name).read_bytes()
@@ -117,7 +117,7 @@ def _train(library: Path, include_tests: bool) -> Iterator[str]:
         ]
         for file in files:
             name = (inside / file).as_posix()
-            if file.endswith(".py") and _is_train(name) and (library / name).stat().st_size <= MOST_BYTES:
+            if file.endswith(".py") and _is_train(name) and (library / name).stat().st_size <= MAX_BYTES:
                 yield name
 
 

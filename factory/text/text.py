@@ -1,4 +1,4 @@
-"""Texts to measure, heal and evaluate on: a file, a Hub data set or Python's standard library."""
+"""Open the texts to measure, heal and evaluate on: a file, a Hub data set or Python's standard library."""
 
 import gzip
 import json
@@ -21,25 +21,25 @@ from factory.text.standard_library import Part, documents, fingerprint
 
 SHUFFLE_BUFFER = 10_000  # documents held in memory
 MISSING = object()
-PASSAGE_CHARACTERS = 3000  # source files are cut at blank lines into passages of about this
+PASSAGE_CHARACTERS = 3000  # approximate length of the passages that source files are split into
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents with a name and a version; `documents()` yields them again in the same order.
+    """Documents with a name and a version; `documents()` yields them in the same order every time.
 
-    Those that `open_text` makes can be pickled, so that another process reads the same.
+    A text from `open_text` can be pickled, so that another process reads the same documents.
     """
 
     data: DataSource
     rows: Callable[[], Iterator[str | None]]  # None: a row without text
 
     def documents(self) -> Iterator[str]:
-        """Documents; rows without text are passed over."""
+        """Yield the documents; rows without text are skipped."""
         return (row for row in self.rows() if row is not None)
 
     def shuffled(self, seed: int) -> Iterator[str]:
-        """Documents through a shuffle buffer: the same order for the same seed, bounded memory."""
+        """Yield the documents through a shuffle buffer: same seed, same order; bounded memory."""
         generator = random.Random(seed)
         buffer: list[str] = []
         for document in self.documents():
@@ -54,16 +54,16 @@ class Text:
 
 
 def open_text(reference: str, *, split: Split) -> Text:
-    """Resolve a data reference; reads only what names its version.
+    """Resolve a data reference, reading no more than its version takes.
 
     Args:
-        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, or `stdlib:train`,
+        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, `stdlib:train` or
             `stdlib:held-out`.
-        split: Which split of a Hub data set; the training split where there is no other.
+        split: Split of a Hub data set; the training split is used if this one does not exist.
 
     Raises:
-        DataError: No such file or data set, an unknown format, no text in it.
-        HubError: The Hub could not be reached.
+        DataError: The file or data set does not exist, is empty or has an unsupported format.
+        HubError: The Hub cannot be reached.
     """
     check_data(reference)
     if reference.startswith("stdlib:"):
@@ -88,7 +88,7 @@ def _read_file(path: Path) -> Iterator[str | None]:
 def _read_json_lines(path: Path) -> Iterator[str | None]:
     try:
         with _open(path) as file:
-            # A line behind: of a file cut short, the damage shows rather than its half last line.
+            # One line behind, so that a truncated file raises before its half last line is parsed.
             place, line = "", ""
             for number, following in enumerate(file, start=1):
                 if line.strip():
@@ -97,36 +97,36 @@ def _read_json_lines(path: Path) -> Iterator[str | None]:
             if line.strip():
                 yield _text_of(line, place=place)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="is it whole, and UTF-8?") from error
+        raise DataError(f"cannot read {path}: {error}", hint="is it complete, and UTF-8?") from error
 
 
 def _text_of(line: str, *, place: str) -> str | None:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {line[:60]!r}", hint='one {"text": …} a line') from error
+        raise DataError(f"{place}: not JSON: {line[:60]!r}", hint='write one {"text": …} per line') from error
     text = value.get("text", MISSING) if isinstance(value, dict) else MISSING
     if text is None:
         return None
     if not isinstance(text, str):
-        raise DataError(f'{place}: no "text" in {line.strip()[:60]!r}', hint='one {"text": …} a line')
+        raise DataError(f'{place}: no "text" in {line.strip()[:60]!r}', hint='write one {"text": …} per line')
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise DataError(
-            f"{place}: holds {half!r}, half of a character", hint="write the file again as UTF-8"
+            f"{place}: contains {half!r}, half of a character", hint="write the file again as UTF-8"
         ) from error
     return text if text.strip() else None
 
 
 def _read_paragraphs(path: Path) -> Iterator[str]:
-    """Paragraphs between blank lines are documents."""
+    """Yield paragraphs between blank lines as documents."""
     try:
         with _open(path) as file:
             yield from _paragraphs(file)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="is it whole, and UTF-8?") from error
+        raise DataError(f"cannot read {path}: {error}", hint="is it complete, and UTF-8?") from error
 
 
 def _paragraphs(lines: IO[str]) -> Iterator[str]:
@@ -149,10 +149,10 @@ def _read_parquet(path: Path) -> Iterator[str | None]:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
-            raise DataError(f'{path} has no column "text" but {names}', hint="rename the column to text")
+            raise DataError(f'{path} has no column "text", only {names}', hint="rename the column to text")
         kind = table.schema_arrow.field("text").type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f'{path}: column "text" is of type {kind}', hint="it must be of type string")
+            raise DataError(f'{path}: column "text" is of type {kind}', hint="convert it to type string")
         for batch in table.iter_batches(columns=["text"]):
             yield from (text if text and text.strip() else None for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
@@ -172,18 +172,16 @@ def _not_empty(rows: Iterator[str | None], *, name: str) -> Iterator[str | None]
         yield row
     if empty:
         rows_without = f": its {number:,} rows are empty" if number else ""
-        raise DataError(f"{name} holds no text{rows_without}", hint=f"give {DATA_NOTATION}")
+        raise DataError(f"{name} contains no text{rows_without}", hint=f"give {DATA_NOTATION}")
 
 
 def _standard_library(reference: str) -> Text:
-
     split: Part = "train" if reference == "stdlib:train" else "held-out"
     data = DataSource(name=reference, version=fingerprint(split))
     return Text(data, partial(_standard_passages, split))
 
 
 def _standard_passages(part: Part) -> Iterator[str]:
-
     return (passage for file in documents(part) for passage in _passages(file))
 
 
@@ -199,7 +197,7 @@ def _passages(source: str) -> Iterator[str]:
 
 
 def text_identity(data: DataSource) -> str:
-    """What decides the documents: for a data set also configuration and split, for a file its format."""
+    """Return what identifies the documents, including a data set's split and a file's format."""
     part = f", part {data.part}" if data.part else ""
     if data.hub_id:
         return f"{data.name}:{data.split}@{data.version}{part}"
@@ -211,13 +209,13 @@ def text_identity(data: DataSource) -> str:
 
 @dataclass(frozen=True)
 class Texts:
-    """The three texts of a build, opened: their versions are known, and that they share no document."""
+    """The three opened texts of a build; their versions are known, and they share no document."""
 
     calibration: Text
     healing: Text
     evaluation: Text
     remarks: tuple[str, ...] = ()  # on documents that were in two of them
-    whole: tuple[Text, ...] = ()  # the same three as they were opened, before they were kept apart
+    whole: tuple[Text, ...] = ()  # the same three as opened, before they were separated
 
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)

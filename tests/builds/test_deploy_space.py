@@ -97,7 +97,7 @@ def test_a_name_that_no_space_can_have_is_refused_before_anything_is_written(
     hub: Hub, commands: Forks, pushed: Path
 ) -> None:
     before, requests = content_of(pushed), len(hub.requests)
-    assert "'alice/two words' is no repository name" in refused(commands, pushed, "alice/two words")
+    assert "'alice/two words' is not a repository name" in refused(commands, pushed, "alice/two words")
     assert (content_of(pushed), len(hub.requests)) == (before, requests)
 
 

@@ -67,7 +67,7 @@ def test_any_text_is_layers_or_a_usage_error(typed: str) -> None:
         ("-1", "'-1' is not a layer number"),
         ("1-2-3", "'1-2-3' is not a layer number"),
         ("0-999999999", "is not a layer number"),
-        ("4-2", "4-2 runs backwards"),
+        ("4-2", "4-2 is a descending range"),
         ("1,2,1", "names layer 1 twice"),
         ("1-3,3-4", "names layer 3 twice"),
         ("6", "`layers=6`: the model has layers 0 to 5"),
@@ -314,7 +314,7 @@ def test_too_little_disk_is_said_before_the_work(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "SPARE_BYTES", 10**18)
-    with pytest.raises(DiskSpaceError, match=r"B of disk are needed at .*B are free"):
+    with pytest.raises(DiskSpaceError, match=r"B of disk space is needed at .*B is free"):
         prune(model, "2", tmp_path / "out")
 
 

@@ -174,7 +174,7 @@ def test_a_missing_licence_is_told_and_published(hub: Hub, commands: Forks, buil
     done = commands.run("push", str(licensed(build, license=None)), "alice/none", folder=build.parent)
     assert done.code == 0
     assert done.stderr == (
-        "note: acme/tiny names no licence, so nothing allows to publish what is made from it; ask its owner\n"
+        "note: acme/tiny names no licence, so nothing permits publishing derived models; ask its owner\n"
     )
 
 
@@ -192,7 +192,7 @@ def test_a_build_that_is_to_be_published_hears_of_the_licence_before_it_starts(
     assert dry.code == 0, dry.stderr
     assert dry.stderr == (
         "note: the licence of acme/strict, cc-by-nc-4.0, allows no commercial use, "
-        "also of what is made from it\n"
+        "not even of derived models\n"
     )
 
 
@@ -358,7 +358,7 @@ def test_a_file_whose_name_is_no_text_is_not_accepted_and_told_in_one_line(
     (Path(os.fsdecode(os.fsencode(build / "model") + b"/" + name))).write_text("x")
     before = (build / "SHA256SUMS").read_text()
     refused = told(commands.run("verify", str(build), "--accept", folder=build.parent))
-    assert "is no name for a list of checksums" in refused
+    assert "is not a valid name in a checksum list" in refused
     assert "\x1b" not in refused
     assert (build / "SHA256SUMS").read_text() == before
     assert "contains files that its build did not make" in told(
@@ -517,7 +517,7 @@ def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_writte
 ) -> None:
     before = content_of(build)
     refused = told(commands.run("push", str(build), name, folder=build.parent))
-    assert f"{name!r} is no repository name" in refused
+    assert f"{name!r} is not a repository name" in refused
     assert not hub.requests
     assert content_of(build) == before
 

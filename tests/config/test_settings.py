@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from factory.config.request import BuildRequest
 from factory.config.settings import (
-    MOST_TOKENS,
+    MAX_TOKENS,
     BuildConfig,
     HealSettings,
     MeasureSettings,
@@ -73,7 +73,7 @@ def test_every_size_of_model_gets_healing_that_makes_sense(num_parameters: int, 
     assert heal.warmup_steps <= heal.num_steps / 10
     assert 0 < heal.learning_rate <= 3e-3
     assert heal.sequence_length <= max_length
-    assert tokens <= MOST_TOKENS + heal.batch_size * heal.sequence_length
+    assert tokens <= MAX_TOKENS + heal.batch_size * heal.sequence_length
 
 
 @given(st.integers(10**6, 10**12), st.integers(10**6, 10**12))

@@ -12,7 +12,7 @@ from tests.builders.builds import a_source
 @pytest.mark.parametrize("license_id", ["cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"])
 def test_a_licence_without_derivatives_is_refused_unless_accepted(license_id: str) -> None:
     source = a_source(license=license_id)
-    with pytest.raises(LicenseError, match=f"{license_id}, forbids to share") as caught:
+    with pytest.raises(LicenseError, match=f"{license_id}, forbids sharing") as caught:
         check_license(source, accepted=False)
     assert "`accept_license`" in caught.value.hint
     check_license(source, accepted=True)
@@ -51,13 +51,13 @@ def test_a_licence_is_known_however_it_is_spelled(fields: dict[str, Any]) -> Non
     "licenses", [("mit", "CC-BY-ND-4.0"), ("cc-by-nc-nd-3.0", "other"), ("cc-by-nd-2.0",)]
 )
 def test_of_several_licences_one_that_forbids_is_enough(licenses: tuple[str, ...]) -> None:
-    with pytest.raises(LicenseError, match=r"nd-\d\.0, forbids to share"):
+    with pytest.raises(LicenseError, match=r"nd-\d\.0, forbids sharing"):
         check_license(a_source(license=licenses), accepted=False)
 
 
 def test_of_several_licences_the_one_with_conditions_is_told() -> None:
     assert "cc-by-nc-4.0, allows no commercial use" in str(remark(a_source(license=("mit", "cc-by-nc-4.0"))))
-    assert "terms of its own" in str(remark(a_source(license=("mit", "other"))))
+    assert "its own terms" in str(remark(a_source(license=("mit", "other"))))
     assert remark(a_source(license=("mit", "unknown"))) is None
     assert "names no licence" in str(remark(a_source(license=("unknown", ""))))
 
@@ -68,16 +68,16 @@ def test_of_several_licences_the_one_with_conditions_is_told() -> None:
         ({"license": None}, "names no licence"),
         ({"license": "Unknown"}, "names no licence"),
         ({"license": ""}, "names no licence"),
-        ({"license": "other"}, "terms of its own (not named on its card)"),
+        ({"license": "other"}, "its own terms (not named on its card)"),
         (
             {"license": "other", "license_name": "own-1", "license_link": "LICENSE"},
-            "terms of its own (own-1 LICENSE)",
+            "its own terms (own-1 LICENSE)",
         ),
         ({"license": "cc-by-nc-4.0"}, "cc-by-nc-4.0, allows no commercial use"),
         ({"license": "cc-by-nc-sa-2.0"}, "allows no commercial use"),
         ({"license": "apple-amlr"}, "allows no commercial use"),
         ({"license": "fair-noncommercial-research-license"}, "allows no commercial use"),
-        ({"license": None, "license_name": "own-1"}, "terms of its own (own-1)"),
+        ({"license": None, "license_name": "own-1"}, "its own terms (own-1)"),
     ],
 )
 def test_a_licence_with_conditions_is_told_and_not_refused(fields: dict[str, Any], words: str) -> None:

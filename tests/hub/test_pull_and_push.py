@@ -246,7 +246,7 @@ def test_foreign_code_is_refused_by_name(hub: Hub, xet: Client, model: Path) -> 
 
 @pytest.mark.parametrize(
     ("status", "word"),
-    [(429, "too many requests"), (503, "out of order"), (403, "denies"), (200, "not answer like a Hub")],
+    [(429, "too many requests"), (503, "returned an error"), (403, "denies"), (200, "not answer like a Hub")],
 )
 def test_a_refusal_while_reading_is_told_in_words(
     hub: Hub, xet: Client, model: Path, status: int, word: str
@@ -534,11 +534,11 @@ def test_who_may_not_write_is_told(hub: Hub, xet: Client, build: Path) -> None:
         (401, "does not accept your token"),
         (402, "no room"),
         (403, "may not write"),
-        (409, "changed by somebody else"),
-        (412, "somebody else committed"),
+        (409, "another client is changing"),
+        (412, "another commit"),
         (413, "no room"),
         (429, "too many requests"),
-        (503, "out of order"),
+        (503, "returned an error"),
     ],
 )
 def test_a_refused_commit_publishes_nothing_and_the_same_command_goes_on(
@@ -553,7 +553,7 @@ def test_a_refused_commit_publishes_nothing_and_the_same_command_goes_on(
     assert num_commits(hub, "alice/refused") == 1
 
 
-@pytest.mark.parametrize(("status", "word"), [(402, "no room"), (409, "changed by somebody else")])
+@pytest.mark.parametrize(("status", "word"), [(402, "no room"), (409, "another client is changing")])
 def test_a_refused_repository_is_told(hub: Hub, xet: Client, build: Path, status: int, word: str) -> None:
     hub.fail("POST", "/api/repos/create", status=status, body="{}")
     refused(push(xet, build, "alice/refused"), word, "nothing was published")
@@ -602,7 +602,7 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(hub: Hub, xet: Clie
     theirs = {"theirs.txt": b"theirs"}
     hub.fail("POST", "/preupload/", times=1, meanwhile=lambda: hub.storage.put("model", "alice/race", theirs))
     before = content_of(build) | theirs | {"README.md": README.encode()}
-    refused(push(xet, build, "alice/race"), "somebody else committed", "nothing was published")
+    refused(push(xet, build, "alice/race"), "another commit", "nothing was published")
     assert hub.files("alice/race") == before
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from factory.hub.front_matter import LONGEST_FRONT_MATTER
+from factory.hub.front_matter import MAX_FRONT_MATTER
 from factory.hub.source_card import (
     README,
     languages_of,
@@ -43,18 +43,18 @@ def test_a_card_that_says_nothing_is_no_fault(tmp_path: Path, content: str) -> N
         ("- license: mit", "of type list"),
         ("mit", "of type str"),
         ("3", "of type int"),
-        ("license: [mit", "is no YAML"),
-        ("license: mit\n\tlanguage: fr", "is no YAML"),
-        ("{license: mit", "is no YAML"),
-        ("? [a]\n: b", "is no YAML"),
-        ("date: 2024-13-45", "is no YAML"),
-        ("x: !!python/object:os.system {}", "is no YAML"),
-        ("x: \x00", "is no YAML"),
-        ("x: &x {license: mit}\n<<: *x", "merge keys are not read"),
-        ("x: &x [*x]", "an alias names what it is part of"),
-        (GROWING, "its aliases make more than 1,000,000 parts"),
-        ("[" * 5000, "is no YAML"),
-        ("x: " + "y" * LONGEST_FRONT_MATTER, "has 1,000,003 letters"),
+        ("license: [mit", "is not YAML"),
+        ("license: mit\n\tlanguage: fr", "is not YAML"),
+        ("{license: mit", "is not YAML"),
+        ("? [a]\n: b", "is not YAML"),
+        ("date: 2024-13-45", "is not YAML"),
+        ("x: !!python/object:os.system {}", "is not YAML"),
+        ("x: \x00", "is not YAML"),
+        ("x: &x {license: mit}\n<<: *x", "merge keys are not allowed"),
+        ("x: &x [*x]", "an alias refers to a node that contains it"),
+        (GROWING, "its aliases expand to more than 1,000,000 parts"),
+        ("[" * 5000, "is not YAML"),
+        ("x: " + "y" * MAX_FRONT_MATTER, "has 1,000,003 characters"),
     ],
     ids=lambda value: value[:20],
 )

@@ -259,7 +259,7 @@ def test_a_kernel_of_another_repository_is_refused(name: str, nested: bool) -> N
 
 @pytest.mark.parametrize("count", [10**6, 10**12])
 def test_labels_without_number_are_refused_before_each_gets_a_name(count: int) -> None:
-    with pytest.raises(UnsupportedFieldError, match=f"num_labels = {count} is no number of labels"):
+    with pytest.raises(UnsupportedFieldError, match=f"num_labels = {count} is too large"):
         prune_config(plain("llama", num_labels=3) | {"num_labels": count}, kept=[0, 1])
 
 

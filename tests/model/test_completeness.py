@@ -64,7 +64,7 @@ def test_what_transformers_computes_or_leaves_unused_may_be_there_or_not(llama: 
 def test_names_that_a_wrapper_left_are_refused_with_what_to_take_off(llama: Source, wrapper: str) -> None:
     error = refusal(llama, lambda tensors: {f"{wrapper}{name}": kind for name, kind in tensors.items()})
     assert f"begin with {wrapper!r}" in error.message
-    assert f"take {wrapper!r} off" in error.hint
+    assert f"remove {wrapper!r} from the names" in error.hint
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_what_is_missing_for_a_method_is_told() -> None:
 
 
 def test_packed_weights_cannot_be_packed_again() -> None:
-    with pytest.raises(UsageError, match=r"`load_in_4bit`.*packed already \(fp8\)"):
+    with pytest.raises(UsageError, match=r"`load_in_4bit`.*already packed \(fp8\)"):
         check_loads({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, four_bit=True)
 
 

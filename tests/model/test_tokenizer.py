@@ -110,7 +110,7 @@ def test_a_word_that_contains_an_added_token_is_not_taken_for_it(tmp_path: Path)
     tokenizer.save_pretrained(tmp_path / "model")
     encoder = load_encoder(tmp_path / "model")
     encoder.check(["concatenate"])
-    with pytest.raises(ModelError, match="a text holds 'cat'"):
+    with pytest.raises(ModelError, match="a text contains 'cat'"):
         encoder.check(["concatenate", "a cat"])
 
 
@@ -150,9 +150,9 @@ def test_a_text_with_a_token_that_the_embedding_lacks_is_refused_before_the_work
     source = resolve(str(tmp_path / "model"))
     check_tokens(source, Texts(plain, plain, plain))
     for texts in (Texts(text, plain, plain), Texts(plain, text, plain), Texts(plain, plain, text)):
-        with pytest.raises(ModelError, match=r"holds '<extra>', token 257, but .* embedding has 257 rows"):
+        with pytest.raises(ModelError, match=r"contains '<extra>', token 257, but .* embedding has 257 rows"):
             check_tokens(source, texts)
-    with pytest.raises(ModelError, match="holds '<extra>', token 257"):
+    with pytest.raises(ModelError, match="contains '<extra>', token 257"):
         load_encoder(tmp_path / "model").encode(["one <extra> too many"])
 
 

@@ -251,7 +251,7 @@ def test_an_error_in_one_process_ends_all_and_is_raised_here() -> None:
 
 
 def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
-    with pytest.raises(WorkerError, match="is gone") as raised:
+    with pytest.raises(WorkerError, match="died") as raised:
         spread(vanish, processes=2, progress=ignore)
     assert "`processes=1`" in raised.value.hint
 

@@ -331,7 +331,7 @@ def test_each_disk_is_asked_for_what_it_gets(tmp_path: Path, monkeypatch: pytest
     (other,) = apart.other_disks
     assert other.needed == 2_400 + apart.bytes_after  # the build shares no bytes with stages elsewhere
     huge = SOURCE.model_copy(update={"size_bytes": 10**18, "layer_bytes": (10**17,) * 10, "folder": None})
-    with pytest.raises(DiskSpaceError, match=rf"are needed at {OTHER_DISK}/hub, .* are free") as caught:
+    with pytest.raises(DiskSpaceError, match=rf"is needed at {OTHER_DISK}/hub, .* is free") as caught:
         preview_of(huge, drop=0.8, pending=("speed", "card"), home=tmp_path)
     assert "HF_HOME" in caught.value.hint
 
@@ -339,7 +339,7 @@ def test_each_disk_is_asked_for_what_it_gets(tmp_path: Path, monkeypatch: pytest
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path) -> None:
     huge = SOURCE.model_copy(update={"size_bytes": 10**18, "folder": None})
     with pytest.raises(
-        DiskSpaceError, match=r"4000000\.0 TB of disk are needed at .*, [\d.]+ [GT]B are free"
+        DiskSpaceError, match=r"4000000\.0 TB of disk space is needed at .*, [\d.]+ [GT]B is free"
     ) as caught:
         preview_of(huge, pending=STAGES, home=tmp_path)
     assert "factory gc" in caught.value.hint

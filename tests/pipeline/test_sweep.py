@@ -288,7 +288,7 @@ def test_a_build_can_drop_layers_of_ones_own_choice(
     run(monkeypatch, "build", "demo", "--layers", "3,7,21-22", *quick, "--out", "chosen")
     assert "dropping 4 of 24 layers (17%) by choice: 3, 7, 21–22" in capsys.readouterr().out
     card = (there / "chosen" / "model" / "README.md").read_text(encoding="utf-8")
-    assert "whoever made this model chose the layers" in card
+    assert "the author of this model chose the layers" in card
     assert "factory build demo --layers 3,7,21,22 " in card
     config = json.loads((there / "chosen" / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["num_hidden_layers"] == 20

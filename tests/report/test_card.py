@@ -535,7 +535,7 @@ def test_the_code_on_every_golden_card_runs_as_it_stands(
     [
         ("deepest", "the deepest layers but the last were dropped"),
         ("block-influence", "by the Block Influence of ShortGPT"),
-        ("chosen", "whoever made this model chose the layers"),
+        ("chosen", "the author of this model chose the layers"),
         ("loss", "raised the loss on 32 passages"),
         ("greedy", "in the order 6, 2, 5."),
     ],

@@ -108,7 +108,7 @@ def test_a_data_set_without_text_is_one_line_before_any_work(
     hub.put_dataset(NAME, files)
     answer = opened(client, NAME)
     assert answer.error == "DataError", answer.message
-    assert answer.hint.startswith("give another data set")
+    assert answer.hint.startswith("use another data set")
 
 
 def test_a_gated_data_set_and_a_wrong_revision_name_the_page_of_the_data_set(
@@ -116,7 +116,7 @@ def test_a_gated_data_set_and_a_wrong_revision_name_the_page_of_the_data_set(
 ) -> None:
     hub.put_dataset(NAME, {"train.jsonl": lines(text=["a"]), "README.md": b"# Text\n"})
     page = f"{hub.url}/datasets/{NAME}"
-    assert opened(client, f"{NAME}@v9").hint == f"its branches and commits: {page}/commits"
+    assert opened(client, f"{NAME}@v9").hint == f"see its commits: {page}/commits"
     hub.repository(NAME, kind="dataset").gated_to = {"alice"}
     assert opened(client, NAME).hint.startswith(f"accept its terms at {page}, ")
 

@@ -82,7 +82,7 @@ def test_what_is_no_file_of_the_data_set_is_refused(
     put(hub, configuration)
     answer = client.call("read_text", NAME, token=None)
     assert answer.error == "DataError"
-    assert "no file of its own" in answer.message
+    assert "not one of its own files" in answer.message
 
 
 def test_no_file_of_this_machine_is_read(hub: Hub, client: Client, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_questions_are_read_from_files_of_their_data_set_alone(
     task = tmp_path / "rhymes.yaml"
     task.write_text(f"task: rhymes\ndataset_path: {NAME}\ntest_split: train\noutput_type: loglikelihood\n")
     answer = client.call("load_task", str(task), token=None)
-    assert (answer.error, "no file of its own" in answer.message) == ("DataError", True), answer.message
+    assert (answer.error, "not one of its own files" in answer.message) == ("DataError", True), answer.message
     assert not is_asked(inside)
 
 

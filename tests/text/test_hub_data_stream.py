@@ -77,7 +77,7 @@ def test_each_document_that_comes_gives_new_patience(hub: Hub, client: Client) -
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [({"drop": True}, "no connection to"), ({"status": 503}, "out of order (503)")]
+    ("how", "message"), [({"drop": True}, "no connection to"), ({"status": 503}, "returned an error (503)")]
 )
 def test_a_break_for_good_is_an_error_after_so_many_reads(
     hub: Hub, client: Client, how: dict[str, object], message: str
@@ -97,4 +97,4 @@ def test_a_shard_cut_short_for_good_is_an_error_and_no_end(hub: Hub, client: Cli
     answer = client.call("read_text", NAME, token=None)
     assert answer.error == "DataError"
     assert f"cannot read data set '{NAME}'" in answer.message
-    assert "a file of it is damaged" in answer.hint
+    assert "one of its files is damaged" in answer.hint

@@ -97,14 +97,14 @@ def test_a_file_of_rows_without_text_is_refused_with_their_number(tmp_path: Path
         parquet.write_table(pyarrow.table({"text": ["", "  "]}), path)
     else:
         path.write_text('{"text": ""}\n{"text": null}\n')
-    with pytest.raises(DataError, match="holds no text: its 2 rows are empty"):
+    with pytest.raises(DataError, match="contains no text: its 2 rows are empty"):
         look(open_text(str(path), split="train"))
 
 
 def test_a_file_of_blank_lines_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="contains no text"):
         look(open_text(str(path), split="train"))
 
 
@@ -147,7 +147,7 @@ def test_what_can_be_no_path_is_refused_as_model_and_as_data(reference: str) -> 
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match='no column "text" but body'):
+    with pytest.raises(DataError, match='no column "text", only body'):
         look(open_text(str(tmp_path / "a.parquet"), split="train"))
 
 
@@ -160,7 +160,7 @@ def test_what_is_no_data_reference_is_refused_with_its_value(reference: str) -> 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nx\n")
-    with pytest.raises(DataError, match="format that is not read"):
+    with pytest.raises(DataError, match="an unsupported format"):
         open_text(str(tmp_path / "a.csv"), split="train")
 
 
@@ -226,7 +226,7 @@ def test_a_text_that_holds_the_evaluation_s_leaves_its_documents_out(tmp_path: P
     assert list(texts.evaluation.documents()) == MANY[:20]
     assert [document.strip() for document in texts.healing.documents()] == MANY[20:]
     assert texts.remarks == (
-        "20 documents of t.parquet are also in e.jsonl, which is evaluated on: they are left out",
+        "20 documents of t.parquet are also in the evaluation text e.jsonl: they are left out",
     )
     assert texts.evaluation.data.part is None
     assert texts.healing.data.part.startswith("without any of 20 documents that serve another use (")

@@ -383,5 +383,5 @@ def test_questions_that_cannot_be_had_are_told_in_one_line_before_the_model_is_p
     assert not (xet.home / "third home" / "stages").exists()
     assert done.stderr.splitlines() == [
         f"error: the Hub denies access to datasets/{BOOLQ}: no: … is not allowed",
-        "hint: use a token that may read it",
+        "hint: use a token with read access",
     ]
