@@ -45,7 +45,8 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
                 + _host(shown),
             )
         )
-        rows.append(("time", f"about {duration(shown.seconds)} ({shown.pending[0]} → {shown.pending[-1]})"))
+        stages = " → ".join(dict.fromkeys((shown.pending[0], shown.pending[-1])))
+        rows.append(("time", f"about {duration(shown.seconds)} ({stages})"))
     else:
         rows.append(("time", "nothing to do: every stage is finished"))
     out.print(Text(printable(title), style="bold"))

@@ -143,6 +143,10 @@ STACKS = frozenset({"layers", "h", "layer", "blocks", "block"})
 INDEX_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 # Attributes that hold the numbers of several layers.
 INDEX_LISTS = frozenset({"layer_block_map"})
+# Attributes that no layer of the pruned model reads. From transformers 5.24 on, Gemma 4 keeps the keys and
+# values of the last layer of each type even if no layer shares them, for an assistant model beside it; where
+# layers do share them, `_kv_sharing` checks that they still read the same ones.
+UNREAD_ATTRIBUTES = frozenset({"store_full_length_kv"})
 # How many numbers the parts of a layer take in the cache, if not one.
 NUMBERS_A_LAYER = {"longcat_flash": 2}
 # Code that computes with the number of a layer.

@@ -317,7 +317,7 @@ def _signature(
     for path, module in layer.named_modules():
         found[f"{path}:class"] = type(module).__qualname__
         for name, value in vars(module).items():
-            if name.startswith("_") or name == "training":
+            if name.startswith("_") or name == "training" or name in fields.UNREAD_ATTRIBUTES:
                 continue
             if name in fields.PER_LAYER and isinstance(value, list | tuple):
                 continue  # the list of all layers, of which this one reads its entry

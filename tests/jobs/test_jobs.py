@@ -223,7 +223,7 @@ def test_a_dry_run_submits_and_uploads_nothing(rich: Hub, commands: Forks, folde
 def test_a_dry_run_makes_no_bucket(rich: Hub, commands: Forks, folder: Path) -> None:
     dry = (*BUILD, "--state", "alice/stages", "--dry-run")
     done = commands.run(*dry, folder=folder)
-    assert (done.code, done.stdout.count("from measure on")) == (0, 1), done.stderr
+    assert (done.code, done.stdout.count("(measure → card)")) == (0, 1), done.stderr
     assert done.stderr == "note: a dry run ignores the stages already in alice/stages\n"
     assert not rich.storage.buckets
     rich.storage.buckets["alice/stages"] = Bucket(private=False)
