@@ -39,6 +39,7 @@ from factory.config.options import (
 from factory.config.references import check_data, check_model
 from factory.errors import FactoryError, UsageError
 
+LENGTHS = tuple(f"{section}.sequence_length" for section in ("measure", "plan", "heal", "evaluate"))
 REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
 
@@ -69,24 +70,15 @@ class Request:
 
     reads: ClassVar[tuple[str, ...]] = ()  # options that name a text
 
+    # fmt: off
     model: Annotated[Text, Option("Alias, Hub repository, or folder", CUT, repeats=True)]
-    trust_remote_code: Annotated[
-        bool,
-        Option(
-            "Run the model's own code; MODEL must be owner/name@COMMIT or a folder", RUNNING, repeats=True
-        ),
-    ] = False
-    home: Annotated[
-        Location | None,
-        Option(
-            "Folder of finished stages, shared by all builds",
-            RUNNING,
-            default="user cache",
-            metavar="FOLDER",
-            of_run=True,
-            repeats=True,
-        ),
-    ] = None
+    trust_remote_code: Annotated[bool, Option(
+        "Run the model's own code; MODEL must be owner/name@COMMIT or a folder", RUNNING,
+        repeats=True)] = False
+    home: Annotated[Location | None, Option(
+        "Folder of finished stages, shared by all builds", RUNNING, default="user cache", metavar="FOLDER",
+        of_run=True, repeats=True)] = None
+    # fmt: on
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -175,77 +167,42 @@ class Measuring(Request):
 
     reads: ClassVar[tuple[str, ...]] = ("calibration_data",)
 
-    calibration_data: Annotated[
-        Text | None,
-        Option("Text to measure on", MEASURING, sets=("measure.data",), metavar="DATA", repeats=True),
-    ] = None
-    samples: Annotated[
-        Two | None,
-        Option(
-            "Documents to measure on",
-            MEASURING,
-            default="until the choice is certain",
-            sets=("measure.num_samples",),
-        ),
-    ] = None
-    sequence_length: Annotated[
-        Eight | None,
-        Option(
-            "Tokens per sequence, in all stages",
-            MEASURING,
-            sets=(
-                "measure.sequence_length",
-                "plan.sequence_length",
-                "heal.sequence_length",
-                "evaluate.sequence_length",
-            ),
-        ),
-    ] = None
-    tokens: Annotated[
-        Literal["last", "all"] | None,
-        Option(
-            "Token positions to compare: last, or all but the first",
-            MEASURING,
-            default="last",
-            sets=("measure.tokens",),
-        ),
-    ] = None
-    load_in_4bit: Annotated[
-        bool, Option("Load the model in NF4 for measuring", MEASURING, sets=("measure.four_bit",))
-    ] = False
-    plan_documents: Annotated[
-        Two | None, Option("Documents for choosing layers by loss", MEASURING, sets=("plan.num_documents",))
-    ] = None
-    seed: Annotated[
-        Annotated[int, Ge(0), Le(2**32 - 1)] | None,
-        Option("Random seed", RUNNING, default="0", sets=("seed",)),
-    ] = None
-    processes: Annotated[
-        One | None,
-        Option("Processes to measure, heal and evaluate with", RUNNING, default="one per GPU", repeats=True),
-    ] = None
+    # fmt: off
+    calibration_data: Annotated[Text | None, Option(
+        "Text to measure on", MEASURING, sets=("measure.data",), metavar="DATA", repeats=True)] = None
+    samples: Annotated[Two | None, Option(
+        "Documents to measure on", MEASURING, default="until the choice is certain",
+        sets=("measure.num_samples",))] = None
+    sequence_length: Annotated[Eight | None, Option(
+        "Tokens per sequence, in all stages", MEASURING, sets=LENGTHS)] = None
+    tokens: Annotated[Literal["last", "all"] | None, Option(
+        "Token positions to compare: last, or all but the first", MEASURING, default="last",
+        sets=("measure.tokens",))] = None
+    load_in_4bit: Annotated[bool, Option(
+        "Load the model in NF4 for measuring", MEASURING, sets=("measure.four_bit",))] = False
+    plan_documents: Annotated[Two | None, Option(
+        "Documents for choosing layers by loss", MEASURING, sets=("plan.num_documents",))] = None
+    seed: Annotated[Annotated[int, Ge(0), Le(2**32 - 1)] | None, Option(
+        "Random seed", RUNNING, default="0", sets=("seed",))] = None
+    processes: Annotated[One | None, Option(
+        "Processes to measure, heal and evaluate with", RUNNING, default="one per GPU", repeats=True)] = None
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest(Measuring):
     """Options of `plan`."""
 
+    # fmt: off
     drop: Annotated[Fraction, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))]
-    criterion: Annotated[
-        CriterionName | Literal["all"],
-        Option(
-            "Criterion for choosing layers; all: compare every one, with the loss of each cut",
-            CUT,
-            default=DEFAULT_CRITERION.name,
-        ),
-    ] = DEFAULT_CRITERION.name
-    profile: Annotated[
-        Location | None,
-        Option("Earlier measurement: a profile.json, or a CSV from PruneMe", MEASURING, metavar="FILE"),
-    ] = None
-    save: Annotated[
-        Location | None, Option("Folder for the plans and the figure", RUNNING, metavar="FOLDER")
-    ] = None
+    criterion: Annotated[CriterionName | Literal["all"], Option(
+        "Criterion for choosing layers; all: compare every one, with the loss of each cut", CUT,
+        default=DEFAULT_CRITERION.name)] = DEFAULT_CRITERION.name
+    profile: Annotated[Location | None, Option(
+        "Earlier measurement: a profile.json, or a CSV from PruneMe", MEASURING, metavar="FILE")] = None
+    save: Annotated[Location | None, Option(
+        "Folder for the plans and the figure", RUNNING, metavar="FOLDER")] = None
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,88 +211,48 @@ class Evaluating(Measuring):
 
     reads: ClassVar[tuple[str, ...]] = ("calibration_data", "heal_data", "eval_data")
 
-    heal: Annotated[
-        ObjectiveName | None,
-        Option(
-            f"Training objective. {summaries()}",
-            HEALING,
-            default=DEFAULT_OBJECTIVE.name,
-            bare=DEFAULT_OBJECTIVE.name,
-            sets=("heal.objective",),
-        ),
-    ] = None
-    heal_data: Annotated[
-        Text | None, Option("Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)
-    ] = None
-    heal_steps: Annotated[
-        One | None,
-        Option("Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",)),
-    ] = None
-    eval_data: Annotated[
-        Text | None,
-        Option(
-            "Text to compute the loss on; keep it separate from the other two",
-            EVALUATION,
-            sets=("evaluate.data",),
-            metavar="DATA",
-            repeats=True,
-        ),
-    ] = None
-    eval_documents: Annotated[
-        Two | None, Option("Documents to compute the loss on", EVALUATION, sets=("evaluate.num_documents",))
-    ] = None
-    eval_backend: Annotated[
-        Literal["hf", "vllm"] | None,
-        Option(
-            "Library that runs the tasks; vllm must be installed",
-            EVALUATION,
-            default="hf",
-            sets=("evaluate.backend",),
-        ),
-    ] = None
-    tasks: Annotated[
-        Names | None,
-        Option(
-            "lm-eval tasks, your own YAML task files, or none",
-            EVALUATION,
-            sets=("evaluate.tasks",),
-            metavar="A,B",
-            repeats=True,
-        ),
-    ] = None
-    run_task_code: Annotated[
-        bool, Option("Run the Python code that task files refer to", EVALUATION, repeats=True)
-    ] = False
-    limit: Annotated[
-        One | None, Option("Samples per task, for a quick look", EVALUATION, sets=("evaluate.limit",))
-    ] = None
+    # fmt: off
+    heal: Annotated[ObjectiveName | None, Option(
+        f"Training objective. {summaries()}", HEALING, default=DEFAULT_OBJECTIVE.name,
+        bare=DEFAULT_OBJECTIVE.name, sets=("heal.objective",))] = None
+    heal_data: Annotated[Text | None, Option(
+        "Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)] = None
+    heal_steps: Annotated[One | None, Option(
+        "Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",))] = None
+    eval_data: Annotated[Text | None, Option(
+        "Text to compute the loss on; keep it separate from the other two", EVALUATION,
+        sets=("evaluate.data",), metavar="DATA", repeats=True)] = None
+    eval_documents: Annotated[Two | None, Option(
+        "Documents to compute the loss on", EVALUATION, sets=("evaluate.num_documents",))] = None
+    eval_backend: Annotated[Literal["hf", "vllm"] | None, Option(
+        "Library that runs the tasks; vllm must be installed", EVALUATION, default="hf",
+        sets=("evaluate.backend",))] = None
+    tasks: Annotated[Names | None, Option(
+        "lm-eval tasks, your own YAML task files, or none", EVALUATION, sets=("evaluate.tasks",),
+        metavar="A,B", repeats=True)] = None
+    run_task_code: Annotated[bool, Option(
+        "Run the Python code that task files refer to", EVALUATION, repeats=True)] = False
+    limit: Annotated[One | None, Option(
+        "Samples per task, for a quick look", EVALUATION, sets=("evaluate.limit",))] = None
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest(Evaluating):
     """Options of `sweep`; cuts are healed if `heal` is given."""
 
-    drop: Annotated[
-        Fractions,
-        Option(
-            "Fractions of the decoder layers to drop, one cut each",
-            CUT,
-            default="0.1,0.2,0.3,0.4,0.5,0.6",
-            metavar="A,B",
-        ),
-    ] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    criterion: Annotated[
-        CriterionName | None,
-        Option(
-            "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)
-        ),
-    ] = None
-    limit: Annotated[One, Option("Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = (
-        100
-    )
-    out: Annotated[
-        Location | None, Option("Folder for the results", RUNNING, default="sweeps/NAME", metavar="FOLDER")
-    ] = None
+    # fmt: off
+    drop: Annotated[Fractions, Option(
+        "Fractions of the decoder layers to drop, one cut each", CUT, default="0.1,0.2,0.3,0.4,0.5,0.6",
+        metavar="A,B")] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    criterion: Annotated[CriterionName | None, Option(
+        "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
+        sets=("plan.criterion",))] = None
+    limit: Annotated[One, Option(
+        "Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = 100
+    out: Annotated[Location | None, Option(
+        "Folder for the results", RUNNING, default="sweeps/NAME", metavar="FOLDER")] = None
+    # fmt: on
 
     @property
     def no_heal(self) -> bool:
@@ -356,126 +273,64 @@ class SweepRequest(Evaluating):
 class BuildRequest(Evaluating):
     """Options of `build`."""
 
-    drop: Annotated[
-        Fraction | None, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))
-    ] = None
-    layers: Annotated[
-        Layers | None,
-        Option(
-            "Layers to drop, counted from 0, instead of a fraction",
-            CUT,
-            sets=("plan.layers",),
-            metavar="3,7,21-24",
-        ),
-    ] = None
-    criterion: Annotated[
-        CriterionName | None,
-        Option(
-            "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",)
-        ),
-    ] = None
-    reproduce: Annotated[
-        bool, Option("Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)
-    ] = False
+    # fmt: off
+    drop: Annotated[Fraction | None, Option(
+        "Fraction of the decoder layers to drop", CUT, sets=("drop",))] = None
+    layers: Annotated[Layers | None, Option(
+        "Layers to drop, counted from 0, instead of a fraction", CUT, sets=("plan.layers",),
+        metavar="3,7,21-24")] = None
+    criterion: Annotated[CriterionName | None, Option(
+        "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
+        sets=("plan.criterion",))] = None
+    reproduce: Annotated[bool, Option(
+        "Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)] = False
     no_heal: Annotated[bool, Option("Skip healing", HEALING)] = False
-    heal_lr: Annotated[
-        Annotated[float, Gt(0), Lt(math.inf)] | None,
-        Option(
-            "Peak learning rate", HEALING, default="by the size of the model", sets=("heal.learning_rate",)
-        ),
-    ] = None
-    heal_rank: Annotated[One | None, Option("LoRA rank; alpha is the same", HEALING, sets=("heal.rank",))] = (
-        None
-    )
-    heal_modules: Annotated[
-        Literal["ffn", "all-linear"] | None,
-        Option("Modules that get an adapter", HEALING, sets=("heal.modules",)),
-    ] = None
-    heal_layers: Annotated[
-        Literal["all", "seam"] | None,
-        Option(
-            "Layers that get an adapter; seam: only those from just before the cut onwards",
-            HEALING,
-            sets=("heal.layers",),
-        ),
-    ] = None
-    heal_bits: Annotated[
-        Literal[4, 16] | None,
-        Option("Bits per weight under the adapter; 4 is NF4", HEALING, sets=("heal.bits",)),
-    ] = None
-    seam_weight: Annotated[
-        Annotated[float, Ge(0), Lt(math.inf)] | None,
-        Option(
-            "Weight of the hidden-state loss at the cut, when distilling", HEALING, sets=("heal.seam_weight",)
-        ),
-    ] = None
-    merge_base: Annotated[
-        Literal["auto", "bf16", "nf4"] | None,
-        Option(
-            "Weights to merge the adapter into: the source's (bf16), NF4's, or the better of both (auto)",
-            HEALING,
-            default="auto",
-            sets=("merge_base",),
-        ),
-    ] = None
-    require_healing: Annotated[bool, Option("Fail if healing does not lower the held-out loss", HEALING)] = (
-        False
-    )
-    push_to: Annotated[
-        Text | None,
-        Option("Hub repository owner/name to publish to when done", PUBLISHING, metavar="REPO", repeats=True),
-    ] = None
+    heal_lr: Annotated[Annotated[float, Gt(0), Lt(math.inf)] | None, Option(
+        "Peak learning rate", HEALING, default="by the size of the model",
+        sets=("heal.learning_rate",))] = None
+    heal_rank: Annotated[One | None, Option(
+        "LoRA rank; alpha is the same", HEALING, sets=("heal.rank",))] = None
+    heal_modules: Annotated[Literal["ffn", "all-linear"] | None, Option(
+        "Modules that get an adapter", HEALING, sets=("heal.modules",))] = None
+    heal_layers: Annotated[Literal["all", "seam"] | None, Option(
+        "Layers that get an adapter; seam: only those from just before the cut onwards", HEALING,
+        sets=("heal.layers",))] = None
+    heal_bits: Annotated[Literal[4, 16] | None, Option(
+        "Bits per weight under the adapter; 4 is NF4", HEALING, sets=("heal.bits",))] = None
+    seam_weight: Annotated[Annotated[float, Ge(0), Lt(math.inf)] | None, Option(
+        "Weight of the hidden-state loss at the cut, when distilling", HEALING,
+        sets=("heal.seam_weight",))] = None
+    merge_base: Annotated[Literal["auto", "bf16", "nf4"] | None, Option(
+        "Weights to merge the adapter into: the source's (bf16), NF4's, or the better of both (auto)",
+        HEALING, default="auto", sets=("merge_base",))] = None
+    require_healing: Annotated[bool, Option(
+        "Fail if healing does not lower the held-out loss", HEALING)] = False
+    push_to: Annotated[Text | None, Option(
+        "Hub repository owner/name to publish to when done", PUBLISHING, metavar="REPO", repeats=True)] = None
     public: Annotated[bool, Option("Publish to a public repository", PUBLISHING, repeats=True)] = False
-    accept_license: Annotated[
-        bool, Option("Publish even if the source's licence forbids sharing", PUBLISHING, repeats=True)
-    ] = False
-    on: Annotated[
-        Text | None,
-        Option(
-            "Hugging Face Jobs hardware to build on, such as a100-large",
-            RENTING,
-            metavar="HARDWARE",
-            on_terminal=True,
-        ),
-    ] = None
-    timeout: Annotated[
-        Timeout | None,
-        Option(
-            "Maximum run time of the job",
-            RENTING,
-            default="twice the estimate",
-            metavar="6h",
-            on_terminal=True,
-        ),
-    ] = None
-    detach: Annotated[
-        bool, Option("Submit the job without following it", RENTING, of_run=True, on_terminal=True)
-    ] = False
-    upload: Annotated[
-        bool,
-        Option(
-            "Upload local models and texts to your private bucket first",
-            RENTING,
-            of_run=True,
-            on_terminal=True,
-        ),
-    ] = False
-    state: Annotated[
-        Text | None,
-        Option(
-            "Private Hub bucket to keep finished stages in as well", RENTING, metavar="BUCKET", repeats=True
-        ),
-    ] = None
-    out: Annotated[
-        Location | None,
-        Option("Folder for the build", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True),
-    ] = None
-    report_to: Annotated[
-        Tracker | None, Option("Experiment tracker for healing", RUNNING, default="trackio, if installed")
-    ] = None
-    rerun: Annotated[
-        Names, Option("Stage to redo even if it is finished (repeatable)", RUNNING, of_run=True, repeats=True)
-    ] = ()
+    accept_license: Annotated[bool, Option(
+        "Publish even if the source's licence forbids sharing", PUBLISHING, repeats=True)] = False
+    on: Annotated[Text | None, Option(
+        "Hugging Face Jobs hardware to build on, such as a100-large", RENTING, metavar="HARDWARE",
+        on_terminal=True)] = None
+    timeout: Annotated[Timeout | None, Option(
+        "Maximum run time of the job", RENTING, default="twice the estimate", metavar="6h",
+        on_terminal=True)] = None
+    detach: Annotated[bool, Option(
+        "Submit the job without following it", RENTING, of_run=True, on_terminal=True)] = False
+    upload: Annotated[bool, Option(
+        "Upload local models and texts to your private bucket first", RENTING, of_run=True,
+        on_terminal=True)] = False
+    state: Annotated[Text | None, Option(
+        "Private Hub bucket to keep finished stages in as well", RENTING, metavar="BUCKET",
+        repeats=True)] = None
+    out: Annotated[Location | None, Option(
+        "Folder for the build", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True)] = None
+    report_to: Annotated[Tracker | None, Option(
+        "Experiment tracker for healing", RUNNING, default="trackio, if installed")] = None
+    rerun: Annotated[Names, Option(
+        "Stage to redo even if it is finished (repeatable)", RUNNING, of_run=True, repeats=True)] = ()
+    # fmt: on
 
     def check(self) -> None:
         """Check as the base class does, and which options exclude or need each other."""
@@ -517,13 +372,13 @@ class BuildRequest(Evaluating):
 class PruneRequest(Request):
     """Options of `prune`."""
 
+    # fmt: off
     layers: Annotated[Layers, Option("Layers to drop, counted from 0", CUT, metavar="3,7,21-24")]
     out: Annotated[Location, Option("Folder for the smaller model", RUNNING, metavar="FOLDER")]
-    verify: Annotated[
-        Literal["auto", "full"],
-        Option("Compare logits with the source; auto: for small models only", RUNNING, default="auto"),
-    ] = "auto"
+    verify: Annotated[Literal["auto", "full"], Option(
+        "Compare logits with the source; auto: for small models only", RUNNING, default="auto")] = "auto"
     force: Annotated[bool, Option("Replace the folder if `factory prune` wrote it", RUNNING)] = False
+    # fmt: on
 
 
 def _as_yaml(value: Any) -> Any:
