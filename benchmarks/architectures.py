@@ -5,7 +5,7 @@ prune a block and a scattered set of layers on disk, load the result, and compar
 generation with the original model whose dropped layers pass on their input. The reference is independent of
 the surgery. Prints a Markdown table; exits with 1 if any result is wrong.
 
-    python benchmarks/architectures.py [TYPE ...] [--verbose] [--write-readme README.md]
+    python benchmarks/architectures.py [TYPE ...] [--verbose]
 """
 
 import argparse
@@ -13,11 +13,9 @@ import copy
 import json
 import multiprocessing
 import os
-import re
 import resource
 import sys
 import tempfile
-import textwrap
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -367,61 +365,12 @@ def read_outcomes(path: Path) -> list[Outcome]:
     return [Outcome(*row, *[""] * (3 - len(row))) for row in rows if row[0] != "model type"]
 
 
-def support_table(outcomes: list[Outcome]) -> str:
-    """Return the README section: exact types in one paragraph, the others in a table with reasons."""
-    exact = [outcome.model_type for outcome in outcomes if outcome.verdict == "exact"]
-    counts = Counter(outcome.verdict for outcome in outcomes)
-    listed = f"{counts['exact']} exact, {counts['wrong']} wrong, {counts['refused']} refused by name"
-    rows = [
-        f"| `{outcome.model_type}` | {outcome.verdict} | {readable(outcome)} |"
-        for outcome in outcomes
-        if outcome.verdict != "exact"
-    ]
-    version = transformers.__version__
-    names = textwrap.fill(", ".join(f"`{name}`" for name in exact), 118, break_on_hyphens=False)
-    return f"""{START}
-<details>
-<summary>All {len(outcomes)} causal model types of transformers {version}: {listed}</summary>
-
-Tiny random models of each type, saved, pruned on disk and loaded again (`benchmarks/architectures.py`).
-Exact to the last bit of the logits and in cached generation, without a block of layers and without a
-scattered set:
-
-{names}
-
-| model type | result | why |
-|---|---|---|
-{chr(10).join(rows)}
-
-"exact, or refused": it depends on the cut; "to rounding": equal in exact arithmetic; "unbuilt": its tiny
-model cannot be made or run.
-</details>
-{END}"""
-
-
-def readable(outcome: Outcome) -> str:
-    """Return a reason without the cut, the class of the error and the model type."""
-    note = re.sub(r"\b\w+Error: ", "", outcome.note).replace("|", "/")
-    return re.sub(r"^\[[\d, ]+\]: ", "", note).removeprefix(f"{outcome.model_type}: ")
-
-
-def write_readme(outcomes: list[Outcome], path: Path) -> None:
-    """Replace the table between its two marks."""
-    text = path.read_text(encoding="utf-8")
-    before, found, rest = text.partition(START)
-    _, found_end, after = rest.partition(END)
-    if not found or not found_end:
-        raise SystemExit(f"{path} has no {START} … {END}")
-    path.write_text(before + support_table(outcomes) + after, encoding="utf-8")
-
-
 def main() -> int:
     """Examine the requested types, or all; print a table and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; default: all that transformers knows")
     parser.add_argument("--verbose", action="store_true", help="show the tracebacks of failures")
     parser.add_argument("--outcomes", type=Path, help="read the output of an earlier run instead of running")
-    parser.add_argument("--write-readme", type=Path, metavar="README", help="file whose table to replace")
     arguments = parser.parse_args()
     transformers.logging.disable_progress_bar()
     if arguments.outcomes:
@@ -430,8 +379,6 @@ def main() -> int:
         outcomes = examine_all(arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     verdicts = Counter(outcome.verdict for outcome in outcomes)
     print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()))
-    if arguments.write_readme:
-        write_readme(outcomes, arguments.write_readme)
     return 1 if verdicts["wrong"] else 0
 
 

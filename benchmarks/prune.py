@@ -49,7 +49,7 @@ COPY = """
 import sys; sys.path[:0] = [".", "benchmarks"]
 from pathlib import Path; import prune
 source, target = map(Path, sys.argv[1:])
-prune.checkpoint.write_checkpoint(prune.kept_tensors(source), folder=target)
+prune.write_checkpoint(prune.kept_tensors(source), folder=target)
 """
 PASSTHROUGH = """
 merge_method: passthrough

@@ -58,7 +58,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Check the held-out loss before the checkpoint is saved: a diverged one is useless for resuming."""
         losses = [float(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
-        refuse_run_away("held-back loss", losses[-1], first=losses[0], step=state.global_step)
+        refuse_run_away("held-out loss", losses[-1], first=losses[0], step=state.global_step)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         now, tokens = time.monotonic(), float(state.num_input_tokens_seen)

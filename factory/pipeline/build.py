@@ -54,7 +54,7 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     healed = merge_stage(run, pruned, adapter) if adapter else None
     if healed and healed.guard_losses and require_healing and not healed.helped:
         raise HealingError(
-            "healing changed the held-back loss from {unhealed:.4f} to {healed:.4f}".format(
+            "healing changed the held-out loss from {unhealed:.4f} to {healed:.4f}".format(
                 **healed.guard_losses
             )
             + ", but `require_healing` is on",

@@ -270,7 +270,7 @@ def describe_healing(adapter: Adapter, *, requested_steps: int, requested_dropou
     best = adapter.best_step
     facts = [
         f"{adapter.num_steps:,} steps, {adapter.num_tokens:,} tokens",
-        f"held-back loss {adapter.guard_loss_before:.3f} → {adapter.guard_loss_after:.3f}"
+        f"held-out loss {adapter.guard_loss_before:.3f} → {adapter.guard_loss_after:.3f}"
         + (f", lowest at step {best:,}" if best not in (None, adapter.num_steps) else ""),
     ]
     if (slowed := adapter.slowed_at_step) is not None:
@@ -317,15 +317,15 @@ def _describe_merge(merged: Checkpoint) -> str:
     if not merged.files:
         return "the adapter makes weights infinite or NaN, so the unhealed model ships"
     return f"adapter added to the {merged.merge_base}{_losses(merged.merge_losses)}" + (
-        "" if merged.helped else "; it does not lower the held-back loss, so the unhealed model ships"
+        "" if merged.helped else "; it does not lower the held-out loss, so the unhealed model ships"
     )
 
 
 def _losses(losses: dict[str, float] | None) -> str:
-    """Describe the losses behind a choice: "; held-back loss 3.12 on source weights, 3.10 on …"."""
+    """Describe the losses behind a choice: "; held-out loss 3.12 on source weights, 3.10 on …"."""
     if not losses:
         return ""
-    return "; held-back loss " + ", ".join(f"{loss:.4f} on {name}" for name, loss in losses.items())
+    return "; held-out loss " + ", ".join(f"{loss:.4f} on {name}" for name, loss in losses.items())
 
 
 def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:

@@ -197,7 +197,7 @@ def test_a_loss_that_runs_away_at_a_checkpoint_goes_back_to_the_good_one_before(
 def test_the_terminal_says_what_did_not_go_as_asked_for(fields: dict[str, Any], says: str) -> None:
     adapter = an_adapter(**{"best_step": 12, **fields})
     told = describe_healing(adapter, requested_steps=12)
-    assert told == f"{adapter.num_steps} steps, 1,536 tokens; held-back loss 3.000 → 2.500{says}"
+    assert told == f"{adapter.num_steps} steps, 1,536 tokens; held-out loss 3.000 → 2.500{says}"
 
 
 def test_with_the_seam_only_layers_from_the_one_before_the_cut_on_are_adapted(

@@ -348,7 +348,7 @@ def test_a_task_file_goes_up_with_its_questions_and_what_it_includes(
         if path.startswith(volume["path"])
     }
     asked = yaml.safe_load(up["build.yaml"])
-    next_line, task = asked["tasks"].split(",")
+    next_line, task = asked["tasks"]
     assert asked["run-task-code"] is True
     assert next_line == "next_line"
     place = PurePosixPath(task.removeprefix(f"{MOUNT}/")).parent.parent

@@ -491,7 +491,7 @@ def test_a_folder_source_has_to_be_given_and_has_to_be_the_right_one(tmp_path: P
     build = a_build_folder(tmp_path / "b", demo_build(reference="mine"), tiny)
     with pytest.raises(UsageError) as needed:
         pair_environment(build, source=None)
-    assert "--source FOLDER" in needed.value.hint
+    assert "`source=FOLDER`" in needed.value.hint
     with pytest.raises(UsageError, match="is not the source of demo-drop30: content hash"):
         pair_environment(build, source=tiny)
     with pytest.raises(UsageError, match="is not a folder"):
