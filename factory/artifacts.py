@@ -72,7 +72,7 @@ class Artifact(BaseModel):
             return cls.model_validate(value)
         except ValidationError as error:
             by = value.get("factory_version") if isinstance(value, dict) else None
-            hint = f"install hf-factory {by}, which wrote it" if by not in (None, __version__) else AGAIN
+            hint = f"use factory {by}, which wrote it" if by not in (None, __version__) else AGAIN
             raise StoreError(f"cannot read {path}: {first_problem(error)}", hint=hint) from error
         except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=AGAIN) from error

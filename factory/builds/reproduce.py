@@ -47,7 +47,7 @@ def read_build(reference: str) -> Build:
         raise StoreError(
             f"{Build.file_name} of {reference} was written by factory {by or '(unknown version)'}, and "
             f"{__version__} cannot read it: {first_problem(error)}",
-            hint=f"install hf-factory {by}" if by else "it was not written by `factory build`",
+            hint=f"use factory {by}" if by else "it was not written by `factory build`",
         ) from error
     if not {"source", build.shipped} <= build.evaluations.keys():
         raise StoreError(
@@ -116,7 +116,7 @@ def check_same_source(build: Build, found: Source) -> None:
         raise VerificationError(
             f"{build.source.name} is {found.commit[:12]} here, but {build.name} was made from "
             f"{build.source.commit[:12]}",
-            hint=f"install hf-factory {build.factory_version}",
+            hint=f"use factory {build.factory_version}",
         )
 
 
@@ -190,7 +190,7 @@ def check_same_texts(build: Build, texts: Texts) -> None:
             raise DataError(
                 f"{found.name} is divided differently here: {found.part or 'whole'}, but "
                 f"{build.name} was made with {data.part or 'the whole'}",
-                hint=f"install hf-factory {build.factory_version}",
+                hint=f"use factory {build.factory_version}",
             )
 
 

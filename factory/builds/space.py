@@ -43,7 +43,7 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
         FactoryError: gradio is not installed, or the page exited unexpectedly.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise FactoryError("gradio is not installed", hint='pip install "hf-factory[space]"')
+        raise FactoryError("gradio is not installed", hint="pip install gradio")
     environment = {
         **os.environ,
         **pair_environment(folder, source=source),

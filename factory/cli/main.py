@@ -59,7 +59,7 @@ def extension() -> None:
 
     program = Path(sysconfig.get_path("scripts")) / f"hf-{NAME}"
     if not program.exists() and not program.with_suffix(".exe").exists():
-        raise StoreError(f"{program} does not exist", hint="pip install hf-factory")
+        raise StoreError(f"{program} does not exist", hint="in a clone of the repository: pip install .")
     manifest = ExtensionManifest(
         owner=OWNER,
         repo=f"hf-{NAME}",

@@ -34,7 +34,9 @@ def program(*, with_vllm: bool = False) -> dict[str, bytes]:
     try:
         metadata = str(distribution(DISTRIBUTION).metadata).encode()
     except PackageNotFoundError as error:
-        raise StoreError(f"{DISTRIBUTION} is not installed", hint="pip install hf-factory") from error
+        raise StoreError(
+            f"{DISTRIBUTION} is not installed", hint="in a clone of the repository: pip install ."
+        ) from error
     pins = {
         f"{package.name}=={package.version.partition('+')[0]}"
         for package in distributions()

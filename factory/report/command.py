@@ -102,7 +102,7 @@ def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
         raise StoreError(
             f"{build.name} was made by factory {build.factory_version}, and {__version__} cannot read it: "
             f"{first_problem(error)}",
-            hint=f"install hf-factory {build.factory_version}",
+            hint=f"use factory {build.factory_version}",
         ) from error
 
 

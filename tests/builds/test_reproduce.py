@@ -191,4 +191,4 @@ def test_a_text_that_is_divided_otherwise_is_refused(part: str) -> None:
     other = Text(healing.data.model_copy(update={"part": part}), healing.rows)
     with pytest.raises(DataError, match="stdlib:train is divided differently here") as caught:
         check_same_texts(build, Texts(calibration, other, evaluation))
-    assert caught.value.hint == f"install hf-factory {build.factory_version}"
+    assert caught.value.hint == f"use factory {build.factory_version}"

@@ -613,7 +613,7 @@ def test_a_setting_with_a_value_that_is_gone_by_now_is_named_in_one_line() -> No
         StoreError, match=r"demo-drop30 was made by factory 0\.0\.9, .*: heal\.objective: "
     ) as raised:
         render(old, has_healing_figure=False)
-    assert raised.value.hint == "install hf-factory 0.0.9"
+    assert raised.value.hint == "use factory 0.0.9"
 
 
 def test_a_field_that_this_version_does_not_have_is_named_and_the_folder_can_be_built_into_again(
@@ -626,7 +626,7 @@ def test_a_field_that_this_version_does_not_have_is_named_and_the_folder_can_be_
     (tmp_path / "model").mkdir()
     with pytest.raises(StoreError, match=r"cannot read .*build\.json: mood: Extra inputs") as raised:
         Build.read(tmp_path)
-    assert raised.value.hint == "install hf-factory 0.0.9, which wrote it"
+    assert raised.value.hint == "use factory 0.0.9, which wrote it"
     assert read_if_same(build, tmp_path) is None
 
 
