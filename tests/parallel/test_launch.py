@@ -24,7 +24,7 @@ from factory.errors import DataError, MachineError, UsageError, WorkerError
 from factory.evaluation.answers import read_answers, read_losses
 from factory.evaluation.evaluate import evaluate
 from factory.healing.heal import heal
-from factory.healing.trainers import HealTrainer
+from factory.healing.trainers import TRAINERS, HealTrainer
 from factory.hub.resolve import resolve
 from factory.model.devices import trains_on_one
 from factory.parallel import processes
@@ -198,7 +198,7 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
         patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
         as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
         patch.setattr(PartialState, "_prepare_backend", as_if)
-        patch.setattr("factory.healing.heal.HealTrainer", Watching)
+        patch.setitem(TRAINERS, "sft", Watching)
         save = trainer.save_fsdp_model
         late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
         patch.setattr(trainer, "save_fsdp_model", late)
