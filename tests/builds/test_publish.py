@@ -162,7 +162,7 @@ def test_a_licence_that_forbids_it_stops_a_push_before_the_first_request(
 ) -> None:
     licensed(build, license="cc-by-nc-nd-4.0")
     refused = told(commands.run("push", str(build), "alice/nd", folder=build.parent))
-    assert "cc-by-nc-nd-4.0, forbids to share" in refused
+    assert "cc-by-nc-nd-4.0, forbids sharing" in refused
     assert not hub.requests
     accepted = commands.run("push", str(build), "alice/nd", "--accept-license", folder=build.parent)
     assert accepted.code == 0
@@ -184,7 +184,7 @@ def test_a_build_that_is_to_be_published_hears_of_the_licence_before_it_starts(
     (folder / "tiny" / "README.md").write_text("---\nlicense: [mit, cc-by-nd-4.0]\n---\n")
     hub.put_model("acme/strict", folder / "tiny")
     command = ["build", "acme/strict", *QUICK, "--push-to", "strict"]
-    assert "forbids to share" in told(commands.run(*command, folder=folder))
+    assert "forbids sharing" in told(commands.run(*command, folder=folder))
     assert not (folder / "builds" / "strict-drop40").exists()
     (folder / "tiny" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     hub.put_model("acme/strict", folder / "tiny")

@@ -167,7 +167,7 @@ def test_what_a_strangers_record_claims_is_not_believed(world: Hub, commands: Fo
     card = {"README.md": b"---\nlicense: [cc-by-nd-4.0]\n---\n"}
     commit = world.put_model("acme/strict", folder / "tiny", **card)
     strict = written["source"] | {"repo_id": "acme/strict", "commit": commit, "license": "mit"}
-    assert "forbids to share" in told(repeat("--push-to", "alice/free", source=strict))
+    assert "forbids sharing" in told(repeat("--push-to", "alice/free", source=strict))
     (folder / "here.yaml").write_text("task: here")
     tasks = written["config"]["evaluate"] | {"tasks": ["./here.yaml"]}
     config = written["config"] | {"evaluate": tasks}
