@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from factory.builds.record import installed_libraries
-from scripts.lock import BUILDS_US, OF_TORCH, entries
+from scripts.lock import BUILD_BACKEND, OF_TORCH, entries
 from tests.places import ROOT
 
 HINT = "run `pip install uv && python scripts/lock.py`"
@@ -41,7 +41,7 @@ def test_what_is_hashed_is_what_is_pinned() -> None:
 
 def test_everything_that_is_asked_for_is_hashed_but_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["test"], *BUILDS_US.split()]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["test"], *BUILD_BACKEND.split()]
     names = {canonicalize_name(Requirement(text).name) for text in asked}
     hashed = pinned(ROOT / "hashes.txt")
     assert names - hashed.keys() == {name for name in names if OF_TORCH.match(name)} == {"torch"}, HINT

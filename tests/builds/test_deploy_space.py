@@ -285,7 +285,7 @@ def test_a_source_that_a_space_could_not_load_is_refused(hub: Hub, commands: For
     hub.requests.clear()
     known = json.loads((pushed / "build.json").read_text())
     for change, told in (
-        ({"repo_id": None}, "the source of tiny, 'tiny': it is not on the Hub"),
+        ({"repo_id": None}, "the source of demo-drop30, 'tiny': it is not on the Hub"),
         ({"remote_code": True}, "tiny needs its own code"),
     ):
         (pushed / "build.json").write_text(json.dumps(known | {"source": known["source"] | change}))

@@ -128,7 +128,7 @@ def test_what_cannot_be_repeated_is_told(world: Hub, commands: Forks, folder: Pa
     for name, change, words in (
         ("newer", {"factory_version": "9.1", "new_field": 1}, "written by factory 9.1, and"),
         ("odd", {"factory_version": "9.1", "config": {}}, "written by factory 9.1, and"),
-        ("local", {"source": written["source"] | {"repo_id": None}}, "was made from a folder, 'tiny'"),
+        ("local", {"source": written["source"] | {"repo_id": None}}, "was made from a local folder, 'tiny'"),
     ):
         (folder / name).mkdir()
         (folder / name / "build.json").write_text(json.dumps(written | change))

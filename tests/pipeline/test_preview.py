@@ -78,7 +78,7 @@ def test_a_model_that_no_memory_here_holds_is_refused_before_anything_is_downloa
 def test_what_does_not_fit_the_gpu_needs_the_hosts_memory_as_well() -> None:
     needed = Needs(disk=0, host=4 * 10**9, gpu=30 * 10**9)
     check_memory(needed, host_total=12 * 10**9, gpu_total=24 * 10**9)
-    with pytest.raises(MachineError, match=r"about 10\.0 GB of memory beside 24\.0 GB on the GPU"):
+    with pytest.raises(MachineError, match=r"about 10\.0 GB of memory besides 24\.0 GB on the GPU"):
         check_memory(needed, host_total=8 * 10**9, gpu_total=24 * 10**9)
 
 
@@ -169,7 +169,7 @@ def test_healing_that_does_not_fit_the_gpu_is_refused_with_the_flags_that_do() -
     with pytest.raises(MachineError, match=r"healing by distill needs about 60\.\d GB of GPU") as caught:
         check_healing(LLAMA_70B, healing_of(**default), gpu_total=42_300_000_000)
     assert caught.value.hint.startswith("`heal_rank=8` `heal_modules=ffn` `heal_layers=seam` takes about 4")
-    with pytest.raises(MachineError, match=r"there are 32\.0 GB") as caught:
+    with pytest.raises(MachineError, match=r"there are only 32\.0 GB") as caught:
         check_healing(LLAMA_70B, healing_of(**default), gpu_total=32 * 10**9)
     assert caught.value.hint.startswith("`heal=sft` `heal_rank=8` `heal_modules=ffn` takes about 2")
     with pytest.raises(MachineError) as caught:

@@ -341,7 +341,7 @@ def test_a_stage_that_cannot_be_is_not_looked_for(
 ) -> None:
     monkeypatch.setattr("factory.builds.integrity.changed_since_laid_out", lambda *_: [])
     build = Build.model_construct(stages={name: key})
-    with pytest.raises(VerificationError, match="no stage"):
+    with pytest.raises(VerificationError, match="not a stage"):
         changed_in(build, tmp_path, store=Store(tmp_path))
 
 

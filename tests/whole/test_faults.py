@@ -89,7 +89,7 @@ PULLS = [
     Case("the Hub is down", NOTHING, {}, ("no connection to", "network"), "down"),
     Case("HF_HUB_OFFLINE is set", NOTHING, {}, ("the cache does not hold all of", "unset it"), "offline"),
     Case("one bit of a file flipped", FILE, {"corrupt": True, **LOADING}, ("arrived damaged", "removed")),
-    Case("no room for a file", NOTHING, {}, ("`ulimit -f` allows", "make room"), file_bytes=4_000),
+    Case("no room for a file", NOTHING, {}, ("`ulimit -f` allows", "free some space"), file_bytes=4_000),
     Case("no room for the smaller model", NOTHING, {}, ("`ulimit -f` allows", ""), file_bytes=250_000),
 ]  # fmt: skip
 PUSHES = [
@@ -128,8 +128,8 @@ PUSHES = [
     Case("connection dropped after commit", COMMIT, {"drop": True, "after": True}, (), "xet"),
     Case("the Hub is down", NOTHING, {}, ("no connection to", "nothing was published"), "down"),
     Case("HF_HUB_OFFLINE is set", NOTHING, {}, ("nothing can be published", "unset it"), "offline"),
-    Case("no room for the card", NOTHING, {}, ("`ulimit -f` allows", "make room"), file_bytes=1_000),
-    Case("no room for what is under way", NOTHING, {}, ("`ulimit -f` allows", "make room"), "xet",
+    Case("no room for the card", NOTHING, {}, ("`ulimit -f` allows", "free some space"), file_bytes=1_000),
+    Case("no room for what is under way", NOTHING, {}, ("`ulimit -f` allows", "free some space"), "xet",
          file_bytes=6_000),
 ]  # fmt: skip
 
