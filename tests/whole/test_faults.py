@@ -322,7 +322,7 @@ def test_a_disk_that_fills_up_while_pulling_is_told_in_one_line(bench: Bench) ->
     assert ended.code == 1, ended.stderr
     error, hint = ended.stderr.splitlines()
     assert error.startswith("error: the disk is full: ")
-    assert hint == "hint: free some space and repeat the command"
+    assert hint == "hint: free some space and run the same command again"
 
 
 # The table ----------------------------------------------------------------------------------------
