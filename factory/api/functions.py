@@ -27,8 +27,7 @@ def takes(request: type[Request]) -> Callable[[F], F]:
         for name, (kind, option) in request.options().items():
             if option.on_terminal:
                 continue
-            row = request.__dataclass_fields__[name]
-            default = inspect.Parameter.empty if _is_required(row) else row.default
+            default = inspect.Parameter.empty if request.requires(name) else request.default(name)
             place = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else keyword
             parameters.append(
                 inspect.Parameter(name, place, default=default, annotation=_plain(kind, default))
@@ -45,19 +44,10 @@ def takes(request: type[Request]) -> Callable[[F], F]:
 
         quietly.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
         assert function.__doc__ is not None
-        quietly.__doc__ = function.__doc__.replace(
-            "        options:", "\n".join([*lines, "        options:"]), 1
-        )
-        function.__doc__ = function.__doc__.replace("        options: see above\n", "", 1)
+        quietly.__doc__ = function.__doc__.replace("        options: see above", "\n".join(lines), 1)
         return quietly  # type: ignore[return-value]
 
     return decorate
-
-
-def _is_required(row: Any) -> bool:
-    from dataclasses import MISSING
-
-    return row.default is MISSING
 
 
 def _plain(kind: Any, default: Any) -> Any:

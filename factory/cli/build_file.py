@@ -13,7 +13,6 @@ from factory.config.options import Reads
 from factory.config.request import BuildRequest, Origin
 from factory.errors import UsageError
 
-SUFFIXES = (".yaml", ".yml")
 UNSET: Any = None  # a key that the file lacks; `null` is not a value of any option
 MAX_BYTES = 1_000_000
 MAX_LENGTH = 4096  # characters of a value: the limit of a path, and short enough for Python's int()

@@ -142,7 +142,6 @@ def read_request(request: type[Request], values: dict[str, Any]) -> Any:
 
 def _option(request: type[Request], name: str, kind: Any, option: Option) -> Callable[[Any], Any]:
     """Return the click option for one row."""
-    required = request.__dataclass_fields__[name]
     help_text = f"{option.help}." + (f"  [default: {option.default}]" if option.default else "")
     settings: dict[str, Any] = {"cls": OptionInGroup, "group": option.group, "help": help_text}
     if kind is bool:
@@ -150,7 +149,7 @@ def _option(request: type[Request], name: str, kind: Any, option: Option) -> Cal
         settings["default"] = None
     else:
         settings |= {"type": _type(kind), "metavar": option.metavar or _metavar(kind)}
-        settings["required"] = _is_required(required)
+        settings["required"] = request.requires(name)
     if option.bare is not None:
         settings |= {"is_flag": False, "flag_value": option.bare}
     if name == "rerun":
@@ -159,12 +158,6 @@ def _option(request: type[Request], name: str, kind: Any, option: Option) -> Cal
     if name == "home":
         settings["envvar"] = "FACTORY_HOME"
     return click.option(f"--{name.replace('_', '-')}", name, **settings)
-
-
-def _is_required(row: Any) -> bool:
-    from dataclasses import MISSING
-
-    return row.default is MISSING
 
 
 def _metavar(kind: Any) -> str | None:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -121,6 +121,16 @@ class Request:
         with request.located():
             request.check()
         return request
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Return the value of an option that is not given; `dataclasses.MISSING` if it must be."""
+        return cls.__dataclass_fields__[name].default
+
+    @classmethod
+    def requires(cls, name: str) -> bool:
+        """Return whether an option must be given."""
+        return cls.default(name) is MISSING
 
     @property
     def given(self) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def _explain_builtin(error: BaseException, *, repo_id: str, writing: bool) -> Fa
     text = str(error)
     reason = no_room(error)
     if reason:
-        return DiskSpaceError(f"{reason}: {_line(text)}", hint=f"{_nothing(writing)}free some space and {AGAIN}")
+        return DiskSpaceError(
+            f"{reason}: {_line(text)}", hint=f"{_nothing(writing)}free some space and {AGAIN}"
+        )
     if text.startswith("LFS batch API"):
         return HubError(
             f"the Hub refuses a file for {repo_id}: {_line(text.partition(chr(10))[2])}",

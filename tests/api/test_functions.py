@@ -37,6 +37,7 @@ def test_a_function_takes_the_options_of_its_command(
     rows = {name: option for name, (_, option) in request_.options().items() if not option.on_terminal}
     assert set(shown) - {"reporter"} == set(rows)
     assert all(option.help in (function.__doc__ or "") for option in rows.values())
+    assert "see above" not in (function.__doc__ or "")
 
 
 def test_a_package_that_is_only_imported_loads_nothing_heavy() -> None:
