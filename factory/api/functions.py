@@ -98,7 +98,7 @@ def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> Bu
 def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
     """Make a prepared build, and publish it if requested."""
     from factory.builds.folder import kept_aside
-    from factory.builds.publish import publish
+    from factory.builds.publish import publish_with_notes
     from factory.builds.reproduce import comparison
     from factory.pipeline.build import build as run_stages
     from factory.pipeline.prepare import pull_and_trust
@@ -120,11 +120,13 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
         reporter.note(f"your edits to the previous build are kept as {out / name}")
     publication = None
     if request.push_to:
-        publication, is_edited = publish(
-            out, request.push_to, private=not request.public, message=f"Publish {record.name}"
+        publication = publish_with_notes(
+            out,
+            request.push_to,
+            note=reporter.note,
+            private=not request.public,
+            message=f"Publish {record.name}",
         )
-        if is_edited:
-            reporter.note("the edited card was kept; its model id may be out of date")
     compared = comparison(settled.repeats, record, reference=request.model) if settled.repeats else None
     return BuildResult(out, record, publication, compared)
 

@@ -124,12 +124,14 @@ class BuildResult(Shown):
             HubError: No login, permission or connection; nothing was published.
             LicenseError: The source's licence forbids sharing derivatives.
         """
-        from factory.builds.publish import check_publishable, publish
+        from factory.api.progress import Bars
+        from factory.builds.publish import check_publishable, publish_with_notes
 
-        check_publishable(self.record.source, accepted=accept_license)
+        note = Bars().note
+        if limits := check_publishable(self.record.source, accepted=accept_license):
+            note(limits)
         options.setdefault("message", f"Publish {self.record.name}")
-        publication, _ = publish(self.folder, repository, private=private, **options)
-        return publication
+        return publish_with_notes(self.folder, repository, note=note, private=private, **options)
 
 
 @dataclass(frozen=True)

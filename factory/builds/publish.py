@@ -1,5 +1,6 @@
 """Publish a build: name the repository on its card, then upload everything in one commit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def publish(
     publication = pushed.model_copy(update={"space": space})
     publication.write(folder)
     return publication, is_edited
+
+
+def publish_with_notes(
+    folder: Path, repository: str | None, *, note: Callable[[str], None], **options: Any
+) -> Publication:
+    """Publish a finished build, and note if it was published already or if its card was edited.
+
+    Args:
+        note: Receives each note.
+        options: Passed on to `publish`.
+    """
+    before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    publication, is_edited = publish(folder, repository, **options)
+    if publication == before:
+        note("already up to date")
+    if is_edited:
+        note(f"the edited card was kept; its model id may be stale (`factory card {folder}` rewrites it)")
+    return publication
 
 
 def check_publishable(source: Source, *, accepted: bool) -> str | None:

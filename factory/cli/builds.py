@@ -10,7 +10,7 @@ from factory.cli.options import CONTEXT, Command, Place, Whole, build_folder, ho
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
-    from factory.artifacts import Publication
+    pass
 
 USUAL_NAME = "~/"  # stands for --deploy without a name; not a valid repository name
 license_option = click.option(
@@ -34,14 +34,14 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     account. A new repository is private unless --public is given; an existing one keeps its visibility.
     """
     from factory.artifacts import Build
-    from factory.builds.publish import check_publishable
+    from factory.builds.publish import check_publishable, publish_with_notes
     from factory.hub.push import label
 
     build = Build.read(build_folder(folder))
     message = options.pop("message") or f"Publish {label(build)}"
     if note := check_publishable(build.source, accepted=options.pop("accept_license")):
         remark(note)
-    click.echo(publish(folder, repository, message=message, **options).url)
+    click.echo(publish_with_notes(folder, repository, note=remark, message=message, **options).url)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -166,27 +166,6 @@ def card(folder: Path) -> None:
     known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     names = {"repo_id": known.repo_id, "space": known.space} if known else {}
     click.echo(write_card(Build.read(folder), model, **names))
-
-
-def publish(folder: Path, repository: str | None, **options: Any) -> "Publication":
-    """Publish a finished build, with a note on standard error if its card was edited.
-
-    Args:
-        repository: `owner/name`, or None for the default name.
-        options: Passed on to `factory.builds.publish.publish`.
-    """
-    from factory.artifacts import Publication
-    from factory.builds.publish import publish as pipeline_publish
-    from factory.cli.console import printable
-
-    before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
-    publication, is_edited = pipeline_publish(folder, repository, **options)
-    if publication == before:
-        click.echo("note: already up to date", err=True)
-    if is_edited:
-        message = "the edited card was kept; its model id may be stale"
-        click.echo(f"note: {message} (`factory card {printable(str(folder))}` rewrites it)", err=True)
-    return publication
 
 
 @click.command("ls", cls=Command, context_settings=CONTEXT)
