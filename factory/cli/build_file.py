@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from factory.config.options import Reads
+from factory.config.options import Reads, problem_of, shortened
 from factory.config.request import BuildRequest, Origin
 from factory.errors import UsageError
 
@@ -211,12 +211,12 @@ def _explained(error: ValidationError, name: str, lines: Mapping[Path_, int]) ->
         near = difflib.get_close_matches(key.replace("_", "-").lower(), [*known, "builds"], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return UsageError(f"{where}: unknown key {key!r}", hint=f"{hint}known: {', '.join(known)}, builds")
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
     if problem["type"] == "model_type":
-        return UsageError(f"{where}: {key} is {shown}, not a list of options", hint=YAML_HINT)
-    wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
-    return UsageError(f"{where}: {key}: {shown} {wanted}", hint="`factory build --help` explains each option")
+        return UsageError(
+            f"{where}: {key} is {shortened(problem['input'])}, not a list of options", hint=YAML_HINT
+        )
+    hint = "`factory build --help` explains each option"
+    return UsageError(f"{where}: {key}: {problem_of(problem)}", hint=hint)
 
 
 def _place(loc: Path_, lines: Mapping[Path_, int]) -> Path_:

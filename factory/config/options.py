@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from factory.config.choices import MAX_COUNT
 from factory.errors import UsageError
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 CUT, MEASURING, HEALING, EVALUATION, PUBLISHING, RENTING, RUNNING = GROUPS = (
     *("What to cut", "Measuring", "Healing", "Evaluation", "Publishing", "Rented hardware"),
@@ -117,15 +114,19 @@ def without_none(kind: Any) -> Any:
     return members[0] if len(members) == 1 and NoneType in get_args(kind) else kind
 
 
-def problem_of(error: "ValidationError") -> str:
-    """Return the first problem that pydantic found: the value, and what it should be."""
-    problem = error.errors()[0]
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+def problem_of(problem: Mapping[str, Any]) -> str:
+    """Return a problem that pydantic found: the value, and what it should be."""
+    shown = shortened(problem["input"])
     if problem.get("ctx", {}).get("lt") == math.inf:
         return f"{shown} should be finite"
     wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
     return f"{shown} {wanted}"
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message quotes it, of at most 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "…"
 
 
 def unknown_option(name: str, known: Mapping[str, Any]) -> UsageError:

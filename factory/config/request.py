@@ -115,7 +115,7 @@ class Request:
                     read[name] = TypeAdapter(known[name][0]).validate_python(value, strict=True)
             except ValidationError as error:
                 raise UsageError(
-                    f"`{name}`: {problem_of(error)}", hint=f"`{name}`: {known[name][1].help}"
+                    f"`{name}`: {problem_of(error.errors()[0])}", hint=f"`{name}`: {known[name][1].help}"
                 ) from None
         request = cls(**read, origin=origin)
         with request.located():
