@@ -66,6 +66,11 @@ def find_targets(model: Any, which: Modules) -> Targets:
     return Targets(sorted(names), experts, left_out)
 
 
+def feed_forward(model: Any) -> list[str]:
+    """Return the linear modules outside attention and routers, relative to a layer."""
+    return [name for name in find_targets(model, "all-linear").modules if not _mixes_tokens(name)]
+
+
 def _mixes_tokens(name: str) -> bool:
     """Return whether a module belongs to attention or to its replacement."""
     return any(mixer in name.lower() for mixer in TOKEN_MIXERS)
