@@ -98,22 +98,3 @@ def test_a_wrong_option_is_named_without_dashes(options: dict[str, Any], message
 def test_a_folder_that_is_not_a_build_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a build folder"):
         factory.load(tmp_path)
-
-
-def test_a_fitted_seam_is_built_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("factory.healing.seam.NUM_TOKENS", 500)
-    made = factory.build(
-        "demo",
-        layers=(10, 11),
-        heal_start="seam-fit",
-        heal_bits=16,
-        home=tmp_path / "home",
-        out=tmp_path / "x",
-        **QUICKLY,
-    )
-    assert list(made.evaluations) == ["source", "pruned", "healed"]
-    card = (tmp_path / "x" / "model" / "README.md").read_text(encoding="utf-8")
-    assert "Fitted seam" in card
-    assert "--no-heal" in card
-    assert "--heal-start seam-fit" in card
