@@ -273,13 +273,40 @@ class LossPoint(BaseModel):
     loss: float
 
 
+class FittedSeam(BaseModel):
+    """An update of the layer before a cut, by ridge regression on activations."""
+
+    model_config = FROZEN
+
+    layer: int  # 0-based, of the source
+    module: str  # "mlp.down_proj"
+    rank: int
+    ridge: float  # strength, times the mean square of the activations
+    explained: float  # share of the squared error of the states after the cut, on held-out tokens
+    num_tokens: int
+    num_left_out: int  # tokens with outlier norms, such as attention sinks
+
+
+class SeamFit(Artifact):
+    """The updates that a healing started from, one per cut. Losses in nats per token."""
+
+    file_name = "seam.json"
+
+    quantization: str  # of the model whose states were fitted: "nf4", "none"
+    seams: tuple[FittedSeam, ...]
+    rejected: tuple[int, ...] = ()  # layers whose fit raised the loss on the held-out set
+    without_layer_before: int = 0  # cuts that begin at layer 0, left as they are
+    loss_before: float  # on the held-out set, layers skipped in memory, in the precision of healing
+    loss_after: float
+
+
 class Adapter(Artifact):
     """A LoRA adapter in peft's format, and a record of its training. Losses in nats per token."""
 
     file_name = "adapter.json"
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
-    objective: ObjectiveName
+    objective: ObjectiveName | None  # None: a fitted seam without training
     quantization: str  # "nf4", "none"
     rank: int
     learning_rate: float
@@ -295,11 +322,22 @@ class Adapter(Artifact):
     num_trainable_parameters: int
     curve: tuple[LossPoint, ...]  # of the objective; when distilling, the divergence from the source
     guard_curve: tuple[LossPoint, ...] = ()
+    seam: SeamFit | None = None  # its start; None: an adapter that changes nothing
     guard_loss_before: float  # on the held-out set, same 4-bit model, adapter off
     guard_loss_after: float
     slowed_at_step: int | None = None  # the rate is lower from here on, after the loss had diverged
     ran_away_at_step: int | None = None  # second divergence, which ended training; 0 steps: nothing learnt
     data: DataSource
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether there was any training: a fitted seam can be merged without."""
+        return self.num_steps > 0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Return whether the adapter is the zero that training starts from unless a seam was fitted."""
+        return self.num_steps == 0 and self.seam is None
 
 
 class TokenLoss(BaseModel):

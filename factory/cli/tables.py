@@ -65,8 +65,12 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
         f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
         f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
+        else "no training"
+        if config.fits_seam
         else "skipped"
     )
+    if config.fits_seam:
+        healing += ", from a fitted seam"
     tasks = ", ".join(evaluate.tasks) or "no tasks (add some with --tasks mmlu,boolq)"
     return [
         ("measure", f"{samples} documents of {measure.data}"),
@@ -242,6 +246,8 @@ def verdict(build: Build) -> str:
         )
     if build.adapter is None:
         return f"{cut}; this build was not healed."
+    if build.adapter.objective is None:
+        return f"{cut}; {_untrained(build, losses)}"
     if build.shipped == "pruned":
         return f"{cut}; healing did not lower it on held-out text, so the pruned model ships."
     change = losses["pruned"] - losses["healed"]
@@ -249,6 +255,15 @@ def verdict(build: Build) -> str:
     if change <= 0:
         return f"{cut}; healing {_moved(-change)} on this text. Check before you publish."
     return f"{cut}; healing took back {change:.3f}{share}."
+
+
+def _untrained(build: Build, losses: dict[str, float]) -> str:
+    """Return what a fitted seam without training did."""
+    if build.shipped == "pruned":
+        return "the fitted seam did not lower it on held-out text, so the pruned model ships."
+    change, gap = losses["pruned"] - losses["healed"], losses["pruned"] - losses["source"]
+    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
+    return f"the fitted seam, without training, {_moved(-change)}{share}."
 
 
 def _moved(change: float) -> str:

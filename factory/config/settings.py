@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from factory.artifacts import Source
-from factory.config.choices import MAX_COUNT, CriterionName, ObjectiveName
+from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT
 from factory.config.references import aliases, unknown_model
@@ -58,6 +58,7 @@ class HealSettings(Settings):
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    start: HealStart = "none"  # of the adapter: nothing, or a fit of the layer before each cut
     num_steps: int = Field(default=5000, ge=1, le=MAX_COUNT)
     warmup_steps: int = Field(default=100, ge=0, le=MAX_COUNT)
     batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences per optimiser step
@@ -88,6 +89,16 @@ class BuildConfig(Settings):
     plan: PlanSettings = PlanSettings()
     heal: HealSettings = HealSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def fits_seam(self) -> bool:
+        """Return whether the layer before each cut is fitted, with or without training after it."""
+        return self.heal.start == "seam-fit"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Return whether an adapter is made and merged: by training, by a fit, or both."""
+        return self.heal_enabled or self.fits_seam
 
 
 class Recipe(Settings):

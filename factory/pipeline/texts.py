@@ -30,7 +30,7 @@ def open_texts(
         evaluates: Whether the run reads the evaluation text. If that is a file, or also the calibration
             set, it is opened anyway, so that documents are divided as in a build.
     """
-    heals = heals and config.heal_enabled
+    heals = heals and config.has_adapter
     data = config.evaluate.data
     is_here = data in STANDARD_LIBRARY or local_path(data).is_file()
     evaluates = evaluates or (measures and (is_here or data == config.measure.data))

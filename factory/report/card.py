@@ -105,7 +105,9 @@ def render(
         .render(
             build=build,
             config=config,
-            objective=build.adapter and OBJECTIVES[build.adapter.objective],
+            objective=OBJECTIVES[build.adapter.objective]
+            if build.adapter and build.adapter.objective
+            else None,
             choice=_choice(build.plan),
             front_matter=Markup(yaml.safe_dump(front_matter(build, repo_id=repo_id), **YAML_STYLE)),
             title=_title(build, repo_id=repo_id),

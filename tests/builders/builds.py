@@ -11,9 +11,11 @@ from factory.artifacts import (
     DataSource,
     DistanceProfile,
     Evaluation,
+    FittedSeam,
     LossPoint,
     PartScore,
     PruningPlan,
+    SeamFit,
     Source,
     Speed,
     SpeedComparison,
@@ -419,6 +421,34 @@ def healing_discarded() -> Build:
         "comparisons": comparisons(evaluations),
     }
     return build.model_copy(update=changes)
+
+
+def a_seam(**fields: Any) -> SeamFit:
+    """What a fit of the layer before one cut says of itself, with some of its facts chosen."""
+    seam = FittedSeam(
+        layer=9,
+        module="mlp.down_proj",
+        rank=128,
+        ridge=0.1,
+        explained=0.553,
+        num_tokens=20_147,
+        num_left_out=94,
+    )
+    values: dict[str, Any] = {
+        "quantization": "none",
+        "seams": (seam,),
+        "loss_before": 5.322,
+        "loss_after": 4.257,
+    }
+    return SeamFit(**values | fields)
+
+
+def fitted_seam(*, shipped: str) -> Build:
+    """A build whose layer before the cut was fitted, without training."""
+    build = chat_with_other_licence() if shipped == "healed" else healing_discarded()
+    assert build.adapter is not None
+    untrained = {"objective": None, "num_steps": 0, "seam": a_seam()}
+    return build.model_copy(update={"adapter": build.adapter.model_copy(update=untrained)})
 
 
 def perplexities(rises: bool | None, *values: float, **changes: Any) -> Build:

@@ -33,9 +33,11 @@ from factory.resources import CARD_TEMPLATES
 from tests.builders.builds import (
     SUBJECTS,
     a_score,
+    a_seam,
     chat_with_other_licence,
     chosen_by,
     demo_healed,
+    fitted_seam,
     healing_discarded,
     perplexities,
     unhealed,
@@ -92,6 +94,17 @@ def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> N
     assert "of two bases" not in render(alone, has_healing_figure=False)
 
 
+def test_a_fitted_seam_without_training_is_shown_as_what_it_is() -> None:
+    card = render(fitted_seam(shipped="healed"), has_healing_figure=False)
+    assert "## Fitted seam, no training" in card
+    assert "fitted seam (layer 9) on 20,147 tokens, 94 outliers left out" in card
+    assert "trained for" not in card
+    assert "How it was healed" not in card
+    assert "## Fitted seam that was discarded" in render(
+        fitted_seam(shipped="pruned"), has_healing_figure=False
+    )
+
+
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +126,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     seam = chat.adapter.model_copy(
         update={
             "layers": "seam",
+            "seam": a_seam(),
             "slowed_at_step": 900,
             "best_step": 950,
             "ran_away_at_step": 990,
@@ -123,6 +137,8 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    for shipped in ("healed", "pruned"):
+        others.append(partial(render, fitted_seam(shipped=shipped), has_healing_figure=False))
     cards = [*CARDS.values(), *others]
     head, *sections = re.split(r"(?m)^(?=## \w)", template)
     names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use
