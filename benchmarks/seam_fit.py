@@ -1,4 +1,4 @@
-"""Claim: a fitted seam takes back a third or more of the loss that one cut adds, without training.
+"""Question: how much of the loss that a cut adds does a fitted seam take back, without training?
 
     python benchmarks/seam_fit.py MODEL --layers 10-18 --fit TEXT --evaluate TEXT [TEXT ...] [--ranks 128 0]
 
