@@ -86,6 +86,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         summary=lambda p: (
             f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
             + (", choice is certain" if p.certain_for else "")
+            + (f", attention sink in layer {p.sink}" if p.sink is not None else "")
         ),
     )
 
@@ -103,7 +104,7 @@ def plan_stage(
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
-            summary=_describe_plan,
+            summary=partial(_describe_plan, profile=profile),
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
@@ -129,7 +130,7 @@ def plan_stage(
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=_describe_plan,
+        summary=partial(_describe_plan, profile=profile),
     )
 
 
@@ -168,11 +169,15 @@ def search_stage(
             "source": source.commit,
             "text": text_identity(run.texts.calibration.data),
         },
-        summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
+        summary=lambda p: (
+            f"{_describe_plan(p, profile=profile)}; {p.passes:.0f} passes over {p.num_documents} documents"
+        ),
     )
 
 
-def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
+def compare_stage(
+    run: Run, source: Source, cuts: Sequence[tuple[int, ...]], *, sink: int | None = None
+) -> CutLosses:
     """Measure the unhealed loss of several cuts on calibration documents that no search has seen."""
     settings = run.config.plan
 
@@ -183,6 +188,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
             source,
             run.texts.calibration,
             cuts,
+            sink=sink,
             settings=settings,
             four_bit=run.config.measure.four_bit,
             seed=run.config.seed,
@@ -195,6 +201,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         parameters={
             **settings.model_dump(exclude={"criterion"}),
             "cuts": [list(cut) for cut in cuts],
+            **({"sink": sink} if sink is not None else {}),
             "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
         },
@@ -203,12 +210,15 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
     )
 
 
-def _describe_plan(plan: PruningPlan) -> str:
+def _describe_plan(plan: PruningPlan, *, profile: DistanceProfile) -> str:
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
     by = criterion_of(plan.criterion).by
     share = f"{n / plan.num_layers:.0%}"
-    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
+    ties = f", {len(plan.ties) + 1} blocks tie" if plan.ties else ""
+    sink = f", with the attention sink's layer {profile.sink}" if profile.sink in plan.dropped else ""
+    layers = layer_ranges(plan.dropped)
+    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layers}{across}{ties}{sink}"
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:

@@ -510,5 +510,8 @@ def profile_from(sums: Sums) -> DistanceProfile:
         mean=tuple(map(tuple, sums.distance.mean.tolist())),
         stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
         influence=tuple(sums.influence.mean.tolist()),
+        ties=sums.ties(),
+        first_norm=tuple(sums.norms.mean[:, 0].tolist()),
+        other_norm=tuple(sums.norms.mean[:, 1].tolist()),
         data=DataSource(name="x", version="1"),
     )
