@@ -104,7 +104,7 @@ def plan_stage(
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
-            summary=partial(_describe_plan, profile=profile),
+            summary=lambda p: _describe_plan(p, sink=profile.sink),
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
@@ -130,7 +130,7 @@ def plan_stage(
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=partial(_describe_plan, profile=profile),
+        summary=lambda p: _describe_plan(p, sink=profile.sink),
     )
 
 
@@ -170,7 +170,7 @@ def search_stage(
             "text": text_identity(run.texts.calibration.data),
         },
         summary=lambda p: (
-            f"{_describe_plan(p, profile=profile)}; {p.passes:.0f} passes over {p.num_documents} documents"
+            f"{_describe_plan(p, sink=profile.sink)}; {p.passes:.0f} passes over {p.num_documents} documents"
         ),
     )
 
@@ -210,15 +210,15 @@ def compare_stage(
     )
 
 
-def _describe_plan(plan: PruningPlan, *, profile: DistanceProfile) -> str:
+def _describe_plan(plan: PruningPlan, *, sink: int | None = None) -> str:
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
     by = criterion_of(plan.criterion).by
     share = f"{n / plan.num_layers:.0%}"
     ties = f", {len(plan.ties) + 1} blocks tie" if plan.ties else ""
-    sink = f", with the attention sink's layer {profile.sink}" if profile.sink in plan.dropped else ""
+    with_sink = f", with the attention sink's layer {sink}" if sink in plan.dropped else ""
     layers = layer_ranges(plan.dropped)
-    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layers}{across}{ties}{sink}"
+    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layers}{across}{ties}{with_sink}"
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:

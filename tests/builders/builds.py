@@ -469,7 +469,13 @@ def with_a_full_card() -> Build:
         "license_link": "https://a.b/c",
         "base_models": ("org/base", "org/other"),
     }
-    return build.model_copy(update={"source": build.source.model_copy(update=fields)})
+    return build.model_copy(
+        update={
+            "source": build.source.model_copy(update=fields),
+            "plan": build.plan.model_copy(update={"ties": (4,)}),
+            "sink": build.plan.dropped[0],
+        }
+    )
 
 
 def without_measurable_loss() -> Build:
