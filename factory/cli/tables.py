@@ -11,12 +11,13 @@ from rich.text import Text
 
 from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.builds.integrity import Verified
-from factory.cli.console import STAGE_WIDTH, printable
+from factory.cli.console import STAGE_WIDTH, as_flags, printable
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
+from factory.report.notes import notes
 from factory.report.tables import comparison, quality_table, size_table
 from factory.units import count, duration, size
 
@@ -118,6 +119,9 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     out.print(sizes)
     out.print()
     out.print(verdict(build), soft_wrap=True)
+    dropped_sink = build.sink if build.sink in build.plan.dropped else None
+    for note in notes(build.plan, num_samples=build.profile_samples, sink=dropped_sink):
+        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
     out.print()
     model = folder / "model"
     rows = [
@@ -185,6 +189,9 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
             f"{losses.sequence_length} tokens each.\nTake {plans.chosen}: {plans.reason}.",
             soft_wrap=True,
         )
+    chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
+    for note in notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses):
+        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
     out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 
 

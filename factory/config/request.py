@@ -186,8 +186,8 @@ class Measuring(Request):
     sequence_length: Annotated[Eight | None, Option(
         "Tokens per sequence, in all stages", MEASURING, sets=LENGTHS)] = None
     tokens: Annotated[Literal["last", "all"] | None, Option(
-        "Token positions to compare: last, or all but the first", MEASURING, default="last",
-        sets=("measure.tokens",))] = None
+        "Tokens to compare: last of samples that end anywhere, or all but the first", MEASURING,
+        default="last", sets=("measure.tokens",))] = None
     load_in_4bit: Annotated[bool, Option(
         "Load the model in NF4 for measuring", MEASURING, sets=("measure.four_bit",))] = False
     plan_documents: Annotated[Two | None, Option(

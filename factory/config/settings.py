@@ -33,7 +33,7 @@ class MeasureSettings(Settings):
     max_samples: int = Field(default=2048, ge=2, le=MAX_COUNT)  # limit if `num_samples` is None
     sequence_length: int = Field(default=2048, ge=2, le=MAX_COUNT)  # tokens
     exact_length: bool = False  # the length was requested: at least one sample must have it
-    tokens: Literal["last", "all"] = "last"  # positions whose states are compared
+    tokens: Literal["last", "all"] = "last"  # of samples that end anywhere, or all but the first
     four_bit: bool = False  # NF4
 
 

@@ -89,6 +89,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         summary=lambda p: (
             f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
             + (", choice is certain" if p.certain_for else "")
+            + (f", attention sink in layer {p.sink}" if p.sink is not None else "")
         ),
     )
 
@@ -106,7 +107,7 @@ def plan_stage(
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
-            summary=describe_plan,
+            summary=lambda p: describe_plan(p, sink=profile.sink),
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
@@ -132,7 +133,7 @@ def plan_stage(
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=describe_plan,
+        summary=lambda p: describe_plan(p, sink=profile.sink),
     )
 
 
@@ -171,11 +172,15 @@ def search_stage(
             "source": source.commit,
             "text": text_identity(run.texts.calibration.data),
         },
-        summary=lambda p: f"{describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
+        summary=lambda p: (
+            f"{describe_plan(p, sink=profile.sink)}; {p.passes:.0f} passes over {p.num_documents} documents"
+        ),
     )
 
 
-def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
+def compare_stage(
+    run: Run, source: Source, cuts: Sequence[tuple[int, ...]], *, sink: int | None = None
+) -> CutLosses:
     """Measure the unhealed loss of several cuts on calibration documents that no search has seen."""
     settings = run.config.plan
 
@@ -186,6 +191,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
             source,
             run.texts.calibration,
             cuts,
+            sink=sink,
             settings=settings,
             four_bit=run.config.measure.four_bit,
             seed=run.config.seed,
@@ -198,6 +204,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         parameters={
             **settings.model_dump(exclude={"criterion"}),
             "cuts": [list(cut) for cut in cuts],
+            **({"sink": sink} if sink is not None else {}),
             "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
         },

@@ -6,13 +6,16 @@ from factory.artifacts import Adapter, Checkpoint, PruningPlan, SeamFit, layer_r
 from factory.config.criteria import criterion_of
 
 
-def describe_plan(plan: PruningPlan) -> str:
-    """Describe the layers to drop, and how they were chosen."""
+def describe_plan(plan: PruningPlan, *, sink: int | None = None) -> str:
+    """Describe the layers to drop, how they were chosen, and whether the attention sink's layer goes."""
     n = len(plan.dropped)
     across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
     by = criterion_of(plan.criterion).by
     share = f"{n / plan.num_layers:.0%}"
-    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
+    ties = f", {len(plan.ties) + 1} blocks tie" if plan.ties else ""
+    with_sink = f", with the attention sink's layer {sink}" if sink in plan.dropped else ""
+    layers = layer_ranges(plan.dropped)
+    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layers}{across}{ties}{with_sink}"
 
 
 def describe_healing(adapter: Adapter, *, requested_steps: int, requested_dropout: float = 0.0) -> str:

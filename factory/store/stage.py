@@ -50,7 +50,7 @@ class Stage(Generic[A]):
 
 MEASURE: "Stage[DistanceProfile]" = Stage(
     "measure",
-    version=4,
+    version=5,
     makes="DistanceProfile",
     libraries=("torch", "transformers", "bitsandbytes"),
     resumable=True,

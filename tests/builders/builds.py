@@ -499,7 +499,13 @@ def with_a_full_card() -> Build:
         "license_link": "https://a.b/c",
         "base_models": ("org/base", "org/other"),
     }
-    return build.model_copy(update={"source": build.source.model_copy(update=fields)})
+    return build.model_copy(
+        update={
+            "source": build.source.model_copy(update=fields),
+            "plan": build.plan.model_copy(update={"ties": (4,)}),
+            "sink": build.plan.dropped[0],
+        }
+    )
 
 
 def without_measurable_loss() -> Build:
@@ -540,5 +546,8 @@ def profile_from(sums: Sums) -> DistanceProfile:
         mean=tuple(map(tuple, sums.distance.mean.tolist())),
         stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
         influence=tuple(sums.influence.mean.tolist()),
+        ties=sums.ties(),
+        first_norm=tuple(sums.norms.mean[:, 0].tolist()),
+        other_norm=tuple(sums.norms.mean[:, 1].tolist()),
         data=DataSource(name="x", version="1"),
     )
