@@ -210,6 +210,8 @@ class PruningPlan(Artifact):
     distance: float | None = None  # of the dropped block, in [0, 1]
     runner_up_start: int | None = None  # of the next best block of the same size
     runner_up_distance: float | None = None
+    free: tuple[int, ...] | None = None  # layers that it would have chosen without a limit to runtimes
+    free_distance: float | None = None
     ties: tuple[int, ...] = ()  # starts of the blocks from whose distance this one's cannot be told
     order: tuple[int, ...] | None = None  # in which a greedy search dropped them
     passes: float | None = None  # of the whole model over the documents; None if no loss was computed
@@ -220,6 +222,19 @@ class PruningPlan(Artifact):
         """Return the 0-based indices of the kept layers, ascending."""
         dropped = set(self.dropped)
         return tuple(index for index in range(self.num_layers) if index not in dropped)
+
+
+class Verdict(BaseModel):
+    """Whether a runtime runs a pruned model right, by what it takes for a layer's kind."""
+
+    model_config = FROZEN
+
+    runtime: str  # "llama.cpp"
+    title: str  # with the programs that build on it
+    versions: str  # for which this is known
+    by_code: bool  # read in its code, not run
+    runs: bool | None  # right; None: not known
+    reason: str | None = None
 
 
 class CutLoss(BaseModel):
@@ -260,6 +275,7 @@ class Plans(Artifact):
     sink: int | None = None  # layer that makes the attention sink
     chosen: str  # criterion
     reason: str
+    runtimes: tuple[Verdict, ...] = ()  # of the chosen plan
 
 
 class Checkpoint(Artifact):
@@ -532,6 +548,7 @@ class Build(Artifact):
     merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-out set of healing
     guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that set
     shipped: str  # "healed" or "pruned"
+    runtimes: tuple[Verdict, ...] = ()  # whether each runs this cut right
     source_parameters: int
     result_parameters: int
     source_bytes: int
@@ -570,6 +587,7 @@ class Pruning(Artifact):
     result_bytes: int
     files: dict[str, str]  # weight file name → sha256
     verified: tuple[str, ...]
+    runtimes: tuple[Verdict, ...] = ()
 
 
 class Publication(Artifact):

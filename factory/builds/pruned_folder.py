@@ -10,6 +10,7 @@ from factory.checkpoint.write import Progress
 from factory.errors import StoreError
 from factory.hub.pull import cache_demand
 from factory.pruning.prune import Thoroughness, prune
+from factory.serving.runtimes import verdicts
 from factory.store.capacity import check_room, demands
 from factory.store.files import sync_files
 
@@ -122,4 +123,5 @@ def _describe(source: Source, plan: PruningPlan, made: Checkpoint) -> Pruning:
         result_bytes=made.size_bytes,
         files=made.files,
         verified=made.verified,
+        runtimes=verdicts(source.config, plan.dropped),
     )

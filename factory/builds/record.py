@@ -16,6 +16,7 @@ from factory import __version__
 from factory.artifacts import Build, Comparison, Made
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig, build_name
+from factory.serving.runtimes import verdicts
 from factory.store.stage import STAGES
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def describe_build(
         merge_base=made.result.merge_base,
         merge_losses=made.result.merge_losses,
         guard_losses=made.healed.guard_losses if made.healed else None,
+        runtimes=verdicts(made.source.config, made.plan.dropped),
         source_parameters=made.source.num_parameters,
         result_parameters=made.result.num_parameters,
         source_bytes=made.source.size_bytes,

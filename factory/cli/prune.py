@@ -25,6 +25,7 @@ def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
     or the values of a few layers (other models). `factory build` also measures, heals and evaluates.
     """
     from factory.cli.console import StageLines, console
+    from factory.cli.tables import show_runtimes
     from factory.pipeline.prune import make_pruned, prepare_prune
 
     reporter = StageLines(console(stderr=as_json))
@@ -46,6 +47,7 @@ def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
         state = "already exists" if reused else "written"
         verified = ", ".join(pruning.verified)
         reporter.out.print(f"{prepared.out} {state}, verified: {verified}", soft_wrap=True)
+        show_runtimes(reporter.out, pruning.runtimes)
 
 
 def _expected(prepared: "PreparedPrune") -> dict[str, Any]:

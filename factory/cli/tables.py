@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, Verdict, layer_ranges
 from factory.builds.integrity import Verified
 from factory.cli.console import STAGE_WIDTH, as_flags, printable
 from factory.config.settings import BuildConfig
@@ -17,7 +17,7 @@ from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
-from factory.report.notes import notes
+from factory.report.notes import notes, runtimes_note
 from factory.report.tables import comparison, quality_table, size_table
 from factory.units import count, duration, size
 
@@ -103,6 +103,18 @@ def result_tables(build: Build) -> tuple[Table, Table]:
     return tables[0], tables[1]
 
 
+def _show_notes(out: Console, found: Sequence[str], *, runtimes: Sequence[Verdict]) -> None:
+    for note in found:
+        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
+    show_runtimes(out, runtimes)
+
+
+def show_runtimes(out: Console, runtimes: Sequence[Verdict]) -> None:
+    """Show in one line where the result runs right."""
+    if where := runtimes_note(runtimes):
+        out.print(Text(f"{where[0].upper()}{where[1:]}."), soft_wrap=True)
+
+
 def _score(task: TaskScore, *, like: TaskScore) -> str:
     """Return a score with its standard error, in the unit of the source's score."""
     return like.shown(task.value) + (f" ± {like.shown(task.stderr)}" if task.stderr is not None else "")
@@ -120,8 +132,9 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     out.print()
     out.print(verdict(build), soft_wrap=True)
     dropped_sink = build.sink if build.sink in build.plan.dropped else None
-    for note in notes(build.plan, num_samples=build.profile_samples, sink=dropped_sink):
-        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
+    _show_notes(
+        out, notes(build.plan, num_samples=build.profile_samples, sink=dropped_sink), runtimes=build.runtimes
+    )
     out.print()
     model = folder / "model"
     rows = [
@@ -190,8 +203,8 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
             soft_wrap=True,
         )
     chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
-    for note in notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses):
-        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
+    found = notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses)
+    _show_notes(out, found, runtimes=plans.runtimes)
     out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 
 

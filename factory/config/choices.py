@@ -14,5 +14,6 @@ else:  # one of the names in the table, which pydantic checks
 Split = Literal["train", "validation"]  # of a Hub data set
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out")
 MAX_COUNT = 10**9  # limit of every count: larger ones are typing errors
+RUNTIMES = ("transformers-4", "vllm", "sglang", "llama.cpp", "mlx", "ctranslate2", "onnx")
 HealStart = Literal["none", "seam-fit"]
 Tracker = Literal["trackio", "wandb", "tensorboard", "none"]

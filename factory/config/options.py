@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from factory.config.choices import MAX_COUNT
+from factory.config.choices import MAX_COUNT, RUNTIMES
 from factory.errors import UsageError
 
 CUT, MEASURING, HEALING, EVALUATION, PUBLISHING, RENTING, RUNNING = GROUPS = (
@@ -81,6 +81,20 @@ def read_names(value: Any) -> Any:
     return () if names == ["none"] else tuple(names)
 
 
+def read_runtimes(value: Any) -> Any:
+    """Read comma-separated names of runtimes, or a list of them; "all" stands for itself."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value  # pydantic refuses the type
+    for name in names:
+        if name not in ("all", *RUNTIMES):
+            raise UsageError(
+                f"`for_runtimes`: {name[:60]!r} is not a runtime that is known",
+                hint=f"known are {', '.join(RUNTIMES)}, and all",
+            )
+    return tuple(dict.fromkeys(names))
+
+
 def read_fractions(value: Any) -> Any:
     """Read comma-separated fractions, "0.1,0.2", or a list of them: sorted, without duplicates."""
     parts = value.split(",") if isinstance(value, str) else value
@@ -100,6 +114,7 @@ Text = Annotated[str, MinLen(1)]
 Location = Annotated[Path, Reads(read_path, Text)]
 Layers = Annotated[tuple[int, ...], Reads(read_layers, LISTED)]
 Names = Annotated[tuple[str, ...], Reads(read_names, LISTED)]
+Runtimes = Annotated[tuple[str, ...], MinLen(1), Reads(read_runtimes, str | list[str])]
 Timeout = Annotated[str, Reads(lambda value: str(value) if type(value) is int else value, str | int)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]

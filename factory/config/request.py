@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from factory.config.choices import CriterionName, HealStart, ObjectiveName, Tracker
+from factory.config.choices import RUNTIMES, CriterionName, HealStart, ObjectiveName, Tracker
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, summaries
 from factory.config.options import (
@@ -29,6 +29,7 @@ from factory.config.options import (
     Names,
     One,
     Option,
+    Runtimes,
     Text,
     Timeout,
     Two,
@@ -208,6 +209,9 @@ class PlanRequest(Measuring):
     criterion: Annotated[CriterionName | Literal["all"], Option(
         "Criterion for choosing layers; all: compare every one, with the loss of each cut", CUT,
         default=DEFAULT_CRITERION.name)] = DEFAULT_CRITERION.name
+    for_runtimes: Annotated[Runtimes | None, Option(
+        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
+        sets=("plan.runtimes",), metavar="A,B")] = None
     profile: Annotated[Location | None, Option(
         "Earlier measurement: a profile.json, or a CSV from PruneMe", MEASURING, metavar="FILE")] = None
     save: Annotated[Location | None, Option(
@@ -258,6 +262,9 @@ class SweepRequest(Evaluating):
     criterion: Annotated[CriterionName | None, Option(
         "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
         sets=("plan.criterion",))] = None
+    for_runtimes: Annotated[Runtimes | None, Option(
+        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
+        sets=("plan.runtimes",), metavar="A,B")] = None
     limit: Annotated[One, Option(
         "Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = 100
     out: Annotated[Location | None, Option(
@@ -292,6 +299,9 @@ class BuildRequest(Evaluating):
     criterion: Annotated[CriterionName | None, Option(
         "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
         sets=("plan.criterion",))] = None
+    for_runtimes: Annotated[Runtimes | None, Option(
+        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
+        sets=("plan.runtimes",), metavar="A,B")] = None
     reproduce: Annotated[bool, Option(
         "Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)] = False
     no_heal: Annotated[bool, Option("Skip healing; with a fitted seam, only training", HEALING)] = False

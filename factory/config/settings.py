@@ -42,6 +42,7 @@ class PlanSettings(Settings):
 
     criterion: CriterionName = DEFAULT_CRITERION.name
     layers: tuple[int, ...] | None = None  # 0-based; chosen by the user instead of a criterion
+    runtimes: tuple[str, ...] = ()  # in which the cut must run right; "all": those that run the source
     num_documents: int = Field(default=32, ge=2, le=MAX_COUNT)  # of the calibration set
     sequence_length: int = Field(default=512, ge=8, le=MAX_COUNT)  # tokens
 

@@ -12,6 +12,7 @@ from factory.pipeline.run import Reporter, Run
 from factory.pipeline.stages import compare_stage, measure_stage, plan_stage
 from factory.pipeline.texts import check_tokens
 from factory.pruning.profile_files import read_profile
+from factory.serving.runtimes import verdicts
 
 
 def make_plans(
@@ -41,6 +42,7 @@ def make_plans(
         sink=profile.sink,
         chosen=chosen,
         reason=reason,
+        runtimes=verdicts(source.config, next(p.dropped for p in plans if p.criterion == chosen)),
     )
 
 

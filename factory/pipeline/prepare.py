@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from factory.artifacts import Build, Source, canonical_json
+from factory.artifacts import Build, Source, canonical_json, layer_ranges
 from factory.builds.folder import check_out
 from factory.builds.publish import check_publishable
 from factory.builds.reproduce import (
@@ -17,7 +17,7 @@ from factory.builds.reproduce import (
     source_reference,
 )
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
-from factory.config.settings import BuildConfig, build_name, settle
+from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
 from factory.errors import UsageError
 from factory.evaluation.tasks import check_backend, check_tasks
@@ -89,6 +89,7 @@ def begin(
     """
     source = resolve_source(request, reporter)
     config = settle(request, source, drop=drop)
+    check_runtimes(source, config, drops=request.drop if isinstance(request, SweepRequest) else [drop])
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
     if isinstance(request, SweepRequest):
@@ -107,6 +108,24 @@ def begin(
 
         run.processes = num_processes(request.processes)
     return source, run
+
+
+def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float]) -> None:
+    """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone."""
+    from factory.serving.runtimes import limit
+
+    if not config.plan.runtimes:
+        return
+    for drop in drops:
+        layers = config.plan.layers or ()
+        size = len(layers) or num_dropped(drop, source.num_layers)
+        within = limit(source.config, runtimes=config.plan.runtimes, count=size)
+        if not within(layers):
+            raise UsageError(
+                f"without layers {layer_ranges(layers)} this model would be wrong in "
+                f"{', '.join(config.plan.runtimes)}",
+                hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
+            )
 
 
 def resolve_source(request: Request, reporter: Reporter) -> Source:
@@ -150,6 +169,7 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
         config = settle(request, source, drop=drop)
+        check_runtimes(source, config, drops=[config.drop])
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):

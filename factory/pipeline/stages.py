@@ -20,7 +20,7 @@ from factory.artifacts import (
     SpeedComparison,
 )
 from factory.config.criteria import CRITERIA
-from factory.config.settings import BuildConfig, num_dropped
+from factory.config.settings import BuildConfig, PlanSettings, num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
@@ -111,7 +111,9 @@ def plan_stage(
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
-    if CRITERIA[criterion].nested:  # one search serves every smaller number of layers
+    if (
+        CRITERIA[criterion].nested and not settings.runtimes
+    ):  # one search serves every smaller number of layers
         largest = max((n, *run.block_sizes))
         found = search_stage(run, source, profile, criterion=criterion, block_size=largest)
         return first_dropped(found, n, profile=profile)
@@ -120,21 +122,34 @@ def plan_stage(
 
     def work(_folder: Path) -> Artifact:
         from factory.model.architecture import may_drop
+        from factory.serving.runtimes import limit
 
-        return plan(
+        choose = partial(
+            plan,
             profile,
             block_size=n,
             criterion=criterion,
             may_drop=lambda layers: may_drop(source.config, layers),
         )
+        if not settings.runtimes:
+            return choose()
+        free = choose()
+        within = limit(source.config, runtimes=settings.runtimes, count=n)
+        return choose(within=within).model_copy(update={"free": free.dropped, "free_distance": free.distance})
 
     return run.stage(
         PLAN,
         work,
-        parameters={"criterion": criterion, "block_size": n},
+        parameters={"criterion": criterion, "block_size": n, **_runtimes(settings)},
         inputs={"profile": run.keys["measure"], "source": source.commit},
         summary=lambda p: describe_plan(p, sink=profile.sink),
     )
+
+
+def _runtimes(settings: PlanSettings) -> dict[str, list[str]]:
+    return (
+        {"runtimes": list(settings.runtimes)} if settings.runtimes else {}
+    )  # added later: see heal_parameters
 
 
 def search_stage(
@@ -145,6 +160,7 @@ def search_stage(
 
     def work(folder: Path) -> Artifact:
         from factory.pruning.search import search
+        from factory.serving.runtimes import limit
 
         return search(
             source,
@@ -156,13 +172,15 @@ def search_stage(
             seed=run.config.seed,
             folder=folder,
             progress=run.ticks("search"),
+            within=limit(source.config, runtimes=settings.runtimes, count=block_size),
         )
 
     return run.stage(
         SEARCH,
         work,
         parameters={
-            **settings.model_dump(),
+            **settings.model_dump(exclude={"runtimes"}),
+            **_runtimes(settings),
             "block_size": block_size,
             "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
@@ -202,7 +220,7 @@ def compare_stage(
         COMPARE,
         work,
         parameters={
-            **settings.model_dump(exclude={"criterion"}),
+            **settings.model_dump(exclude={"criterion", "runtimes"}),
             "cuts": [list(cut) for cut in cuts],
             **({"sink": sink} if sink is not None else {}),
             "four_bit": run.config.measure.four_bit,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from factory.artifacts import CutLosses, DistanceProfile, PruningPlan, layer_ranges
 from factory.config.criteria import CHOSEN, CRITERIA, DEFAULT_CRITERION
@@ -17,20 +18,28 @@ def plan(
     block_size: int,
     criterion: str = DEFAULT_CRITERION.name,
     may_drop: MayDrop = lambda _: True,
+    within: MayDrop = lambda _: True,
 ) -> PruningPlan:
     """Choose `block_size` layers by a criterion that needs the profile alone.
 
     Args:
         may_drop: Predicate: can this set of layers be cut from the architecture?
+        within: Predicate: is this set part of one that the user allows?
 
     Raises:
         DataError: The profile lacks the measurements that the criterion needs.
         ModelError: The architecture does not allow the cut.
     """
-    return FROM_PROFILE[criterion](profile, block_size=block_size, may_drop=may_drop)
+
+    def allowed(layers: tuple[int, ...]) -> bool:
+        return may_drop(layers) and within(layers)
+
+    return FROM_PROFILE[criterion](profile, block_size=block_size, may_drop=allowed, within=within)
 
 
-def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+def angular(
+    profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True, **_: Any
+) -> PruningPlan:
     """Choose the block across which the hidden state turns least (arXiv 2403.17887, section 3.2).
 
     Blocks that contain the last layer are not considered: it alone writes what the head reads, and the
@@ -73,7 +82,9 @@ def _ties(
     return tuple(other for other in profile.ties.get(block_size, ()) if other in others)
 
 
-def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:
+def deepest(
+    profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True, **_: Any
+) -> PruningPlan:
     """Choose the deepest layers except the last (arXiv 2403.17887, section 4.4), whatever was measured."""
     start = profile.num_layers - block_size - 1
     dropped = tuple(range(start, start + block_size))
@@ -88,7 +99,11 @@ def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = la
 
 
 def block_influence(
-    profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True
+    profile: DistanceProfile,
+    *,
+    block_size: int,
+    may_drop: MayDrop = lambda _: True,
+    within: MayDrop = lambda _: True,
 ) -> PruningPlan:
     """Choose the layers that each turn the hidden state least (ShortGPT, arXiv 2403.03853).
 
@@ -98,7 +113,11 @@ def block_influence(
         raise DataError("the profile has no Block Influence", hint="measure the model: omit `profile`")
     influence = profile.influence
     ranking = sorted(range(profile.num_layers), key=lambda layer: (influence[layer], -layer))
-    dropped = tuple(sorted(ranking[:block_size]))
+    chosen: list[int] = []
+    for layer in ranking:
+        if len(chosen) < block_size and within((*chosen, layer)):
+            chosen.append(layer)
+    dropped = tuple(sorted(chosen))
     if not may_drop(dropped):
         raise _refused(f"layers {layer_ranges(dropped)}")
     return PruningPlan(

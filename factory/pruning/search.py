@@ -154,11 +154,13 @@ def search(
     seed: int,
     folder: Path,
     progress: Progress,
+    within: Callable[[Layers], bool] = lambda _: True,
 ) -> PruningPlan:
     """Choose layers by the loss on the calibration set, as `settings.criterion` says.
 
     Args:
         folder: Folder that stores the layers a greedy search has dropped so far; a later call resumes there.
+        within: Predicate: is this set of layers part of one that the user allows?
 
     Raises:
         DataError: There is too little text.
@@ -170,7 +172,7 @@ def search(
     sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=SEARCH)
 
     def allowed(layers: Layers) -> bool:
-        return may_drop(source.config, layers)
+        return may_drop(source.config, layers) and within(layers)
 
     def run(batch_size: int) -> tuple[list[int], Trial]:
         trial = _trial(model, sequences, encoder, batch_size=batch_size)

@@ -1,6 +1,8 @@
 """Say in one line what a reader of a plan should know of its choice."""
 
-from factory.artifacts import CutLosses, PruningPlan, layer_ranges
+from collections.abc import Sequence
+
+from factory.artifacts import CutLosses, PruningPlan, Verdict, layer_ranges
 
 SHOWN = 4  # blocks that tie
 
@@ -29,10 +31,44 @@ def sink_note(plan: PruningPlan, sink: int | None, losses: CutLosses | None = No
     return note
 
 
+def runtimes_note(verdicts: Sequence[Verdict]) -> str | None:
+    """Return where the result runs right, where it does not and why; None for a record without this."""
+    if not verdicts:
+        return None
+    short = {one.runtime: one.title.partition(" (")[0] for one in verdicts}
+    right = ["transformers 5", *(_with_bound(one, short) for one in verdicts if one.runs)]
+    wrong: dict[str, list[str]] = {}
+    for one in verdicts:
+        if one.runs is False:
+            wrong.setdefault(one.reason or "", []).append(short[one.runtime])
+    unknown = [short[one.runtime] for one in verdicts if one.runs is None]
+    parts = [f"runs right in {', '.join(right)}"]
+    parts += [f"wrongly in {', '.join(names)}: {reason}" for reason, names in wrong.items()]
+    return "; ".join([*parts, *([f"not tried in {', '.join(unknown)}"] if unknown else [])])
+
+
+def _with_bound(one: Verdict, short: dict[str, str]) -> str:
+    return short[one.runtime] + (f" ({one.reason})" if one.reason else "")
+
+
+def limit_note(plan: PruningPlan) -> str | None:
+    """Return what a limit to runtimes cost beside the free choice; None without one."""
+    if plan.free is None:
+        return None
+    if plan.free == plan.dropped:
+        return "without the limit to runtimes the choice would be the same"
+    apart = (
+        f", angular distance {plan.free_distance:.3f} instead of {plan.distance:.3f}"
+        if plan.free_distance is not None and plan.distance is not None
+        else ""
+    )
+    return f"without the limit to runtimes the choice would be {layer_ranges(plan.free)}{apart}"
+
+
 def notes(
     plan: PruningPlan, *, num_samples: int, sink: int | None, losses: CutLosses | None = None
 ) -> list[str]:
     """Return the notes that there are, one line each, with what decides between blocks that tie."""
     ties = tie_note(plan, num_samples=num_samples)
     decide = f"{ties}; `criterion=loss` or more `samples` decide" if ties else None
-    return [note for note in (decide, sink_note(plan, sink, losses)) if note]
+    return [note for note in (decide, sink_note(plan, sink, losses), limit_note(plan)) if note]

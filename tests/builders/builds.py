@@ -25,6 +25,7 @@ from factory.artifacts import (
 from factory.config.request import BuildRequest
 from factory.config.settings import BuildConfig, load_recipe, settle
 from factory.pruning.measure import Sums
+from factory.serving.runtimes import verdicts
 
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 COMMIT = "27d67f1b5f57dc0953326b2601d68371d40ea8da"
@@ -193,6 +194,7 @@ def demo_healed() -> Build:
             runner_up_distance=0.0829,
         ),
         profile_samples=64,
+        runtimes=verdicts({"model_type": "llama", "num_hidden_layers": 10}, (5, 6, 7)),
         calibration=train,
         adapter=Adapter(
             folder=Path(),
@@ -295,6 +297,7 @@ def chat_with_other_licence() -> Build:
             runner_up_distance=0.2418,
         ),
         profile_samples=512,
+        runtimes=verdicts({"model_type": "gemma3_text", "num_hidden_layers": 26}, (20, 21)),
         calibration=c4,
         adapter=Adapter(
             folder=Path(),
@@ -551,3 +554,11 @@ def profile_from(sums: Sums) -> DistanceProfile:
         other_norm=tuple(sums.norms.mean[:, 1].tolist()),
         data=DataSource(name="x", version="1"),
     )
+
+
+def served_elsewhere() -> Build:
+    """A build of a family with a window, healed with a share of the next-token loss."""
+    build = demo_healed()
+    heal = {**build.config["heal"], "next_token_weight": 0.3}
+    known = verdicts({"model_type": "mistral", "num_hidden_layers": 10, "sliding_window": 4096}, (5, 6, 7))
+    return build.model_copy(update={"config": {**build.config, "heal": heal}, "runtimes": known})

@@ -256,3 +256,22 @@ def test_a_fraction_means_the_nearest_whole_number_of_layers_or_is_refused(drop:
 )
 def test_layers_are_written_as_ranges(layers: tuple[int, ...], text: str) -> None:
     assert layer_ranges(layers) == text
+
+
+@pytest.mark.parametrize("criterion", ["angular", "deepest", "block-influence"])
+def test_a_limit_holds_for_every_criterion(criterion: str) -> None:
+    profile = flat_profile(8, influence=(0.9, 0.4, 0.1, 0.2, 0.3, 0.5, 0.6, 0.8))
+    n = 2
+    free = plan(profile, block_size=n, criterion=criterion)
+    taken = free.dropped[0]
+
+    def within(layers: tuple[int, ...]) -> bool:
+        return taken not in layers
+
+    if criterion == "deepest":
+        with pytest.raises(ModelError):
+            plan(profile, block_size=n, criterion=criterion, within=within)
+    else:
+        limited = plan(profile, block_size=n, criterion=criterion, within=within)
+        assert taken not in limited.dropped
+        assert len(limited.dropped) == n

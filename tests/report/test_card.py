@@ -40,6 +40,7 @@ from tests.builders.builds import (
     fitted_seam,
     healing_discarded,
     perplexities,
+    served_elsewhere,
     unhealed,
     with_a_full_card,
     without_measurable_loss,
@@ -136,6 +137,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     )
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
+    others.append(partial(render, served_elsewhere(), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
     for shipped in ("healed", "pruned"):
         others.append(partial(render, fitted_seam(shipped=shipped), has_healing_figure=False))

@@ -1,0 +1,1 @@
+"""Where the result runs right, and the limits that this sets to a cut."""

@@ -1,0 +1,274 @@
+"""Tell where a pruned model runs right: what each runtime takes for a layer's kind, by family.
+
+A decoder layer is of one kind or another: with a window or without, with positions or without. config.json
+lists the kinds, and transformers obeys the list. Other runtimes compute the kind from the layer's number, or
+from the number of layers, which they take for the model's name. After a cut, such a runtime gives layers
+another kind than they were trained with, and answers wrongly without a word.
+
+The table holds what was run or, where that is said, read in a runtime's code. Runtime and family are looked
+up; whether a cut is right follows from the numbers.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from factory.artifacts import Verdict
+from factory.errors import ModelError, UsageError
+from factory.model.config_proof import text_config, values_of
+
+MayDrop = Callable[[tuple[int, ...]], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a runtime tells the layers of a family apart; without any field, by the list, or not at all."""
+
+    period: int | None = None  # every period-th layer is of the other kind, whatever config.json lists
+    read: bool = False  # the period comes from config.json if that has `sliding_window_pattern`
+    only_at: int | None = None  # the period holds for models of this many layers; others have one kind
+    named_by: tuple[int, ...] = ()  # numbers of layers that it takes for one model of the family
+    windowless: bool = False  # it has no sliding window, so it is right up to that many tokens
+    not_source: str | None = None  # why it does not run the source either
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs models, and its rules by model type; a type that is missing is not known."""
+
+    title: str
+    versions: str
+    rules: Mapping[str, Rule]
+    by_code: bool = False  # read in its code, not run
+
+
+PLAIN = Rule()
+SIXTH, FOURTH, SECOND = Rule(period=6), Rule(period=4), Rule(period=2)
+
+
+def _each(names: str, rule: Rule = PLAIN) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "transformers-4": Runtime(
+        "transformers 4",
+        "4.57.6",
+        _each("llama qwen2 qwen3 deepseek_v3 smollm3 gemma2 gemma3 gemma3_text cohere2 exaone4 olmo3")
+        | _each("mistral phi3"),
+    ),
+    "vllm": Runtime(
+        "vLLM",
+        "0.33.0",
+        _each("llama mistral gemma2 gemma3 gemma3_text cohere2 smollm3 olmo3 exaone4 qwen3 qwen3_next")
+        | {"gpt_oss": SECOND},
+        by_code=True,
+    ),
+    "sglang": Runtime(
+        "SGLang",
+        "0.5.23",
+        _each("llama gemma3 gemma3_text cohere2 gpt_oss olmo3")
+        | {"gemma2": SECOND, "llama4": FOURTH, "llama4_text": FOURTH, "exaone4": FOURTH},
+        by_code=True,
+    ),
+    "llama.cpp": Runtime(
+        "llama.cpp (Ollama, LM Studio)",
+        "v0.4.0 and 0.5.0, GGUF by its own converter",
+        _each("llama qwen3")
+        | _each("mistral phi3 qwen2", Rule(windowless=True))
+        | _each("smollm3 cohere2 olmo3 llama4 llama4_text", FOURTH)
+        | _each("gemma3 gemma3_text", Rule(period=6, named_by=(62,)))
+        | {"gemma2": Rule(period=2, named_by=(46,)), "gpt_oss": SECOND}
+        | {"exaone4": Rule(period=4, only_at=64, named_by=(64,))}
+        | {"deepseek_v2": Rule(named_by=(26, 27)), "glm4_moe_lite": Rule(named_by=(47, 48))}
+        | {"baichuan": Rule(named_by=(40,))},
+    ),
+    "mlx": Runtime(
+        "MLX (mlx-lm)",
+        "0.32.2",
+        _each("llama qwen3 deepseek_v3 qwen3_moe smollm3 olmo3")
+        | _each("mistral phi3 qwen2 gemma2", Rule(windowless=True))
+        | _each("gemma3 gemma3_text", Rule(period=6, read=True))
+        | _each("cohere2 exaone4", FOURTH)
+        | {"gpt_oss": Rule(not_source="it does not load this family")},
+    ),
+    "ctranslate2": Runtime("CTranslate2", "4.8.5", _each("llama gemma3 gemma3_text")),
+    "onnx": Runtime("ONNX (optimum-onnx)", "0.1.0", _each("llama gemma3 gemma3_text")),
+}
+ORDINALS = {2: "2nd", 4: "4th", 6: "6th"}
+FULL = {"full_attention", "global", "global_attention"}
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What the rules ask of a source's config.json."""
+
+    model_type: str
+    num_layers: int = 0
+    window: int | None = None  # tokens
+    full: Sequence[bool] | None = (
+        None  # per layer: the other kind, as config.json lists it; None: it lists none
+    )
+
+
+def _decoder(config: Mapping[str, Any]) -> _Decoder:
+    model_type = str(config["model_type"])
+    if not any(model_type in runtime.rules for runtime in RUNTIMES.values()):
+        return _Decoder(model_type)  # its configuration may need code of its own
+    values = values_of(text_config(dict(config)))
+    types, positions = values.get("layer_types"), values.get("no_rope_layers")
+    full = None
+    if isinstance(types, list) and len(set(types)) > 1:
+        full = [kind in FULL for kind in types]
+    elif isinstance(positions, list) and len(set(positions)) > 1:
+        full = [not keeps for keeps in positions]
+    slides = values.get("use_sliding_window") is not False and values.get("sliding_window")
+    return _Decoder(
+        model_type=model_type,
+        num_layers=int(values["num_hidden_layers"]),
+        window=int(slides) if slides else None,
+        full=full,
+    )
+
+
+def verdicts(config: Mapping[str, Any], dropped: Collection[int]) -> tuple[Verdict, ...]:
+    """Say of each runtime whether it runs this model right without these layers.
+
+    Args:
+        config: Contents of the source's config.json.
+        dropped: 0-based layers that are cut out.
+    """
+    source = _decoder(config)
+    kept = [layer for layer in range(source.num_layers) if layer not in set(dropped)]
+    return tuple(_verdict(name, source, kept) for name in RUNTIMES)
+
+
+def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
+    runtime = RUNTIMES[name]
+    rule = runtime.rules.get(source.model_type)
+
+    def verdict(runs: bool | None, reason: str | None = None) -> Verdict:
+        of = {"runtime": name, "title": runtime.title, "versions": runtime.versions}
+        return Verdict(**of, by_code=runtime.by_code, runs=runs, reason=reason)
+
+    if rule is None:
+        return verdict(None, "this family was not tried")
+    if rule.not_source:
+        return verdict(False, f"{rule.not_source}, the source included")
+    if why := _mistake(rule, source, range(source.num_layers)):
+        return verdict(False, f"{why}, in the source too")
+    if why := _mistake(rule, source, kept):
+        return verdict(False, why)
+    window = source.window if rule.windowless else None
+    return verdict(True, f"up to {window:,} tokens, as the source" if window else None)
+
+
+def limit(config: Mapping[str, Any], *, runtimes: Collection[str], count: int) -> MayDrop:
+    """Return the predicate: are these layers part of a cut of `count` layers that all the runtimes run right?
+
+    Args:
+        config: Contents of the source's config.json.
+        runtimes: Keys of `RUNTIMES`, or "all": those that run the source right.
+        count: Number of layers that the whole cut drops.
+
+    Raises:
+        UsageError: It is not known how a runtime tells the layers apart, or it does not run the source.
+        ModelError: No cut of this size is right in all of them; the hint names the nearest sizes that are.
+    """
+    source = _decoder(config)
+    rules = [RUNTIMES[name].rules[source.model_type] for name in _named(source, runtimes)]
+    if not rules:  # no limit, or none is known
+        return lambda _: True
+    if not _possible(rules, source, count, ()):
+        sizes = [n for n in range(1, source.num_layers - 1) if _possible(rules, source, n, ())]
+        near = sorted(sizes, key=lambda size: (abs(size - count), size))[:2]
+        raise ModelError(
+            f"no {count} layers of this model can be dropped so that it runs right in {', '.join(runtimes)}",
+            hint=f"drop {' or '.join(map(str, sorted(near)))} of its {source.num_layers} layers"
+            if near
+            else "serve it by transformers, or choose another model",
+        )
+    return lambda dropped: _possible(rules, source, count, dropped)
+
+
+def _named(source: _Decoder, runtimes: Collection[str]) -> list[str]:
+    """Return the runtimes meant, which all run the source right."""
+    whole = range(source.num_layers)
+    right = [name for name in RUNTIMES if _verdict(name, source, whole).runs]
+    if "all" in runtimes:
+        return right
+    for name in runtimes:
+        if name not in right:
+            found = _verdict(name, source, whole)
+            raise UsageError(
+                f"`for_runtimes={name}`: {RUNTIMES[name].title} and {source.model_type}: {found.reason}",
+                hint=f"known to run this family: {', '.join(right) or 'transformers alone'}",
+            )
+    return list(runtimes)
+
+
+def _mistake(rule: Rule, source: _Decoder, kept: Sequence[int]) -> str | None:
+    """Return what a runtime takes wrongly in the kept layers; None if it takes each for what it is."""
+    if _misnamed(rule, source, len(kept)):
+        named = len(kept) in rule.named_by
+        return f"it takes a model of {len(kept)} layers for {'another' if named else 'a smaller'} one"
+    true = _true_kinds(rule, source)
+    if any(kinds in (None, [true[layer] for layer in kept]) for kinds in _taken_for(rule, len(kept))):
+        return None
+    return f"it counts every {ORDINALS[rule.period or 0]} layer as of another kind, whichever remain"
+
+
+def _possible(rules: Sequence[Rule], source: _Decoder, count: int, dropped: Collection[int]) -> bool:
+    """Return whether a cut of `count` layers, these among them, leaves no layer that a rule mistakes."""
+    kept = source.num_layers - count
+    if any(_misnamed(rule, source, kept) for rule in rules):
+        return False
+    return any(
+        _can_leave(kept, source.num_layers, dropped, list(zip(rules, taken_for, strict=True)), source)
+        for taken_for in product(*(_taken_for(rule, kept) for rule in rules))
+    )
+
+
+def _can_leave(
+    kept: int,
+    num_layers: int,
+    dropped: Collection[int],
+    taken_for: Sequence[tuple[Rule, list[bool] | None]],
+    source: _Decoder,
+) -> bool:
+    """Return whether `kept` layers can be left of which each gets the place of its own kind."""
+    asked = [(kinds, _true_kinds(rule, source)) for rule, kinds in taken_for if kinds is not None]
+    lengths = {0}  # of the stacks that the layers so far can have left
+    for layer in range(num_layers):
+        if layer not in dropped:
+            lengths |= {
+                place + 1
+                for place in lengths
+                if place < kept and all(kinds[place] == true[layer] for kinds, true in asked)
+            }
+    return kept in lengths
+
+
+def _misnamed(rule: Rule, source: _Decoder, count: int) -> bool:
+    return (count in rule.named_by) != (source.num_layers in rule.named_by)
+
+
+def _taken_for(rule: Rule, count: int) -> list[list[bool] | None]:
+    """Return what `count` layers may be taken for, True where of the other kind; None: for what they are.
+
+    There are several if the period is read from config.json, which is written to fit the kept layers.
+    """
+    if rule.period is None:
+        return [None]
+    if rule.only_at is not None and count != rule.only_at:
+        return [[True] * count]
+    periods = [rule.period, *(range(2, count + 1) if rule.read else ())]
+    return [[(place + 1) % period == 0 for place in range(count)] for period in periods]
+
+
+def _true_kinds(rule: Rule, source: _Decoder) -> Sequence[bool]:
+    """Return the kinds of the source's layers: as listed, otherwise as the runtime takes them."""
+    if source.full is not None:
+        return source.full
+    return _taken_for(rule, source.num_layers)[0] or [True] * source.num_layers

@@ -1,0 +1,110 @@
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from factory.errors import ModelError, UsageError
+from factory.serving.runtimes import RUNTIMES, limit, verdicts
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+}
+
+
+def a_config(model_type: str, num_layers: int, **more: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "num_hidden_layers": num_layers, **SIZES, **more}
+
+
+def runs(config: dict[str, Any], dropped: Sequence[int]) -> dict[str, bool | None]:
+    return {verdict.runtime: verdict.runs for verdict in verdicts(config, dropped)}
+
+
+GEMMA = a_config("gemma3_text", 18, sliding_window=512)
+
+
+# What was tried with Gemma 3 270M: 6-11 keeps five windows and one full layer in turn, the others do not.
+@pytest.mark.parametrize(
+    ("dropped", "llama_cpp", "mlx"),
+    [(range(6, 12), True, True), (range(7, 10), False, False), ((1, 8, 14), False, True), ((), True, True)],
+)
+def test_gemma_is_right_where_the_kept_layers_follow_the_period_that_is_counted(
+    dropped: Sequence[int], llama_cpp: bool, mlx: bool
+) -> None:
+    found = runs(GEMMA, dropped)
+    assert (found["llama.cpp"], found["mlx"]) == (llama_cpp, mlx)
+    assert found["vllm"]
+    assert found["transformers-4"]
+    assert found["ctranslate2"]
+
+
+def test_a_llama_is_right_everywhere_after_any_cut() -> None:
+    assert set(runs(a_config("llama", 12), (1, 5, 6)).values()) == {True}
+
+
+def test_a_family_that_was_not_tried_is_not_known() -> None:
+    assert set(runs(a_config("gpt_neox", 12), (1,)).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "kept_period"), [("gemma3_text", 62, range(12, 18)), ("gemma2", 46, (12, 13))]
+)
+def test_a_number_of_layers_that_names_a_model_must_stay(
+    model_type: str, named: int, kept_period: Sequence[int]
+) -> None:
+    found = {v.runtime: v for v in verdicts(a_config(model_type, named), kept_period)}
+    assert found["llama.cpp"].runs is False
+    assert f"it takes a model of {named - len(kept_period)} layers" in (found["llama.cpp"].reason or "")
+    longer = runs(a_config(model_type, named + len(kept_period)), kept_period)
+    assert longer["llama.cpp"] is False  # it would be taken for the model of that name
+
+
+def test_a_window_that_a_runtime_lacks_bounds_what_is_right() -> None:
+    config = a_config("mistral", 8, sliding_window=4096)
+    found = {v.runtime: v for v in verdicts(config, (3,))}
+    assert found["mlx"].runs
+    assert found["mlx"].reason == "up to 4,096 tokens, as the source"
+    assert {v.reason for v in verdicts({**config, "sliding_window": None}, (3,)) if v.runs} == {None}
+
+
+def test_a_source_that_a_runtime_mistakes_is_told_apart() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] * 2
+    odd = a_config("gemma3_text", 8, layer_types=types)
+    found = {v.runtime: v for v in verdicts(odd, ())}
+    assert found["llama.cpp"].runs is False
+    assert "in the source too" in (found["llama.cpp"].reason or "")
+
+
+@pytest.mark.parametrize("count", [6, 7])
+@pytest.mark.parametrize("names", [("llama.cpp",), ("mlx",), ("llama.cpp", "mlx"), ("all",)])
+def test_a_limit_allows_the_parts_of_cuts_that_run_right_and_no_others(
+    count: int, names: tuple[str, ...]
+) -> None:
+    config = a_config("gemma3_text", 12, sliding_window=16)
+    wanted = set(RUNTIMES) if names == ("all",) else set(names)
+    right = [
+        set(cut)
+        for cut in combinations(range(12), count)
+        if all(v.runs is not False for v in verdicts(config, cut) if v.runtime in wanted)
+    ]
+    allowed = limit(config, runtimes=names, count=count)
+    for size in (1, 2, count):
+        for part in combinations(range(12), size):
+            assert allowed(part) == any(cut.issuperset(part) for cut in right)
+
+
+def test_a_limit_without_a_cut_names_the_sizes_that_have_one() -> None:
+    config = a_config("gemma2", 46)
+    with pytest.raises(ModelError, match="no 4 layers of this model can be dropped so that it runs right"):
+        limit(config, runtimes=("llama.cpp",), count=4)
+
+
+def test_a_runtime_that_is_not_known_to_run_the_family_is_no_limit() -> None:
+    with pytest.raises(UsageError, match="this family was not tried") as caught:
+        limit(a_config("qwen3", 12), runtimes=("onnx",), count=3)
+    assert "known to run this family: transformers-4, vllm, llama.cpp, mlx" in (caught.value.hint or "")
