@@ -33,6 +33,7 @@ def describe_build(
     made: Made,
     *,
     comparisons: dict[str, tuple[Comparison, ...]],
+    healing: tuple[Comparison, ...],
     keys: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Build:
@@ -55,6 +56,7 @@ def describe_build(
         source_bytes=made.source.size_bytes,
         result_bytes=made.result.size_bytes,
         comparisons=comparisons,
+        healing=healing,
         files=made.result.files,
         stages=dict(keys),
         versions={library: version(library) for library in sorted(libraries)},
@@ -67,13 +69,15 @@ def describe_build(
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build in readable form, with the versions of its source and texts."""
     source, healing = build.source, build.adapter
-    texts = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
-    if healing:
-        texts["heal"] = healing.data
+    texts = {"measure": [build.calibration]} | ({"heal": [healing.data]} if healing else {})
+    texts["evaluate"] = [loss.data for loss in build.evaluations["source"].losses]
     recipe = {
         "source": {"repo_id": source.repo_id, "commit": source.commit},
         **{key: value for key, value in build.config.items() if key != "reference"},
-        "texts": {use: {"name": text.name, "version": text.version} for use, text in texts.items()},
+        "texts": {
+            use: [{"name": text.name, "version": text.version} for text in used]
+            for use, used in texts.items()
+        },
         "dropped": list(build.dropped),
         "made_with": f"hf-factory {build.factory_version}",
     }
@@ -88,7 +92,7 @@ def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> di
     values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
     values["measure"]["data"] = texts.calibration.data.name
     values["heal"]["data"] = texts.healing.data.name
-    values["evaluate"]["data"] = texts.evaluation.data.name
+    values["evaluate"]["data"] = [text.data.name for text in texts.evaluations]
     values["evaluate"]["tasks"] = [Path(task).name for task in config.evaluate.tasks]
     return values
 

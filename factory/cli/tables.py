@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.builds.integrity import Verified
 from factory.cli.console import STAGE_WIDTH, printable
 from factory.config.settings import BuildConfig
@@ -17,7 +17,7 @@ from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
-from factory.report.tables import comparison, quality_table, size_table
+from factory.report.tables import loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
 
@@ -68,10 +68,11 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
         else "skipped"
     )
     tasks = ", ".join(evaluate.tasks) or "no tasks (add some with --tasks mmlu,boolq)"
+    texts = " and of ".join(evaluate.data)
     return [
         ("measure", f"{samples} documents of {measure.data}"),
         ("heal", healing),
-        ("evaluate", f"loss on {evaluate.num_documents} documents of {evaluate.data}; {tasks}"),
+        ("evaluate", f"loss on {evaluate.num_documents} documents of {texts}; {tasks}"),
     ]
 
 
@@ -230,25 +231,60 @@ def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
 
 def verdict(build: Build) -> str:
     """Return one sentence on what the cut cost and what healing took back."""
-    losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
-    gap = losses["pruned"] - losses["source"]
-    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
-    compared = comparison(build, build.shipped, "loss")
-    if compared and not compared.significant:
-        return (
-            f"No measurable loss: {compared.difference:+.3f} nats per token is within chance "
-            f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
-            f"{compared.high:+.3f}."
-        )
+    first, *others = loss_findings(build)
+    if others:
+        return " ".join([*(_verdict_on(build, one) for one in (first, *others)), *_harm(build)])
+    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(first['added'])}"
+    if unclear := _unclear(first["comparison"]):
+        return f"No measurable loss: {unclear}"
     if build.adapter is None:
         return f"{cut}; this build was not healed."
     if build.shipped == "pruned":
         return f"{cut}; healing did not lower it on held-out text, so the pruned model ships."
-    change = losses["pruned"] - losses["healed"]
-    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
-    if change <= 0:
-        return f"{cut}; healing {_moved(-change)} on this text. Check before you publish."
-    return f"{cut}; healing took back {change:.3f}{share}."
+    if first["taken_back"] <= 0:
+        return f"{cut}; healing {_moved(-first['taken_back'])} on this text. Check before you publish."
+    return f"{cut}; healing took back {_taken_back(first)}."
+
+
+def _verdict_on(build: Build, found: dict[str, Any]) -> str:
+    """Return a sentence on one of several texts."""
+    name = found["data"].name
+    if unclear := _unclear(found["comparison"]):
+        return f"On {name}, no measurable loss: {unclear}"
+    where = f"{name}, {found['like']} the healing text" if found["like"] else name
+    cut = f"On {where}, dropping layers {layer_ranges(build.dropped)} {_moved(found['added'])}"
+    if build.adapter is None:
+        return f"{cut}; this build was not healed."
+    if build.shipped == "pruned":
+        return f"{cut}; healing did not lower the held-out loss, so the pruned model ships."
+    if found["taken_back"] <= 0:
+        return f"{cut}; healing {_moved(-found['taken_back'])}."
+    return f"{cut}; healing took back {_taken_back(found)}."
+
+
+def _harm(build: Build) -> list[str]:
+    """Return a line for each text unlike the healing text on which healing did harm beyond chance."""
+    return [
+        f"Healing made it worse on {one['data'].name}, by {one['harm']:.3f} nats per token: "
+        "check before you publish."
+        for one in loss_findings(build)
+        if one["harm"] is not None
+    ]
+
+
+def _unclear(compared: Comparison | None) -> str:
+    """Return how large a loss within chance could be; empty if it is measurable."""
+    if compared is None or compared.significant:
+        return ""
+    return (
+        f"{compared.difference:+.3f} nats per token is within chance ({p_value(compared.p_value)}), but "
+        f"{compared.num_items} documents cannot rule out {compared.high:+.3f}."
+    )
+
+
+def _taken_back(found: dict[str, Any]) -> str:
+    change, gap = found["taken_back"], found["added"]
+    return f"{change:.3f}" + (f" ({change / gap:.0%} of it)" if change <= gap else "")
 
 
 def _moved(change: float) -> str:

@@ -171,7 +171,9 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     found = read_build(request.model)
     source = resolve_source(replace(request, model=source_reference(found)), reporter)
     check_same_source(found, source)
-    files = {"measure": request.calibration_data, "heal": request.heal_data, "evaluate": request.eval_data}
+    one_each = {"measure": request.calibration_data, "heal": request.heal_data}
+    files: dict[str, tuple[str, ...]] = {use: (file,) if file else () for use, file in one_each.items()}
+    files["evaluate"] = request.eval_data or ()
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
     return Settled(request, source, config, out, repeats=found)

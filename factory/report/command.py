@@ -51,6 +51,8 @@ def reproduction_command(build: Build) -> Markup:
     for name, value in differing.items():
         if name in FLAGS and isinstance(value, bool):
             parts.append(FLAGS[name])
+        elif name == ("evaluate", "data"):
+            parts += [f"{FLAGS[name]} {shlex.quote(plain(str(text)))}" for text in value]
         elif name in FLAGS:
             text = (",".join(value) or "none") if isinstance(value, list) else str(value)
             parts.append(f"{FLAGS[name]} {shlex.quote(plain(text))}")

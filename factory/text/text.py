@@ -57,8 +57,8 @@ def open_text(reference: str, *, split: Split) -> Text:
     """Resolve a data reference, reading no more than its version takes.
 
     Args:
-        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, `stdlib:train` or
-            `stdlib:held-out`.
+        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, `stdlib:train`,
+            `stdlib:held-out` or `stdlib:prose`.
         split: Split of a Hub data set; the training split is used if this one does not exist.
 
     Raises:
@@ -176,7 +176,8 @@ def _not_empty(rows: Iterator[str | None], *, name: str) -> Iterator[str | None]
 
 
 def _standard_library(reference: str) -> Text:
-    split: Part = "train" if reference == "stdlib:train" else "held-out"
+    parts: dict[str, Part] = {"stdlib:train": "train", "stdlib:held-out": "held-out", "stdlib:prose": "prose"}
+    split = parts[reference]
     data = DataSource(name=reference, version=fingerprint(split))
     return Text(data, partial(_standard_passages, split))
 
@@ -209,13 +210,19 @@ def text_identity(data: DataSource) -> str:
 
 @dataclass(frozen=True)
 class Texts:
-    """The three opened texts of a build; their versions are known, and they share no document."""
+    """The opened texts of a build, with known versions; no document serves two uses."""
 
     calibration: Text
     healing: Text
     evaluation: Text
     remarks: tuple[str, ...] = ()  # on documents that were in two of them
-    whole: tuple[Text, ...] = ()  # the same three as opened, before they were separated
+    whole: tuple[Text, ...] = ()  # all of them as opened, before they were separated
+    also: tuple[Text, ...] = ()  # evaluated besides `evaluation`
+
+    @property
+    def evaluations(self) -> tuple[Text, ...]:
+        """Return every text to compute the loss on."""
+        return (self.evaluation, *self.also)
 
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)
