@@ -143,7 +143,7 @@ class DataSource(Artifact):
 
     @property
     def corpus(self) -> str:
-        """Return what texts of one origin share: the Hub data set, Python's source code, or the file's hash."""
+        """Return what texts of one origin share: a Hub data set, Python's code, or a file's hash."""
         if self.hub_id or not self.name.startswith("stdlib:"):
             return self.hub_id or self.version
         return self.name if self.name == "stdlib:prose" else "stdlib"
