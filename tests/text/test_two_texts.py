@@ -1,5 +1,6 @@
 """Several evaluation texts: given, refused, kept apart, and read by builds of before."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings,
 from factory.errors import DataError, UsageError
 from factory.pipeline.texts import open_texts
 from factory.text.standard_library import documents
-from tests.builders.texts import written
+
+
+def written(path: Path, lines: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
 
 DOCUMENTS = [f"document {number}" for number in range(40)]
 
@@ -37,13 +43,13 @@ def test_the_same_text_twice_is_refused_by_its_name_and_by_its_content(tmp_path:
         BuildRequest.read({"model": "demo", "drop": 0.3, "eval_data": ["stdlib:prose"] * 2})
     first, second = (Path(written(tmp_path / f"{name}.jsonl", DOCUMENTS)) for name in "ab")
     with pytest.raises(DataError, match=r"b\.jsonl is the same text as a\.jsonl"):
-        open_texts(config_of(first, second, healed=Path(written(tmp_path / "c.jsonl", ["else"]))))
+        open_texts(config_of(first, second, healed=written(tmp_path / "c.jsonl", ["else"])))
 
 
 def test_no_text_that_is_evaluated_shares_a_document_with_the_healing_text(tmp_path: Path) -> None:
-    healed = Path(written(tmp_path / "h.jsonl", DOCUMENTS))
-    first = Path(written(tmp_path / "a.jsonl", [*DOCUMENTS[:5], "only here"]))
-    second = Path(written(tmp_path / "b.jsonl", [*DOCUMENTS[5:9], "only there"]))
+    healed = written(tmp_path / "h.jsonl", DOCUMENTS)
+    first = written(tmp_path / "a.jsonl", [*DOCUMENTS[:5], "only here"])
+    second = written(tmp_path / "b.jsonl", [*DOCUMENTS[5:9], "only there"])
     texts = open_texts(config_of(first, second, healed=healed))
     assert list(texts.healing.documents()) == DOCUMENTS[9:]
     assert [len(list(text.documents())) for text in texts.evaluations] == [6, 5]
