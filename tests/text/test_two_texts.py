@@ -41,7 +41,7 @@ def test_one_text_or_several_can_be_given() -> None:
 def test_the_same_text_twice_is_refused_by_its_name_and_by_its_content(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="names stdlib:prose twice"):
         BuildRequest.read({"model": "demo", "drop": 0.3, "eval_data": ["stdlib:prose"] * 2})
-    first, second = (Path(written(tmp_path / f"{name}.jsonl", DOCUMENTS)) for name in "ab")
+    first, second = (written(tmp_path / f"{name}.jsonl", DOCUMENTS) for name in "ab")
     with pytest.raises(DataError, match=r"b\.jsonl is the same text as a\.jsonl"):
         open_texts(config_of(first, second, healed=written(tmp_path / "c.jsonl", ["else"])))
 
