@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
+SINK_RATIO = 10  # of the norms of the first token and the others: 2.5 without a sink, 26 to 170 with one
 MAX_BYTES = 2**26  # of one file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
 
 
@@ -164,14 +166,33 @@ class DistanceProfile(Artifact):
     num_samples: int = Field(ge=0)  # 0: unknown, in a profile from elsewhere
     sequence_length: int  # maximum, in tokens
     num_tokens: int  # tokens read, without padding
-    tokens: Literal["last", "all"] = "last"  # positions whose states were compared
+    tokens: Literal["last", "all"] = "last"  # of samples that end anywhere, or all but the first
     quantization: str | None = None  # "nf4"
     certain_for: tuple[int, ...] = ()  # block sizes whose best block led by three standard errors
     mean: tuple[tuple[float, ...], ...]
     stderr: tuple[tuple[float, ...], ...]
     influence: tuple[float, ...] | None = None  # Block Influence of each layer (arXiv 2403.03853)
     influence_stderr: tuple[float, ...] | None = None
+    # Block size → starts of the blocks within three standard errors of the nearest, if there are any.
+    ties: dict[int, tuple[int, ...]] = {}
+    # Mean norms at the L + 1 boundaries, of the first token and of the median token after it.
+    first_norm: tuple[float, ...] | None = None
+    other_norm: tuple[float, ...] | None = None
     data: DataSource
+
+    @property
+    def sink(self) -> int | None:
+        """Return the layer that makes the attention sink (arXiv 2309.17453), or None.
+
+        It is the layer across which the norm of the first token grows most relative to the other tokens', if
+        that is `SINK_RATIO`-fold, and leaves it `SINK_RATIO` times theirs.
+        """
+        if not self.first_norm or not self.other_norm or min(*self.first_norm, *self.other_norm) <= 0:
+            return None
+        ratios = [first / other for first, other in zip(self.first_norm, self.other_norm, strict=True)]
+        rises = [after / before for before, after in pairwise(ratios)]
+        layer = rises.index(max(rises))
+        return layer if min(rises[layer], ratios[layer + 1]) >= SINK_RATIO else None
 
     def block_distances(self, block_size: int) -> list[float]:
         """Return the distance d(x^l, x^{l+n}) for each start l = 0 … L−n, with n = `block_size`."""
@@ -196,6 +217,7 @@ class PruningPlan(Artifact):
     distance: float | None = None  # of the dropped block, in [0, 1]
     runner_up_start: int | None = None  # of the next best block of the same size
     runner_up_distance: float | None = None
+    ties: tuple[int, ...] = ()  # starts of the blocks from whose distance this one's cannot be told
     order: tuple[int, ...] | None = None  # in which a greedy search dropped them
     passes: float | None = None  # of the whole model over the documents; None if no loss was computed
     num_documents: int | None = None  # of a search
@@ -226,6 +248,7 @@ class CutLosses(Artifact):
 
     source: CutLoss
     cuts: tuple[CutLoss, ...]
+    sink: CutLoss | None = None  # without the attention sink's layer alone; `behind` the source
     num_documents: int
     sequence_length: int  # maximum, in tokens
     data: DataSource
@@ -240,6 +263,8 @@ class Plans(Artifact):
     source_commit: str
     plans: tuple[PruningPlan, ...]
     losses: CutLosses | None  # in the order of the plans; None if not requested
+    num_samples: int = 0  # of the distances; 0: unknown
+    sink: int | None = None  # layer that makes the attention sink
     chosen: str  # criterion
     reason: str
 
@@ -280,13 +305,40 @@ class LossPoint(BaseModel):
     loss: float
 
 
+class FittedSeam(BaseModel):
+    """An update of the layer before a cut, by ridge regression on activations."""
+
+    model_config = FROZEN
+
+    layer: int  # 0-based, of the source
+    module: str  # "mlp.down_proj"
+    rank: int
+    ridge: float  # strength, times the mean square of the activations
+    explained: float  # share of the squared error of the states after the cut, on held-out tokens
+    num_tokens: int
+    num_left_out: int  # tokens with outlier norms, such as attention sinks
+
+
+class SeamFit(Artifact):
+    """The updates that a healing started from, one per cut. Losses in nats per token."""
+
+    file_name = "seam.json"
+
+    quantization: str  # of the model whose states were fitted: "nf4", "none"
+    seams: tuple[FittedSeam, ...]
+    rejected: tuple[int, ...] = ()  # layers whose fit raised the loss on the held-out set
+    without_layer_before: int = 0  # cuts that begin at layer 0, left as they are
+    loss_before: float  # on the held-out set, layers skipped in memory, in the precision of healing
+    loss_after: float
+
+
 class Adapter(Artifact):
     """A LoRA adapter in peft's format, and a record of its training. Losses in nats per token."""
 
     file_name = "adapter.json"
 
     folder: Path = Field(default=Path(), exclude=True)  # unset in `build.json`, which holds no paths
-    objective: ObjectiveName
+    objective: ObjectiveName | None  # None: a fitted seam without training
     quantization: str  # "nf4", "none"
     rank: int
     learning_rate: float
@@ -302,11 +354,22 @@ class Adapter(Artifact):
     num_trainable_parameters: int
     curve: tuple[LossPoint, ...]  # of the objective; when distilling, the divergence from the source
     guard_curve: tuple[LossPoint, ...] = ()
+    seam: SeamFit | None = None  # its start; None: an adapter that changes nothing
     guard_loss_before: float  # on the held-out set, same 4-bit model, adapter off
     guard_loss_after: float
     slowed_at_step: int | None = None  # the rate is lower from here on, after the loss had diverged
     ran_away_at_step: int | None = None  # second divergence, which ended training; 0 steps: nothing learnt
     data: DataSource
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether there was any training: a fitted seam can be merged without."""
+        return self.num_steps > 0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Return whether the adapter is the zero that training starts from unless a seam was fitted."""
+        return self.num_steps == 0 and self.seam is None
 
 
 class TokenLoss(BaseModel):
@@ -476,6 +539,7 @@ class Build(Artifact):
     source: Source
     plan: PruningPlan
     profile_samples: int
+    sink: int | None = None  # layer that makes the attention sink
     calibration: DataSource
     adapter: Adapter | None  # None for a build without healing
     merge_base: str | None = None  # weights that the adapter was added to: "source weights"

@@ -8,9 +8,9 @@ from factory.config.criteria import CHOSEN, CRITERIA, DEFAULT_CRITERION, criteri
 from factory.config.objectives import OBJECTIVES
 from factory.config.settings import HealSettings, PlanSettings
 from factory.healing.trainers import TRAINERS
-from factory.pipeline.stages import _describe_plan
 from factory.pruning.criteria import FROM_PROFILE
 from factory.pruning.search import BY_LOSS
+from factory.report.summaries import describe_plan
 from tests.builders.builds import an_adapter
 
 
@@ -39,7 +39,7 @@ def test_settings_and_values_take_the_names_of_the_tables_alone() -> None:
 )
 def test_the_terminal_names_a_criterion_unless_it_is_the_default(criterion: str, by: str) -> None:
     plan = PruningPlan(criterion=criterion, num_layers=4, dropped=(1,))
-    assert _describe_plan(plan) == f"dropping 1 of 4 layers (25%){by}: 1"
+    assert describe_plan(plan) == f"dropping 1 of 4 layers (25%){by}: 1"
 
 
 def test_the_card_has_a_paragraph_for_every_criterion_but_the_one_that_it_explains_anyway() -> None:

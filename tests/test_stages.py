@@ -100,7 +100,7 @@ def evaluate(run: Run, **settings: Any) -> None:
 
 
 KEYS: dict[str, tuple[Callable[[Run], object], str]] = {
-    "measure": (lambda run: stages.measure_stage(run, SOURCE), "dbb5a7d9e9335513"),
+    "measure": (lambda run: stages.measure_stage(run, SOURCE), "5672d9ab5a8ece94"),
     "angular": (lambda run: plan(run), "bd0dae067ca69af5"),
     "deepest": (lambda run: plan(run, criterion="deepest"), "f2760f792fc7c975"),
     "block-influence": (lambda run: plan(run, criterion="block-influence"), "fb6a4681a7274e4d"),

@@ -121,7 +121,7 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     distance_figure(profile, build.plan, path_stem=figures / DISTANCE_FIGURE)
-    if build.adapter:
+    if build.adapter and build.adapter.objective:
         healing_figure(build.adapter, path_stem=figures / HEALING_FIGURE)
     write_card(build, folder)
 

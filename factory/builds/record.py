@@ -47,6 +47,7 @@ def describe_build(
         reference=_without_path(config.reference, made.source.name, made.source.repo_id),
         config=_config_without_paths(config, texts, made),
         profile_samples=made.profile.num_samples,
+        sink=made.profile.sink,
         calibration=made.profile.data,
         merge_base=made.result.merge_base,
         merge_losses=made.result.merge_losses,

@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from factory.artifacts import Build, Comparison, Evaluation, Plans, Sweep, TaskScore, layer_ranges
+from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, layer_ranges
 from factory.builds.integrity import Verified
-from factory.cli.console import STAGE_WIDTH, printable
+from factory.cli.console import STAGE_WIDTH, as_flags, printable
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
+from factory.report.notes import notes
 from factory.report.tables import loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
@@ -65,8 +66,12 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
         f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
         f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
+        else "no training"
+        if config.fits_seam
         else "skipped"
     )
+    if config.fits_seam:
+        healing += ", from a fitted seam"
     tasks = ", ".join(evaluate.tasks) or "no tasks (add some with --tasks mmlu,boolq)"
     texts = " and of ".join(evaluate.data)
     return [
@@ -115,6 +120,9 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     out.print(sizes)
     out.print()
     out.print(verdict(build), soft_wrap=True)
+    dropped_sink = build.sink if build.sink in build.plan.dropped else None
+    for note in notes(build.plan, num_samples=build.profile_samples, sink=dropped_sink):
+        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
     out.print()
     model = folder / "model"
     rows = [
@@ -182,6 +190,9 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
             f"{losses.sequence_length} tokens each.\nTake {plans.chosen}: {plans.reason}.",
             soft_wrap=True,
         )
+    chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
+    for note in notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses):
+        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
     out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 
 
@@ -230,61 +241,55 @@ def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
 
 
 def verdict(build: Build) -> str:
-    """Return one sentence on what the cut cost and what healing took back."""
-    first, *others = loss_findings(build)
-    if others:
-        return " ".join([*(_verdict_on(build, one) for one in (first, *others)), *_harm(build)])
-    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(first['added'])}"
-    if unclear := _unclear(first["comparison"]):
-        return f"No measurable loss: {unclear}"
+    """Return a sentence for each text on what the cut cost and what healing took back."""
+    findings = loss_findings(build)
+    return " ".join([*(_verdict_on(build, one, of=len(findings)) for one in findings), *_harm(findings)])
+
+
+def _verdict_on(build: Build, found: dict[str, Any], *, of: int) -> str:
+    where = ""
+    if of > 1:
+        where = f"On {found['data'].name}, " + (
+            f"{found['like']} the healing text, " if found["like"] else ""
+        )
+    if (compared := found["comparison"]) and not compared.significant:
+        sentence = (
+            f"{where}no measurable loss: {compared.difference:+.3f} nats per token is within chance "
+            f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
+            f"{compared.high:+.3f}."
+        )
+    else:
+        cut = f"dropping layers {layer_ranges(build.dropped)} {_moved(found['added'])}"
+        sentence = f"{where}{cut}; {_healed(build, found)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _healed(build: Build, found: dict[str, Any]) -> str:
+    """Return what healing, or a fitted seam without training, did on one text."""
     if build.adapter is None:
-        return f"{cut}; this build was not healed."
+        return "this build was not healed"
+    is_fit = build.adapter.objective is None
     if build.shipped == "pruned":
-        return f"{cut}; healing did not lower it on held-out text, so the pruned model ships."
-    if first["taken_back"] <= 0:
-        return f"{cut}; healing {_moved(-first['taken_back'])} on this text. Check before you publish."
-    return f"{cut}; healing took back {_taken_back(first)}."
+        healing = "the fitted seam" if is_fit else "healing"
+        return f"{healing} did not lower it on held-out text, so the pruned model ships"
+    change, gap = found["taken_back"], found["added"]
+    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
+    if is_fit:
+        return f"the fitted seam, without training, {_moved(-change)}{share}"
+    if change > 0:
+        return f"healing took back {change:.3f}{share}"
+    check = " on this text. Check before you publish" if found["harm"] is None else ""
+    return f"healing {_moved(-change)}{check}"
 
 
-def _verdict_on(build: Build, found: dict[str, Any]) -> str:
-    """Return a sentence on one of several texts."""
-    name = found["data"].name
-    if unclear := _unclear(found["comparison"]):
-        return f"On {name}, no measurable loss: {unclear}"
-    where = f"{name}, {found['like']} the healing text" if found["like"] else name
-    cut = f"On {where}, dropping layers {layer_ranges(build.dropped)} {_moved(found['added'])}"
-    if build.adapter is None:
-        return f"{cut}; this build was not healed."
-    if build.shipped == "pruned":
-        return f"{cut}; healing did not lower the held-out loss, so the pruned model ships."
-    if found["taken_back"] <= 0:
-        return f"{cut}; healing {_moved(-found['taken_back'])}."
-    return f"{cut}; healing took back {_taken_back(found)}."
-
-
-def _harm(build: Build) -> list[str]:
-    """Return a line for each text unlike the healing text on which healing did harm beyond chance."""
+def _harm(findings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each text unlike the healing text on which healing did harm beyond chance."""
     return [
-        f"Healing made it worse on {one['data'].name}, by {one['harm']:.3f} nats per token: "
-        "check before you publish."
-        for one in loss_findings(build)
+        f"Healing made it worse on {one['data'].name}, unlike the healing text, by {one['harm']:.3f} nats "
+        "per token: check before you publish."
+        for one in findings
         if one["harm"] is not None
     ]
-
-
-def _unclear(compared: Comparison | None) -> str:
-    """Return how large a loss within chance could be; empty if it is measurable."""
-    if compared is None or compared.significant:
-        return ""
-    return (
-        f"{compared.difference:+.3f} nats per token is within chance ({p_value(compared.p_value)}), but "
-        f"{compared.num_items} documents cannot rule out {compared.high:+.3f}."
-    )
-
-
-def _taken_back(found: dict[str, Any]) -> str:
-    change, gap = found["taken_back"], found["added"]
-    return f"{change:.3f}" + (f" ({change / gap:.0%} of it)" if change <= gap else "")
 
 
 def _moved(change: float) -> str:

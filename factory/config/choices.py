@@ -14,4 +14,5 @@ else:  # one of the names in the table, which pydantic checks
 Split = Literal["train", "validation"]  # of a Hub data set
 STANDARD_LIBRARY = ("stdlib:train", "stdlib:held-out", "stdlib:prose")
 MAX_COUNT = 10**9  # limit of every count: larger ones are typing errors
+HealStart = Literal["none", "seam-fit"]
 Tracker = Literal["trackio", "wandb", "tensorboard", "none"]

@@ -140,3 +140,8 @@ def unknown_option(name: str, known: Mapping[str, Any]) -> UsageError:
     near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
     return UsageError(f"unknown option {name!r}", hint=hint)
+
+
+def reads_healing_text(request: Any) -> bool:
+    """Return whether a request with a text to heal on reads it: to train, or to fit a seam."""
+    return not getattr(request, "no_heal", False) or getattr(request, "heal_start", None) == "seam-fit"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from factory.config.choices import CriterionName, ObjectiveName, Tracker
+from factory.config.choices import CriterionName, HealStart, ObjectiveName, Tracker
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, summaries
 from factory.config.options import (
@@ -34,6 +34,7 @@ from factory.config.options import (
     Timeout,
     Two,
     problem_of,
+    reads_healing_text,
     unknown_option,
     without_none,
 )
@@ -165,9 +166,8 @@ class Request:
         """
         check_model(self.model)
         for name in self.reads:
-            if name == "heal_data" and getattr(self, "no_heal", False):
-                continue  # not read
-            if (given := getattr(self, name)) is not None:
+            is_read = name != "heal_data" or reads_healing_text(self)
+            if is_read and (given := getattr(self, name)) is not None:
                 with self.located(name):
                     for reference in (given,) if isinstance(given, str) else given:
                         check_data(reference)
@@ -190,8 +190,8 @@ class Measuring(Request):
     sequence_length: Annotated[Eight | None, Option(
         "Tokens per sequence, in all stages", MEASURING, sets=LENGTHS)] = None
     tokens: Annotated[Literal["last", "all"] | None, Option(
-        "Token positions to compare: last, or all but the first", MEASURING, default="last",
-        sets=("measure.tokens",))] = None
+        "Tokens to compare: last of samples that end anywhere, or all but the first", MEASURING,
+        default="last", sets=("measure.tokens",))] = None
     load_in_4bit: Annotated[bool, Option(
         "Load the model in NF4 for measuring", MEASURING, sets=("measure.four_bit",))] = False
     plan_documents: Annotated[Two | None, Option(
@@ -298,7 +298,10 @@ class BuildRequest(Evaluating):
         sets=("plan.criterion",))] = None
     reproduce: Annotated[bool, Option(
         "Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)] = False
-    no_heal: Annotated[bool, Option("Skip healing", HEALING)] = False
+    no_heal: Annotated[bool, Option("Skip healing; with a fitted seam, only training", HEALING)] = False
+    heal_start: Annotated[HealStart | None, Option(
+        "Start of the adapter; seam-fit: fit the layer before each cut to what the dropped layers did",
+        HEALING, default="none", sets=("heal.start",))] = None
     heal_lr: Annotated[Annotated[float, Gt(0), Lt(math.inf)] | None, Option(
         "Peak learning rate", HEALING, default="by the size of the model",
         sets=("heal.learning_rate",))] = None

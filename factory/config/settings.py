@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from factory.artifacts import Source
-from factory.config.choices import MAX_COUNT, CriterionName, ObjectiveName
+from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT
 from factory.config.references import aliases, unknown_model
@@ -33,7 +33,7 @@ class MeasureSettings(Settings):
     max_samples: int = Field(default=2048, ge=2, le=MAX_COUNT)  # limit if `num_samples` is None
     sequence_length: int = Field(default=2048, ge=2, le=MAX_COUNT)  # tokens
     exact_length: bool = False  # the length was requested: at least one sample must have it
-    tokens: Literal["last", "all"] = "last"  # positions whose states are compared
+    tokens: Literal["last", "all"] = "last"  # of samples that end anywhere, or all but the first
     four_bit: bool = False  # NF4
 
 
@@ -58,6 +58,7 @@ class HealSettings(Settings):
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    start: HealStart = "none"  # of the adapter: nothing, or a fit of the layer before each cut
     num_steps: int = Field(default=5000, ge=1, le=MAX_COUNT)
     warmup_steps: int = Field(default=100, ge=0, le=MAX_COUNT)
     batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences per optimiser step
@@ -93,6 +94,16 @@ class BuildConfig(Settings):
     plan: PlanSettings = PlanSettings()
     heal: HealSettings = HealSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def fits_seam(self) -> bool:
+        """Return whether the layer before each cut is fitted, with or without training after it."""
+        return self.heal.start == "seam-fit"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Return whether an adapter is made and merged: by training, by a fit, or both."""
+        return self.heal_enabled or self.fits_seam
 
 
 class Recipe(Settings):

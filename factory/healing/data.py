@@ -31,9 +31,25 @@ def data_sets(
     Raises:
         DataError: There is too little text.
     """
-    budget = settings.num_steps * settings.batch_size * settings.sequence_length
-    documents = _documents(text, encoder, length=settings.sequence_length, seed=seed)
-    guard_tokens = min(GUARD_SEQUENCES * settings.sequence_length, int(GUARD_SHARE * budget))
+    guard, sequences = divide(text, encoder, settings=settings, seed=seed)
+    scratch = folder / "tokens"
+    if processes.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted attempt: made again from the same text
+    train = _on_disk(_until(sequences, num_tokens=_budget(settings)), scratch, name=f"heal-{seed}")
+    return Dataset.from_dict({"input_ids": guard}), train
+
+
+def divide(
+    text: Text, encoder: Encoder, *, settings: HealSettings, seed: int
+) -> tuple[list[list[int]], Iterator[list[int]]]:
+    """Return the held-out sequences, and all others one after another, as many as there are.
+
+    Raises:
+        DataError: Nothing is left beside the held-out sequences.
+    """
+    length = settings.sequence_length
+    documents = _documents(text, encoder, length=length, seed=seed)
+    guard_tokens = min(GUARD_SEQUENCES * length, int(GUARD_SHARE * _budget(settings)))
     guard = take_guard(documents, num_tokens=guard_tokens)
     sequences = chain.from_iterable(not_in(guard, documents))
     first = next(sequences, None)
@@ -42,11 +58,12 @@ def data_sets(
             f"{text.data.name} has too little text to heal on",
             hint="provide more with `heal_data`, or build without healing: `no_heal`",
         )
-    scratch = folder / "tokens"
-    if processes.is_main():
-        shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted attempt: made again from the same text
-    train = _on_disk(_until(chain([first], sequences), num_tokens=budget), scratch, name=f"heal-{seed}")
-    return Dataset.from_dict({"input_ids": guard}), train
+    return guard, chain([first], sequences)
+
+
+def _budget(settings: HealSettings) -> int:
+    """Return the number of training tokens."""
+    return settings.num_steps * settings.batch_size * settings.sequence_length
 
 
 def _on_disk(sequences: Iterator[list[int]], folder: Path, *, name: str) -> Dataset:

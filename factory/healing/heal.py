@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from factory.artifacts import Adapter, Checkpoint, LossPoint
+from factory.artifacts import Adapter, Checkpoint, LossPoint, SeamFit
 from factory.config.objectives import OBJECTIVES
 from factory.config.settings import HealSettings
 from factory.config.tracking import NO_TRACKING, Tracking
@@ -40,6 +40,7 @@ from factory.healing.lora import (
     save_adapter,
 )
 from factory.healing.packing import use_packed_attention
+from factory.healing.seam import load_factors, set_start
 from factory.healing.trainers import TRAINERS, HealTrainer
 from factory.model.config_proof import find_layers
 from factory.model.devices import best_device
@@ -64,6 +65,7 @@ class Student:
     targets: Targets
     lora: LoraConfig
     start: int  # first layer with an adapter
+    names: dict[int, str]  # kept layer of the source → its name here
     new_names: dict[str, str]  # prefix of a module's name here → in the pruned checkpoint
     num_weights: int  # in the matrices of its layers
     packs: bool  # whether it keeps documents in one row apart
@@ -80,6 +82,7 @@ def heal(
     folder: Path,
     progress: Callable[[int, int, str], None],
     tracking: Tracking = NO_TRACKING,
+    seam: SeamFit | None = None,
 ) -> Adapter:
     """Train a LoRA over the NF4 model (arXiv 2403.17887, appendix A).
 
@@ -95,6 +98,7 @@ def heal(
         dropped: Layers of the source that `pruned` lacks.
         progress: Callback that receives steps done, total steps, and loss and speed.
         tracking: Tracker that also receives the losses.
+        seam: What `fit_seams` has kept in `folder`, to start from; None: start from no change.
 
     Raises:
         DataError: There is too little text.
@@ -115,6 +119,7 @@ def heal(
         folder=folder,
         progress=progress,
         tracking=tracking,
+        seam=seam,
     )
     base = source_folder if OBJECTIVES[settings.objective].loads_source else pruned.folder
     load = partial(load_model, base, four_bit=settings.bits == 4, to_shard=processes.sharded())
@@ -133,6 +138,8 @@ def heal(
     ended_at = trainer.state.global_step if ran_away else None
     if ran_away:
         back_to_best(trainer)
+        if seam and not trainer.state.global_step:
+            set_start(trainer.model, student.names, seam, load_factors(folder))
     guard_curve = _curve(trainer.state.log_history, "eval_loss")  # first, since evaluate() adds the best step
     after = float(trainer.evaluate()["eval_loss"])
     tensors = adapter_tensors(trainer.model)
@@ -157,7 +164,10 @@ def heal(
         num_trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         curve=_curve(trainer.state.log_history, "loss"),
         guard_curve=guard_curve,
-        guard_loss_before=next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
+        seam=seam,
+        guard_loss_before=seam.loss_before
+        if seam
+        else next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e),
         guard_loss_after=after,
         slowed_at_step=slowed_at(folder),
         ran_away_at_step=ended_at,
@@ -246,6 +256,7 @@ def begin(
     folder: Path,
     progress: Callable[[int, int, str], None],
     tracking: Tracking = NO_TRACKING,
+    seam: SeamFit | None = None,
 ) -> tuple[Student, HealTrainer]:
     """Return the student and its trainer, before the first step.
 
@@ -253,6 +264,7 @@ def begin(
         model: The pruned model or its source, as the objective requires, in NF4.
         texts: Held-out and training sequences.
         dropped: Layers of the source that the student lacks.
+        seam: What `fit_seams` has kept in `folder`, to start from.
     """
     student = _student(model, dropped=dropped, settings=settings)
     trainer = _trainer(
@@ -269,6 +281,8 @@ def begin(
         if parameter.requires_grad:
             # TRL casts QLoRA adapters to bf16, in which small weight updates are rounded away.
             parameter.data = parameter.data.float()
+    if seam:
+        set_start(trainer.model, student.names, seam, load_factors(folder))
     fit_micro_batch(trainer)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
@@ -298,6 +312,7 @@ def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> S
         targets=targets,
         lora=lora_config(targets, adapted, rank=settings.rank, dropout=settings.dropout),
         start=kept[first],
+        names={old: f"{prefix}.{here}" for old, here in zip(survivors, kept, strict=True)},
         new_names={f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(kept)},
         num_weights=sum(matrix_weights(layers[index]) for index in kept),
         packs=packs,

@@ -66,6 +66,11 @@ def find_targets(model: Any, which: Modules) -> Targets:
     return Targets(sorted(names), experts, left_out)
 
 
+def feed_forward(model: Any) -> list[str]:
+    """Return the linear modules outside attention and routers, relative to a layer."""
+    return [name for name in find_targets(model, "all-linear").modules if not _mixes_tokens(name)]
+
+
 def _mixes_tokens(name: str) -> bool:
     """Return whether a module belongs to attention or to its replacement."""
     return any(mixer in name.lower() for mixer in TOKEN_MIXERS)
@@ -77,13 +82,31 @@ def check_targets(config: dict[str, Any], which: Modules) -> None:
     Raises:
         UnsupportedArchitectureError: `find_targets` refuses the model, or its weights are packed.
     """
+    _check_unpacked(config)
+    find_targets(on_meta(config), which)
+
+
+def check_feed_forward(config: dict[str, Any]) -> None:
+    """Check by config.json alone that a layer has a linear module outside attention, to be fitted.
+
+    Raises:
+        UnsupportedArchitectureError: It has none, or the weights are packed.
+    """
+    _check_unpacked(config)
+    if not feed_forward(on_meta(config)):
+        raise UnsupportedArchitectureError(
+            f"`heal_start=seam-fit`: {config['model_type']} has no linear module outside attention to fit",
+            hint="remove `heal_start`",
+        )
+
+
+def _check_unpacked(config: dict[str, Any]) -> None:
     if packing(config):
         method = packing_method(config)
         raise UnsupportedArchitectureError(
             f"{config['model_type']}: its weights are packed ({method}), so LoRA cannot be merged into them",
             hint="start from the unquantised model, or build without healing: `no_heal`",
         )
-    find_targets(on_meta(config), which)
 
 
 def lora_config(targets: Targets, layers: Mapping[str, Any], *, rank: int, dropout: float) -> Any:

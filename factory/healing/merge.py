@@ -97,8 +97,8 @@ def merge(
         OverflowedError: No result is finite.
         VerificationError: The adapter does not fit the weights.
     """
-    if adapter.num_steps == 0 or (adapter.quantization != "nf4" and base == "auto"):
-        base = "bf16"  # trained on these weights, or untrained, which must change nothing
+    if not adapter.is_trained or (adapter.quantization != "nf4" and base == "auto"):
+        base = "bf16"  # trained on these weights, or untrained, which has not learnt NF4's rounding
     if base != "auto":
         return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoin
     guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
     known = (merged.merge_losses or {}).get(str(merged.merge_base))
     unhealed = _loss(pruned.folder, guard)
-    if adapter.num_steps == 0:  # the same weights, so exactly the same loss
+    if adapter.changes_nothing:  # the same weights, so exactly the same loss
         known = unhealed
     healed = known if known is not None else _loss(merged.folder, guard)
     return merged.model_copy(update={"guard_losses": {"unhealed": unhealed, "healed": healed}})

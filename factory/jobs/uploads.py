@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from factory.config import references
+from factory.config.options import reads_healing_text
 from factory.config.references import local_path
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
@@ -36,7 +37,7 @@ def carried(
     given = []
     for request in requests:
         values = {key: value for key, value in request.file_values().items() if key not in OF_SUBMITTING}
-        if request.no_heal:
+        if not reads_healing_text(request):
             values.pop("heal-data", None)
         for key in [key for key in FILES if key in values]:
             several = isinstance(values[key], list)

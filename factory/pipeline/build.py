@@ -51,7 +51,7 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     profile = measure_stage(run, source)
     plan = plan_stage(run, source, profile)
     pruned = prune_stage(run, source, plan)
-    adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
+    adapter = heal_stage(run, source, plan, pruned) if run.config.has_adapter else None
     healed = merge_stage(run, pruned, adapter) if adapter else None
     if healed and healed.guard_losses and require_healing and not healed.helped:
         raise HealingError(

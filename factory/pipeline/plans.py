@@ -29,13 +29,16 @@ def make_plans(
     else:
         profile = measure_stage(run, source)
     plans = [plan_stage(run, source, profile, criterion=criterion) for criterion in criteria]
-    losses = compare_stage(run, source, [plan.dropped for plan in plans]) if len(plans) > 1 else None
+    cuts = [plan.dropped for plan in plans]
+    losses = compare_stage(run, source, cuts, sink=profile.sink) if len(plans) > 1 else None
     chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one requested")
     return profile, Plans(
         source_name=source.name,
         source_commit=source.commit,
         plans=tuple(plans),
         losses=losses,
+        num_samples=profile.num_samples,
+        sink=profile.sink,
         chosen=chosen,
         reason=reason,
     )

@@ -14,6 +14,7 @@ from factory.pipeline.requirements import (
     check_four_bit,
     check_healing,
     check_memory,
+    check_seam,
     healing_processes,
     host_bytes,
     needs,
@@ -154,6 +155,8 @@ def preview(
     check_room([disk, *others])
     if is_here:
         _check_here(config, pending, needed, machine)
+    if "heal" in pending and config.fits_seam:
+        check_seam(source, config)
     if "heal" in pending and config.heal_enabled:
         sharers = 1
         if is_here:
@@ -178,7 +181,7 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
     """Refuse a build for which this machine has too little memory, or no working quantisation."""
     gpu_total = machine.memory_bytes if needed.gpu else 0
     check_memory(needed, host_total=machine.host_bytes, gpu_total=gpu_total)
-    heals = "heal" in pending and config.heal_enabled and config.heal.bits == 4
+    heals = "heal" in pending and config.has_adapter and config.heal.bits == 4
     if heals or ("measure" in pending and config.measure.four_bit):
         from factory.model.devices import best_device
 
@@ -236,7 +239,8 @@ def _seconds(
         "evaluate": evaluated * FORWARD * (before + 2 * after),
     }
     if not config.heal_enabled:
-        work["heal"], work["evaluate"] = 0, evaluated * FORWARD * (before + after)
+        models = before + (2 if config.has_adapter else 1) * after
+        work["heal"], work["evaluate"] = 0, evaluated * FORWARD * models
     rate = machine.flops_per_second
     return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
 

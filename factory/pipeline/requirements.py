@@ -30,6 +30,7 @@ LOGIT_COPIES = 6  # per sequence in training: logits, their gradient, probabilit
 BATCH = 16  # sequences measured at once
 LOSS_BATCH = 4  # sequences whose loss is evaluated at once, with logits in bf16
 ROW_COPIES = 3  # fp32 copies of one such sequence's logits: themselves, their logarithms and temporaries
+SEAM_BYTES = 8 * 5  # per pair of inputs of a fitted module: moments, their sum, its factor and a copy in fp64
 NF4_BYTES = 0.516  # per weight, with scales and nested scales
 # Changes that make healing lighter, the smallest first; rank 8 on feed-forward is the paper's for 70B.
 SMALL = {"rank": 8, "modules": "ffn"}
@@ -110,6 +111,8 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
         sequences = min(BATCH, measure.num_samples or BATCH)
         activations = 4 * sequences * measure.sequence_length * (6 * width + 3 * inner)
         found.append(4 * source.num_parameters + activations)
+    if "heal" in pending and config.fits_seam:
+        found.append(4 * source.num_parameters + SEAM_BYTES * inner**2)
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
         states = kept * (20 * width + 10 * inner) + LOGIT_COPIES * source.vocab_size
@@ -132,6 +135,8 @@ def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list
     if "evaluate" in pending:
         logits = evaluate.sequence_length * source.vocab_size
         found.append(2 * source.num_parameters + (2 * LOSS_BATCH + 4 * ROW_COPIES) * logits)
+    if "heal" in pending and config.fits_seam:
+        found.append(2 * source.num_parameters + SEAM_BYTES * inner**2)
     if "heal" in pending and config.heal_enabled:
         outside = source.num_parameters - sum(source.layer_parameters)
         experts = _num_experts_parameters(source, source.num_layers)
@@ -285,6 +290,22 @@ def check_healing(source: Source, config: BuildConfig, *, gpu_total: int) -> Non
         f"{size(gpu_total)}",
         hint=hint,
     )
+
+
+def check_seam(source: Source, config: BuildConfig) -> None:
+    """Refuse to fit a seam where the model, or the layers that were given, show that it cannot be done.
+
+    Raises:
+        UnsupportedArchitectureError: The weights are packed, no linear module is outside attention, or the
+            only cut begins at layer 0.
+    """
+    from factory.healing.lora import check_feed_forward
+    from factory.healing.seam import check_seams
+
+    if config.plan.layers:
+        check_seams(config.plan.layers)
+    if not source.remote_code:
+        check_feed_forward(source.config)
 
 
 def check_four_bit(device: Any) -> None:

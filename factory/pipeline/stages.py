@@ -15,16 +15,17 @@ from factory.artifacts import (
     DistanceProfile,
     Evaluation,
     PruningPlan,
+    SeamFit,
     Source,
     SpeedComparison,
-    layer_ranges,
 )
-from factory.config.criteria import CRITERIA, criterion_of
-from factory.config.settings import EvaluateSettings, num_dropped
+from factory.config.criteria import CRITERIA
+from factory.config.settings import BuildConfig, EvaluateSettings, num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
 from factory.pipeline.run import Run
+from factory.report.summaries import describe_healing, describe_merge, describe_plan
 from factory.store.stage import (
     COMPARE,
     EVALUATE,
@@ -39,6 +40,8 @@ from factory.store.stage import (
 )
 from factory.text.text import Text, Texts, text_identity
 from factory.units import count
+
+FIT_ONLY = {"num_steps": 100, "batch_size": 4}  # size of the held-out set if nothing is trained
 
 
 def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
@@ -86,6 +89,7 @@ def measure_stage(run: Run, source: Source) -> DistanceProfile:
         summary=lambda p: (
             f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
             + (", choice is certain" if p.certain_for else "")
+            + (f", attention sink in layer {p.sink}" if p.sink is not None else "")
         ),
     )
 
@@ -103,7 +107,7 @@ def plan_stage(
             lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
             parameters={"layers": list(settings.layers)},
             inputs={"source": source.commit},
-            summary=_describe_plan,
+            summary=lambda p: describe_plan(p, sink=profile.sink),
         )
     criterion = criterion or run.config.plan.criterion
     n = num_dropped(run.config.drop, source.num_layers)
@@ -129,7 +133,7 @@ def plan_stage(
         work,
         parameters={"criterion": criterion, "block_size": n},
         inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=_describe_plan,
+        summary=lambda p: describe_plan(p, sink=profile.sink),
     )
 
 
@@ -168,11 +172,15 @@ def search_stage(
             "source": source.commit,
             "text": text_identity(run.texts.calibration.data),
         },
-        summary=lambda p: f"{_describe_plan(p)}; {p.passes:.0f} passes over {p.num_documents} documents",
+        summary=lambda p: (
+            f"{describe_plan(p, sink=profile.sink)}; {p.passes:.0f} passes over {p.num_documents} documents"
+        ),
     )
 
 
-def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> CutLosses:
+def compare_stage(
+    run: Run, source: Source, cuts: Sequence[tuple[int, ...]], *, sink: int | None = None
+) -> CutLosses:
     """Measure the unhealed loss of several cuts on calibration documents that no search has seen."""
     settings = run.config.plan
 
@@ -183,6 +191,7 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
             source,
             run.texts.calibration,
             cuts,
+            sink=sink,
             settings=settings,
             four_bit=run.config.measure.four_bit,
             seed=run.config.seed,
@@ -195,20 +204,13 @@ def compare_stage(run: Run, source: Source, cuts: Sequence[tuple[int, ...]]) -> 
         parameters={
             **settings.model_dump(exclude={"criterion"}),
             "cuts": [list(cut) for cut in cuts],
+            **({"sink": sink} if sink is not None else {}),
             "four_bit": run.config.measure.four_bit,
             "seed": run.config.seed,
         },
         inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
         summary=lambda c: f"{len(c.cuts)} cuts on {c.num_documents} documents",
     )
-
-
-def _describe_plan(plan: PruningPlan) -> str:
-    n = len(plan.dropped)
-    across = f", angular distance {plan.distance:.3f}" if plan.distance is not None else ""
-    by = criterion_of(plan.criterion).by
-    share = f"{n / plan.num_layers:.0%}"
-    return f"dropping {n} of {plan.num_layers} layers ({share}){by}: {layer_ranges(plan.dropped)}{across}"
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
@@ -229,12 +231,17 @@ def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
 
 
 def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) -> Adapter:
-    """Heal with QLoRA, resuming from the last trainer checkpoint."""
+    """Heal with QLoRA, resuming from the last trainer checkpoint, and from a fit of the seam if requested."""
 
     def work(folder: Path) -> Artifact:
         from factory.healing.heal import heal
         from factory.parallel.launch import spread
 
+        seam = _fit_seam(run, source, plan, folder) if run.config.fits_seam else None
+        if seam and not run.config.heal_enabled:
+            from factory.healing.seam import untrained
+
+            return untrained(seam, pruned, text=run.texts.healing, dropped=plan.dropped, folder=folder)
         part = partial(
             heal,
             pruned,
@@ -245,6 +252,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             seed=run.config.seed,
             folder=folder,
             tracking=run.tracking,
+            seam=seam,
         )
         processes, divided = healing_processes(
             source, run.config, processes=run.processes, pruned_parameters=pruned.num_parameters
@@ -255,7 +263,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
     return run.stage(
         HEAL,
         work,
-        parameters={**_without_data(run.config.heal), "seed": run.config.seed},
+        parameters={**heal_parameters(run.config), "seed": run.config.seed},
         inputs={"pruned": run.keys["prune"], "text": text_identity(run.texts.healing.data)},
         summary=partial(
             describe_healing,
@@ -265,30 +273,31 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
     )
 
 
-def describe_healing(adapter: Adapter, *, requested_steps: int, requested_dropout: float = 0.0) -> str:
-    """Describe the training, its effect, and every departure from the request."""
-    best = adapter.best_step
-    facts = [
-        f"{adapter.num_steps:,} steps, {adapter.num_tokens:,} tokens",
-        f"held-out loss {adapter.guard_loss_before:.3f} → {adapter.guard_loss_after:.3f}"
-        + (f", lowest at step {best:,}" if best not in (None, adapter.num_steps) else ""),
-    ]
-    if (slowed := adapter.slowed_at_step) is not None:
-        facts.append(f"learning rate lowered from step {slowed:,}, after the loss diverged")
-    if (ended := adapter.ran_away_at_step) is not None:
-        kept = f"went back to step {adapter.num_steps:,}" if adapter.num_steps else "nothing learnt"
-        facts.append(f"stopped at step {ended:,}, where the loss diverged again: {kept}")
-    elif adapter.num_steps < requested_steps:
-        facts.append(f"stopped early, at step {adapter.num_steps:,} of {requested_steps:,}")
-    if adapter.experts and requested_dropout:
-        facts.append("no dropout, which adapters on fused experts do not support")
-    if adapter.quantization == "nf4" and (adapter.experts or adapter.left_out):
-        facts.append("experts in 16 bits, not in NF4")
-    if adapter.left_out:
-        facts.append(f"no adapter on {', '.join(adapter.left_out)}, one parameter for all experts")
-    if not adapter.packed:
-        facts.append("not packed, since this model attends across packed documents")
-    return "; ".join(facts)
+def _fit_seam(run: Run, source: Source, plan: PruningPlan, folder: Path) -> SeamFit:
+    """Fit the layer before each cut in this process, before the model is divided among several."""
+    from factory.healing.seam import fit_seams
+
+    heal = run.config.heal if run.config.heal_enabled else run.config.heal.model_copy(update=FIT_ONLY)
+    return fit_seams(
+        source.local_folder,
+        run.texts.healing,
+        dropped=plan.dropped,
+        settings=heal,
+        rank=heal.rank if run.config.heal_enabled else None,
+        seed=run.config.seed,
+        folder=folder,
+        progress=run.ticks("heal"),
+    )
+
+
+def heal_parameters(config: BuildConfig) -> dict[str, Any]:
+    """Return the settings that decide the adapter."""
+    values = _without_data(config.heal)
+    if not config.heal_enabled:
+        return {name: values[name] for name in ("start", "bits", "sequence_length")} | {"trained": False}
+    if not config.fits_seam:
+        values.pop("start")  # added later: keys of earlier versions lack it
+    return values
 
 
 def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -307,25 +316,15 @@ def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
     return run.stage(
         MERGE,
         work,
-        parameters={"base": run.config.merge_base if run.config.heal.bits == 4 else "bf16"},
+        parameters={"base": _merge_base(run.config)},
         inputs={"pruned": run.keys["prune"], "adapter": run.keys["heal"]},
-        summary=_describe_merge,
+        summary=describe_merge,
     )
 
 
-def _describe_merge(merged: Checkpoint) -> str:
-    if not merged.files:
-        return "the adapter makes weights infinite or NaN, so the unhealed model ships"
-    return f"adapter added to the {merged.merge_base}{_losses(merged.merge_losses)}" + (
-        "" if merged.helped else "; it does not lower the held-out loss, so the unhealed model ships"
-    )
-
-
-def _losses(losses: dict[str, float] | None) -> str:
-    """Describe the losses behind a choice: "; held-out loss 3.12 on source weights, 3.10 on …"."""
-    if not losses:
-        return ""
-    return "; held-out loss " + ", ".join(f"{loss:.4f} on {name}" for name, loss in losses.items())
+def _merge_base(config: BuildConfig) -> str:
+    """Return the base to merge into; only training over NF4 gives a choice."""
+    return config.merge_base if config.heal_enabled and config.heal.bits == 4 else "bf16"
 
 
 def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:

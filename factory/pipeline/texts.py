@@ -31,7 +31,7 @@ def open_texts(
         evaluates: Whether the run reads the evaluation text. If that is a file, or also the calibration
             set, it is opened anyway, so that documents are divided as in a build.
     """
-    heals = heals and config.heal_enabled
+    heals = heals and config.has_adapter
     evaluations = [
         open_text(data, split="validation")
         for data in config.evaluate.data

@@ -56,7 +56,21 @@ def angular(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = la
         distance=distances[start],
         runner_up_start=others[0] if others else None,
         runner_up_distance=distances[others[0]] if others else None,
+        ties=_ties(profile, block_size=block_size, start=start, others=others),
     )
+
+
+def _ties(
+    profile: DistanceProfile, *, block_size: int, start: int, others: Collection[int]
+) -> tuple[int, ...]:
+    """Return those of the other starts that tie with this one, which is the nearest block of its size.
+
+    If the architecture forbids the nearest block, nothing is known about the others' differences.
+    """
+    distances = profile.block_distances(block_size)[:-1]
+    if not distances[start] <= min(distances):
+        return ()
+    return tuple(other for other in profile.ties.get(block_size, ()) if other in others)
 
 
 def deepest(profile: DistanceProfile, *, block_size: int, may_drop: MayDrop = lambda _: True) -> PruningPlan:

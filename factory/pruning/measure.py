@@ -1,6 +1,7 @@
 """Measure the angular distance between every pair of layer inputs, in one pass over the text."""
 
 import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ FIRST_BATCH_SIZE = 16  # sequences of full length; halved until it fits
 CHUNK = 64  # samples between two checks of whether the choice is certain
 SAVE_EVERY = 256  # samples
 CERTAIN = 3.0  # standard errors of the paired difference between the best block and each rival
-INFLUENCE_POSITIONS = 64  # per sample, evenly spaced: Block Influence is a mean over tokens
+PLACES = 64  # per document, at most: ends of its samples, whose states one causal pass gives
+EVERY_SIZE = 128  # layers: up to here, blocks of every size are compared with their rivals
 TOKENS_AT_ONCE = 128  # positions whose pairs of layers are compared at once
 STATE = "measuring.pt"
 Sample = tuple[int, list[int]]  # its number, its tokens
+Measured = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # distances, Block Influence, norms
 Progress = Callable[[int, int, str], None]
 
 
@@ -44,11 +47,15 @@ def measure(
 ) -> DistanceProfile:
     """Measure angular distances between layer inputs (arXiv 2403.17887, section 3.2), and Block Influence.
 
-    Each document gives one sample: its first `settings.sequence_length` tokens. Reading stops after
-    `settings.num_samples`; if that is None, once the nearest block of each of `block_sizes` is ahead of
-    every rival by three standard errors of the paired difference, at `settings.max_samples`, or at the
-    end of the text. Only sums over the samples are kept; the language-model head is never run. Several
-    processes share each chunk of samples and then hold the same sums.
+    Each document is read up to `settings.sequence_length` tokens, and the distances at the last token of
+    `PLACES` beginnings of that, which end anywhere in it, are averaged. The paper takes one sample of each
+    document, cut at the sequence length: of whole documents that is a full stop, which can decide the block.
+    In a causal model a token's state does not depend on what follows, so all places cost one pass.
+
+    Reading stops after `settings.num_samples` documents; if that is None, once the nearest block of each of
+    `block_sizes` is ahead of every rival by three standard errors of the paired difference, at
+    `settings.max_samples`, or at the end of the text. Only sums over the samples are kept; the language-model
+    head is never run. Several processes share each chunk of samples and then hold the same sums.
 
     Args:
         block_sizes: Numbers of layers in a cut, for each of which the choice must be certain.
@@ -72,6 +79,7 @@ def measure(
                 pad_token_id=encoder.pad_token_id,
                 max_tokens=batch_size * settings.sequence_length,
                 all_tokens=settings.tokens == "all",
+                seed=seed,
             )
         ),
         starting_batch_size=FIRST_BATCH_SIZE,
@@ -91,7 +99,7 @@ def measure(
 
 
 def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
-    """Yield numbered token lists of the documents in shuffled order, cut to the sequence length."""
+    """Yield the numbered beginnings of the documents in shuffled order, cut to the sequence length."""
     number = 0
     for document in text.shuffled(seed):
         tokens = encoder.beginning(document, length=settings.sequence_length)
@@ -143,14 +151,17 @@ class Moments:
 
 
 class Sums:
-    """Running sums over the samples, O(L²) in size, plus O(L²) per requested block size."""
+    """Running sums over the samples, O(L²) in size, plus O(L²) per block size."""
 
     def __init__(self, num_layers: int, block_sizes: Sequence[int]) -> None:
         self.num_layers = num_layers
+        self.block_sizes = tuple(sorted(set(block_sizes)))
         self.distance = Moments(num_layers + 1, num_layers + 1)
         self.influence = Moments(num_layers)
+        self.norms = Moments(num_layers + 1, 2)  # of the first token, and of the median token after it
         # Differences between all pairs of blocks; the plan never drops the last layer.
-        self.rivals = {n: Moments(num_layers - n, num_layers - n) for n in sorted(set(block_sizes))}
+        sizes = range(1, num_layers) if num_layers <= EVERY_SIZE else self.block_sizes
+        self.rivals = {n: Moments(num_layers - n, num_layers - n) for n in sizes}
         self.num_tokens = 0
         self.longest = 0  # tokens
 
@@ -159,34 +170,49 @@ class Sums:
         """Number of samples so far."""
         return self.distance.count
 
-    def add(self, samples: list[Sample], measured: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, samples: list[Sample], measured: list[Measured]) -> None:
         """Add the results of `measure_batches` for these samples."""
-        distances = torch.cat([distance for distance, _ in measured])  # [b, L + 1, L + 1]
+        distances, influence, norms = (torch.cat(parts) for parts in zip(*measured, strict=True))
         self.distance.add(distances)
-        self.influence.add(torch.cat([influence for _, influence in measured]))
+        self.influence.add(influence)
+        self.norms.add(norms)
         for n, moments in self.rivals.items():
             blocks = distances.diagonal(offset=n, dim1=1, dim2=2)[:, :-1]  # [b, L - n]
             moments.add(blocks[:, :, None] - blocks[:, None, :])
         self.num_tokens += sum(len(tokens) for _, tokens in samples)
         self.longest = max(self.longest, *(len(tokens) for _, tokens in samples))
 
-    def lead(self, n: int) -> float:
-        """Return the lead of the nearest block of n layers over its closest rival, in standard errors."""
+    def leads(self, n: int) -> torch.Tensor:
+        """Return the lead of the nearest block of n layers over each block, in standard errors: [L - n]."""
         moments = self.rivals[n]
         best = int(self.distance.mean.diagonal(offset=n)[:-1].argmin())
         ahead, error = moments.mean[:, best], moments.stderr[:, best]
         # A block that is equal in every sample is just as good a choice.
         leads = torch.where((ahead == 0) & (error == 0), torch.inf, ahead / error)
-        return float(leads.nan_to_num(nan=0.0, posinf=torch.inf).min())
+        return leads.nan_to_num(nan=0.0, posinf=torch.inf)
+
+    def lead(self, n: int) -> float:
+        """Return the lead of the nearest block of n layers over its closest rival, in standard errors."""
+        return float(self.leads(n).min())
+
+    def ties(self) -> dict[int, tuple[int, ...]]:
+        """Return, per block size, the starts of the blocks from which the nearest cannot be told."""
+        near = {n: (self.leads(n) < CERTAIN).nonzero().flatten().tolist() for n in self.rivals}
+        return {n: tuple(starts) for n, starts in near.items() if starts}
 
     def certain(self) -> tuple[int, ...]:
         """Return the requested block sizes if the choice is certain for all of them, else an empty tuple."""
-        sizes = tuple(self.rivals)
+        sizes = self.block_sizes
         return sizes if sizes and all(self.lead(n) >= CERTAIN for n in sizes) else ()
+
+    @property
+    def moments(self) -> list[Moments]:
+        """Return all moments, in the order in which they are saved."""
+        return [self.distance, self.influence, self.norms, *self.rivals.values()]
 
     def note(self) -> str:
         """Describe in words how certain the choice is so far."""
-        lead = min((self.lead(n) for n in self.rivals), default=0.0)
+        lead = min((self.lead(n) for n in self.block_sizes), default=0.0)
         return f"best block ahead by {lead:.1f} of {CERTAIN:.0f} standard errors"
 
     def save(self, folder: Path) -> None:
@@ -204,8 +230,7 @@ class Sums:
                 saved = torch.load(folder / STATE, weights_only=True)
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
                 return sums  # truncated by a power cut
-            moments = [sums.distance, sums.influence, *sums.rivals.values()]
-            for moment, (count, mean, squares) in zip(moments, saved["moments"], strict=True):
+            for moment, (count, mean, squares) in zip(sums.moments, saved["moments"], strict=True):
                 moment.count, moment.mean, moment.squares = count, mean, squares
             sums.num_tokens, sums.longest = saved["num_tokens"], saved["longest"]
         return sums
@@ -225,14 +250,16 @@ class Sums:
             stderr=_rows(self.distance.stderr),
             influence=_row(self.influence.mean),
             influence_stderr=_row(self.influence.stderr),
+            ties=self.ties(),
+            first_norm=_row(self.norms.mean[:, 0]),
+            other_norm=_row(self.norms.mean[:, 1]),
             data=text.data,
         )
 
 
 def _plain(sums: Sums) -> dict[str, Any]:
-    moments = [sums.distance, sums.influence, *sums.rivals.values()]
     return {
-        "moments": [(moment.count, moment.mean, moment.squares) for moment in moments],
+        "moments": [(moment.count, moment.mean, moment.squares) for moment in sums.moments],
         "num_tokens": sums.num_tokens,
         "longest": sums.longest,
     }
@@ -248,24 +275,31 @@ def _rows(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 
 @torch.inference_mode()
 def measure_batches(
-    model: Any, samples: Sequence[Sample], *, pad_token_id: int, max_tokens: int, all_tokens: bool = False
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield distances [b, L + 1, L + 1] and Block Influence [b, L] per batch, in float64 on the CPU.
+    model: Any,
+    samples: Sequence[Sample],
+    *,
+    pad_token_id: int,
+    max_tokens: int,
+    all_tokens: bool = False,
+    seed: int = 0,
+) -> Iterator[Measured]:
+    """Yield distances [b, L + 1, L + 1], Block Influence [b, L] and norms [b, L + 1, 2] per batch.
 
+    All are in float64 on the CPU. The norms are those of the first token and of the median token after it.
     Batches hold samples of similar length, at most `max_tokens` including padding, the longest first, so
     that running out of memory shows at once.
 
     Args:
-        all_tokens: Average the distances over all tokens but the first, whose state is an outlier, instead
-            of taking the last token as the paper does.
+        all_tokens: Average over all tokens but the first, whose state is an outlier, instead of `PLACES`.
+        seed: Seed of the places; those of a sample depend on nothing else but its number and length.
     """
     layers = decoder_layers(model)
     for batch in _batches(samples, max_tokens=max_tokens):
-        ids, mask = pad_batch([tokens for _, tokens in batch], pad_token_id=pad_token_id)
-        maximum = ids.shape[1] - 1 if all_tokens else INFLUENCE_POSITIONS
-        positions, weights = _positions(mask.sum(dim=1).tolist(), maximum=maximum)
+        ids, _ = pad_batch([tokens for _, tokens in batch], pad_token_id=pad_token_id)
+        maximum = ids.shape[1] - 1 if all_tokens else PLACES
+        positions, weights = _positions(batch, maximum=maximum, seed=seed)
         weights = weights.to(model.device)
-        with _boundaries(layers, positions.to(model.device), keep_all=all_tokens) as seen:
+        with recorded_boundaries(layers, positions.to(model.device)) as seen:
             # The inner model: the head's logits, the largest tensor of a pass, are not needed. No mask:
             # no real token attends to the padding after it, and attention is faster without one.
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
@@ -273,13 +307,18 @@ def measure_batches(
         # Layers spread over several devices leave their states there.
         states = [state.to(model.device) for state in seen.states]
         influence = torch.stack([(turn.to(model.device) * weights).sum(dim=1) for turn in seen.turns], dim=1)
-        if all_tokens:
-            distances = torch.stack(
-                [_mean_distances([state[row] for state in states], weights[row]) for row in range(len(batch))]
-            )
-        else:
-            distances = angular_distances(torch.stack([state[:, -1].double() for state in states], dim=1))
-        yield distances.cpu(), influence.cpu()
+        distances = torch.stack(
+            [_mean_distances([state[row] for state in states], weights[row]) for row in range(len(batch))]
+        )
+        first = torch.stack([norm.to(model.device) for norm in seen.first_norms], dim=1)
+        norms = torch.stack([first, _median_norms(states, weights)], dim=2)
+        yield distances.cpu(), influence.cpu(), norms.cpu()
+
+
+def _median_norms(states: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Return the median norm over the positions of weight: L + 1 of [b, p, d] → [b, L + 1]."""
+    norms = torch.stack([state.double().norm(dim=-1) for state in states], dim=1)  # [b, L + 1, p]
+    return norms.masked_fill(weights[:, None, :] == 0, torch.nan).nanmedian(dim=-1).values
 
 
 def angular_distances(states: torch.Tensor) -> torch.Tensor:
@@ -313,39 +352,42 @@ def _batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[Sam
         yield batch
 
 
-def _positions(lengths: list[int], *, maximum: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return evenly spaced positions per row, ending at its last real token, and weights: both [b, p].
+def _positions(samples: Sequence[Sample], *, maximum: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions per sample and their weights: both [b, p].
 
-    Position 0 is never included. Rows with fewer than `maximum` are padded in front, with weight 0.
+    A sample's range after position 0 is divided evenly, and each part gives one position, at the same random
+    distance from its beginning. Samples with fewer than `maximum` are padded in front, with weight 0.
     """
     positions, weights = [], []
-    for length in lengths:
-        count = min(maximum, length - 1)
-        spaced = torch.linspace(1, length - 1, count, dtype=torch.float64).round().long().tolist()
-        spaced[-1] = length - 1
-        positions.append([length - 1] * (maximum - count) + spaced)
+    for number, tokens in samples:
+        after = len(tokens) - 1
+        count = min(maximum, after)
+        offset = random.Random(f"{seed}:{number}").random()
+        spaced = [1 + int((part + offset) * after / count) for part in range(count)]
+        positions.append([after] * (maximum - count) + spaced)
         weights.append([0.0] * (maximum - count) + [1 / count] * count)
     return torch.tensor(positions), torch.tensor(weights, dtype=torch.float64)
 
 
 @dataclass
-class _Boundaries:
+class Boundaries:
     """Values recorded at each layer's input and the last layer's output, at some positions."""
 
     states: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b, p, d]
     finite: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b]
     turns: list[torch.Tensor] = field(default_factory=list)  # L of [b, p]: 1 − cosine over a layer
+    first_norms: list[torch.Tensor] = field(default_factory=list)  # L + 1 of [b]: at position 0
 
 
 @contextmanager
-def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iterator[_Boundaries]:
-    """Record the states at `positions`, [b, p]; unless `keep_all`, only those of the last position.
+def recorded_boundaries(layers: Any, positions: torch.Tensor) -> Iterator[Boundaries]:
+    """Record the states at `positions`, [b, p].
 
     Uses hooks, because the last entry of `output_hidden_states` is after the final norm and so not
     comparable with the others. Block Influence is the mean of 1 − cosine (ShortGPT, arXiv 2403.03853,
     equation 1).
     """
-    seen = _Boundaries()
+    seen = Boundaries()
     rows = torch.arange(len(positions), device=positions.device)[:, None]
     before: torch.Tensor | None = None
 
@@ -356,7 +398,8 @@ def _boundaries(layers: Any, positions: torch.Tensor, *, keep_all: bool) -> Iter
             both = before.to(state.device).double(), state.double()
             seen.turns.append(1 - torch.nn.functional.cosine_similarity(*both, dim=-1))
         seen.finite.append(state.isfinite().flatten(start_dim=1).all(dim=1))
-        seen.states.append(state if keep_all else state[:, -1:].clone())
+        seen.states.append(state)
+        seen.first_norms.append(hidden[:, 0].double().norm(dim=-1))
         before = state
 
     def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

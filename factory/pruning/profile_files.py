@@ -49,6 +49,9 @@ def _read_ours(file: Path) -> DistanceProfile:
         raise DataError(f"{file} does not contain {size} by {size} distances", hint="the file is damaged")
     if not all(math.isnan(value) or 0 <= value <= 1 for value in values):
         raise DataError(f"{file} contains distances outside 0 to 1", hint="the file is damaged")
+    norms = (profile.first_norm, profile.other_norm)
+    if any(found is not None and len(found) != size for found in norms):
+        raise DataError(f"{file} does not contain {size} norms", hint="the file is damaged")
     if not all(map(math.isfinite, profile.influence or ())):
         raise DataError(f"{file} contains a Block Influence that is not finite", hint="the file is damaged")
     return profile

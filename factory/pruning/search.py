@@ -198,29 +198,38 @@ def compare(
     text: Text,
     cuts: Sequence[Layers],
     *,
+    sink: int | None = None,
     settings: PlanSettings,
     four_bit: bool,
     seed: int,
     progress: Progress,
 ) -> CutLosses:
-    """Measure the unhealed loss of several cuts on the same documents, none of them used by a search."""
+    """Measure the unhealed loss of several cuts on the same documents, none of them used by a search.
+
+    Args:
+        sink: Layer that makes the attention sink; the loss without it alone is measured too.
+    """
     model = load_model(source.local_folder, four_bit=four_bit)
     encoder = load_encoder(source.local_folder)
     sequences = take_sequences(text, encoder, settings=settings, seed=seed, half=COMPARE)
 
+    tried: list[Layers] = [(), *cuts, *([(sink,)] if sink is not None else [])]
+
     def run(batch_size: int) -> list[torch.Tensor]:
         trial = _trial(model, sequences, encoder, batch_size=batch_size)
         found = []
-        for number, cut in enumerate([(), *cuts]):
+        for number, cut in enumerate(tried):
             found.append(trial.losses(cut, [()])[0])
-            progress(number + 1, len(cuts) + 1, "")
+            progress(number + 1, len(tried), "")
         return found
 
     whole, *rows = find_executable_batch_size(run, starting_batch_size=FIRST_BATCH_SIZE)()
+    rows, alone = rows[: len(cuts)], rows[len(cuts) :]
     best = min(rows, key=lambda losses: float(mean_loss(losses)))
     return CutLosses(
         source=_cut_loss((), whole, best=best),
         cuts=tuple(_cut_loss(cut, losses, best=best) for cut, losses in zip(cuts, rows, strict=True)),
+        sink=_cut_loss(tried[-1], alone[0], best=whole) if alone else None,
         num_documents=len(sequences),
         sequence_length=settings.sequence_length,
         data=text.data,

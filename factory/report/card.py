@@ -21,6 +21,7 @@ from factory.config.settings import SLOWER
 from factory.errors import StoreError
 from factory.report.command import reproduction_command, settings_of, without_option
 from factory.report.markdown import HUB, clean, filters, markdown
+from factory.report.notes import tie_note
 from factory.report.tables import (
     comparison,
     data_rows,
@@ -105,8 +106,11 @@ def render(
         .render(
             build=build,
             config=config,
-            objective=build.adapter and OBJECTIVES[build.adapter.objective],
+            objective=OBJECTIVES[build.adapter.objective]
+            if build.adapter and build.adapter.objective
+            else None,
             choice=_choice(build.plan),
+            ties=tie_note(build.plan, num_samples=build.profile_samples),
             front_matter=Markup(yaml.safe_dump(front_matter(build, repo_id=repo_id), **YAML_STYLE)),
             title=_title(build, repo_id=repo_id),
             model_id=repo_id or "./model",

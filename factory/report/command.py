@@ -74,7 +74,7 @@ def differing_settings(build: Build) -> dict[tuple[str, str], Any]:
     return {
         (section, key): value
         for section in SECTIONS
-        if section != "heal" or config.heal_enabled
+        if section != "heal" or config.has_adapter
         for key, value in getattr(config, section).model_dump(mode="json").items()
         if value != usual[section][key]
     }

@@ -22,7 +22,7 @@ from factory.artifacts import (
     is_block,
     layer_ranges,
 )
-from factory.config.objectives import OBJECTIVES
+from factory.config.objectives import OBJECTIVES, SFT
 
 INK = "#1f2328"
 GRID = "#d8dee4"
@@ -93,7 +93,7 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 3.2), dpi=DPI, facecolor="white", layout="constrained")
         axes = figure.add_subplot()
-        trained = OBJECTIVES[adapter.objective].curve_is_loss
+        trained = OBJECTIVES[adapter.objective or SFT.name].curve_is_loss
         points = adapter.curve if trained else adapter.guard_curve
         steps, losses = [point.step for point in points], [point.loss for point in points]
         axes.plot(steps, losses, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None)

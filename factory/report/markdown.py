@@ -11,6 +11,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from factory.artifacts import DataSource, layer_ranges
+from factory.report.summaries import describe_seam
 from factory.units import count_in_words, rough_duration
 
 HUB = "https://huggingface.co"
@@ -33,6 +34,7 @@ def filters() -> dict[str, Any]:
         "percent": percent,
         "python": lambda text: Markup(json.dumps(plain(text), ensure_ascii=False)),
         "row": row,
+        "seam": describe_seam,
         "signed": signed,
         "rule": lambda cells: Markup("|---|" + "--:|" * (len(cells) - 1)),
         "text": text_name,

@@ -50,7 +50,7 @@ class Stage(Generic[A]):
 
 MEASURE: "Stage[DistanceProfile]" = Stage(
     "measure",
-    version=4,
+    version=5,
     makes="DistanceProfile",
     libraries=("torch", "transformers", "bitsandbytes"),
     resumable=True,
@@ -84,7 +84,7 @@ HEAL: "Stage[Adapter]" = Stage(
     libraries=("torch", "transformers", "trl", "peft", "bitsandbytes"),
     resumable=True,
     reads_text=True,
-    scratch=("trainer*", "tokens", "slowed.json"),
+    scratch=("trainer*", "tokens", "slowed.json", "seam.*"),
     local=("tokens",),  # a cache that holds paths
 )
 MERGE: "Stage[Checkpoint]" = Stage("merge", version=3, makes="Checkpoint")

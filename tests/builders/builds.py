@@ -11,9 +11,11 @@ from factory.artifacts import (
     DataSource,
     DistanceProfile,
     Evaluation,
+    FittedSeam,
     LossPoint,
     PartScore,
     PruningPlan,
+    SeamFit,
     Source,
     Speed,
     SpeedComparison,
@@ -102,17 +104,22 @@ def a_comparison(measure: str, difference: float, *, num_items: int, test: str) 
     )
 
 
+def loss_comparisons(before: Evaluation, after: Evaluation) -> tuple[Comparison, ...]:
+    """On each text, as a build holds them."""
+    return tuple(
+        a_comparison("loss", new.nats - old.nats, num_items=old.num_documents, test="paired t").model_copy(
+            update={"text": old.data.name}
+        )
+        for old, new in zip(before.losses, after.losses, strict=True)
+    )
+
+
 def comparisons(evaluations: dict[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
     """With the source, as a build holds them."""
     source = evaluations["source"]
     return {
         name: (
-            a_comparison(
-                "loss",
-                evaluation.loss.nats - source.loss.nats,
-                num_items=source.loss.num_documents,
-                test="paired t",
-            ),
+            *loss_comparisons(source, evaluation),
             *(
                 a_comparison(
                     new.task, new.value - old.value, num_items=old.num_samples, test="McNemar, exact"
@@ -251,6 +258,25 @@ def demo_healed() -> Build:
         ),
         seconds={"measure": 9.1, "prune": 0.2, "heal": 141.7, "merge": 0.3, "evaluate": 33.0},
         device="Intel Xeon, 2 threads",
+    )
+
+
+def on_two_texts(*, prose: tuple[float, float, float] = (3.9127, 6.1052, 5.6188)) -> Build:
+    """The demo evaluated also on a text unlike the healing text, with its losses on it."""
+    build = demo_healed()
+    text = DataSource(name="stdlib:prose", version="d7" * 32)
+    evaluations = {
+        name: evaluation.model_copy(
+            update={"more_losses": (an_evaluation(nats, text, vocab_size=2048, num_documents=64).loss,)}
+        )
+        for (name, evaluation), nats in zip(build.evaluations.items(), prose, strict=True)
+    }
+    return build.model_copy(
+        update={
+            "evaluations": evaluations,
+            "comparisons": comparisons(evaluations),
+            "healing": loss_comparisons(evaluations["pruned"], evaluations["healed"]),
+        }
     )
 
 
@@ -421,6 +447,34 @@ def healing_discarded() -> Build:
     return build.model_copy(update=changes)
 
 
+def a_seam(**fields: Any) -> SeamFit:
+    """What a fit of the layer before one cut says of itself, with some of its facts chosen."""
+    seam = FittedSeam(
+        layer=9,
+        module="mlp.down_proj",
+        rank=128,
+        ridge=0.1,
+        explained=0.553,
+        num_tokens=20_147,
+        num_left_out=94,
+    )
+    values: dict[str, Any] = {
+        "quantization": "none",
+        "seams": (seam,),
+        "loss_before": 5.322,
+        "loss_after": 4.257,
+    }
+    return SeamFit(**values | fields)
+
+
+def fitted_seam(*, shipped: str) -> Build:
+    """A build whose layer before the cut was fitted, without training."""
+    build = chat_with_other_licence() if shipped == "healed" else healing_discarded()
+    assert build.adapter is not None
+    untrained = {"objective": None, "num_steps": 0, "seam": a_seam()}
+    return build.model_copy(update={"adapter": build.adapter.model_copy(update=untrained)})
+
+
 def perplexities(rises: bool | None, *values: float, **changes: Any) -> Build:
     """The demo with a word perplexity as its task."""
     build = demo_healed()
@@ -469,7 +523,13 @@ def with_a_full_card() -> Build:
         "license_link": "https://a.b/c",
         "base_models": ("org/base", "org/other"),
     }
-    return build.model_copy(update={"source": build.source.model_copy(update=fields)})
+    return build.model_copy(
+        update={
+            "source": build.source.model_copy(update=fields),
+            "plan": build.plan.model_copy(update={"ties": (4,)}),
+            "sink": build.plan.dropped[0],
+        }
+    )
 
 
 def without_measurable_loss() -> Build:
@@ -510,5 +570,8 @@ def profile_from(sums: Sums) -> DistanceProfile:
         mean=tuple(map(tuple, sums.distance.mean.tolist())),
         stderr=tuple(map(tuple, sums.distance.stderr.tolist())),
         influence=tuple(sums.influence.mean.tolist()),
+        ties=sums.ties(),
+        first_norm=tuple(sums.norms.mean[:, 0].tolist()),
+        other_norm=tuple(sums.norms.mean[:, 1].tolist()),
         data=DataSource(name="x", version="1"),
     )

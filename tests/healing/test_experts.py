@@ -16,8 +16,8 @@ from factory.healing.merge import merge
 from factory.hub.resolve import resolve
 from factory.model.config_proof import on_meta
 from factory.model.loading import load_model
-from factory.pipeline.stages import describe_healing
 from factory.pruning.prune import prune
+from factory.report.summaries import describe_healing
 from tests.builders.builds import an_adapter
 from tests.builders.healing import SETTINGS
 from tests.builders.models import save_family

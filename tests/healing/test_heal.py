@@ -37,7 +37,7 @@ from factory.healing.lora import find_targets
 from factory.healing.merge import judge, merge
 from factory.model.loading import load_model
 from factory.model.tokenizer import load_encoder
-from factory.pipeline.stages import describe_healing
+from factory.report.summaries import describe_healing
 from factory.store.stage import HEAL
 from factory.text import text as texts
 from factory.text.text import Text

@@ -156,6 +156,37 @@ def test_a_profile_of_ours_is_read_back(tmp_path: Path, source: Source) -> None:
     assert read_profile(tmp_path / "profile.json", source=source) == profile
 
 
+def test_a_profile_from_before_ties_and_norms_were_recorded_is_read(tmp_path: Path, source: Source) -> None:
+    profile = flat_profile(source.num_layers)
+    old = profile.model_dump_json(exclude={"ties", "first_norm", "other_norm"})
+    (tmp_path / "profile.json").write_text(old, encoding="utf-8")
+    found = read_profile(tmp_path, source=source)
+    assert (found.sink, plan(found, block_size=3).ties) == (None, ())
+
+
+def test_ties_and_norms_are_read_back(tmp_path: Path, source: Source) -> None:
+    size = source.num_layers + 1
+    norms = {"first_norm": (1.0,) * 9 + (90.0,) * (size - 9), "other_norm": (1.0,) * size}
+    profile = flat_profile(source.num_layers).model_copy(update={"ties": {3: (4, 5)}, **norms})
+    profile.write(tmp_path)
+    assert read_profile(tmp_path, source=source) == profile
+    assert profile.sink == 8
+    damaged = profile.model_copy(update={"first_norm": (1.0,)})
+    damaged.write(tmp_path)
+    with pytest.raises(DataError, match="does not contain 25 norms"):
+        read_profile(tmp_path, source=source)
+
+
+def test_the_plan_names_blocks_that_tie_with_it_and_may_be_dropped() -> None:
+    rows = [[0.5] * 7 for _ in range(7)]
+    rows[2][4] = 0.1
+    profile = profile_of(rows).model_copy(update={"ties": {2: (0, 3)}})
+    assert plan(profile, block_size=2).ties == (0, 3)
+    assert plan(profile, block_size=2, may_drop=lambda layers: 0 not in layers).ties == (3,)
+    assert plan(profile, block_size=2, may_drop=lambda layers: layers[0] != 2).ties == ()  # not the nearest
+    assert plan(profile, block_size=3).ties == ()
+
+
 def test_a_row_of_pruneme_is_the_distance_across_zero_based_layers(tmp_path: Path, source: Source) -> None:
     profile = read_profile(write_pruneme(tmp_path / "p.csv", n=8, num_layers=24), source=source)
     assert profile.mean[3][11] == pytest.approx(0.47)

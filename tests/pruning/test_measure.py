@@ -1,4 +1,4 @@
-"""Distances are those of the definition, at the last real token, whatever the batch and the padding."""
+"""Distances are those of the definition, at places all over a text, whatever the batch and the padding."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,16 @@ from factory.artifacts import DistanceProfile, Source
 from factory.config.settings import MeasureSettings
 from factory.errors import DataError, ModelError
 from factory.pruning.criteria import plan
-from factory.pruning.measure import Moments, Sums, angular_distances, measure, measure_batches, take_samples
+from factory.pruning.measure import (
+    Moments,
+    Sample,
+    Sums,
+    _positions,
+    angular_distances,
+    measure,
+    measure_batches,
+    take_samples,
+)
 from factory.resources import DEMO_MODEL
 from tests.builders.builds import profile_from
 from tests.builders.models import byte_encoder
@@ -67,11 +76,11 @@ def test_distances_are_those_computed_naively_in_float64() -> None:
     for sample in samples(7):
         with torch.no_grad():
             states = model(torch.tensor([sample]), output_hidden_states=True).hidden_states[:4]
-        last = [state[0, -1].double() for state in states]
-        for i, a in enumerate(last):
-            for j, b in enumerate(last):
-                cosine = (a @ b / (a.norm() * b.norm())).clamp(-1, 1)
-                expected[i, j] += torch.arccos(cosine) / math.pi / 7
+        for place in range(1, len(sample)):  # as many as there are, in so short a text
+            for i, a in enumerate(state[0, place].double() for state in states):
+                for j, b in enumerate(state[0, place].double() for state in states):
+                    cosine = (a @ b / (a.norm() * b.norm())).clamp(-1, 1)
+                    expected[i, j] += torch.arccos(cosine) / math.pi / (len(sample) - 1) / 7
     expected.fill_diagonal_(0)
     assert (mean[:4, :4] - expected).abs().max() < 1e-6
 
@@ -147,7 +156,7 @@ def test_distances_over_all_tokens_leave_out_the_first() -> None:
     model = toy("llama", 3)
     taken = list(enumerate(samples(5)))
     batches = measure_batches(model, taken, pad_token_id=0, max_tokens=30, all_tokens=True)
-    found = torch.cat([distances for distances, _ in batches]).mean(dim=0)
+    found = torch.cat([distances for distances, *_ in batches]).mean(dim=0)
     expected = torch.zeros(3, 3, dtype=torch.float64)
     for sample in samples(5):
         with torch.no_grad():
@@ -155,6 +164,89 @@ def test_distances_over_all_tokens_leave_out_the_first() -> None:
         together = torch.stack([state[0, 1:].double() for state in states], dim=1)  # [s - 1, 3, d]
         expected += angular_distances(together).mean(dim=0) / 5
     assert (found[:3, :3] - expected).abs().max() < 1e-6
+
+
+# Where samples end ------------------------------------------------------------------------------
+
+
+def places(samples: list[Sample], *, maximum: int = 4, seed: int = 0) -> list[list[int]]:
+    found, _ = _positions(samples, maximum=maximum, seed=seed)
+    return found.tolist()
+
+
+LONG = [(number, list(range(1, 41))) for number in range(50)]
+
+
+def test_distances_are_the_mean_over_samples_that_end_at_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.pruning.measure.PLACES", 4)
+    model, sample = toy("llama", 3), (5, samples(1)[0] * 9)
+    (found, *_), *_ = measure_batches(model, [sample], pad_token_id=0, max_tokens=128, seed=3)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for place in places([sample], seed=3)[0]:
+        beginning = torch.tensor([sample[1][: place + 1]])
+        with torch.no_grad():
+            states = model(beginning, output_hidden_states=True).hidden_states[:3]
+        expected += angular_distances(torch.stack([state[:, -1].double() for state in states], dim=1))[0] / 4
+    assert (found[0, :3, :3] - expected).abs().max() < 1e-6
+
+
+def test_places_depend_on_nothing_but_the_seed_the_sample_and_its_length() -> None:
+    together = places(LONG)
+    assert [places([sample])[0] for sample in reversed(LONG)] == together[::-1]
+    assert places(LONG, seed=1) != together
+
+
+def test_places_are_spread_over_the_text_and_never_the_first_token() -> None:
+    found = places(LONG)
+    assert all(len(set(row)) == 4 and 1 <= min(row) < 11 and 30 <= max(row) < 40 for row in found)
+    assert {place for row in found for place in row} >= {1, 39}  # the whole text is in reach
+    assert places([(0, [1, 2, 3])]) == [[2, 2, 1, 2]]  # padded in front, with weight 0
+
+
+def test_a_measurement_does_not_depend_on_batches(tiny_source: Source, tmp_path: Path) -> None:
+    taken = [(number, tokens * 12) for number, tokens in enumerate(samples(7))]
+    model = toy("llama", 3)
+    alone, together = (sums_over(model, taken, max_tokens=tokens) for tokens in (1, 1000))
+    for one, other in zip(alone.moments, together.moments, strict=True):
+        assert torch.allclose(one.mean, other.mean, atol=1e-6)
+
+
+def sums_over(model: torch.nn.Module, taken: list[Sample], *, max_tokens: int) -> Sums:
+    sums = Sums(len(model.model.layers), ())
+    batches = measure_batches(model, taken, pad_token_id=0, max_tokens=max_tokens)
+    sums.add(taken, list(batches))
+    return sums
+
+
+# The attention sink -----------------------------------------------------------------------------
+
+
+def with_sink(layer: int | None) -> DistanceProfile:
+    """The profile of a model whose `layer` adds a large state to the token that starts every text."""
+    model = toy("llama", 4, range(4))
+    model.model.embed_tokens.weight.data[1, 0] = 30.0  # only the first token has this direction
+    if layer is not None:
+        mlp = model.model.layers[layer].mlp
+        for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            projection.weight.data.zero_()
+        mlp.gate_proj.weight.data[0, 0] = mlp.up_proj.weight.data[0, 0] = 10.0
+        mlp.down_proj.weight.data[1, 0] = 10.0
+        model.model.embed_tokens.weight.data[2:, 0] = 0.0
+    taken = [
+        (number, [1, *(token for token in tokens if token > 1), 2])
+        for number, tokens in enumerate(samples(7))
+    ]
+    return profile_from(sums_over(model, taken, max_tokens=100))
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_the_layer_that_lifts_the_first_token_is_the_sink(layer: int) -> None:
+    assert with_sink(layer).sink == layer
+
+
+def test_a_model_whose_layers_leave_the_first_token_alone_has_no_sink() -> None:
+    assert with_sink(None).sink is None
+    assert profile_of(toy("llama", 4)).sink is None
 
 
 # When to stop -----------------------------------------------------------------------------------
@@ -171,10 +263,17 @@ def distances_with(best: float, *, noise: float, count: int, num_layers: int = 5
 
 
 def sums_of(distances: torch.Tensor) -> Sums:
-    sums = Sums(distances.shape[1] - 1, (2,))
+    size = distances.shape[1]
+    sums = Sums(size - 1, (2,))
     sums.add(
         [(number, [1, 2]) for number in range(len(distances))],
-        [(distances, torch.zeros(len(distances), distances.shape[1] - 1, dtype=torch.float64))],
+        [
+            (
+                distances,
+                torch.zeros(len(distances), size - 1, dtype=torch.float64),
+                torch.ones(len(distances), size, 2, dtype=torch.float64),
+            )
+        ],
     )
     return sums
 
@@ -195,6 +294,15 @@ def test_a_block_that_is_equal_in_every_sample_does_not_keep_the_choice_open() -
     distances = distances_with(0.4, noise=0.0, count=10)
     distances[:, 0, 2] = distances[:, 1, 3]
     assert sums_of(distances).certain() == (2,)
+    assert sums_of(distances).ties() == {}
+
+
+def test_blocks_within_three_standard_errors_of_the_nearest_tie_with_it() -> None:
+    distances = distances_with(0.4, noise=0.1, count=200)
+    distances[:, 0, 2] -= 0.1
+    tied = sums_of(distances).ties()[2]
+    nearest = int(distances.mean(dim=0).diagonal(offset=2)[:-1].argmin())
+    assert tied == tuple({0, 1} - {nearest})
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +377,6 @@ def test_each_document_gives_one_sample_cut_to_length() -> None:
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "mamba", "mixtral", "gemma3_text", "bloom"])
 def test_layers_may_return_and_be_given_what_their_family_does(family: str) -> None:
     model = build(config_of(family))
-    (found, _influence), *_ = measure_batches(model, [(0, samples(1)[0])], pad_token_id=0, max_tokens=64)
+    (found, *_), *_ = measure_batches(model, [(0, samples(1)[0])], pad_token_id=0, max_tokens=64)
     assert found.shape == (1, 9, 9)
     assert float(found.diagonal(offset=1, dim1=1, dim2=2).min()) > 1e-4

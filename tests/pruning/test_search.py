@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from factory.artifacts import DataSource
 from factory.config.settings import PlanSettings
 from factory.errors import ModelError
+from factory.hub.resolve import resolve
 from factory.model.layers import decoder_layers, skip_layers
 from factory.pruning.criteria import plan
 from factory.pruning.measure import Sums, measure_batches
@@ -21,11 +22,13 @@ from factory.pruning.search import (
     SEARCH,
     Trial,
     best_candidate,
+    compare,
     mean_loss,
     search_block,
     search_greedily,
     take_sequences,
 )
+from factory.resources import DEMO_MODEL
 from factory.text.text import Text
 from tests.builders.builds import profile_from
 from tests.builders.models import byte_encoder, save_llama
@@ -253,3 +256,20 @@ def test_equal_documents_do_not_serve_search_and_comparison_both(documents: list
     ]
     together = [tuple(tokens) for tokens in found[0] + found[1]]
     assert len(set(together)) == len(together) == len({*documents, *more})
+
+
+def test_the_sink_is_compared_with_the_source_and_does_not_count_among_the_cuts() -> None:
+    source = resolve(str(DEMO_MODEL)).model_copy(update={"folder": DEMO_MODEL})
+    text = Text(DataSource(name="x", version="1"), lambda: (f"def f{n}(x): return {n}" for n in range(8)))
+    cuts: list[tuple[int, ...]] = [(0, 1, 2), (3,)]
+    options = {"settings": PlanSettings(sequence_length=16), "four_bit": False, "seed": 0}
+    found, without = (
+        compare(source, text, cuts, sink=sink, progress=lambda *_: None, **options)  # type: ignore[arg-type]
+        for sink in (3, None)
+    )
+    assert found.cuts == without.cuts
+    assert without.sink is None
+    assert found.sink is not None
+    assert found.sink.dropped == (3,)
+    assert found.sink.nats == pytest.approx(found.cuts[1].nats)
+    assert found.sink.behind == pytest.approx(found.sink.nats - found.source.nats)

@@ -1,4 +1,4 @@
-"""The card: golden files for three builds, and what holds for every card."""
+"""The card: golden files for some builds, and what holds for every card."""
 
 import json
 import math
@@ -33,10 +33,13 @@ from factory.resources import CARD_TEMPLATES
 from tests.builders.builds import (
     SUBJECTS,
     a_score,
+    a_seam,
     chat_with_other_licence,
     chosen_by,
     demo_healed,
+    fitted_seam,
     healing_discarded,
+    on_two_texts,
     perplexities,
     unhealed,
     with_a_full_card,
@@ -54,6 +57,7 @@ CARDS = {
     ),
     "unhealed": lambda: render(unhealed(), repo_id="someone/mistral-23-layers", has_healing_figure=False),
     "discarded": lambda: render(healing_discarded(), has_healing_figure=False),
+    "two_texts": lambda: render(on_two_texts(), has_healing_figure=True),
     "greedy": lambda: render(chosen_by("greedy"), has_healing_figure=False),
 }
 
@@ -92,6 +96,17 @@ def test_a_base_that_was_the_only_one_to_merge_into_was_not_chosen_of_two() -> N
     assert "of two bases" not in render(alone, has_healing_figure=False)
 
 
+def test_a_fitted_seam_without_training_is_shown_as_what_it_is() -> None:
+    card = render(fitted_seam(shipped="healed"), has_healing_figure=False)
+    assert "## Fitted seam, no training" in card
+    assert "fitted seam (layer 9) on 20,147 tokens, 94 outliers left out" in card
+    assert "trained for" not in card
+    assert "How it was healed" not in card
+    assert "## Fitted seam that was discarded" in render(
+        fitted_seam(shipped="pruned"), has_healing_figure=False
+    )
+
+
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +128,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     seam = chat.adapter.model_copy(
         update={
             "layers": "seam",
+            "seam": a_seam(),
             "slowed_at_step": 900,
             "best_step": 950,
             "ran_away_at_step": 990,
@@ -123,6 +139,12 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2)):  # within chance; made worse by healing
+        others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
+    fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
+    others.append(partial(render, fitted, has_healing_figure=False))
+    for shipped in ("healed", "pruned"):
+        others.append(partial(render, fitted_seam(shipped=shipped), has_healing_figure=False))
     cards = [*CARDS.values(), *others]
     head, *sections = re.split(r"(?m)^(?=## \w)", template)
     names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use

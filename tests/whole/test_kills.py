@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.builders.files import flip_a_bit
-from tests.kills import BUILD, COMMAND, KINDS, Bench, Outcome, bench, moments, strike
+from tests.kills import BUILD, COMMAND, KINDS, Bench, Outcome, bench, moments, result, strike
 
-MOMENTS = 14  # each kind at a time and at an event
+MOMENTS = 7  # each kind once; `python -m tests.kills` takes hundreds
 TELLS = ("SIGINT", "memory", "file size", "full disk")  # the process lives to say why it ends
 
 
@@ -39,6 +40,42 @@ def test_a_build_struck_down_at_any_moment_ends_as_if_undisturbed(
 def test_the_moments_strike_in_every_way_while_work_is_under_way(outcomes: list[Outcome]) -> None:
     assert {outcome.moment.kind for outcome in outcomes} == set(KINDS)
     assert sum(outcome.first.code != 0 for outcome in outcomes) > MOMENTS / 2
+
+
+# Ends the process without a word at the n-th event of the interpreter whose name and first argument match:
+# from outside that is a power cut at a chosen moment.
+KILLER = r"""
+import os, re, signal, sys
+def watch(name, arguments):
+    if name == {event!r} and arguments and re.search({pattern!r}, str(arguments[0])):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+"""
+STAGES = (  # event of the interpreter, its first argument: one in each stage, in the order of a build
+    ("os.rename", r"stages/measure/\w+\.partial$"),
+    ("os.mkdir", r"stages/plan/\w+\.partial$"),
+    ("open", r"stages/prune/\w+\.partial/config\.json"),
+    ("os.mkdir", r"stages/heal/\w+\.partial/trainer/checkpoint-"),
+    ("open", r"stages/merge/\w+\.partial/model\.safetensors"),
+    ("os.rename", r"stages/evaluate/\w+\.partial/stage\.json\.partial$"),
+    ("open", r"stages/speed/\w+\.partial/speed\.json"),
+    ("open", r"\.tiny-drop40\.partial/model/README\.md"),
+)
+
+
+def test_killed_in_every_stage_and_run_again_it_ends_as_if_undisturbed(found: Bench, tmp_path: Path) -> None:
+    for name in ("tiny", "measured.jsonl", "healed.jsonl", "evaluated.jsonl"):
+        (tmp_path / name).symlink_to(found.folder / name)
+    command = (*COMMAND, "--home", "home")
+    for event, pattern in STAGES:
+        before = KILLER.format(event=event, pattern=pattern)
+        done = found.process.run(*command, folder=tmp_path, before=before)
+        assert done.code == -signal.SIGKILL, (pattern, done.stdout, done.stderr)
+        assert not (tmp_path / BUILD).exists()
+    last = found.process.run(*command, folder=tmp_path)
+    assert last.code == 0, last.stderr
+    assert last.stdout.count("reused") == 9  # everything but the card
+    assert result(tmp_path) == found.undisturbed
 
 
 def test_a_heal_that_is_killed_once_its_work_is_done_is_not_done_again(found: Bench, tmp_path: Path) -> None:
