@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from factory import __version__
-from factory.artifacts import Build, Comparison, Made
+from factory.artifacts import Build, Comparison, DataSource, Made
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig, build_name
 from factory.store.stage import STAGES
@@ -70,21 +70,21 @@ def describe_build(
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build in readable form, with the versions of its source and texts."""
     source, healing = build.source, build.adapter
-    texts = {"measure": [build.calibration]} | ({"heal": [healing.data]} if healing else {})
-    texts["evaluate"] = [loss.data for loss in build.evaluations["source"].losses]
+    texts = {"measure": _text(build.calibration)} | ({"heal": _text(healing.data)} if healing else {})
     recipe = {
         "source": {"repo_id": source.repo_id, "commit": source.commit},
         **{key: value for key, value in build.config.items() if key != "reference"},
-        "texts": {
-            use: [{"name": text.name, "version": text.version} for text in used]
-            for use, used in texts.items()
-        },
+        "texts": texts | {"evaluate": [_text(loss.data) for loss in build.evaluations["source"].losses]},
         "dropped": list(build.dropped),
         "made_with": f"hf-factory {build.factory_version}",
     }
     head = "# What this model was made of and how; `factory build REPOSITORY --reproduce` makes it again.\n"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     (folder / RECIPE).write_text(head + text, encoding="utf-8")
+
+
+def _text(data: DataSource) -> dict[str, str]:
+    return {"name": data.name, "version": data.version}
 
 
 def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_a_long_document_is_read_to_its_end_when_evaluated_and_only_begun_when_m
         drop=0.4,
         heal_enabled=False,
         measure=MeasureSettings(num_samples=16, sequence_length=64),
-        evaluate=EvaluateSettings(num_documents=16, sequence_length=64, tasks=()),
+        evaluate=EvaluateSettings(data=("a.txt",), num_documents=16, sequence_length=64, tasks=()),
     )
 
     def seconds(stage: str, **known: Contents) -> float:

@@ -139,7 +139,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
-    for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2)):  # within chance; made worse by healing
+    for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
     fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
     others.append(partial(render, fitted, has_healing_figure=False))
