@@ -104,7 +104,7 @@ def test_the_recipe_says_what_it_was_made_of_and_how(build: Path) -> None:
         "version": found["calibration"]["version"],
     }
     evaluated = found["evaluations"]["source"]["loss"]["data"]
-    assert recipe["texts"]["evaluate"] == [{"name": "held_out.jsonl", "version": evaluated["version"]}]
+    assert recipe["texts"]["evaluate"] == [{"name": "evaluated.jsonl", "version": evaluated["version"]}]
     assert recipe["dropped"] == found["plan"]["dropped"]
 
 
