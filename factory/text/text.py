@@ -22,6 +22,7 @@ from factory.text.standard_library import Part, documents, fingerprint
 SHUFFLE_BUFFER = 10_000  # documents held in memory
 MISSING = object()
 PASSAGE_CHARACTERS = 3000  # approximate length of the passages that source files are split into
+PROSE_CHARACTERS = 1000  # the same of the prose, so that a second text adds little to the demo's time
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,14 @@ def _standard_library(reference: str) -> Text:
 
 
 def _standard_passages(part: Part) -> Iterator[str]:
-    return (passage for file in documents(part) for passage in _passages(file))
+    length = PROSE_CHARACTERS if part == "prose" else PASSAGE_CHARACTERS
+    return (passage for file in documents(part) for passage in _passages(file, length=length))
 
 
-def _passages(source: str) -> Iterator[str]:
+def _passages(source: str, *, length: int) -> Iterator[str]:
     passage = ""
     for paragraph in source.split("\n\n"):
-        if passage and len(passage) + len(paragraph) > PASSAGE_CHARACTERS:
+        if passage and len(passage) + len(paragraph) > length:
             yield passage
             passage = ""
         passage += paragraph + "\n\n"
