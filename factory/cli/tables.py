@@ -200,18 +200,20 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     """Show one line per cut, and the largest cut before the cliff."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
-    names = ["dropped", "layers", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
+    loss_names = _loss_names(sweep.source)
+    names = ["dropped", "layers", *loss_names, *(f"healed {name}" for name in loss_names if healed)]
     names += [task.name for task in sweep.source.tasks]
     for name in [*names, "kept"]:
         table.add_column(name, justify="left" if name == "layers" else "right")
-    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")
+    blank = [""] * len(loss_names) * healed
+    table.add_row("0", "", *_losses(sweep.source), *blank, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
         kept = share_kept(point.best, sweep.source)
         table.add_row(
             f"{len(point.plan.dropped)} ({point.drop:.0%})",
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
-            *(_losses(point.healed) if point.healed else [""] * 2 * healed),
+            *(_losses(point.healed) if point.healed else blank),
             *_scores(point.best, sweep),
             "–" if math.isnan(kept) else f"{kept:.0%}",
             style="bold" if point.drop == sweep.before_the_cliff else "",
@@ -230,9 +232,16 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
 
 
+def _loss_names(source: Evaluation) -> list[str]:
+    """Return the columns of the losses: in nats and per log V on the first text, in nats on the others."""
+    first, *others = (loss.data.name for loss in source.losses)
+    on = f" on {first}" if others else ""
+    return [f"loss{on}", "/ log V", *(f"loss on {name}" for name in others)]
+
+
 def _losses(evaluation: Evaluation) -> list[str]:
-    loss = evaluation.loss
-    return [f"{loss.nats:.3f} ± {loss.stderr:.3f}", f"{loss.normalized:.3f}"]
+    first, *others = (f"{loss.nats:.3f} ± {loss.stderr:.3f}" for loss in evaluation.losses)
+    return [first, f"{evaluation.loss.normalized:.3f}", *others]
 
 
 def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
