@@ -34,7 +34,7 @@ BATCH = 32  # sequences evaluated at once
 RECIPES = (
     "objective=sft,rank=8,learning_rate=3e-3",
     "objective=sft,rank=64,learning_rate=3e-3",
-    "objective=distill,modules=all-linear,rank=128,learning_rate=5e-3,dropout=0,bits=16",
+    "objective=distill,modules=all-linear,rank=128,learning_rate=2.5e-3,next_token_weight=0.3,dropout=0,bits=16",
 )
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from factory.artifacts import Source
 from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
-from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT
+from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT, Objective
 from factory.config.references import aliases, unknown_model
 from factory.config.request import Request
 from factory.errors import DropError, UsageError
@@ -54,6 +54,7 @@ class HealSettings(Settings):
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # adapted layers; seam: from the one before the cut onwards
     seam_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the hidden-state loss, distilling
+    next_token_weight: float = Field(default=0.0, ge=0, lt=1)  # its share of the loss, distilling
     bits: Literal[4, 16] = 4  # per weight under the adapter: 4 is NF4
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
@@ -139,7 +140,7 @@ def load_recipe(alias: str) -> Recipe:
 TOKENS_PER_PARAMETER = 0.0227
 MIN_TOKENS = 500_000
 MAX_TOKENS = 164_000_000
-MIN_STEPS = 100
+MIN_STEPS = 400  # the loss was equal with 250 to 1,000 steps for 2 M tokens
 
 
 def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
@@ -193,6 +194,7 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
     if drop is not None:
         asked["drop"] = drop
     fields = _defaults(recipe, source, longest=longest, objective=asked.get("heal.objective"))
+    _refuse_settings_of_another_objective(asked, OBJECTIVES[fields["heal"]["objective"]])
     for path, value in asked.items():
         section, _, name = path.rpartition(".")
         (fields[section] if section else fields)[name] = value
@@ -206,6 +208,16 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
             hint="add `heal_bits=4` to heal over NF4, or remove `merge_base`",
         )
     return config
+
+
+def _refuse_settings_of_another_objective(asked: Mapping[str, Any], chosen: Objective) -> None:
+    for other in OBJECTIVES.values():
+        for name in sorted(other.reads - chosen.reads):
+            if value := asked.get(f"heal.{name}"):
+                raise UsageError(
+                    f"`{name}={value:g}` without `heal={other.name}`: {chosen.name} does not use it",
+                    hint=f"remove `{name}`, or give `heal={other.name}`",
+                )
 
 
 def _defaults(

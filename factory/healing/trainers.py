@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, nll_loss
 from trl import SFTTrainer
 
 from factory.config.settings import HealSettings
@@ -147,7 +147,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class DistillTrainer(HealTrainer):
-    """HealTrainer whose training loss is the forward KL divergence from the teacher's next tokens.
+    """HealTrainer whose training loss is the forward KL divergence from the teacher, and the next-token loss.
 
     The teacher is the same model with all layers and without the adapter; the student runs without the
     dropped layers and with the adapter. Below the first adapted layer both are the same, so the student
@@ -158,20 +158,29 @@ class DistillTrainer(HealTrainer):
         dropped: Layers that the student lacks.
         start: First layer with an adapter.
         seam_weight: Weight of the relative squared error of the states after each cut; 0 turns it off.
+        next_token_weight: Share of the text's next-token loss; the divergence has the rest.
     """
 
     @classmethod
     def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
         """Return arguments that only this trainer takes."""
-        return {"dropped": dropped, "start": start, "seam_weight": settings.seam_weight}
+        return {"dropped": dropped, "start": start} | settings.model_dump(
+            include={"seam_weight", "next_token_weight"}
+        )
 
     def __init__(
-        self, *args: Any, dropped: Sequence[int], start: int = 0, seam_weight: float = 0.0, **kwargs: Any
+        self,
+        *args: Any,
+        dropped: Sequence[int],
+        start: int = 0,
+        seam_weight: float = 0.0,
+        next_token_weight: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
         self.layers, self.dropped, self.start = decoder_layers(self.causal), frozenset(dropped), start
-        self.seam_weight = seam_weight
+        self.seam_weight, self.next_token_weight = seam_weight, next_token_weight
         self.seams = [
             index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
         ]
@@ -193,12 +202,13 @@ class DistillTrainer(HealTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return KL(teacher ‖ student) in nats per predicted token while training."""
+        """Return KL(teacher ‖ student) and next-token loss, weighted and summed, in nats per token."""
         if not self.model.training:
             self._bypass(self.dropped)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
-        targets = inputs.pop("labels")[:, 1:] != -100
+        labels = inputs.pop("labels")[:, 1:]
+        targets = labels != -100
         teacher, calls = self._teach(model, inputs)
         # Below the first adapted layer both are the same, unless the cut is there: then student and teacher
         # differ from the first layer.
@@ -206,8 +216,14 @@ class DistillTrainer(HealTrainer):
         self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
         with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
-            rows = (student[:, :-1][targets], teacher[:, :-1][targets])  # [n, d]
-            loss = SummedDivergence.apply(*rows, logits_of, self.vocab_size)  # type: ignore[no-untyped-call]
+            rows = (
+                student[:, :-1][targets],
+                teacher[:, :-1][targets],
+                labels[targets],
+            )  # [n, d], [n, d], [n]
+            loss = DistillLoss.apply(  # type: ignore[no-untyped-call]
+                *rows, self.next_token_weight, logits_of, self.vocab_size
+            )
         for index, call in seams.items():
             loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
         loss = self._share(loss, targets.sum(), num_items_in_batch)
@@ -311,8 +327,8 @@ def head_of(
             backbone.forward = own
 
 
-class SummedDivergence(torch.autograd.Function):
-    """Sum over rows of KL(softmax(head(teacher)) ‖ softmax(head(student))), [n, d] and [n, d] → a number.
+class DistillLoss(torch.autograd.Function):
+    """Sum over rows of (1 − w) · KL(teacher ‖ student) − w · log student(label), from [n, d] twice and [n].
 
     Only a few rows of logits exist at a time: the gradient for the student's states is computed in the
     forward pass, so that memory does not grow with tokens × vocabulary.
@@ -323,10 +339,12 @@ class SummedDivergence(torch.autograd.Function):
         ctx: Any,
         student: torch.Tensor,
         teacher: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         vocab_size: int,
     ) -> torch.Tensor:
-        """Return the forward KL in fp32."""
+        """Return the sum in nats, in fp32; `weight` is that of the labels."""
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
         step = max(CHUNK_VALUES // vocab_size, 1)
@@ -337,14 +355,15 @@ class SummedDivergence(torch.autograd.Function):
             with torch.enable_grad():
                 states = student[rows].detach().requires_grad_()
                 log_student = logits_of(states).float().log_softmax(dim=-1)
-                nats = torch.nn.functional.kl_div(log_student, target, reduction="sum", log_target=True)
+                nats = kl_div(log_student, target, reduction="sum", log_target=True) * (1 - weight)
+                nats = nats + nll_loss(log_student, labels[rows], reduction="sum") * weight
             (gradient[rows],) = torch.autograd.grad(nats, states)
             total += nats.detach()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         """Return the gradient for the student's states; the other arguments have none."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None

@@ -296,7 +296,9 @@ def heal_parameters(config: BuildConfig) -> dict[str, Any]:
     if not config.heal_enabled:
         return {name: values[name] for name in ("start", "bits", "sequence_length")} | {"trained": False}
     if not config.fits_seam:
-        values.pop("start")  # added later: keys of earlier versions lack it
+        values.pop("start")  # added later, as the next: keys of earlier versions lack both
+    if not values["next_token_weight"]:
+        values.pop("next_token_weight")
     return values
 
 

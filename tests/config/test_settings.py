@@ -49,7 +49,7 @@ def test_the_recipe_wins_over_the_defaults_and_what_was_typed_over_the_recipe() 
 def test_a_model_is_distilled_unless_something_else_is_asked_for() -> None:
     heal = config_of("mistral-7b").heal
     assert (heal.objective, heal.modules, heal.rank, heal.bits) == ("distill", "all-linear", 128, 4)
-    assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (pytest.approx(3e-4, rel=0.05), 5000, 16)
+    assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (pytest.approx(1.5e-4, rel=0.05), 5000, 16)
 
 
 def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
@@ -112,3 +112,9 @@ def test_an_unknown_alias_offers_the_nearest() -> None:
 def test_a_short_run_warms_up_for_a_tenth_of_its_steps() -> None:
     warmups = [config_of("mistral-7b", heal_steps=steps).heal.warmup_steps for steps in (1, 10, 150, 5000)]
     assert warmups == [1, 1, 15, 100]
+
+
+@pytest.mark.parametrize("name", ["next_token_weight", "seam_weight"])
+def test_settings_that_only_distillation_reads_are_refused_without_it(name: str) -> None:
+    with pytest.raises(UsageError, match=f"`{name}=0.5` without `heal=distill`: sft does not use it"):
+        config_of("mistral-7b", heal="sft", **{name: 0.5})

@@ -16,7 +16,7 @@ from factory.artifacts import Adapter, Checkpoint, PruningPlan
 from factory.config.settings import HealSettings
 from factory.healing.heal import heal
 from factory.healing.merge import merge
-from factory.healing.trainers import CHUNK_VALUES, DistillTrainer, SummedDivergence, head_of
+from factory.healing.trainers import CHUNK_VALUES, DistillLoss, DistillTrainer, head_of
 from factory.hub.resolve import resolve
 from factory.model.layers import bypassed, record_forms
 from factory.model.loading import load_model
@@ -197,16 +197,36 @@ def test_the_error_behind_the_cut_can_be_trained_on_too(
     assert with_seam.guard_loss_after < with_seam.guard_loss_before
 
 
-@given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 99))
-def test_divergence_and_gradient_are_those_of_the_definition(rows: int, vocabulary: int, seed: int) -> None:
+def test_a_share_of_the_next_token_loss_adds_to_the_divergence(
+    source: Path, pruned: Checkpoint, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"next_token_weight": 0.5, "bits": 16, "num_steps": 6})
+    plain = SETTINGS.model_copy(update={"bits": 16, "num_steps": 6})
+    both = run(source, pruned, tmp_path / "both", settings=settings)
+    divergence = run(source, pruned, tmp_path / "divergence", settings=plain)
+    assert both.curve[0].loss > divergence.curve[0].loss  # half of it, and half of the loss on next tokens
+    assert both.curve[-1].loss < both.curve[0].loss
+    assert both.guard_loss_after < both.guard_loss_before
+
+
+@given(st.integers(1, 40), st.integers(2, 9), st.sampled_from([0.0, 0.3, 0.99]), st.integers(0, 99))
+def test_loss_and_gradient_are_those_of_the_definition(
+    rows: int, vocabulary: int, weight: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     student = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     teacher, head = torch.randn(rows, 6, dtype=torch.float64), torch.randn(6, vocabulary, dtype=torch.float64)
-    expected = torch.nn.functional.kl_div(
-        (student @ head).log_softmax(-1), (teacher @ head).log_softmax(-1), reduction="sum", log_target=True
+    labels = torch.randint(vocabulary, (rows,))
+    logits = student @ head
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), (teacher @ head).log_softmax(-1), reduction="sum", log_target=True
     )
+    next_tokens = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    expected = (1 - weight) * divergence + weight * next_tokens
     (gradient,) = torch.autograd.grad(3 * expected, student)
-    found = SummedDivergence.apply(student, teacher, lambda states: states @ head, CHUNK_VALUES // 7)
+    found = DistillLoss.apply(
+        student, teacher, labels, weight, lambda states: states @ head, CHUNK_VALUES // 7
+    )
     (found_gradient,) = torch.autograd.grad(3 * found, student)
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-5)
