@@ -49,7 +49,11 @@ def test_the_recipe_wins_over_the_defaults_and_what_was_typed_over_the_recipe() 
 def test_a_model_is_distilled_unless_something_else_is_asked_for() -> None:
     heal = config_of("mistral-7b").heal
     assert (heal.objective, heal.modules, heal.rank, heal.bits) == ("distill", "all-linear", 128, 4)
-    assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (pytest.approx(1.5e-4, rel=0.05), 5000, 16)
+    assert (heal.learning_rate, heal.num_steps, heal.batch_size) == (
+        pytest.approx(1.5e-4, rel=0.05),
+        5000,
+        16,
+    )
 
 
 def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
