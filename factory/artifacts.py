@@ -143,6 +143,13 @@ class DataSource(Artifact):
     split: str | None = None
     part: str | None = None  # "1 of 2": its other documents serve another use
 
+    @property
+    def corpus(self) -> str:
+        """Return what texts of one origin share: a Hub data set, Python's code, or a file's hash."""
+        if self.hub_id or not self.name.startswith("stdlib:"):
+            return self.hub_id or self.version
+        return self.name if self.name == "stdlib:prose" else "stdlib"
+
 
 class DistanceProfile(Artifact):
     """Mean angular distance between layer inputs, for every pair (arXiv 2403.17887, section 3.2).
@@ -457,10 +464,16 @@ class Evaluation(Artifact):
 
     file_name = "evaluation.json"
 
-    loss: TokenLoss
+    loss: TokenLoss  # on the first text
     tasks: tuple[TaskScore, ...]
     dtype: str  # of the running model
     harness: str  # "lm-eval 0.4.13"
+    more_losses: tuple[TokenLoss, ...] = ()  # on the other texts
+
+    @property
+    def losses(self) -> tuple[TokenLoss, ...]:
+        """Return the loss on each text."""
+        return (self.loss, *self.more_losses)
 
 
 class Comparison(BaseModel):
@@ -469,6 +482,7 @@ class Comparison(BaseModel):
     model_config = FROZEN
 
     measure: str  # "loss", or the task
+    text: str | None = None  # name of the text of a loss; None: the only one of an earlier version
     difference: float  # model − source
     stderr: float
     low: float  # bounds of the confidence interval
@@ -555,6 +569,7 @@ class Build(Artifact):
     result_bytes: int
     evaluations: dict[str, Evaluation]  # "source", "pruned", "healed"
     comparisons: dict[str, tuple[Comparison, ...]] = {}  # with the source: "pruned", "healed"
+    healing: tuple[Comparison, ...] = ()  # healed − pruned, of the loss on each text
     speed: SpeedComparison | None
     files: dict[str, str]  # published weight file → sha256
     stages: dict[str, str]  # stage → key

@@ -21,6 +21,7 @@ from tests.loopback_hub import Hub
 
 MODEL = "mistralai/Mistral-7B-v0.1"
 C4 = "allenai/c4"
+WIKIPEDIA = "wikimedia/wikipedia"
 MMLU = "cais/mmlu"
 BOOLQ = "aps/super_glue"
 GSM8K = "openai/gsm8k"
@@ -34,7 +35,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def stock(hub: Hub, folder: Path) -> dict[str, str]:
-    """Put the model and the four data sets on a Hub; returns repository → commit.
+    """Put the model and its data sets on a Hub; returns repository → commit.
 
     Args:
         hub: Empty.
@@ -43,6 +44,7 @@ def stock(hub: Hub, folder: Path) -> dict[str, str]:
     return {
         MODEL: hub.put_model(MODEL, save_mistral(folder)),
         C4: hub.put_dataset(C4, c4_files()),
+        WIKIPEDIA: hub.put_dataset(WIKIPEDIA, wikipedia_files()),
         MMLU: hub.put_dataset(MMLU, mmlu_files()),
         BOOLQ: hub.put_dataset(BOOLQ, boolq_files()),
         GSM8K: hub.put_dataset(GSM8K, gsm8k_files()),
@@ -175,6 +177,20 @@ def _c4_configurations() -> list[dict[str, Any]]:
         }
         for name in ("en", "en.noclean")
     ]
+
+
+def wikipedia_files() -> dict[str, bytes]:
+    """One edition of a dump: training rows alone."""
+    articles = [
+        {
+            "id": str(seed),
+            "url": f"https://en.wikipedia.org/wiki/{seed}",
+            "title": f"Article {seed}",
+            "text": f"Article {seed}\n\n{sentences(6, seed=seed)}",
+        }
+        for seed in range(5_000_000, 5_000_000 + 300)
+    ]
+    return _parquet_files({"20231101.en": {"train": articles}})
 
 
 def _json_lines(split: str, *, first_seed: int, count: int) -> bytes:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from factory import __version__
-from factory.artifacts import Build, Comparison, Made
+from factory.artifacts import Build, Comparison, DataSource, Made
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig, build_name
 from factory.serving.runtimes import verdicts
@@ -34,6 +34,7 @@ def describe_build(
     made: Made,
     *,
     comparisons: dict[str, tuple[Comparison, ...]],
+    healing: tuple[Comparison, ...],
     keys: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Build:
@@ -58,6 +59,7 @@ def describe_build(
         source_bytes=made.source.size_bytes,
         result_bytes=made.result.size_bytes,
         comparisons=comparisons,
+        healing=healing,
         files=made.result.files,
         stages=dict(keys),
         versions={library: version(library) for library in sorted(libraries)},
@@ -70,13 +72,11 @@ def describe_build(
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build in readable form, with the versions of its source and texts."""
     source, healing = build.source, build.adapter
-    texts = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
-    if healing:
-        texts["heal"] = healing.data
+    texts = {"measure": _text(build.calibration)} | ({"heal": _text(healing.data)} if healing else {})
     recipe = {
         "source": {"repo_id": source.repo_id, "commit": source.commit},
         **{key: value for key, value in build.config.items() if key != "reference"},
-        "texts": {use: {"name": text.name, "version": text.version} for use, text in texts.items()},
+        "texts": texts | {"evaluate": [_text(loss.data) for loss in build.evaluations["source"].losses]},
         "dropped": list(build.dropped),
         "made_with": f"hf-factory {build.factory_version}",
     }
@@ -85,13 +85,17 @@ def write_recipe(build: Build, folder: Path) -> None:
     (folder / RECIPE).write_text(head + text, encoding="utf-8")
 
 
+def _text(data: DataSource) -> dict[str, str]:
+    return {"name": data.name, "version": data.version}
+
+
 def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> dict[str, Any]:
     """Return the settings with data and tasks by name, so that no local path is published."""
     values: dict[str, Any] = json.loads(config.model_dump_json())
     values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
     values["measure"]["data"] = texts.calibration.data.name
     values["heal"]["data"] = texts.healing.data.name
-    values["evaluate"]["data"] = texts.evaluation.data.name
+    values["evaluate"]["data"] = [text.data.name for text in texts.evaluations]
     values["evaluate"]["tasks"] = [Path(task).name for task in config.evaluate.tasks]
     return values
 

@@ -121,12 +121,13 @@ def check_same_source(build: Build, found: Source) -> None:
 
 
 def same_settings(
-    build: Build, *, files: Mapping[str, str | None], tasks: tuple[str, ...] | None
+    build: Build, *, files: Mapping[str, tuple[str, ...]], tasks: tuple[str, ...] | None
 ) -> BuildConfig:
     """Return the build's settings with its data sets pinned to their commits.
 
     Args:
-        files: Local paths of files that the build was made with, by "measure", "heal" and "evaluate".
+        files: Local paths of files that the build was made with, by "measure", "heal" and "evaluate", in
+            the order of the build's texts.
         tasks: Tasks to evaluate on instead.
 
     Raises:
@@ -135,8 +136,16 @@ def same_settings(
     """
     values = BuildConfig.model_validate(build.config).model_dump(mode="json")
     used = _used(build)
-    for use, data in used.items():
-        values[use]["data"] = _pinned(data, files[use], option=DATA_OPTIONS[use], name=build.name)
+    for use, texts in used.items():
+        given = dict(enumerate(files[use]))
+        if len(given) < len(texts):  # only those that are nowhere else
+            places = [index for index, data in enumerate(texts) if _is_file(data)]
+            given = dict(zip(places, given.values(), strict=False))
+        pinned = [
+            _pinned(data, given.get(index), option=DATA_OPTIONS[use], name=build.name)
+            for index, data in enumerate(texts)
+        ]
+        values[use]["data"] = pinned if use == "evaluate" else pinned[0]
     if "heal" not in used:  # in the settings, but never read
         values["heal"]["data"] = values["measure"]["data"]
     if tasks is not None:
@@ -149,9 +158,14 @@ def same_settings(
     return BuildConfig.model_validate(values)
 
 
-def _used(build: Build) -> dict[str, DataSource]:
-    used = {"measure": build.calibration, "evaluate": build.evaluations["source"].loss.data}
-    return used | ({"heal": build.adapter.data} if build.adapter else {})
+def _used(build: Build) -> dict[str, list[DataSource]]:
+    used = {"measure": [build.calibration]}
+    used["evaluate"] = [loss.data for loss in build.evaluations["source"].losses]
+    return used | ({"heal": [build.adapter.data]} if build.adapter else {})
+
+
+def _is_file(data: DataSource) -> bool:
+    return not data.hub_id and data.name not in STANDARD_LIBRARY
 
 
 def _pinned(data: DataSource, file: str | None, *, option: str, name: str) -> str:
@@ -173,9 +187,13 @@ def check_same_texts(build: Build, texts: Texts) -> None:
     Raises:
         DataError: A text differs, or has another version or other documents.
     """
-    opened = {"measure": texts.calibration, "heal": texts.healing, "evaluate": texts.evaluation}
-    for use, data in _used(build).items():
-        found = opened[use].data
+    opened = {"measure": [texts.calibration], "heal": [texts.healing], "evaluate": texts.evaluations}
+    pairs = [
+        (use, data, text.data)
+        for use, used in _used(build).items()
+        for data, text in zip(used, opened[use], strict=True)
+    ]
+    for use, data, found in pairs:
         if found.version != data.version:
             here, there = found.version[:12], data.version[:12]
             raise DataError(
@@ -184,8 +202,7 @@ def check_same_texts(build: Build, texts: Texts) -> None:
                 if data.name in STANDARD_LIBRARY
                 else f"pass the same file with --{DATA_OPTIONS[use]}",
             )
-    for use, data in _used(build).items():
-        found = opened[use].data
+    for _, data, found in pairs:
         if found.part != data.part:  # if another text differs, that was reported above as the cause
             raise DataError(
                 f"{found.name} is divided differently here: {found.part or 'whole'}, but "

@@ -30,7 +30,7 @@ NAMES = {
     *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
 } - {"model"}
 OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # an option in a message: `heal_steps=100`
-STAGE_WIDTH = 16
+STAGE_WIDTH = 17
 PLAIN_SECONDS = 30.0  # least time between progress lines without a terminal
 ENDED = 128 + signal.SIGPIPE  # exit code that a shell reports after a broken pipe
 

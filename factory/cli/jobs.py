@@ -155,7 +155,7 @@ def _identity(settled: "Settled", texts: "Texts") -> str:
     from factory.text.text import text_identity
 
     config, push_to = settled.config, settled.request.push_to
-    used = [texts.calibration, texts.evaluation, *([texts.healing] if config.has_adapter else [])]
+    used = [texts.calibration, *texts.evaluations, *([texts.healing] if config.has_adapter else [])]
     made_by = config.model_dump(
         mode="json", exclude={"reference", *(() if config.has_adapter else ("heal", "merge_base"))}
     )

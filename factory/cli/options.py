@@ -155,6 +155,8 @@ def _option(request: type[Request], name: str, kind: Any, option: Option) -> Cal
     if name == "rerun":
         stages = [stage.name for stage in STAGES.values() if stage.can_rerun]
         settings |= {"multiple": True, "type": click.Choice(stages)}
+    if kind == kinds.References:
+        settings |= {"multiple": True, "callback": lambda _context, _param, value: value or None}
     if name == "home":
         settings["envvar"] = "FACTORY_HOME"
     return click.option(f"--{name.replace('_', '-')}", name, **settings)

@@ -18,7 +18,7 @@ from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
 from factory.report.notes import notes, runtimes_note
-from factory.report.tables import comparison, quality_table, size_table
+from factory.report.tables import loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
 
@@ -73,10 +73,11 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
     if config.fits_seam:
         healing += ", from a fitted seam"
     tasks = ", ".join(evaluate.tasks) or "no tasks (add some with --tasks mmlu,boolq)"
+    texts = " and of ".join(evaluate.data)
     return [
         ("measure", f"{samples} documents of {measure.data}"),
         ("heal", healing),
-        ("evaluate", f"loss on {evaluate.num_documents} documents of {evaluate.data}; {tasks}"),
+        ("evaluate", f"loss on {evaluate.num_documents} documents of {texts}; {tasks}"),
     ]
 
 
@@ -212,18 +213,20 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     """Show one line per cut, and the largest cut before the cliff."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
-    names = ["dropped", "layers", "loss", "loss / log V", *(["healed", "/ log V"] if healed else [])]
+    loss_names = _loss_names(sweep.source)
+    names = ["dropped", "layers", *loss_names, *(f"healed {name}" for name in loss_names if healed)]
     names += [task.name for task in sweep.source.tasks]
     for name in [*names, "kept"]:
         table.add_column(name, justify="left" if name == "layers" else "right")
-    table.add_row("0", "", *_losses(sweep.source), *[""] * 2 * healed, *_scores(sweep.source, sweep), "100%")
+    blank = [""] * len(loss_names) * healed
+    table.add_row("0", "", *_losses(sweep.source), *blank, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
         kept = share_kept(point.best, sweep.source)
         table.add_row(
             f"{len(point.plan.dropped)} ({point.drop:.0%})",
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
-            *(_losses(point.healed) if point.healed else [""] * 2 * healed),
+            *(_losses(point.healed) if point.healed else blank),
             *_scores(point.best, sweep),
             "–" if math.isnan(kept) else f"{kept:.0%}",
             style="bold" if point.drop == sweep.before_the_cliff else "",
@@ -242,9 +245,16 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
 
 
+def _loss_names(source: Evaluation) -> list[str]:
+    """Return the columns of the losses: in nats and per log V on the first text, in nats on the others."""
+    first, *others = (loss.data.name for loss in source.losses)
+    on = f" on {first}" if others else ""
+    return [f"loss{on}", "/ log V", *(f"loss on {name}" for name in others)]
+
+
 def _losses(evaluation: Evaluation) -> list[str]:
-    loss = evaluation.loss
-    return [f"{loss.nats:.3f} ± {loss.stderr:.3f}", f"{loss.normalized:.3f}"]
+    first, *others = (f"{loss.nats:.3f} ± {loss.stderr:.3f}" for loss in evaluation.losses)
+    return [first, f"{evaluation.loss.normalized:.3f}", *others]
 
 
 def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
@@ -253,37 +263,55 @@ def _scores(evaluation: Evaluation, sweep: Sweep) -> list[str]:
 
 
 def verdict(build: Build) -> str:
-    """Return one sentence on what the cut cost and what healing took back."""
-    losses = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
-    gap = losses["pruned"] - losses["source"]
-    cut = f"Dropping layers {layer_ranges(build.dropped)} {_moved(gap)}"
-    compared = comparison(build, build.shipped, "loss")
-    if compared and not compared.significant:
-        return (
-            f"No measurable loss: {compared.difference:+.3f} nats per token is within chance "
+    """Return a sentence for each text on what the cut cost and what healing took back."""
+    findings = loss_findings(build)
+    return " ".join([*(_verdict_on(build, one, of=len(findings)) for one in findings), *_harm(findings)])
+
+
+def _verdict_on(build: Build, found: dict[str, Any], *, of: int) -> str:
+    where = ""
+    if of > 1:
+        where = f"On {found['data'].name}, " + (
+            f"{found['like']} the healing text, " if found["like"] else ""
+        )
+    if (compared := found["comparison"]) and not compared.significant:
+        sentence = (
+            f"{where}no measurable loss: {compared.difference:+.3f} nats per token is within chance "
             f"({p_value(compared.p_value)}), but {compared.num_items} documents cannot rule out "
             f"{compared.high:+.3f}."
         )
+    else:
+        cut = f"dropping layers {layer_ranges(build.dropped)} {_moved(found['added'])}"
+        sentence = f"{where}{cut}; {_healed(build, found)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _healed(build: Build, found: dict[str, Any]) -> str:
+    """Return what healing, or a fitted seam without training, did on one text."""
     if build.adapter is None:
-        return f"{cut}; this build was not healed."
-    if build.adapter.objective is None:
-        return f"{cut}; {_untrained(build, losses)}"
+        return "this build was not healed"
+    is_fit = build.adapter.objective is None
     if build.shipped == "pruned":
-        return f"{cut}; healing did not lower it on held-out text, so the pruned model ships."
-    change = losses["pruned"] - losses["healed"]
+        healing = "the fitted seam" if is_fit else "healing"
+        return f"{healing} did not lower it on held-out text, so the pruned model ships"
+    change, gap = found["taken_back"], found["added"]
     share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
-    if change <= 0:
-        return f"{cut}; healing {_moved(-change)} on this text. Check before you publish."
-    return f"{cut}; healing took back {change:.3f}{share}."
+    if is_fit:
+        return f"the fitted seam, without training, {_moved(-change)}{share}"
+    if change > 0:
+        return f"healing took back {change:.3f}{share}"
+    check = " on this text. Check before you publish" if found["harm"] is None else ""
+    return f"healing {_moved(-change)}{check}"
 
 
-def _untrained(build: Build, losses: dict[str, float]) -> str:
-    """Return what a fitted seam without training did."""
-    if build.shipped == "pruned":
-        return "the fitted seam did not lower it on held-out text, so the pruned model ships."
-    change, gap = losses["pruned"] - losses["healed"], losses["pruned"] - losses["source"]
-    share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
-    return f"the fitted seam, without training, {_moved(-change)}{share}."
+def _harm(findings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each text unlike the healing text on which healing did harm beyond chance."""
+    return [
+        f"Healing made it worse on {one['data'].name}, unlike the healing text, by {one['harm']:.3f} nats "
+        "per token: check before you publish."
+        for one in findings
+        if one["harm"] is not None
+    ]
 
 
 def _moved(change: float) -> str:

@@ -14,6 +14,7 @@ class Criterion:
     name: str
     summary: str  # layers that it drops, for `--help` and docs/choosing-layers.md
     card: str  # paragraph for the model card, with {num_documents} and {order} of the plan; may be empty
+    scattered: bool = False  # may choose layers that lie apart; otherwise one block
     searches: bool = False  # measures the loss of the model without layers; otherwise the profile is enough
     needs_influence: bool = False  # needs each layer's influence, which a profile from elsewhere may lack
     nested: bool = False  # its choice of n layers starts its choice of more: one search serves all sizes
@@ -53,6 +54,7 @@ CRITERIA: Mapping[str, Criterion] = {
             summary="the layers that each turn the states least (ShortGPT, arXiv 2403.03853)",
             card="The distance across blocks did not decide: the layers that each turn the states of a "
             "passage's tokens least were dropped, by the Block Influence of ShortGPT (Men and others).",
+            scattered=True,
             needs_influence=True,
         ),
         Criterion(
@@ -69,6 +71,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "removal raised the loss on {num_documents} passages of the same text least, in the order "
             "{order}.",
             searches=True,
+            scattered=True,
             nested=True,
         ),
     )

@@ -95,6 +95,11 @@ def read_runtimes(value: Any) -> Any:
     return tuple(dict.fromkeys(names))
 
 
+def read_references(value: Any) -> Any:
+    """Read one reference to a text, or a list of them."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 def read_fractions(value: Any) -> Any:
     """Read comma-separated fractions, "0.1,0.2", or a list of them: sorted, without duplicates."""
     parts = value.split(",") if isinstance(value, str) else value
@@ -115,6 +120,7 @@ Location = Annotated[Path, Reads(read_path, Text)]
 Layers = Annotated[tuple[int, ...], Reads(read_layers, LISTED)]
 Names = Annotated[tuple[str, ...], Reads(read_names, LISTED)]
 Runtimes = Annotated[tuple[str, ...], MinLen(1), Reads(read_runtimes, str | list[str])]
+References = Annotated[tuple[Text, ...], MinLen(1), Reads(read_references, str | list[str])]
 Timeout = Annotated[str, Reads(lambda value: str(value) if type(value) is int else value, str | int)]
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]

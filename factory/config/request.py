@@ -29,6 +29,7 @@ from factory.config.options import (
     Names,
     One,
     Option,
+    References,
     Runtimes,
     Text,
     Timeout,
@@ -167,9 +168,12 @@ class Request:
         check_model(self.model)
         for name in self.reads:
             is_read = name != "heal_data" or reads_healing_text(self)
-            if is_read and (reference := getattr(self, name)) is not None:
+            if is_read and (given := getattr(self, name)) is not None:
                 with self.located(name):
-                    check_data(reference)
+                    for reference in (given,) if isinstance(given, str) else given:
+                        check_data(reference)
+                    if name == "eval_data" and (twice := [one for one in given if given.count(one) > 1]):
+                        raise UsageError(f"`eval_data` names {twice[0]} twice", hint="give each text once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +237,8 @@ class Evaluating(Measuring):
         "Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)] = None
     heal_steps: Annotated[One | None, Option(
         "Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",))] = None
-    eval_data: Annotated[Text | None, Option(
-        "Text to compute the loss on; keep it separate from the other two", EVALUATION,
+    eval_data: Annotated[References | None, Option(
+        "Text to compute the loss on (repeatable): one like the healing text, one unlike it", EVALUATION,
         sets=("evaluate.data",), metavar="DATA", repeats=True)] = None
     eval_documents: Annotated[Two | None, Option(
         "Documents to compute the loss on", EVALUATION, sets=("evaluate.num_documents",))] = None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from factory.artifacts import Source
 from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
@@ -70,13 +70,18 @@ class HealSettings(Settings):
 class EvaluateSettings(Settings):
     """Settings for comparing the three models."""
 
-    data: str = "allenai/c4:en"
+    data: tuple[str, ...] = Field(default=("allenai/c4:en", "wikimedia/wikipedia:20231101.en"), min_length=1)
     num_documents: int = Field(default=1000, ge=2, le=MAX_COUNT)
     sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
     tasks: tuple[str, ...] = ("mmlu", "boolq", "gsm8k")
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
     limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)  # samples per task; None: all of them
     backend: Literal["hf", "vllm"] = "hf"  # answers the tasks; the loss always comes from transformers
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value  # earlier builds had one text
 
 
 class BuildConfig(Settings):

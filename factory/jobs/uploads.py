@@ -40,17 +40,27 @@ def carried(
         if not reads_healing_text(request):
             values.pop("heal-data", None)
         for key in [key for key in FILES if key in values]:
-            path = references.local_path(str(values[key]))
-            if values[key] in references.aliases() or not path.exists():
-                continue
+            several = isinstance(values[key], list)
             with request.located(key.replace("-", "_")):
-                _check_upload(path, upload=upload, bucket=bucket)
-            values[key] = _take(path, files)
+                taken = [
+                    _carried(str(value), files, upload=upload, bucket=bucket)
+                    for value in (values[key] if several else [values[key]])
+                ]
+            values[key] = taken if several else taken[0]
         if request.tasks:
             with request.located("tasks"):
                 values["tasks"] = _tasks(request.tasks, files, upload=upload, bucket=bucket)
         given.append(values)
     return given, files
+
+
+def _carried(reference: str, files: Files, *, upload: bool, bucket: str) -> str:
+    """Return a reference for the job; what is local is uploaded."""
+    path = references.local_path(reference)
+    if reference in references.aliases() or not path.exists():
+        return reference
+    _check_upload(path, upload=upload, bucket=bucket)
+    return _take(path, files)
 
 
 def _take(path: Path, files: Files) -> str:

@@ -10,6 +10,7 @@ from factory.errors import HealingError
 from factory.pipeline.run import Missing, Run
 from factory.pipeline.stages import (
     compare_evaluations,
+    compare_healing,
     evaluate_stage,
     heal_stage,
     measure_stage,
@@ -87,7 +88,13 @@ def finish(run: Run, made: Made, *, out: Path) -> Build:
 
     comparisons = compare_evaluations(run, made.evaluations)
     build = describe_build(
-        run.config, run.texts, made, comparisons=comparisons, keys=run.keys, seconds=run.seconds
+        run.config,
+        run.texts,
+        made,
+        comparisons=comparisons,
+        healing=compare_healing(run, made.evaluations),
+        keys=run.keys,
+        seconds=run.seconds,
     )
     with laying_out(out, on_wait=lambda: run.reporter.waiting("card")):
         same = None if run.remade else read_if_same(build, out)

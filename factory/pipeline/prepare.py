@@ -16,6 +16,7 @@ from factory.builds.reproduce import (
     same_settings,
     source_reference,
 )
+from factory.config.criteria import CRITERIA
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
@@ -119,7 +120,8 @@ def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float
     for drop in drops:
         layers = config.plan.layers or ()
         size = len(layers) or num_dropped(drop, source.num_layers)
-        within = limit(source.config, runtimes=config.plan.runtimes, count=size)
+        block = not layers and not CRITERIA[config.plan.criterion].scattered
+        within = limit(source.config, runtimes=config.plan.runtimes, count=size, in_one_block=block)
         if not within(layers):
             raise UsageError(
                 f"without layers {layer_ranges(layers)} this model would be wrong in "
@@ -191,7 +193,9 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     found = read_build(request.model)
     source = resolve_source(replace(request, model=source_reference(found)), reporter)
     check_same_source(found, source)
-    files = {"measure": request.calibration_data, "heal": request.heal_data, "evaluate": request.eval_data}
+    one_each = {"measure": request.calibration_data, "heal": request.heal_data}
+    files: dict[str, tuple[str, ...]] = {use: (file,) if file else () for use, file in one_each.items()}
+    files["evaluate"] = request.eval_data or ()
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
     return Settled(request, source, config, out, repeats=found)

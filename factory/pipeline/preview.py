@@ -83,7 +83,7 @@ def preview(
     processes: int = 1,
     machine: Machine | None = None,
     calibration: Contents | None = None,
-    evaluation: Contents | None = None,
+    evaluations: Sequence[Contents] = (),
 ) -> Preview:
     """Compute the preview of a build; imports torch only if there is something to run.
 
@@ -94,7 +94,7 @@ def preview(
         out: Folder of the build; None assumes the disk of the stages.
         machine: Machine to run on; None is this one.
         calibration: Known facts about the calibration documents; None assumes full sequences.
-        evaluation: Known facts about the evaluation documents, all of whose windows are read.
+        evaluations: Known facts about each evaluation text's documents, all of whose windows are read.
 
     Raises:
         DropError: The fraction does not give a usable number of layers.
@@ -149,7 +149,7 @@ def preview(
             after=parameters_after,
             machine=machine,
             calibration=calibration,
-            evaluation=evaluation,
+            evaluations=evaluations,
         ),
     )
     check_room([disk, *others])
@@ -217,7 +217,7 @@ def _seconds(
     after: int,
     machine: Machine,
     calibration: Contents | None,
-    evaluation: Contents | None,
+    evaluations: Sequence[Contents],
 ) -> float:
     if not pending:
         return 0.0
@@ -230,8 +230,9 @@ def _seconds(
         measure.num_samples or measure.max_samples, calibration, unknown=measure.sequence_length
     )
     measured = samples * min(length, measure.sequence_length)  # the beginning of each document
-    documents, length = _tokens(evaluate.num_documents, evaluation, unknown=evaluate.sequence_length)
-    evaluated = documents * length + task_tokens  # every window of each document
+    known: Sequence[Contents | None] = evaluations or [None] * len(evaluate.data)
+    read = [_tokens(evaluate.num_documents, text, unknown=evaluate.sequence_length) for text in known]
+    evaluated = sum(number * length for number, length in read) + task_tokens  # every window of each document
     work = {
         "measure": measured * FORWARD * before,
         "heal": heal.num_steps * heal.batch_size * heal.sequence_length * (backward * after + taught),

@@ -20,7 +20,7 @@ from factory.artifacts import (
     SpeedComparison,
 )
 from factory.config.criteria import CRITERIA
-from factory.config.settings import BuildConfig, PlanSettings, num_dropped
+from factory.config.settings import BuildConfig, EvaluateSettings, PlanSettings, num_dropped
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
@@ -38,7 +38,7 @@ from factory.store.stage import (
     SEARCH,
     SPEED,
 )
-from factory.text.text import text_identity
+from factory.text.text import Text, Texts, text_identity
 from factory.units import count
 
 FIT_ONLY = {"num_steps": 100, "batch_size": 4}  # size of the held-out set if nothing is trained
@@ -348,45 +348,88 @@ def _merge_base(config: BuildConfig) -> str:
 
 
 def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluation:
-    """Evaluate loss and tasks of one of the three models; all builds of a source share its evaluation."""
+    """Evaluate loss and tasks of one of the three models; all builds of a source share its evaluation.
+
+    The tasks run in one stage with the first text; every other text has a stage of its own.
+    """
+    settings = run.config.evaluate
+    first = _evaluate_stage(run, name, model, run.texts.evaluation, settings=settings)
+    without_tasks = settings.model_copy(update={"tasks": (), "num_fewshot": {}, "backend": "hf"})
+    others = [
+        _evaluate_stage(run, label, model, text, settings=without_tasks)
+        for label, text in zip(labels(name, run.texts)[1:], run.texts.also, strict=True)
+    ]
+    return first.model_copy(update={"more_losses": tuple(other.loss for other in others)})
+
+
+def labels(name: str, texts: Texts) -> list[str]:
+    """Return the label of a model's evaluation on each text: "source", "source 2"."""
+    return [name, *(f"{name} {number}" for number in range(2, len(texts.evaluations) + 1))]
+
+
+def _evaluate_stage(
+    run: Run, label: str, model: Source | Checkpoint, text: Text, *, settings: EvaluateSettings
+) -> Evaluation:
+    name = label.partition(" ")[0]
 
     def work(into: Path) -> Artifact:
         from factory.evaluation.evaluate import evaluate
 
         folder = model.local_folder if isinstance(model, Source) else model.folder
-        part = partial(evaluate, folder, run.texts.evaluation, settings=run.config.evaluate, into=into)
-        if run.config.evaluate.backend == "vllm":  # vLLM spreads the model itself
-            return part(progress=run.ticks("evaluate", name))
-        return in_processes(run, part, name=f"evaluate {name}", model=folder)
+        part = partial(evaluate, folder, text, settings=settings, into=into)
+        if settings.backend == "vllm":  # vLLM spreads the model itself
+            return part(progress=run.ticks("evaluate", label))
+        return in_processes(run, part, name=f"evaluate {label}", model=folder)
 
     model_key = model.commit if isinstance(model, Source) else run.keys[MADE_BY[name]]
     return run.stage(
         EVALUATE,
         work,
-        label=name,
+        label=label,
         parameters={
-            **_without_data(run.config.evaluate),
-            "limit": run.config.evaluate.limit if run.config.evaluate.tasks else None,
-            "tasks": [task_identity(task) for task in run.config.evaluate.tasks],
-            **({"vllm": version("vllm")} if run.config.evaluate.backend == "vllm" else {}),
+            **_without_data(settings),
+            "limit": settings.limit if settings.tasks else None,
+            "tasks": [task_identity(task) for task in settings.tasks],
+            **({"vllm": version("vllm")} if settings.backend == "vllm" else {}),
         },
-        inputs={"model": model_key, "text": text_identity(run.texts.evaluation.data)},
+        inputs={"model": model_key, "text": text_identity(text.data)},
         summary=lambda e: ", ".join(
-            [f"loss {e.loss.nats:.3f}", *(f"{t.name} {t.shown(t.value)}" for t in e.tasks)]
+            [
+                f"loss {e.loss.nats:.3f} on {e.loss.data.name}",
+                *(f"{t.name} {t.shown(t.value)}" for t in e.tasks),
+            ]
         ),
     )
 
 
 def compare_evaluations(run: Run, evaluations: Mapping[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
     """Compare each model with the source on the stored answers; too quick to be a stage."""
+    return {name: _compare(run, "source", name) for name in evaluations if name != "source"}
+
+
+def compare_healing(run: Run, evaluations: Mapping[str, Evaluation]) -> tuple[Comparison, ...]:
+    """Compare the losses of the healed model with those of the pruned one; empty without a healed one."""
+    if "healed" not in evaluations:
+        return ()
+    return tuple(one for one in _compare(run, "pruned", "healed") if one.text is not None)
+
+
+def _compare(run: Run, before: str, after: str) -> tuple[Comparison, ...]:
+    """Compare two models on each text, then on the tasks."""
     from factory.evaluation.significance import compare
 
-    before = run.folders["evaluate source"]
-    return {
-        name: compare(before, run.folders[f"evaluate {name}"], num_tasks=len(run.config.evaluate.tasks))
-        for name in evaluations
-        if name != "source"
-    }
+    losses: list[Comparison] = []
+    tasks: list[Comparison] = []
+    stages = zip(labels(before, run.texts), labels(after, run.texts), run.texts.evaluations, strict=True)
+    for number, (one, other, text) in enumerate(stages):
+        loss, *others = compare(
+            run.folders[f"evaluate {one}"],
+            run.folders[f"evaluate {other}"],
+            num_tasks=0 if number else len(run.config.evaluate.tasks),
+        )
+        losses.append(loss.model_copy(update={"text": text.data.name}))
+        tasks += others
+    return (*losses, *tasks)
 
 
 def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str) -> SpeedComparison:

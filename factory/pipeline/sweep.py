@@ -25,7 +25,8 @@ SHARE_KEPT = 0.8
 RULE = (
     f"the largest cut that, like all smaller ones, keeps {SHARE_KEPT:.0%} of the source's margin over "
     "guessing: (score − chance) / (source − chance), averaged over the tasks that have a chance level and "
-    "on which the source is above it; without such a task, (log V − loss) / (log V − source loss)"
+    "on which the source is above it; without such a task, (log V − loss) / (log V − source loss) "
+    "on the first text"
 )
 
 

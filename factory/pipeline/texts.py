@@ -7,9 +7,10 @@ from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
 from factory.config.references import local_path
 from factory.config.settings import BuildConfig
+from factory.errors import DataError
 from factory.store.stage import STAGES
 from factory.text.overlap import Contents, Hashes, keep_apart, look
-from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
+from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text, text_identity
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
@@ -31,18 +32,42 @@ def open_texts(
             set, it is opened anyway, so that documents are divided as in a build.
     """
     heals = heals and config.has_adapter
-    data = config.evaluate.data
-    is_here = data in STANDARD_LIBRARY or local_path(data).is_file()
-    evaluates = evaluates or (measures and (is_here or data == config.measure.data))
-    evaluation = open_text(data, split="validation") if evaluates else NOTHING
+    evaluations = [
+        open_text(data, split="validation")
+        for data in config.evaluate.data
+        if evaluates or (measures and (_is_here(data) or data == config.measure.data))
+    ]
+    _check_different(evaluations)
     calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
     healing = open_text(config.heal.data, split="train") if heals else NOTHING
     # The most that an evaluation can read if half of a data set is excluded, and some to spare.
     maximum = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
-    apart = keep_apart(evaluation, (calibration, healing), look=lambda text: _hashes(text, maximum=maximum))
-    whole = (calibration, healing, evaluation)
-    measured, healed = apart.others
-    return Texts(measured, healed, apart.evaluation, remarks=apart.remarks, whole=whole)
+    whole = (calibration, healing, *evaluations)
+    others: tuple[Text, ...] = (calibration, healing)
+    separated: list[Text] = []
+    remarks: list[str] = []
+    for evaluation in evaluations or [NOTHING]:
+        apart = keep_apart(evaluation, others, look=lambda text: _hashes(text, maximum=maximum))
+        others = apart.others
+        separated.append(apart.evaluation)
+        remarks += apart.remarks
+    measured, healed = others
+    first, *also = separated
+    return Texts(measured, healed, first, remarks=tuple(remarks), whole=whole, also=tuple(also))
+
+
+def _is_here(data: str) -> bool:
+    return data in STANDARD_LIBRARY or local_path(data).is_file()
+
+
+def _check_different(texts: Sequence[Text]) -> None:
+    """Refuse to evaluate twice on equal texts, whatever their files are called."""
+    seen: dict[str, str] = {}
+    for data in (text.data for text in texts):
+        if (earlier := seen.setdefault(text_identity(data), data.name)) is not data.name:
+            raise DataError(
+                f"`eval_data`: {data.name} is the same text as {earlier}", hint="give each text once"
+            )
 
 
 def check_tokens(source: Source, texts: Texts) -> None:
@@ -54,7 +79,7 @@ def check_tokens(source: Source, texts: Texts) -> None:
     from factory.model.tokenizer import load_encoder
 
     encoder = load_encoder(source.local_folder)
-    for text in (texts.calibration, texts.healing, texts.evaluation):
+    for text in (texts.calibration, texts.healing, *texts.evaluations):
         if not text.data.hub_id:
             encoder.check(text.documents())
 
@@ -84,15 +109,18 @@ class Known(TypedDict, total=False):
     """Facts about the texts that `preview` takes."""
 
     calibration: Contents
-    evaluation: Contents
+    evaluations: tuple[Contents, ...]
 
 
 def known_lengths(texts: Texts, pending: Sequence[str]) -> Known:
     """Return facts about the documents if pending stages read them; `check_texts` has read them already."""
     if not reads_text(pending):
         return {}
-    calibration, _, evaluation = texts.whole
-    return {"calibration": contents(calibration), "evaluation": contents(evaluation)}
+    calibration, _, *evaluations = texts.whole
+    return {
+        "calibration": contents(calibration),
+        "evaluations": tuple(contents(evaluation) for evaluation in evaluations),
+    }
 
 
 def check_texts(texts: Texts) -> tuple[str, ...]:

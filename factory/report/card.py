@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, Evaluation, PruningPlan, is_block
+from factory.artifacts import Build, Evaluation, PruningPlan, TokenLoss, is_block
 from factory.config.criteria import criterion_of
 from factory.config.objectives import OBJECTIVES
 from factory.config.references import HUB_NAME
@@ -25,7 +25,7 @@ from factory.report.notes import tie_note
 from factory.report.tables import (
     comparison,
     data_rows,
-    gap_closed,
+    loss_findings,
     precision,
     quality_table,
     size_table,
@@ -125,7 +125,7 @@ def render(
                 s.writes or s.metric == "exact_match"  # builds before `writes` was recorded
                 for s in build.evaluations["source"].tasks
             ),
-            gap_closed=gap_closed(build),
+            losses=loss_findings(build),
             slower=SLOWER,
             precision=precision(build),
             sizes=size_table(build),
@@ -190,25 +190,8 @@ def _one_or_all(texts: tuple[str, ...]) -> str | list[str] | None:
 
 
 def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
-    loss, task = evaluation.loss, {"type": "text-generation", "name": "Text Generation"}
-    text = {
-        "type": loss.data.hub_id or loss.data.name,
-        "name": loss.data.name,
-        "split": loss.data.split,
-        "revision": loss.data.version,
-    }
-    metrics: list[dict[str, Any]] = [
-        {"type": "loss", "value": loss.nats, "name": "Loss (nats per token)"},
-        {"type": "normalized_loss", "value": loss.normalized, "name": "Loss / log V"},
-        {"type": "perplexity", "value": loss.perplexity, "name": "Perplexity"},
-    ]
-    results: list[dict[str, Any]] = [
-        {
-            "task": task,
-            "dataset": {key: value for key, value in text.items() if value},
-            "metrics": [metric for metric in metrics if math.isfinite(metric["value"])],
-        }
-    ]
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results = [_loss_result(loss, task) for loss in evaluation.losses]
     for score in evaluation.tasks:
         dataset: dict[str, Any] = {"type": score.task, "name": score.label}
         if len(score.data) == 1:
@@ -220,6 +203,25 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
         if math.isfinite(score.value):
             results.append({"task": task, "dataset": dataset, "metrics": [metric]})
     return results
+
+
+def _loss_result(loss: TokenLoss, task: dict[str, str]) -> dict[str, Any]:
+    text = {
+        "type": loss.data.hub_id or loss.data.name,
+        "name": loss.data.name,
+        "split": loss.data.split,
+        "revision": loss.data.version,
+    }
+    metrics: list[dict[str, Any]] = [
+        {"type": "loss", "value": loss.nats, "name": "Loss (nats per token)"},
+        {"type": "normalized_loss", "value": loss.normalized, "name": "Loss / log V"},
+        {"type": "perplexity", "value": loss.perplexity, "name": "Perplexity"},
+    ]
+    return {
+        "task": task,
+        "dataset": {key: value for key, value in text.items() if value},
+        "metrics": [metric for metric in metrics if math.isfinite(metric["value"])],
+    }
 
 
 def _choice(plan: PruningPlan) -> str:

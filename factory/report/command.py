@@ -48,13 +48,18 @@ def reproduction_command(build: Build) -> Markup:
     lengths = {getattr(config, section).sequence_length for section in WITH_LENGTH}
     if len(lengths) == 1 and any(key == "sequence_length" for _, key in differing):
         parts.append(f"--sequence-length {lengths.pop()}")
-    for name, value in differing.items():
-        if name in FLAGS and isinstance(value, bool):
-            parts.append(FLAGS[name])
-        elif name in FLAGS:
-            text = (",".join(value) or "none") if isinstance(value, list) else str(value)
-            parts.append(f"{FLAGS[name]} {shlex.quote(plain(text))}")
+    parts += [part for name, value in differing.items() if name in FLAGS for part in _flags(name, value)]
     return Markup(" \\\n  ".join(parts))
+
+
+def _flags(name: tuple[str, str], value: Any) -> list[str]:
+    """Return an option with its value, once for each text to evaluate on."""
+    if isinstance(value, bool):
+        return [FLAGS[name]]
+    if name == ("evaluate", "data"):
+        return [f"{FLAGS[name]} {shlex.quote(plain(text))}" for text in value]
+    text = (",".join(value) or "none") if isinstance(value, list) else str(value)
+    return [f"{FLAGS[name]} {shlex.quote(plain(text))}"]
 
 
 def differing_settings(build: Build) -> dict[tuple[str, str], Any]:

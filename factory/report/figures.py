@@ -130,7 +130,9 @@ def draw_sweep(sweep: Sweep) -> Figure:
         width = 4.1 * max(1 + len(tasks), 2)
         figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor="white", layout="constrained")
         panels = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
-        _draw_sweep(panels[0], sweep, [_normalized_loss])
+        losses = [partial(_normalized_loss, index=index) for index in range(len(sweep.source.losses))]
+        texts = [loss.data.name for loss in sweep.source.losses]
+        _draw_sweep(panels[0], sweep, losses, labels=texts if len(texts) > 1 else [""])
         panels[0].axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         _label_line(panels[0], 1.0, "guessing")
         panels[0].set_ylabel("loss / log V")
@@ -182,8 +184,8 @@ def _label_line(axes: Axes, height: float, label: str) -> None:
     )
 
 
-def _normalized_loss(evaluation: Evaluation) -> tuple[float, float]:
-    loss = evaluation.loss
+def _normalized_loss(evaluation: Evaluation, *, index: int) -> tuple[float, float]:
+    loss = evaluation.losses[index]
     return loss.normalized, loss.stderr * loss.normalized / loss.nats
 
 

@@ -119,6 +119,8 @@ def text_name(data: DataSource) -> Markup:
     if data.hub_id:
         link = f"{HUB}/datasets/{quote(plain(data.hub_id))}"
         return Markup(f"[{markdown(data.name)}]({link}){markdown(split)}")
+    if data.name == "stdlib:prose":
+        return Markup(f"the prose of Python's reference manual ({code(data.name)}{markdown(split)})")
     if data.name.startswith("stdlib:"):
         return Markup(f"the source code of Python's standard library ({code(data.name)}{markdown(split)})")
     return Markup(f"{markdown(data.name)}{markdown(split)}")

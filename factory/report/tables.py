@@ -33,9 +33,7 @@ def quality_table(build: Build) -> list[list[str]]:
     findings = task_findings(build)
     rows = [
         Row("", models, change="change", recovery="recovery"),
-        loss_row(build, names),
-        normalized_loss_row(build, names),
-        perplexity_row(build, names),
+        *(row for number in range(num_texts(build)) for row in loss_rows(build, names, number)),
         *(task_row(build, names, finding) for finding in findings),
     ]
     return [
@@ -44,23 +42,71 @@ def quality_table(build: Build) -> list[list[str]]:
     ]
 
 
-def loss_row(build: Build, names: Sequence[str]) -> Row:
-    """Return the row of the mean loss with its standard error."""
-    losses = [build.evaluations[name].loss for name in names]
-    stars = [_star(comparison(build, name, "loss")) for name in names]
+def num_texts(build: Build) -> int:
+    """Return the number of texts on which every model has a loss."""
+    return min(len(evaluation.losses) for evaluation in build.evaluations.values())
+
+
+def loss_rows(build: Build, names: Sequence[str], index: int) -> tuple[Row, Row, Row]:
+    """Return the rows of a text: mean loss, the same relative to uniform guessing, and its exponential."""
+    losses = [build.evaluations[name].losses[index] for name in names]
+    stars = [_star(loss_comparison(build, name, index)) for name in names]
     cells = [with_error(loss.nats, loss.stderr) + star for loss, star in zip(losses, stars, strict=True)]
-    return Row("Loss, nats per token ↓", cells, change=_change(comparison(build, build.shipped, "loss")))
+    on = ""
+    if num_texts(build) > 1:
+        on = f" on {losses[0].data.name}" + (f" ({likeness(build, losses[0].data)})" if build.adapter else "")
+    change = _change(loss_comparison(build, build.shipped, index))
+    return (
+        Row(f"Loss{on}, nats per token ↓", cells, change=change),
+        Row(f"Loss / log V{on} ↓", [number(loss.normalized) for loss in losses]),
+        Row(f"Perplexity{on} ↓", [number(loss.perplexity, digits=2) for loss in losses]),
+    )
 
 
-def normalized_loss_row(build: Build, names: Sequence[str]) -> Row:
-    """Return the row of the loss relative to that of uniform guessing."""
-    return Row("Loss / log V ↓", [number(build.evaluations[name].loss.normalized) for name in names])
+def likeness(build: Build, data: DataSource) -> str:
+    """Return "like" for a text of the same corpus as the healing text, "unlike" for any other."""
+    assert build.adapter is not None, "without healing there is no healing text"
+    return "like" if data.corpus == build.adapter.data.corpus else "unlike"
 
 
-def perplexity_row(build: Build, names: Sequence[str]) -> Row:
-    """Return the row of the exponential of the loss."""
-    cells = [number(build.evaluations[name].loss.perplexity, digits=2) for name in names]
-    return Row("Perplexity ↓", cells)
+def loss_comparison(build: Build, name: str, index: int) -> Comparison | None:
+    """Return the comparison of a model with the source on one of the texts; None if not compared."""
+    found = [c for c in build.comparisons.get(name, ()) if c.measure == "loss"]
+    return found[index] if index < len(found) else None
+
+
+def loss_findings(build: Build) -> list[dict[str, Any]]:
+    """Return, for each text, what the cut cost and what healing took back, in nats per token."""
+    findings = []
+    for index in range(num_texts(build)):
+        losses = {name: evaluation.losses[index] for name, evaluation in build.evaluations.items()}
+        source, pruned = losses["source"], losses["pruned"]
+        shipped, healed = losses[build.shipped], losses.get("healed")
+        added = pruned.nats - source.nats
+        taken_back = None if healed is None else pruned.nats - healed.nats
+        findings.append(
+            {
+                "data": source.data,
+                "like": likeness(build, source.data) if build.adapter else None,
+                "source": source,
+                "shipped": shipped,
+                "comparison": loss_comparison(build, build.shipped, index),
+                "added": added,
+                "taken_back": taken_back,
+                "share": None if taken_back is None or added <= 0 else taken_back / added,
+                "harm": _harm(build, index),
+            }
+        )
+    return findings
+
+
+def _harm(build: Build, index: int) -> float | None:
+    """Return how far healing raised the loss on a text unlike its own, beyond chance; None if it did not."""
+    if build.adapter is None or build.shipped != "healed" or index >= len(build.healing):
+        return None
+    compared = build.healing[index]
+    is_like = likeness(build, build.evaluations["source"].losses[index].data) == "like"
+    return compared.difference if not is_like and compared.significant and compared.difference > 0 else None
 
 
 def task_row(build: Build, names: Sequence[str], finding: dict[str, Any]) -> Row:
@@ -162,14 +208,6 @@ def precision(build: Build) -> str:
     return f"Not all models ran alike: {', '.join(f'{name} in {dtype}' for name, dtype in dtypes.items())}."
 
 
-def gap_closed(build: Build) -> float | None:
-    """Return the share of the loss added by the cut that healing removed; None if the cut added none."""
-    if build.shipped != "healed":
-        return None
-    source, pruned, healed = (build.evaluations[name].loss.nats for name in ("source", "pruned", "healed"))
-    return (pruned - healed) / (pruned - source) if pruned > source else None
-
-
 def _score_of(evaluation: Evaluation, like: TaskScore) -> TaskScore:
     return next(s for s in evaluation.tasks if (s.task, s.metric) == (like.task, like.metric))
 
@@ -251,5 +289,5 @@ def data_rows(build: Build) -> list[tuple[str, DataSource]]:
     if build.adapter:
         used.append(("healing text", build.adapter.data))
     evaluation = build.evaluations[build.shipped]
-    used.append(("evaluation text", evaluation.loss.data))
+    used += [("evaluation text", loss.data) for loss in evaluation.losses]
     return [*used, *((f"{score.label} questions", data) for score in evaluation.tasks for data in score.data)]

@@ -164,13 +164,16 @@ def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
     return verdict(True, f"up to {window:,} tokens, as the source" if window else None)
 
 
-def limit(config: Mapping[str, Any], *, runtimes: Collection[str], count: int) -> MayDrop:
+def limit(
+    config: Mapping[str, Any], *, runtimes: Collection[str], count: int, in_one_block: bool = False
+) -> MayDrop:
     """Return the predicate: are these layers part of a cut of `count` layers that all the runtimes run right?
 
     Args:
         config: Contents of the source's config.json.
         runtimes: Keys of `RUNTIMES`, or "all": those that run the source right.
         count: Number of layers that the whole cut drops.
+        in_one_block: Refuse sizes that only scattered layers allow.
 
     Raises:
         UsageError: It is not known how a runtime tells the layers apart, or it does not run the source.
@@ -180,14 +183,24 @@ def limit(config: Mapping[str, Any], *, runtimes: Collection[str], count: int) -
     rules = [RUNTIMES[name].rules[source.model_type] for name in _named(source, runtimes)]
     if not rules:  # no limit, or none is known
         return lambda _: True
-    if not _possible(rules, source, count, ()):
-        sizes = [n for n in range(1, source.num_layers - 1) if _possible(rules, source, n, ())]
+
+    def possible(size: int) -> bool:
+        starts = range(source.num_layers - size) if in_one_block else ()  # the last layer stays
+        parts = [range(start, start + size) for start in starts] if in_one_block else [()]
+        return any(_possible(rules, source, size, part) for part in parts)
+
+    if not possible(count):
+        sizes = [size for size in range(1, source.num_layers - 1) if possible(size)]
         near = sorted(sizes, key=lambda size: (abs(size - count), size))[:2]
         raise ModelError(
-            f"no {count} layers of this model can be dropped so that it runs right in {', '.join(runtimes)}",
-            hint=f"drop {' or '.join(map(str, sorted(near)))} of its {source.num_layers} layers"
-            if near
-            else "serve it by transformers, or choose another model",
+            f"no {'block of ' * in_one_block}{count} layers can be dropped so that this model runs right in "
+            f"{', '.join(runtimes)}",
+            hint=(
+                f"drop {' or '.join(map(str, sorted(near)))} of its {source.num_layers} layers"
+                if near
+                else "serve it by transformers, or choose another model"
+            )
+            + (", or choose scattered ones: `criterion=block-influence` or greedy" * in_one_block),
         )
     return lambda dropped: _possible(rules, source, count, dropped)
 

@@ -1,5 +1,6 @@
-"""Use the source code of Python's standard library as text: one part to train on, one held out."""
+"""Use Python's standard library as text: code to train on, code held out, and the manual's prose."""
 
+import ast
 import hashlib
 import os
 import sysconfig
@@ -10,7 +11,10 @@ from typing import Literal
 
 from factory.errors import DataError
 
-Part = Literal["train", "held-out"]
+Part = Literal["train", "held-out", "prose"]
+TOPICS = (
+    "pydoc_data/topics.py"  # chapters of the reference manual, for `help()`; its folder is not trained on
+)
 # Single files in every Python from 3.11 to 3.14, without near copies elsewhere in the library.
 HELD_OUT = (
     "calendar",
@@ -53,7 +57,8 @@ def documents(split: Part, *, root: Path | None = None, include_tests: bool = Fa
     """Yield the source files of one split, whole, in the order of their paths.
 
     Args:
-        split: "held-out" is `HELD_OUT`; "train" is everything else.
+        split: "held-out" is `HELD_OUT`; "prose" the manual's paragraphs without code and grammar, by topic;
+            "train" is everything else.
         root: Folder of a standard library; None: that of the running interpreter.
         include_tests: Add the library's own tests to "train", except those of held-out modules. Not every
             interpreter has them, so without them the text is the same on more machines.
@@ -62,10 +67,25 @@ def documents(split: Part, *, root: Path | None = None, include_tests: bool = Fa
         DataError: The interpreter comes without readable source files.
     """
     for _, content in _contents(split, root=root, include_tests=include_tests):
+        if split == "prose":
+            yield from _prose(content)
+            continue
         with suppress(UnicodeDecodeError):  # a few tests use other encodings on purpose
             text = content.decode("utf-8").replace("\r\n", "\n")
             if text.strip():
                 yield text
+
+
+def _prose(module: bytes) -> Iterator[str]:
+    """Yield the prose of each topic: paragraphs that are not indented, as code and grammar are."""
+    assignments = (
+        node.value for node in ast.parse(module).body if isinstance(node, ast.Assign | ast.AnnAssign)
+    )
+    for topics in (ast.literal_eval(value) for value in assignments if isinstance(value, ast.Dict)):
+        for _, topic in sorted(topics.items()):
+            paragraphs = [part for part in topic.split("\n\n") if not part.startswith((" ", "\t"))]
+            if text := "\n\n".join(paragraphs).strip():
+                yield text + "\n"
 
 
 def fingerprint(split: Part, *, root: Path | None = None) -> str:
@@ -94,7 +114,10 @@ def modules(*, root: Path | None = None) -> dict[str, str]:
 def _contents(split: Part, *, root: Path | None, include_tests: bool) -> Iterator[tuple[str, bytes]]:
     """Yield the relative path, with forward slashes, and the bytes of each file, ordered by path."""
     library = root or Path(sysconfig.get_path("stdlib"))
-    found = _held_out(library) if split == "held-out" else sorted(_train(library, include_tests))
+    if split == "prose":
+        found = [TOPICS] if (library / TOPICS).is_file() else []
+    else:
+        found = _held_out(library) if split == "held-out" else sorted(_train(library, include_tests))
     if not found:
         raise DataError(
             f"no source files of the standard library in {library}",

@@ -22,6 +22,7 @@ from factory.text.standard_library import Part, documents, fingerprint
 SHUFFLE_BUFFER = 10_000  # documents held in memory
 MISSING = object()
 PASSAGE_CHARACTERS = 3000  # approximate length of the passages that source files are split into
+PROSE_CHARACTERS = 1000  # the same of the prose, so that a second text adds little to the demo's time
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def open_text(reference: str, *, split: Split) -> Text:
     """Resolve a data reference, reading no more than its version takes.
 
     Args:
-        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, `stdlib:train` or
-            `stdlib:held-out`.
+        reference: A file, a Hub data set `owner/name[:config][#column][@revision]`, `stdlib:train`,
+            `stdlib:held-out` or `stdlib:prose`.
         split: Split of a Hub data set; the training split is used if this one does not exist.
 
     Raises:
@@ -176,19 +177,21 @@ def _not_empty(rows: Iterator[str | None], *, name: str) -> Iterator[str | None]
 
 
 def _standard_library(reference: str) -> Text:
-    split: Part = "train" if reference == "stdlib:train" else "held-out"
+    parts: dict[str, Part] = {"stdlib:train": "train", "stdlib:held-out": "held-out", "stdlib:prose": "prose"}
+    split = parts[reference]
     data = DataSource(name=reference, version=fingerprint(split))
     return Text(data, partial(_standard_passages, split))
 
 
 def _standard_passages(part: Part) -> Iterator[str]:
-    return (passage for file in documents(part) for passage in _passages(file))
+    length = PROSE_CHARACTERS if part == "prose" else PASSAGE_CHARACTERS
+    return (passage for file in documents(part) for passage in _passages(file, length=length))
 
 
-def _passages(source: str) -> Iterator[str]:
+def _passages(source: str, *, length: int) -> Iterator[str]:
     passage = ""
     for paragraph in source.split("\n\n"):
-        if passage and len(passage) + len(paragraph) > PASSAGE_CHARACTERS:
+        if passage and len(passage) + len(paragraph) > length:
             yield passage
             passage = ""
         passage += paragraph + "\n\n"
@@ -209,13 +212,19 @@ def text_identity(data: DataSource) -> str:
 
 @dataclass(frozen=True)
 class Texts:
-    """The three opened texts of a build; their versions are known, and they share no document."""
+    """The opened texts of a build, with known versions; no document serves two uses."""
 
     calibration: Text
     healing: Text
     evaluation: Text
     remarks: tuple[str, ...] = ()  # on documents that were in two of them
-    whole: tuple[Text, ...] = ()  # the same three as opened, before they were separated
+    whole: tuple[Text, ...] = ()  # all of them as opened, before they were separated
+    also: tuple[Text, ...] = ()  # evaluated besides `evaluation`
+
+    @property
+    def evaluations(self) -> tuple[Text, ...]:
+        """Return every text to compute the loss on."""
+        return (self.evaluation, *self.also)
 
 
 NOTHING = Text(DataSource(name="nothing", version="0"), tuple[str, ...]().__iter__)

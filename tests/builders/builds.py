@@ -105,17 +105,22 @@ def a_comparison(measure: str, difference: float, *, num_items: int, test: str) 
     )
 
 
+def loss_comparisons(before: Evaluation, after: Evaluation) -> tuple[Comparison, ...]:
+    """On each text, as a build holds them."""
+    return tuple(
+        a_comparison("loss", new.nats - old.nats, num_items=old.num_documents, test="paired t").model_copy(
+            update={"text": old.data.name}
+        )
+        for old, new in zip(before.losses, after.losses, strict=True)
+    )
+
+
 def comparisons(evaluations: dict[str, Evaluation]) -> dict[str, tuple[Comparison, ...]]:
     """With the source, as a build holds them."""
     source = evaluations["source"]
     return {
         name: (
-            a_comparison(
-                "loss",
-                evaluation.loss.nats - source.loss.nats,
-                num_items=source.loss.num_documents,
-                test="paired t",
-            ),
+            *loss_comparisons(source, evaluation),
             *(
                 a_comparison(
                     new.task, new.value - old.value, num_items=old.num_samples, test="McNemar, exact"
@@ -255,6 +260,25 @@ def demo_healed() -> Build:
         ),
         seconds={"measure": 9.1, "prune": 0.2, "heal": 141.7, "merge": 0.3, "evaluate": 33.0},
         device="Intel Xeon, 2 threads",
+    )
+
+
+def on_two_texts(*, prose: tuple[float, float, float] = (3.9127, 6.1052, 5.6188)) -> Build:
+    """The demo evaluated also on a text unlike the healing text, with its losses on it."""
+    build = demo_healed()
+    text = DataSource(name="stdlib:prose", version="d7" * 32)
+    evaluations = {
+        name: evaluation.model_copy(
+            update={"more_losses": (an_evaluation(nats, text, vocab_size=2048, num_documents=64).loss,)}
+        )
+        for (name, evaluation), nats in zip(build.evaluations.items(), prose, strict=True)
+    }
+    return build.model_copy(
+        update={
+            "evaluations": evaluations,
+            "comparisons": comparisons(evaluations),
+            "healing": loss_comparisons(evaluations["pruned"], evaluations["healed"]),
+        }
     )
 
 

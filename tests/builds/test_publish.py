@@ -103,6 +103,8 @@ def test_the_recipe_says_what_it_was_made_of_and_how(build: Path) -> None:
         "name": "measured.jsonl",
         "version": found["calibration"]["version"],
     }
+    evaluated = found["evaluations"]["source"]["loss"]["data"]
+    assert recipe["texts"]["evaluate"] == [{"name": "evaluated.jsonl", "version": evaluated["version"]}]
     assert recipe["dropped"] == found["plan"]["dropped"]
 
 
@@ -236,7 +238,7 @@ def test_a_flipped_bit_in_a_build_is_found_before_it_is_published(
     assert not hub.requests
     verified = commands.run("verify", str(build), folder=build.parent)
     assert verified.code == 1
-    assert f"✗ build            {build}  changed: {name}" in verified.stdout
+    assert f"✗ build             {build}  changed: {name}" in verified.stdout
 
 
 def test_a_bit_that_flips_between_two_builds_of_one_process_is_found_though_the_time_stays(
@@ -390,7 +392,7 @@ def test_files_that_the_build_did_not_make_are_published_only_once_somebody_says
     assert not hub.requests
     verified = commands.run("verify", str(build), folder=build.parent)
     assert verified.code == 1
-    assert f"✗ build            {build}  added: model/notes/diary.txt, model/token.txt" in verified.stdout
+    assert f"✗ build             {build}  added: model/notes/diary.txt, model/token.txt" in verified.stdout
     (build / "model" / "token.txt").unlink()
     assert commands.run("verify", str(build), "--accept", folder=build.parent).code == 0
     assert commands.run("push", str(build), "alice/more", folder=build.parent).code == 0

@@ -7,9 +7,16 @@ import pytest
 
 from factory.cli.console import console, printable
 from factory.cli.tables import result_tables, show_stages, verdict
+from factory.report.card import render
 from factory.report.tables import quality_table, size_table
 from factory.units import count, count_in_words, duration, rough_duration, size
-from tests.builders.builds import a_comparison, chat_with_other_licence, healing_discarded, perplexities
+from tests.builders.builds import (
+    a_comparison,
+    chat_with_other_licence,
+    healing_discarded,
+    on_two_texts,
+    perplexities,
+)
 
 
 def test_text_from_outside_cannot_move_the_cursor() -> None:
@@ -82,6 +89,26 @@ def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
     build = healing_discarded()
     del build.evaluations["healed"]
     assert verdict(build).endswith("so the pruned model ships.")
+
+
+def test_the_verdict_tells_recovery_on_the_like_text_from_that_on_the_unlike_one() -> None:
+    like, unlike = verdict(on_two_texts()).split(". ")
+    assert like == (
+        "On stdlib:held-out, like the healing text, dropping layers 5–7 raised the loss by 2.686; "
+        "healing took back 2.294 (85% of it)"
+    )
+    assert unlike.startswith("On stdlib:prose, unlike the healing text, ")
+    assert unlike.endswith("raised the loss by 2.192; healing took back 0.486 (22% of it).")
+
+
+def test_harm_to_an_unlike_text_is_told_if_it_is_beyond_chance() -> None:
+    harmed = on_two_texts(prose=(3.9, 6.1, 6.2))
+    line = "Healing made it worse on stdlib:prose, unlike the healing text, by 0.100 nats per token: check"
+    assert line in verdict(harmed)
+    assert "**Healing made it worse on other text**" in render(harmed, has_healing_figure=False)
+    by_chance = tuple(one.model_copy(update={"p_value": 0.5}) for one in harmed.healing)
+    assert "made it worse" not in verdict(harmed.model_copy(update={"healing": by_chance}))
+    assert "made it worse" not in verdict(on_two_texts())
 
 
 def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hidden() -> None:

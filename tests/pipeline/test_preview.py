@@ -129,7 +129,7 @@ def test_a_long_document_is_read_to_its_end_when_evaluated_and_only_begun_when_m
         drop=0.4,
         heal_enabled=False,
         measure=MeasureSettings(num_samples=16, sequence_length=64),
-        evaluate=EvaluateSettings(num_documents=16, sequence_length=64, tasks=()),
+        evaluate=EvaluateSettings(data=("a.txt",), num_documents=16, sequence_length=64, tasks=()),
     )
 
     def seconds(stage: str, **known: Contents) -> float:
@@ -138,7 +138,7 @@ def test_a_long_document_is_read_to_its_end_when_evaluated_and_only_begun_when_m
         return shown.seconds - START_SECONDS - STAGE_SECONDS
 
     assert seconds("measure", calibration=held) == pytest.approx(seconds("measure"))
-    assert seconds("evaluate", evaluation=held) == pytest.approx(seconds("evaluate") * passes)
+    assert seconds("evaluate", evaluations=(held,)) == pytest.approx(seconds("evaluate") * passes)
 
 
 def test_a_text_of_fewer_documents_than_asked_for_takes_no_longer_than_it_has(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_text_of_fewer_documents_than_asked_for_takes_no_longer_than_it_has(tm
     tokens = config.evaluate.sequence_length * BYTES_PER_TOKEN
     seconds = [
         preview(
-            LLAMA_70B, config, pending=("evaluate",), home=tmp_path, machine=machine, evaluation=held
+            LLAMA_70B, config, pending=("evaluate",), home=tmp_path, machine=machine, evaluations=(held,)
         ).seconds
         for held in (
             Contents(NONE, num_documents=100, num_bytes=int(100 * tokens), num_empty=0),

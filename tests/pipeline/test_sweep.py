@@ -24,7 +24,7 @@ from factory.cli.tables import show_sweep
 from factory.hub.resolve import resolve
 from factory.pipeline.sweep import RULE, before_the_cliff, share_kept
 from factory.pruning.profile_files import read_profile
-from factory.report.figures import sweep_figure
+from factory.report.figures import draw_sweep, sweep_figure
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
 
@@ -252,6 +252,10 @@ def test_a_sweep_measures_once_and_a_build_reuses_its_cuts(
     assert [len(point.plan.dropped) for point in found.points] == [2, 7]
     assert found.source.loss.nats < found.points[0].pruned.loss.nats < found.points[1].pruned.loss.nats
     assert (there / "sweeps" / "demo" / "sweep.svg").is_file()
+    assert [loss.data.name for loss in found.points[1].pruned.losses] == ["stdlib:held-out", "stdlib:prose"]
+    (legend,) = [axes.get_legend() for axes in draw_sweep(found).axes if axes.get_visible()]
+    assert [text.get_text() for text in legend.texts] == ["stdlib:held-out, pruned", "stdlib:prose, pruned"]
+    assert f"{found.points[1].pruned.losses[1].nats:.3f} ± " in shown
     run(monkeypatch, "build", "demo", "--drop", "0.3", "--no-heal", *quick)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("=")]
     assert {line.split()[1] for line in lines} == {"measure", "plan", "prune", "evaluate"}

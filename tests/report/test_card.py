@@ -1,4 +1,4 @@
-"""The card: golden files for three builds, and what holds for every card."""
+"""The card: golden files for some builds, and what holds for every card."""
 
 import json
 import math
@@ -39,6 +39,7 @@ from tests.builders.builds import (
     demo_healed,
     fitted_seam,
     healing_discarded,
+    on_two_texts,
     perplexities,
     served_elsewhere,
     unhealed,
@@ -57,6 +58,7 @@ CARDS = {
     ),
     "unhealed": lambda: render(unhealed(), repo_id="someone/mistral-23-layers", has_healing_figure=False),
     "discarded": lambda: render(healing_discarded(), has_healing_figure=False),
+    "two_texts": lambda: render(on_two_texts(), has_healing_figure=True),
     "greedy": lambda: render(chosen_by("greedy"), has_healing_figure=False),
 }
 
@@ -139,6 +141,10 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     others.append(partial(render, served_elsewhere(), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
+        others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
+    fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
+    others.append(partial(render, fitted, has_healing_figure=False))
     for shipped in ("healed", "pruned"):
         others.append(partial(render, fitted_seam(shipped=shipped), has_healing_figure=False))
     cards = [*CARDS.values(), *others]

@@ -100,7 +100,9 @@ def test_a_limit_allows_the_parts_of_cuts_that_run_right_and_no_others(
 
 def test_a_limit_without_a_cut_names_the_sizes_that_have_one() -> None:
     config = a_config("gemma2", 46)
-    with pytest.raises(ModelError, match="no 4 layers of this model can be dropped so that it runs right"):
+    with pytest.raises(
+        ModelError, match="no 4 layers can be dropped so that this model runs"
+    ):
         limit(config, runtimes=("llama.cpp",), count=4)
 
 
@@ -108,3 +110,11 @@ def test_a_runtime_that_is_not_known_to_run_the_family_is_no_limit() -> None:
     with pytest.raises(UsageError, match="this family was not tried") as caught:
         limit(a_config("qwen3", 12), runtimes=("onnx",), count=3)
     assert "known to run this family: transformers-4, vllm, llama.cpp, mlx" in (caught.value.hint or "")
+
+
+def test_a_block_that_keeps_the_period_has_its_length() -> None:
+    with pytest.raises(ModelError, match="no block of 5 layers can be dropped") as caught:
+        limit(GEMMA, runtimes=("all",), count=5, in_one_block=True)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("drop 6 or 12 of its 18 layers, or choose scattered ones")
+    assert limit(GEMMA, runtimes=("all",), count=6, in_one_block=True)(tuple(range(6, 12)))

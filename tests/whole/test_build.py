@@ -100,12 +100,13 @@ def test_the_build_says_what_it_will_do_what_it_does_and_what_came_of_it(built: 
         "merge",
         "evaluate source",
         "evaluate healed",
+        "evaluate healed 2",
         "speed",
         "card",
     ):
         assert f"✓ {stage}" in output
     assert "source" in output
-    assert "Loss, nats per token" in output
+    assert "Loss on stdlib:held-out (like), nats per token" in output
     assert "factory push builds/demo-drop30" in output
     assert "\x1b" not in output  # no terminal, no colours
 
@@ -115,6 +116,27 @@ def test_the_table_and_the_build_agree(built: Path) -> None:
     output = (built / "output").read_text()
     for evaluation in build.evaluations.values():
         assert f"{evaluation.loss.nats:.3f} ± {evaluation.loss.stderr:.3f}" in output
+
+
+def test_a_text_like_the_healing_text_and_one_unlike_it_are_told_apart(built: Path) -> None:
+    build = Build.read(built / BUILD)
+    names = ("stdlib:held-out", "stdlib:prose")
+    for evaluation in build.evaluations.values():
+        assert tuple(loss.data.name for loss in evaluation.losses) == names
+    compared = [one for one in build.comparisons["healed"] if one.measure == "loss"]
+    healing = build.healing
+    assert tuple(one.text for one in compared) == tuple(one.text for one in healing) == names
+    for index, one in enumerate(healing):
+        pruned, healed = (build.evaluations[name].losses[index].nats for name in ("pruned", "healed"))
+        assert one.difference == pytest.approx(healed - pruned, abs=1e-4)
+    card = (built / BUILD / "model" / "README.md").read_text()
+    for page in ((built / "output").read_text(), card):
+        assert "Loss on stdlib:held-out (like), nats per token" in page
+        assert "Loss on stdlib:prose (unlike), nats per token" in page
+    output = (built / "output").read_text()
+    assert "On stdlib:held-out, like the healing text, " in output
+    assert "On stdlib:prose, unlike the healing text, " in output
+    assert card.count("| evaluation text |") == 2
 
 
 def test_nothing_in_the_published_folder_names_a_place_or_a_user(built: Path) -> None:
@@ -198,7 +220,7 @@ def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path
     )
     assert "nothing to do" in done.stdout
     assert "✓" not in done.stdout
-    assert done.stdout.count("reused") == 10
+    assert done.stdout.count("reused") == 13
     assert done.stdout.splitlines()[-1] == "[]"
     assert (built / BUILD / "build.json").read_bytes() == before
 
@@ -209,10 +231,10 @@ def test_a_build_file_and_the_same_flags_have_the_same_stage_keys(forks: Forks, 
     (built / "two.yaml").write_text(f"{printed.stdout}builds: [{{}}, {{no-heal: true, out: other}}]\n")
     done = forked(forks, "build", "build.yaml", home=built)
     assert done.code == 0, done.stderr
-    assert done.stdout.count("reused") == 10
+    assert done.stdout.count("reused") == 13
     done = forked(forks, "build", "two.yaml", home=built)
     assert done.code == 0, done.stderr
-    assert done.stdout.count("reused") == 10 + 5
+    assert done.stdout.count("reused") == 13 + 7
     summary = done.stdout.splitlines()[-3:]
     assert [line.split()[0] for line in summary] == ["build", str(BUILD), "other"]
     assert Build.read(built / "other").stages.items() < Build.read(built / BUILD).stages.items() | {
@@ -236,7 +258,7 @@ def test_another_fraction_that_means_the_same_layers_shares_their_checkpoint(
 ) -> None:
     done = forked(forks, "build", "demo", "--drop", "0.31", *QUICK, home=built)
     assert done.code == 0, done.stderr
-    assert done.stdout.count("reused") == 9
+    assert done.stdout.count("reused") == 12
     assert "✓ card" in done.stdout
     assert (built / "builds" / "demo-drop31" / "model" / "model.safetensors").stat().st_nlink > 1
 
@@ -250,7 +272,7 @@ def test_json_is_the_build_and_nothing_else_on_standard_output(forks: Forks, bui
 def test_show_prints_the_map_and_the_table(forks: Forks, built: Path) -> None:
     done = forked(forks, "show", str(BUILD), home=built)
     assert done.code == 0, done.stderr
-    assert "Loss, nats per token" in done.stdout
+    assert "Loss on stdlib:prose (unlike), nats per token" in done.stdout
 
 
 def test_ls_and_gc_know_what_the_builds_use(forks: Forks, built: Path) -> None:

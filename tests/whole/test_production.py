@@ -20,7 +20,18 @@ from tests.builders.files import content_of
 from tests.loopback_hub import Hub, running_hub
 from tests.loopback_hub.app import Request
 from tests.loopback_hub.reading import card_errors
-from tests.production import BOOLQ, C4, GSM8K, MMLU, MODEL, NUM_LAYERS, mmlu_questions, mmlu_subjects, stock
+from tests.production import (
+    BOOLQ,
+    C4,
+    GSM8K,
+    MMLU,
+    MODEL,
+    NUM_LAYERS,
+    WIKIPEDIA,
+    mmlu_questions,
+    mmlu_subjects,
+    stock,
+)
 from tests.waiting import HUNG_SECONDS
 
 TOKEN = "hf_ThisTokenIsNowhereElse"
@@ -179,11 +190,12 @@ def test_each_model_is_compared_with_the_source_on_the_same_answers(xet: Way) ->
     assert set(build.comparisons) == {"pruned", "healed"}
     for name, comparisons in build.comparisons.items():
         before, after = build.evaluations["source"], build.evaluations[name]
-        assert [c.measure for c in comparisons] == ["loss", "mmlu", "boolq", "gsm8k"]
-        assert [c.num_items for c in comparisons[1:]] == [2 * 57, 12, 2]
-        assert comparisons[0].num_items == before.loss.num_documents
-        assert comparisons[0].difference == pytest.approx(after.loss.nats - before.loss.nats)
-        for comparison, old, new in zip(comparisons[1:], before.tasks, after.tasks, strict=True):
+        assert [c.measure for c in comparisons] == ["loss", "loss", "mmlu", "boolq", "gsm8k"]
+        assert [c.num_items for c in comparisons[2:]] == [2 * 57, 12, 2]
+        for comparison, one, other in zip(comparisons[:2], before.losses, after.losses, strict=True):
+            assert comparison.num_items == one.num_documents
+            assert comparison.difference == pytest.approx(other.nats - one.nats)
+        for comparison, old, new in zip(comparisons[2:], before.tasks, after.tasks, strict=True):
             assert comparison.difference == pytest.approx(new.value - old.value)
 
 
@@ -259,7 +271,7 @@ def test_card_and_build_name_the_source_and_the_data_with_their_commits(way: Way
     assert matter["datasets"] == [C4]
     named = [result["dataset"] for result in matter["model-index"][0]["results"]]
     revisions = {data["type"]: data["revision"] for data in named}
-    assert revisions == {name: way.commits[name] for name in (C4, MMLU, BOOLQ, GSM8K)}
+    assert revisions == {name: way.commits[name] for name in (C4, WIKIPEDIA, MMLU, BOOLQ, GSM8K)}
     for commit in way.commits.values():
         assert f"`{commit}`" in card
 
