@@ -206,8 +206,8 @@ def test_every_number_on_the_card_is_in_the_build_or_follows_from_it(build: Buil
 @pytest.mark.parametrize("build", [demo_healed(), chat_with_other_licence(), unhealed(), THE_DEMO])
 def test_every_result_in_the_front_matter_is_the_builds_to_the_last_digit(build: Build) -> None:
     evaluation = json.loads(build.model_dump_json())["evaluations"][build.shipped]
-    loss = evaluation["loss"]
-    known = [loss["nats"], loss["normalized"], math.exp(loss["nats"])]
+    losses = [evaluation["loss"], *evaluation["more_losses"]]
+    known = [value for loss in losses for value in (loss["nats"], loss["normalized"], math.exp(loss["nats"]))]
     known += [task["value"] for task in evaluation["tasks"]]
     (model,) = front_matter(build, repo_id=None)["model-index"]
     assert [metric["value"] for result in model["results"] for metric in result["metrics"]] == known
@@ -236,16 +236,18 @@ def _written(value: Any) -> set[str]:
 def _derived(build: Build) -> set[str]:
     source, shipped = build.evaluations["source"], build.evaluations[build.shipped]
     n, layers = len(build.dropped), build.plan.num_layers
-    values = [math.exp(evaluation.loss.nats) for evaluation in build.evaluations.values()]
-    values += [shipped.loss.nats - source.loss.nats, math.exp(shipped.loss.nats - source.loss.nats)]
+    values = [math.exp(loss.nats) for one in build.evaluations.values() for loss in one.losses]
+    for old, new in zip(source.losses, shipped.losses, strict=True):
+        values += [new.nats - old.nats, math.exp(new.nats - old.nats)]
     values += [build.result_parameters / build.source_parameters, build.result_bytes / build.source_bytes]
     values += [build.source_parameters - build.result_parameters, n, n / layers, layers - 1, layers - n - 1]
     for before, after in zip(source.tasks, shipped.tasks, strict=True):
         if before.chance is not None:
             values.append((after.value - before.chance) / (before.value - before.chance))
     if "healed" in build.evaluations:
-        loss = {name: evaluation.loss.nats for name, evaluation in build.evaluations.items()}
-        values.append((loss["pruned"] - loss["healed"]) / (loss["pruned"] - loss["source"]))
+        pruned, healed = (build.evaluations[name].losses for name in ("pruned", "healed"))
+        for before, cut, after in zip(source.losses, pruned, healed, strict=True):
+            values.append((cut.nats - after.nats) / (cut.nats - before.nats))
     if build.comparisons:
         values += [1 - 0.95, SMALLEST_P]
     for before, after in zip(source.tasks, shipped.tasks, strict=True):

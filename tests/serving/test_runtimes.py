@@ -100,9 +100,7 @@ def test_a_limit_allows_the_parts_of_cuts_that_run_right_and_no_others(
 
 def test_a_limit_without_a_cut_names_the_sizes_that_have_one() -> None:
     config = a_config("gemma2", 46)
-    with pytest.raises(
-        ModelError, match="no 4 layers can be dropped so that this model runs"
-    ):
+    with pytest.raises(ModelError, match="no 4 layers can be dropped so that this model runs"):
         limit(config, runtimes=("llama.cpp",), count=4)
 
 
