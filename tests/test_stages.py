@@ -10,7 +10,7 @@ import pytest
 
 from factory.artifacts import Checkpoint, DataSource, PruningPlan, Source
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings, PlanSettings
-from factory.pipeline import stages
+from factory.pipeline import choosing, stages
 from factory.pipeline.run import Missing, Run
 from factory.store.stage import STAGES, Stage, StageSpec
 from factory.store.store import Store, damage
@@ -86,7 +86,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(run: Run, **settings: Any) -> None:
     run.config = CONFIG.model_copy(update={"plan": CONFIG.plan.model_copy(update=settings)})
-    stages.plan_stage(run, SOURCE, None)  # type: ignore[arg-type]  # nothing is computed
+    choosing.plan_stage(run, SOURCE, None)  # type: ignore[arg-type]  # nothing is computed
 
 
 def heal(run: Run, **settings: Any) -> None:
@@ -100,14 +100,14 @@ def evaluate(run: Run, **settings: Any) -> None:
 
 
 KEYS: dict[str, tuple[Callable[[Run], object], str]] = {
-    "measure": (lambda run: stages.measure_stage(run, SOURCE), "5672d9ab5a8ece94"),
+    "measure": (lambda run: choosing.measure_stage(run, SOURCE), "5672d9ab5a8ece94"),
     "angular": (lambda run: plan(run), "bd0dae067ca69af5"),
     "deepest": (lambda run: plan(run, criterion="deepest"), "f2760f792fc7c975"),
     "block-influence": (lambda run: plan(run, criterion="block-influence"), "fb6a4681a7274e4d"),
     "chosen layers": (lambda run: plan(run, layers=(1, 2)), "2c57c277916e84c8"),
     "loss": (lambda run: plan(run, criterion="loss"), "6d1fe1b2f4a7fb3b"),
     "greedy": (lambda run: plan(run, criterion="greedy"), "971ca5aecbf18716"),
-    "compare": (lambda run: stages.compare_stage(run, SOURCE, [(1,), (2,)]), "4470563b28b1fd11"),
+    "compare": (lambda run: choosing.compare_stage(run, SOURCE, [(1,), (2,)]), "4470563b28b1fd11"),
     "prune": (lambda run: stages.prune_stage(run, SOURCE, PLAN), "8a561198fea8ef62"),
     "heal by sft": (lambda run: heal(run, objective="sft"), "cba49682a26cf2bd"),
     "heal by distill": (lambda run: heal(run, objective="distill", bits=16), "cf68b5b34cea26b5"),
@@ -137,8 +137,8 @@ def test_a_store_that_an_earlier_version_filled_is_reused(tmp_path: Path) -> Non
     shutil.copytree(STORE, tmp_path / "home")
     reporter = Silent()
     run = Run(CONFIG, Store(tmp_path / "home"), reporter, TEXTS)
-    profile = stages.measure_stage(run, SOURCE)
-    assert stages.plan_stage(run, SOURCE, profile).dropped == (0,)
+    profile = choosing.measure_stage(run, SOURCE)
+    assert choosing.plan_stage(run, SOURCE, profile).dropped == (0,)
     assert stages.evaluate_stage(run, "source", SOURCE).loss.num_documents == 4
     assert reporter.reused == {"measure": True, "plan": True, "evaluate source": True}
     assert [damage(folder) for folder in run.folders.values()] == [[], [], []]

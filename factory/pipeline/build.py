@@ -7,15 +7,14 @@ from factory.artifacts import Build, Checkpoint, Made, Source
 from factory.builds.garbage import register
 from factory.builds.swap import laying_out
 from factory.errors import HealingError
+from factory.pipeline.choosing import measure_stage, plan_stage, refuse_wrong_backend
 from factory.pipeline.run import Missing, Run
 from factory.pipeline.stages import (
     compare_evaluations,
     compare_healing,
     evaluate_stage,
     heal_stage,
-    measure_stage,
     merge_stage,
-    plan_stage,
     prune_stage,
     speed_stage,
 )
@@ -50,6 +49,7 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     """Run every stage up to the evaluations of the models, reusing those that are already made."""
     profile = measure_stage(run, source)
     plan = plan_stage(run, source, profile)
+    refuse_wrong_backend(run, source, plan)
     pruned = prune_stage(run, source, plan)
     adapter = heal_stage(run, source, plan, pruned) if run.config.has_adapter else None
     healed = merge_stage(run, pruned, adapter) if adapter else None

@@ -7,9 +7,9 @@ from factory.artifacts import DistanceProfile, Plans, Source
 from factory.builds.swap import output_folder
 from factory.config.criteria import CRITERIA
 from factory.config.request import PlanRequest
+from factory.pipeline.choosing import compare_stage, measure_stage, plan_stage
 from factory.pipeline.prepare import begin, pull_and_trust
 from factory.pipeline.run import Reporter, Run
-from factory.pipeline.stages import compare_stage, measure_stage, plan_stage
 from factory.pipeline.texts import check_tokens
 from factory.pruning.profile_files import read_profile
 from factory.serving.runtimes import verdicts

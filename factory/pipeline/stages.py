@@ -1,6 +1,6 @@
-"""Define each stage of a run: its inputs, the parameters in its key, its work and its summary line."""
+"""Define the stages that make and judge models: inputs, parameters in the key, work, summary line."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,31 +11,24 @@ from factory.artifacts import (
     Artifact,
     Checkpoint,
     Comparison,
-    CutLosses,
-    DistanceProfile,
     Evaluation,
     PruningPlan,
     SeamFit,
     Source,
     SpeedComparison,
 )
-from factory.config.criteria import CRITERIA
-from factory.config.settings import BuildConfig, EvaluateSettings, PlanSettings, num_dropped
+from factory.config.settings import BuildConfig, EvaluateSettings
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
 from factory.pipeline.run import Run
-from factory.report.summaries import describe_healing, describe_merge, describe_plan
+from factory.report.summaries import describe_healing, describe_merge
 from factory.store.stage import (
-    COMPARE,
     EVALUATE,
     HEAL,
     MADE_BY,
-    MEASURE,
     MERGE,
-    PLAN,
     PRUNE,
-    SEARCH,
     SPEED,
 )
 from factory.text.text import Text, Texts, text_identity
@@ -55,180 +48,6 @@ def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: P
 
     together = run.processes > 1 and fits(model, best_device())
     return spread(work, processes=run.processes if together else 1, progress=run.ticks(name))
-
-
-def measure_stage(run: Run, source: Source) -> DistanceProfile:
-    """Measure the angular distance between every pair of layer inputs."""
-    settings = run.config.measure
-    block_sizes = run.block_sizes or (num_dropped(run.config.drop, source.num_layers),)
-
-    def work(folder: Path) -> Artifact:
-        from factory.pruning.measure import measure
-
-        part = partial(
-            measure,
-            source,
-            run.texts.calibration,
-            settings=settings,
-            block_sizes=block_sizes if settings.num_samples is None else (),
-            seed=run.config.seed,
-            folder=folder,
-        )
-        return in_processes(run, part, name="measure", model=source.local_folder)
-
-    return run.stage(
-        MEASURE,
-        work,
-        # A fixed number of samples serves every block size.
-        parameters={
-            **_without_data(settings),
-            "seed": run.config.seed,
-            "certain_for": list(block_sizes) if settings.num_samples is None else [],
-        },
-        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
-        summary=lambda p: (
-            f"{p.num_samples} samples, {p.num_tokens:,} tokens of {p.data.name}"
-            + (", choice is certain" if p.certain_for else "")
-            + (f", attention sink in layer {p.sink}" if p.sink is not None else "")
-        ),
-    )
-
-
-def plan_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: str | None = None
-) -> PruningPlan:
-    """Choose the layers to drop by one criterion, by default the configured one."""
-    from factory.pruning.criteria import first_dropped, plan, plan_without
-
-    settings = run.config.plan
-    if settings.layers and criterion is None:
-        return run.stage(
-            PLAN,
-            lambda _folder: plan_without(settings.layers or (), num_layers=source.num_layers),
-            parameters={"layers": list(settings.layers)},
-            inputs={"source": source.commit},
-            summary=lambda p: describe_plan(p, sink=profile.sink),
-        )
-    criterion = criterion or run.config.plan.criterion
-    n = num_dropped(run.config.drop, source.num_layers)
-    if (
-        CRITERIA[criterion].nested and not settings.runtimes
-    ):  # one search serves every smaller number of layers
-        largest = max((n, *run.block_sizes))
-        found = search_stage(run, source, profile, criterion=criterion, block_size=largest)
-        return first_dropped(found, n, profile=profile)
-    if CRITERIA[criterion].searches:
-        return search_stage(run, source, profile, criterion=criterion, block_size=n)
-
-    def work(_folder: Path) -> Artifact:
-        from factory.model.architecture import may_drop
-        from factory.serving.runtimes import limit
-
-        choose = partial(
-            plan,
-            profile,
-            block_size=n,
-            criterion=criterion,
-            may_drop=lambda layers: may_drop(source.config, layers),
-        )
-        if not settings.runtimes:
-            return choose()
-        free = choose()
-        within = limit(source.config, runtimes=settings.runtimes, count=n)
-        return choose(within=within).model_copy(update={"free": free.dropped, "free_distance": free.distance})
-
-    return run.stage(
-        PLAN,
-        work,
-        parameters={"criterion": criterion, "block_size": n, **_runtimes(settings)},
-        inputs={"profile": run.keys["measure"], "source": source.commit},
-        summary=lambda p: describe_plan(p, sink=profile.sink),
-    )
-
-
-def _runtimes(settings: PlanSettings) -> dict[str, list[str]]:
-    return (
-        {"runtimes": list(settings.runtimes)} if settings.runtimes else {}
-    )  # added later: see heal_parameters
-
-
-def search_stage(
-    run: Run, source: Source, profile: DistanceProfile, *, criterion: str, block_size: int
-) -> PruningPlan:
-    """Choose the layers to drop by the loss without them; the profile only ranks the candidates."""
-    settings = run.config.plan.model_copy(update={"criterion": criterion})
-
-    def work(folder: Path) -> Artifact:
-        from factory.pruning.search import search
-        from factory.serving.runtimes import limit
-
-        return search(
-            source,
-            run.texts.calibration,
-            profile,
-            block_size=block_size,
-            settings=settings,
-            four_bit=run.config.measure.four_bit,
-            seed=run.config.seed,
-            folder=folder,
-            progress=run.ticks("search"),
-            within=limit(source.config, runtimes=settings.runtimes, count=block_size),
-        )
-
-    return run.stage(
-        SEARCH,
-        work,
-        parameters={
-            **settings.model_dump(exclude={"runtimes"}),
-            **_runtimes(settings),
-            "block_size": block_size,
-            "four_bit": run.config.measure.four_bit,
-            "seed": run.config.seed,
-        },
-        inputs={  # an imported profile may not record its model
-            "profile": run.keys["measure"],
-            "source": source.commit,
-            "text": text_identity(run.texts.calibration.data),
-        },
-        summary=lambda p: (
-            f"{describe_plan(p, sink=profile.sink)}; {p.passes:.0f} passes over {p.num_documents} documents"
-        ),
-    )
-
-
-def compare_stage(
-    run: Run, source: Source, cuts: Sequence[tuple[int, ...]], *, sink: int | None = None
-) -> CutLosses:
-    """Measure the unhealed loss of several cuts on calibration documents that no search has seen."""
-    settings = run.config.plan
-
-    def work(_folder: Path) -> Artifact:
-        from factory.pruning.search import compare
-
-        return compare(
-            source,
-            run.texts.calibration,
-            cuts,
-            sink=sink,
-            settings=settings,
-            four_bit=run.config.measure.four_bit,
-            seed=run.config.seed,
-            progress=run.ticks("compare"),
-        )
-
-    return run.stage(
-        COMPARE,
-        work,
-        parameters={
-            **settings.model_dump(exclude={"criterion", "runtimes"}),
-            "cuts": [list(cut) for cut in cuts],
-            **({"sink": sink} if sink is not None else {}),
-            "four_bit": run.config.measure.four_bit,
-            "seed": run.config.seed,
-        },
-        inputs={"source": source.commit, "text": text_identity(run.texts.calibration.data)},
-        summary=lambda c: f"{len(c.cuts)} cuts on {c.num_documents} documents",
-    )
 
 
 def prune_stage(run: Run, source: Source, plan: PruningPlan) -> Checkpoint:
@@ -310,7 +129,7 @@ def _fit_seam(run: Run, source: Source, plan: PruningPlan, folder: Path) -> Seam
 
 def heal_parameters(config: BuildConfig) -> dict[str, Any]:
     """Return the settings that decide the adapter."""
-    values = _without_data(config.heal)
+    values = without_data(config.heal)
     if not config.heal_enabled:
         return {name: values[name] for name in ("start", "bits", "sequence_length")} | {"trained": False}
     if not config.fits_seam:
@@ -387,7 +206,7 @@ def _evaluate_stage(
         work,
         label=label,
         parameters={
-            **_without_data(settings),
+            **without_data(settings),
             "limit": settings.limit if settings.tasks else None,
             "tasks": [task_identity(task) for task in settings.tasks],
             **({"vllm": version("vllm")} if settings.backend == "vllm" else {}),
@@ -452,7 +271,7 @@ def speed_stage(run: Run, source: Source, shipped: Checkpoint, shipped_name: str
     )
 
 
-def _without_data(settings: Any) -> dict[str, Any]:
+def without_data(settings: Any) -> dict[str, Any]:
     """Return a key's parameters: data enters the key by its identity, not by its path."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")

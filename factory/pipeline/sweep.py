@@ -9,14 +9,13 @@ from factory.artifacts import Evaluation, Source, Sweep, SweepPoint
 from factory.builds.swap import output_folder
 from factory.config.request import SweepRequest
 from factory.config.settings import num_dropped
+from factory.pipeline.choosing import measure_stage, plan_stage, refuse_wrong_backend
 from factory.pipeline.prepare import begin, pull_and_trust
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.stages import (
     evaluate_stage,
     heal_stage,
-    measure_stage,
     merge_stage,
-    plan_stage,
     prune_stage,
 )
 from factory.pipeline.texts import check_tokens
@@ -80,6 +79,7 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
     for drop in drops:
         run.config = run.config.model_copy(update={"drop": drop})
         plan = plan_stage(run, source, profile)
+        refuse_wrong_backend(run, source, plan)
         pruned = prune_stage(run, source, plan)
         adapter = heal_stage(run, source, plan, pruned) if run.config.heal_enabled else None
         healed = merge_stage(run, pruned, adapter) if adapter else None
