@@ -22,7 +22,6 @@ GEMMA_BASES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_
 BASES = {
     "gemma3_text": GEMMA_BASES,
     "gemma3n_text": GEMMA_BASES,
-    "modernbert-decoder": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
     "olmo3": {"full_attention": "rope_theta", "sliding_attention": "rope_theta"},
 }
 # Model types whose older classes refuse other keys of `rope_scaling`.
