@@ -14,6 +14,7 @@ from factory.errors import UsageError, VerificationError
 from factory.hub.remote_code import point_to_source
 from factory.model.architecture import DecoderStack, locate, num_weights, prune_config, renumber
 from factory.model.config_fields import packing, packing_method
+from factory.pruning.config_forms import with_older_forms
 from factory.pruning.verify import verify, verify_logits, verify_values
 
 SMALL_PARAMETERS = 200_000_000  # logits are compared up to this size, which takes seconds
@@ -66,7 +67,7 @@ def prune(
     tensors = read_checkpoint(source_folder)
     stack = _stack(source, plan, tensors)
     kept = _kept_tensors(tensors, stack=stack, kept=plan.kept)
-    config = prune_config(source.config, kept=plan.kept)
+    config = with_older_forms(prune_config(source.config, kept=plan.kept))
     if not source.remote_code:
         config.pop("auto_map", None)  # refers to code that is neither needed nor copied
     config.pop("_name_or_path", None)  # may be a path on its author's disk

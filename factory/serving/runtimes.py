@@ -5,8 +5,9 @@ lists the kinds, and transformers obeys the list. Other runtimes compute the kin
 from the number of layers, which they take for the model's name. After a cut, such a runtime gives layers
 another kind than they were trained with, and answers wrongly without a word.
 
-The table holds what was run or, where that is said, read in a runtime's code. Runtime and family are looked
-up; whether a cut is right follows from the numbers.
+The table holds what was run or, where that is said, read in a runtime's code; `benchmarks/readers.py` runs
+transformers 4 and mlx-lm again. Runtime and family are looked up; whether a cut is right follows from the
+numbers, and from the period and the older names that `factory/pruning/config_forms.py` writes.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -56,7 +57,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "transformers 4",
         "4.57.6",
         _each("llama qwen2 qwen3 deepseek_v3 smollm3 gemma2 gemma3 gemma3_text cohere2 exaone4 olmo3")
-        | _each("mistral phi3"),
+        | _each("mistral phi3 qwen3_moe gpt_neox glm4 gpt_oss"),
     ),
     "vllm": Runtime(
         "vLLM",
@@ -87,10 +88,10 @@ RUNTIMES: Mapping[str, Runtime] = {
     "mlx": Runtime(
         "MLX (mlx-lm)",
         "0.32.2",
-        _each("llama qwen3 deepseek_v3 qwen3_moe smollm3 olmo3")
+        _each("llama qwen3 deepseek_v3 qwen3_moe smollm3 olmo3 exaone4 gpt_neox glm4")
         | _each("mistral phi3 qwen2 gemma2", Rule(windowless=True))
         | _each("gemma3 gemma3_text", Rule(period=6, read=True))
-        | _each("cohere2 exaone4", FOURTH)
+        | {"cohere2": Rule(period=4, read=True)}
         | {"gpt_oss": Rule(not_source="it does not load this family")},
     ),
     "ctranslate2": Runtime("CTranslate2", "4.8.5", _each("llama gemma3 gemma3_text")),
