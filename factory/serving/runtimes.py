@@ -98,7 +98,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "onnx": Runtime("ONNX (optimum-onnx)", "0.1.0", _each("llama gemma3 gemma3_text")),
 }
 ORDINALS = {2: "2nd", 4: "4th", 6: "6th"}
-FULL = {"full_attention", "global", "global_attention"}
+FULL = {"full_attention", "global"}
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def _decoder(config: Mapping[str, Any]) -> _Decoder:
     values = values_of(text_config(dict(config)))
     types, positions = values.get("layer_types"), values.get("no_rope_layers")
     full = None
-    if isinstance(types, list) and len(set(types)) > 1:
-        full = [kind in FULL for kind in types]
-    elif isinstance(positions, list) and len(set(positions)) > 1:
+    if isinstance(positions, list) and len(set(positions)) > 1:
         full = [not keeps for keeps in positions]
+    elif isinstance(types, list):
+        full = [kind in FULL for kind in types]
     slides = values.get("use_sliding_window") is not False and values.get("sliding_window")
     return _Decoder(
         model_type=model_type,
@@ -277,7 +277,7 @@ def _taken_for(rule: Rule, count: int) -> list[list[bool] | None]:
         return [None]
     if rule.only_at is not None and count != rule.only_at:
         return [[True] * count]
-    periods = [rule.period, *(range(2, count + 1) if rule.read else ())]
+    periods = [rule.period, *(range(1, count + 1) if rule.read else ())]
     return [[(place + 1) % period == 0 for place in range(count)] for period in periods]
 
 

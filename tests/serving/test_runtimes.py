@@ -116,3 +116,9 @@ def test_a_block_that_keeps_the_period_has_its_length() -> None:
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("drop 6 or 12 of its 18 layers, or choose scattered ones")
     assert limit(GEMMA, runtimes=("all",), count=6, in_one_block=True)(tuple(range(6, 12)))
+
+
+def test_layers_that_are_all_of_one_kind_are_mistaken_by_a_program_that_counts() -> None:
+    config = a_config("gemma3_text", 12, layer_types=["full_attention"] * 12)
+    found = runs(config, (3,))
+    assert (found["llama.cpp"], found["mlx"], found["vllm"]) == (False, True, True)
