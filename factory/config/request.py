@@ -326,7 +326,7 @@ class BuildRequest(Evaluating):
         "Bits per weight under the adapter; 4 is NF4", HEALING, sets=("heal.bits",))] = None
     next_token_weight: Annotated[Annotated[float, Ge(0), Lt(1)] | None, Option(
         "Share of the next-token loss when distilling; the rest is the divergence from the source", HEALING,
-        default="0.3", sets=("heal.next_token_weight",))] = None
+        default="0.3; 0 for the demo", sets=("heal.next_token_weight",))] = None
     seam_weight: Annotated[Annotated[float, Ge(0), Lt(math.inf)] | None, Option(
         "Weight of the hidden-state loss at the cut, when distilling", HEALING,
         sets=("heal.seam_weight",))] = None

@@ -180,7 +180,7 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
     asked = {
         path: value
         for name, (_, option) in request.options().items()
-        if (value := getattr(request, name)) not in (None, False)
+        if (value := getattr(request, name)) is not None and value is not False
         for path in option.sets
     }
     length = asked.get("measure.sequence_length")

@@ -198,8 +198,10 @@ def refuse_wrong_backend(run: Run, source: Source, plan: PruningPlan) -> None:
     from factory.serving.runtimes import verdicts
 
     backend = run.config.evaluate.backend
+    if backend == "hf" or not run.config.evaluate.tasks:
+        return
     found = next((one for one in verdicts(source.config, plan.dropped) if one.runtime == backend), None)
-    if run.config.evaluate.tasks and found and found.runs is False:
+    if found and found.runs is False:
         raise UsageError(
             f"`eval_backend={backend}` runs this cut wrongly: {found.reason}",
             hint=f"omit `eval_backend`, or choose the layers with `for_runtimes={backend}`",

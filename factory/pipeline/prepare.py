@@ -90,7 +90,9 @@ def begin(
     """
     source = resolve_source(request, reporter)
     config = settle(request, source, drop=drop)
-    check_runtimes(source, config, drops=request.drop if isinstance(request, SweepRequest) else [drop])
+    criterion = request.criterion or config.plan.criterion
+    drops = request.drop if isinstance(request, SweepRequest) else [drop]
+    check_runtimes(source, config, drops=drops, criterion=criterion)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
     if isinstance(request, SweepRequest):
@@ -111,17 +113,23 @@ def begin(
     return source, run
 
 
-def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float]) -> None:
+def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str) -> None:
     """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone."""
     from factory.serving.runtimes import limit
 
-    if not config.plan.runtimes:
+    if not config.plan.runtimes or source.remote_code:  # foreign code is not trusted yet
         return
     for drop in drops:
         layers = config.plan.layers or ()
         size = len(layers) or num_dropped(drop, source.num_layers)
-        block = not layers and not CRITERIA[config.plan.criterion].scattered
-        within = limit(source.config, runtimes=config.plan.runtimes, count=size, in_one_block=block)
+        block = not layers and not (criterion in CRITERIA and CRITERIA[criterion].scattered)
+        within = limit(
+            source.config,
+            runtimes=config.plan.runtimes,
+            count=size,
+            in_one_block=block,
+            keeps_last=criterion != "loss",
+        )
         if not within(layers):
             raise UsageError(
                 f"without layers {layer_ranges(layers)} this model would be wrong in "
@@ -171,7 +179,7 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
         config = settle(request, source, drop=drop)
-        check_runtimes(source, config, drops=[config.drop])
+        check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):

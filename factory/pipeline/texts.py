@@ -61,13 +61,16 @@ def _is_here(data: str) -> bool:
 
 
 def _check_different(texts: Sequence[Text]) -> None:
-    """Refuse to evaluate twice on equal texts, whatever their files are called."""
+    """Refuse to evaluate twice on equal texts, and on two that no table could tell apart."""
     seen: dict[str, str] = {}
     for data in (text.data for text in texts):
-        if (earlier := seen.setdefault(text_identity(data), data.name)) is not data.name:
+        if earlier := seen.get(text_identity(data)):
             raise DataError(
                 f"`eval_data`: {data.name} is the same text as {earlier}", hint="give each text once"
             )
+        if data.name in seen.values():
+            raise DataError(f"`eval_data`: two texts are called {data.name}", hint="rename one of the files")
+        seen[text_identity(data)] = data.name
 
 
 def check_tokens(source: Source, texts: Texts) -> None:

@@ -343,7 +343,9 @@ def search_greedily(
     for step in range(len(order), num_layers):
         progress(step, num_layers, f"{step} layers dropped")
         left = [layer for layer in range(len(trial.layers)) if layer not in order]
-        allowed = [(layer,) for layer in rank(left) if may_drop(tuple(sorted([*order, layer])))]
+        can = [layer for layer in left if may_drop(tuple(sorted([*order, layer])))]
+        ranked = set(rank(left))
+        allowed = [(layer,) for layer in can if layer in ranked] or [(layer,) for layer in can]
         if not allowed:
             raise ModelError(
                 f"after {step} dropped layers, no other layer can be dropped alone",

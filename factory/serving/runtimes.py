@@ -12,12 +12,11 @@ numbers, and from the period and the older names that `factory/pruning/config_fo
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from factory.artifacts import Verdict
 from factory.errors import ModelError, UsageError
-from factory.model.config_proof import text_config, values_of
 
 MayDrop = Callable[[tuple[int, ...]], bool]
 
@@ -31,6 +30,9 @@ class Rule:
     only_at: int | None = None  # the period holds for models of this many layers; others have one kind
     named_by: tuple[int, ...] = ()  # numbers of layers that it takes for one model of the family
     windowless: bool = False  # it has no sliding window, so it is right up to that many tokens
+    mixed: bool = False  # of a source with layers of both kinds, it needs one of each
+    but: str | None = None  # a version that does better
+    by_code: bool = False  # read in the runtime's code, not run
     not_source: str | None = None  # why it does not run the source either
 
 
@@ -62,36 +64,38 @@ RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime(
         "vLLM",
         "0.33.0",
-        _each("llama mistral gemma2 gemma3 gemma3_text cohere2 smollm3 olmo3 exaone4 qwen3 qwen3_next")
+        _each("llama mistral gemma2 gemma3 gemma3_text cohere2 smollm3 olmo3 exaone4 qwen3_next")
         | {"gpt_oss": SECOND},
         by_code=True,
     ),
     "sglang": Runtime(
         "SGLang",
         "0.5.23",
-        _each("llama gemma3 gemma3_text cohere2 gpt_oss olmo3")
-        | {"gemma2": SECOND, "llama4": FOURTH, "llama4_text": FOURTH, "exaone4": FOURTH},
+        _each("llama gemma3 gemma3_text cohere2 gpt_oss olmo3") | {"gemma2": SECOND, "exaone4": FOURTH},
         by_code=True,
     ),
     "llama.cpp": Runtime(
         "llama.cpp (Ollama, LM Studio)",
         "v0.4.0 and 0.5.0, GGUF by its own converter",
-        _each("llama qwen3")
-        | _each("mistral phi3 qwen2", Rule(windowless=True))
-        | _each("smollm3 cohere2 olmo3 llama4 llama4_text", FOURTH)
+        _each("llama")
+        | _each("mistral phi3 qwen2 qwen3", Rule(windowless=True))
+        | _each("smollm3 cohere2", FOURTH)
+        | {"olmo3": Rule(period=4, but="0.5.0 reads the list")}
         | _each("gemma3 gemma3_text", Rule(period=6, named_by=(62,)))
         | {"gemma2": Rule(period=2, named_by=(46,)), "gpt_oss": SECOND}
         | {"exaone4": Rule(period=4, only_at=64, named_by=(64,))}
-        | {"deepseek_v2": Rule(named_by=(26, 27)), "glm4_moe_lite": Rule(named_by=(47, 48))}
-        | {"baichuan": Rule(named_by=(40,))},
+        | {"deepseek_v2": Rule(named_by=(26, 27), by_code=True)}
+        | {"glm4_moe_lite": Rule(named_by=(47, 48), by_code=True)}
+        | {"baichuan": Rule(named_by=(40,), by_code=True)},
     ),
     "mlx": Runtime(
         "MLX (mlx-lm)",
         "0.32.2",
-        _each("llama qwen3 deepseek_v3 qwen3_moe smollm3 olmo3 exaone4 gpt_neox glm4")
-        | _each("mistral phi3 qwen2 gemma2", Rule(windowless=True))
-        | _each("gemma3 gemma3_text", Rule(period=6, read=True))
-        | {"cohere2": Rule(period=4, read=True)}
+        _each("llama deepseek_v3 qwen3_moe smollm3 gpt_neox glm4")
+        | _each("mistral phi3 qwen2 qwen3 gemma2", Rule(windowless=True))
+        | {"olmo3": Rule(mixed=True)}
+        | _each("gemma3 gemma3_text", Rule(period=6, read=True, mixed=True))
+        | {"cohere2": Rule(period=4, read=True, mixed=True)}
         | {"gpt_oss": Rule(not_source="it does not load this family")},
     ),
     "ctranslate2": Runtime("CTranslate2", "4.8.5", _each("llama gemma3 gemma3_text")),
@@ -117,6 +121,8 @@ def _decoder(config: Mapping[str, Any]) -> _Decoder:
     model_type = str(config["model_type"])
     if not any(model_type in runtime.rules for runtime in RUNTIMES.values()):
         return _Decoder(model_type)  # its configuration may need code of its own
+    from factory.model.config_proof import text_config, values_of
+
     values = values_of(text_config(dict(config)))
     types, positions = values.get("layer_types"), values.get("no_rope_layers")
     full = None
@@ -151,10 +157,11 @@ def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
 
     def verdict(runs: bool | None, reason: str | None = None) -> Verdict:
         of = {"runtime": name, "title": runtime.title, "versions": runtime.versions}
-        return Verdict(**of, by_code=runtime.by_code, runs=runs, reason=reason)
+        by_code = runtime.by_code or (rule is not None and rule.by_code)
+        return Verdict(**of, by_code=by_code, runs=runs, reason=reason)
 
     if rule is None:
-        return verdict(None, "this family was not tried")
+        return verdict(None, "nothing is known for this family")
     if rule.not_source:
         return verdict(False, f"{rule.not_source}, the source included")
     if why := _mistake(rule, source, range(source.num_layers)):
@@ -166,7 +173,12 @@ def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
 
 
 def limit(
-    config: Mapping[str, Any], *, runtimes: Collection[str], count: int, in_one_block: bool = False
+    config: Mapping[str, Any],
+    *,
+    runtimes: Collection[str],
+    count: int,
+    in_one_block: bool = False,
+    keeps_last: bool = True,
 ) -> MayDrop:
     """Return the predicate: are these layers part of a cut of `count` layers that all the runtimes run right?
 
@@ -175,6 +187,7 @@ def limit(
         runtimes: Keys of `RUNTIMES`, or "all": those that run the source right.
         count: Number of layers that the whole cut drops.
         in_one_block: Refuse sizes that only scattered layers allow.
+        keeps_last: Of blocks, allow only those without the last layer.
 
     Raises:
         UsageError: It is not known how a runtime tells the layers apart, or it does not run the source.
@@ -182,17 +195,18 @@ def limit(
     """
     source = _decoder(config)
     rules = [RUNTIMES[name].rules[source.model_type] for name in _named(source, runtimes)]
-    if not rules:  # no limit, or none is known
+    if not rules:
         return lambda _: True
 
     def possible(size: int) -> bool:
-        starts = range(source.num_layers - size) if in_one_block else ()  # the last layer stays
+        starts = range(source.num_layers - size + (not keeps_last))
         parts = [range(start, start + size) for start in starts] if in_one_block else [()]
         return any(_possible(rules, source, size, part) for part in parts)
 
     if not possible(count):
-        sizes = [size for size in range(1, source.num_layers - 1) if possible(size)]
-        near = sorted(sizes, key=lambda size: (abs(size - count), size))[:2]
+        scattered = in_one_block and _possible(rules, source, count, ())
+        nearest = sorted(range(1, source.num_layers - 1), key=lambda size: (abs(size - count), size))
+        near = list(islice(filter(possible, nearest), 2))
         raise ModelError(
             f"no {'block of ' * in_one_block}{count} layers can be dropped so that this model runs right in "
             f"{', '.join(runtimes)}",
@@ -201,7 +215,7 @@ def limit(
                 if near
                 else "serve it by transformers, or choose another model"
             )
-            + (", or choose scattered ones: `criterion=block-influence` or greedy" * in_one_block),
+            + (", or choose scattered ones: `criterion=block-influence` or greedy" if scattered else ""),
         )
     return lambda dropped: _possible(rules, source, count, dropped)
 
@@ -211,6 +225,11 @@ def _named(source: _Decoder, runtimes: Collection[str]) -> list[str]:
     whole = range(source.num_layers)
     right = [name for name in RUNTIMES if _verdict(name, source, whole).runs]
     if "all" in runtimes:
+        if not right:
+            raise UsageError(
+                f"`for_runtimes=all`: no runtime is known to run {source.model_type}",
+                hint="omit it; transformers runs every cut right",
+            )
         return right
     for name in runtimes:
         if name not in right:
@@ -228,20 +247,35 @@ def _mistake(rule: Rule, source: _Decoder, kept: Sequence[int]) -> str | None:
         named = len(kept) in rule.named_by
         return f"it takes a model of {len(kept)} layers for {'another' if named else 'a smaller'} one"
     true = _true_kinds(rule, source)
-    if any(kinds in (None, [true[layer] for layer in kept]) for kinds in _taken_for(rule, len(kept))):
+    left = [true[layer] for layer in kept]
+    if rule.mixed and len({*left}) < len({*true}):
+        return "it needs a layer of each kind"
+    if any(kinds in (None, left) for kinds in _taken_for(rule, len(kept))):
         return None
-    return f"it counts every {ORDINALS[rule.period or 0]} layer as of another kind, whichever remain"
+    if rule.only_at:
+        return f"it takes all layers as of one kind unless there are {rule.only_at}"
+    better = f" ({rule.but})" if rule.but else ""
+    return f"it counts every {ORDINALS[rule.period or 0]} layer as of another kind, whichever remain{better}"
 
 
 def _possible(rules: Sequence[Rule], source: _Decoder, count: int, dropped: Collection[int]) -> bool:
     """Return whether a cut of `count` layers, these among them, leaves no layer that a rule mistakes."""
     kept = source.num_layers - count
+    if len(dropped) == count:
+        left = [layer for layer in range(source.num_layers) if layer not in dropped]
+        return not any(_mistake(rule, source, left) for rule in rules)
     if any(_misnamed(rule, source, kept) for rule in rules):
         return False
     return any(
         _can_leave(kept, source.num_layers, dropped, list(zip(rules, taken_for, strict=True)), source)
-        for taken_for in product(*(_taken_for(rule, kept) for rule in rules))
+        for taken_for in product(*(_asked(rule, source, kept) for rule in rules))
     )
+
+
+def _asked(rule: Rule, source: _Decoder, count: int) -> list[list[bool] | None]:
+    """Return what `count` layers may be taken for, without what a runtime cannot load."""
+    kinds = len({*_true_kinds(rule, source)}) if rule.mixed else 1
+    return [taken for taken in _taken_for(rule, count) if taken is None or len({*taken}) >= kinds]
 
 
 def _can_leave(

@@ -122,3 +122,8 @@ def test_a_short_run_warms_up_for_a_tenth_of_its_steps() -> None:
 def test_settings_that_only_distillation_reads_are_refused_without_it(name: str) -> None:
     with pytest.raises(UsageError, match=f"`{name}=0.5` without `heal=distill`: sft does not use it"):
         config_of("mistral-7b", heal="sft", **{name: 0.5})
+
+
+def test_a_share_of_zero_is_a_share() -> None:
+    assert config_of("some/model", next_token_weight=0.0).heal.next_token_weight == 0
+    assert config_of("some/model").heal.next_token_weight == 0.3

@@ -105,9 +105,9 @@ def test_a_limit_without_a_cut_names_the_sizes_that_have_one() -> None:
 
 
 def test_a_runtime_that_is_not_known_to_run_the_family_is_no_limit() -> None:
-    with pytest.raises(UsageError, match="this family was not tried") as caught:
+    with pytest.raises(UsageError, match="nothing is known for this family") as caught:
         limit(a_config("qwen3", 12), runtimes=("onnx",), count=3)
-    assert "known to run this family: transformers-4, vllm, llama.cpp, mlx" in (caught.value.hint or "")
+    assert "known to run this family: transformers-4, llama.cpp, mlx" in (caught.value.hint or "")
 
 
 def test_a_block_that_keeps_the_period_has_its_length() -> None:
@@ -122,3 +122,16 @@ def test_layers_that_are_all_of_one_kind_are_mistaken_by_a_program_that_counts()
     config = a_config("gemma3_text", 12, layer_types=["full_attention"] * 12)
     found = runs(config, (3,))
     assert (found["llama.cpp"], found["mlx"], found["vllm"]) == (False, True, True)
+
+
+def test_no_known_runtime_is_no_limit_that_could_be_kept() -> None:
+    with pytest.raises(UsageError, match="no runtime is known to run falcon"):
+        limit(a_config("falcon", 12), runtimes=("all",), count=3)
+
+
+def test_a_program_that_looks_for_a_layer_of_each_kind_needs_one() -> None:
+    config = a_config("olmo3", 8, sliding_window=16)
+    found = {v.runtime: v for v in verdicts(config, (3, 7))}
+    assert found["mlx"].reason == "it needs a layer of each kind"
+    assert runs(config, (0, 1))["mlx"]
+    assert "0.5.0 reads the list" in (found["llama.cpp"].reason or "")
