@@ -119,11 +119,9 @@ class _Decoder:
 
 def _decoder(config: Mapping[str, Any]) -> _Decoder:
     model_type = str(config["model_type"])
-    if not any(model_type in runtime.rules for runtime in RUNTIMES.values()):
+    if not _rules(model_type):
         return _Decoder(model_type)  # its configuration may need code of its own
-    from factory.model.config_proof import text_config, values_of
-
-    values = values_of(text_config(dict(config)))
+    values = _values(config, any(rule.windowless or rule.period for rule in _rules(model_type)))
     types, positions = values.get("layer_types"), values.get("no_rope_layers")
     full = None
     if isinstance(positions, list) and len(set(positions)) > 1:
@@ -137,6 +135,22 @@ def _decoder(config: Mapping[str, Any]) -> _Decoder:
         window=int(slides) if slides else None,
         full=full,
     )
+
+
+def _rules(model_type: str) -> list[Rule]:
+    return [runtime.rules[model_type] for runtime in RUNTIMES.values() if model_type in runtime.rules]
+
+
+def _values(config: Mapping[str, Any], kinds_differ: bool) -> Mapping[str, Any]:
+    """Return the decoder's settings, with the defaults of its class if they can matter.
+
+    The class takes seconds to import, and the number of layers is all that is asked of most families.
+    """
+    if not kinds_differ and "num_hidden_layers" in config:
+        return config
+    from factory.model.config_proof import text_config, values_of
+
+    return values_of(text_config(dict(config)))
 
 
 def verdicts(config: Mapping[str, Any], dropped: Collection[int]) -> tuple[Verdict, ...]:
