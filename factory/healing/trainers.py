@@ -216,11 +216,8 @@ class DistillTrainer(HealTrainer):
         self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
         with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
-            rows = (
-                student[:, :-1][targets],
-                teacher[:, :-1][targets],
-                labels[targets],
-            )  # [n, d], [n, d], [n]
+            # [n, d], [n, d], [n]
+            rows = (student[:, :-1][targets], teacher[:, :-1][targets], labels[targets])
             loss = DistillLoss.apply(  # type: ignore[no-untyped-call]
                 *rows, self.next_token_weight, logits_of, self.vocab_size
             )

@@ -112,9 +112,7 @@ class _Decoder:
     model_type: str
     num_layers: int = 0
     window: int | None = None  # tokens
-    full: Sequence[bool] | None = (
-        None  # per layer: the other kind, as config.json lists it; None: it lists none
-    )
+    full: Sequence[bool] | None = None  # per layer, as listed: of the other kind; None: nothing is listed
 
 
 def _decoder(config: Mapping[str, Any]) -> _Decoder:
@@ -161,7 +159,7 @@ def verdicts(config: Mapping[str, Any], dropped: Collection[int]) -> tuple[Verdi
         dropped: 0-based layers that are cut out.
     """
     source = _decoder(config)
-    kept = [layer for layer in range(source.num_layers) if layer not in set(dropped)]
+    kept = [layer for layer in range(source.num_layers) if layer not in dropped]
     return tuple(_verdict(name, source, kept) for name in RUNTIMES)
 
 
@@ -280,8 +278,9 @@ def _possible(rules: Sequence[Rule], source: _Decoder, count: int, dropped: Coll
         return not any(_mistake(rule, source, left) for rule in rules)
     if any(_misnamed(rule, source, kept) for rule in rules):
         return False
+    true = [_true_kinds(rule, source) for rule in rules]
     return any(
-        _can_leave(kept, source.num_layers, dropped, list(zip(rules, taken_for, strict=True)), source)
+        _can_leave(kept, source.num_layers, dropped, list(zip(taken_for, true, strict=True)))
         for taken_for in product(*(_asked(rule, source, kept) for rule in rules))
     )
 
@@ -296,11 +295,14 @@ def _can_leave(
     kept: int,
     num_layers: int,
     dropped: Collection[int],
-    taken_for: Sequence[tuple[Rule, list[bool] | None]],
-    source: _Decoder,
+    taken_for: Sequence[tuple[list[bool] | None, Sequence[bool]]],
 ) -> bool:
-    """Return whether `kept` layers can be left of which each gets the place of its own kind."""
-    asked = [(kinds, _true_kinds(rule, source)) for rule, kinds in taken_for if kinds is not None]
+    """Return whether `kept` layers can be left of which each gets the place of its own kind.
+
+    Args:
+        taken_for: For each rule, the kinds that it gives to the places, and the true kinds of the layers.
+    """
+    asked = [(kinds, true) for kinds, true in taken_for if kinds is not None]
     lengths = {0}  # of the stacks that the layers so far can have left
     for layer in range(num_layers):
         if layer not in dropped:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from factory.config import choices
 from factory.errors import ModelError, UsageError
 from factory.serving.runtimes import RUNTIMES, limit, verdicts
 
@@ -139,3 +140,7 @@ def test_a_program_that_looks_for_a_layer_of_each_kind_needs_one() -> None:
     assert found["mlx"].reason == "it needs a layer of each kind"
     assert runs(config, (0, 1))["mlx"]
     assert "0.5.0 reads the list" in (found["llama.cpp"].reason or "")
+
+
+def test_the_names_that_can_be_given_are_those_of_the_table() -> None:
+    assert tuple(RUNTIMES) == choices.RUNTIMES
