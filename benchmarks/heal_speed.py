@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--modules", default="ffn")
+    parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--ways", default="trl:1,trl:2,trl:4,sft,seam,distill,distill-seam")
     options = parser.parse_args()
     if options.cap_gb:
@@ -152,11 +153,13 @@ def main() -> None:
         rank=options.rank,
         dropout=options.dropout,
         modules=options.modules,
+        bits=options.bits,
     )
     encoder = load_encoder(DEMO_MODEL)
     tokenizer = encoder.tokenizer
     print(
-        f"{options.shape}, layers {dropped[0]}–{dropped[-1]} dropped, NF4; torch {torch.__version__}",
+        f"{options.shape}, layers {dropped[0]}–{dropped[-1]} dropped, {options.bits} bits; "
+        f"torch {torch.__version__}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,8 +174,8 @@ def main() -> None:
                 **{**config.to_dict(), "num_hidden_layers": config.num_hidden_layers - number}
             )
             gc.collect()
-            model = random_model(config if distils else cut, four_bit=True)
-            model.is_loaded_in_4bit = True
+            model = random_model(config if distils else cut, four_bit=options.bits == 4)
+            model.is_loaded_in_4bit = options.bits == 4
             if way == options.ways.split(",")[0] and torch.cuda.is_available():
                 print(f"on {device_name(model.device)}; weights {torch.cuda.memory_allocated() / 1e9:.2f} GB")
             weights = matrix_weights(decoder_layers(model))

@@ -2,7 +2,7 @@
 
     python benchmarks/seam_fit.py MODEL --layers 10-18 --fit TEXT --evaluate TEXT [TEXT ...] [--ranks 128 0]
 
-Fits the layer before each cut with `factory.healing.seam.fit_seams` on about 20,000 tokens of one text, and
+Fits the layer before each cut with `factory.healing.seam` on about 20,000 tokens of one text, and
 measures the loss of source, cut and fit in memory, on windows of 256 tokens at the start of documents of
 others. A rank of 0 is full rank.
 """
@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 
 from factory.config.options import Layers
 from factory.config.settings import HealSettings
-from factory.healing.seam import fit_seams, load_factors
-from factory.healing.writers import find_writer, fitted
+from factory.healing.seam.fit import fit_seams, load_factors
+from factory.healing.seam.writers import find_writer, fitted
 from factory.model.layers import skip_layers
 from factory.model.loading import load_model
 from factory.model.losses import token_loss

@@ -25,6 +25,10 @@ SHAPES: dict[str, PreTrainedConfig] = {
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096,
     ),
+    "smollm2-135m": LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
     "tiny": LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=32000, max_position_embeddings=4096,

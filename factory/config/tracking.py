@@ -20,7 +20,7 @@ class Tracking:
         tracker: Library that receives the losses.
         run_name: Name that is unique to the build and the same for every attempt at it.
         folder: Parent folder of TensorBoard's event files.
-        warn: Called with one line if the tracker fails.
+        warn: Called with one line about what does not work as it could, such as a failing tracker.
     """
 
     tracker: Tracker = "none"

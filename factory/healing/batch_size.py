@@ -1,25 +1,30 @@
-"""Find the most sequences per training pass that fit the GPU, with activations kept if possible."""
+"""Fit training passes to the GPU: the most sequences that it holds, and their kernels launched at once."""
 
 import gc
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from factory.healing.graphs import PassGraphs
 from factory.parallel import processes
 
 SHARE = 0.92  # of the available memory; the rest is lost to fragmentation
 OPTIMIZER_BYTES = 12  # per trained parameter: gradient and Adam's two moments in fp32
+GRAPH_SHARE = 0.5  # of that, at most, for a pass to be captured: others run beside the memory of a graph
 CANDIDATES = 64  # training sequences, the longest of which is tried
 
 
-def fit_micro_batch(trainer: Any) -> None:
+def fit_passes(trainer: Any, tell: Callable[[str], None]) -> None:
     """Set a trainer's batch size per device by trying passes; the effective batch size is unchanged.
 
-    Activations are recomputed in the backward pass only if not even one sequence fits otherwise. On a CPU
-    nothing changes.
+    Activations are recomputed in the backward pass only if not even one sequence fits otherwise. If two
+    passes would fit, the trainer captures them as graphs. On a CPU nothing changes.
 
     Args:
         trainer: Trainer built with one sequence per pass, and without activation checkpointing.
+        tell: Callback that receives one line if passes turn out not to be capturable.
     """
     arguments = trainer.args
     if processes.sharded():  # the model is not sharded yet, so nothing can be tried: use the minimum
@@ -35,6 +40,18 @@ def fit_micro_batch(trainer: Any) -> None:
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
     arguments.gradient_accumulation_steps = sequences // size
     trainer._train_batch_size = size
+    if (
+        not checkpointing
+        and processes.count() == 1
+        and trainer.args.packing
+        and _share(trainer, size) <= GRAPH_SHARE
+    ):
+        length = arguments.max_length
+        trainer.graphs = PassGraphs(_trained(trainer), width=size * length, longest=length, tell=tell)
+
+
+def _trained(trainer: Any) -> list[Any]:
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
 def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
@@ -43,7 +60,7 @@ def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
         if checkpointing:
             _recompute(trainer)
         for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
-            if _fits(trainer, size):
+            if _share(trainer, size) <= 1:
                 return checkpointing, size
     return True, 1  # if not even that fits, training fails with the allocator's own message
 
@@ -57,32 +74,29 @@ def _recompute(trainer: Any) -> None:
     trainer.model.disable_input_require_grads()
 
 
-def _fits(trainer: Any, size: int) -> bool:
-    """Return whether forward and backward passes over `size` full sequences leave room for the optimiser."""
+def _share(trainer: Any, size: int) -> float:
+    """Return the share of the GPU's memory that passes over `size` full sequences and the optimiser need."""
     rows = [trainer.train_dataset[i] for i in range(min(CANDIDATES, len(trainer.train_dataset)))]
     longest = max(rows, key=lambda row: len(row["input_ids"]))
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trained = _trained(trainer)
     trainer.model.train()
     torch.cuda.reset_peak_memory_stats()
     random = torch.cuda.get_rng_state()
-    trainer.accelerator.gather_for_metrics = lambda value: value  # each process tries on its own
     try:
         inputs = trainer._prepare_inputs(trainer.data_collator([longest] * size))
         with trainer.accelerator.autocast():
             loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
     except torch.cuda.OutOfMemoryError:
-        return False
+        return math.inf
     finally:
-        del trainer.accelerator.gather_for_metrics
         torch.cuda.set_rng_state(random)
         for parameter in trained:
             parameter.grad = None
-        trainer._metrics["train"].clear()
         inputs = loss = None
         gc.collect()
         torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info()
     usable_bytes = SHARE * (free_bytes + torch.cuda.memory_reserved())
     needed_bytes = torch.cuda.max_memory_allocated() + OPTIMIZER_BYTES * sum(p.numel() for p in trained)
-    return bool(needed_bytes <= usable_bytes)
+    return float(needed_bytes / usable_bytes)

@@ -26,7 +26,7 @@ from factory.config.objectives import OBJECTIVES
 from factory.config.settings import HealSettings
 from factory.config.tracking import NO_TRACKING, Tracking
 from factory.errors import HealingError
-from factory.healing.batch_size import fit_micro_batch
+from factory.healing.batch_size import fit_passes
 from factory.healing.callbacks import PROJECT, DivergedError, EarlyStop, Progress, Report, Slower
 from factory.healing.data import data_sets
 from factory.healing.lora import (
@@ -40,7 +40,7 @@ from factory.healing.lora import (
     save_adapter,
 )
 from factory.healing.packing import use_packed_attention
-from factory.healing.seam import load_factors, set_start
+from factory.healing.seam.fit import load_factors, set_start
 from factory.healing.trainers import TRAINERS, HealTrainer
 from factory.model.config_proof import find_layers
 from factory.model.devices import best_device
@@ -281,9 +281,12 @@ def begin(
         if parameter.requires_grad:
             # TRL casts QLoRA adapters to bf16, in which small weight updates are rounded away.
             parameter.data = parameter.data.float()
+    for module in trainer.model.modules():
+        if best_device().type == "cuda" and hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast would only cast it back to 16 bits
     if seam:
         set_start(trainer.model, student.names, seam, load_factors(folder))
-    fit_micro_batch(trainer)
+    fit_passes(trainer, tracking.warn)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
     if processes.is_main() and tracking.tracker != "none":

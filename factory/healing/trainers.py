@@ -2,25 +2,24 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, nll_loss
+from transformers.utils.import_utils import is_cuda_stream_capturing
 from trl import SFTTrainer
 
 from factory.config.settings import HealSettings
 from factory.healing.callbacks import rises
-from factory.model.config_proof import find_layers
+from factory.healing.graphs import PassGraphs
+from factory.healing.head_loss import IGNORED, HeadLoss, backbone_of, head_of
 from factory.model.layers import Call, bypassed, decoder_layers, record_forms
 from factory.parallel import processes
 
 PASSES = 2**20  # more than a step can have
-TRIED = 32  # tokens on which TRL's head and the model's own are compared
-CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats per token
-CHUNK_VALUES = 2**25  # maximum tokens × vocabulary of fp32 distributions at once
 
 
 class HealTrainer(SFTTrainer):  # type: ignore[misc]
@@ -28,7 +27,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 
     step, passes = -1, 0  # present step of this process, and its passes in that step
     control: Any
-    fuses: bool | None = None  # whether TRL's head agrees with the model's own; None: not tried yet
+    graphs: PassGraphs | None = None  # of its passes, once `fit_pass` has found that they can be captured
 
     @classmethod
     def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:
@@ -41,50 +40,71 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         """
         return {}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
+        self.vocab_size = self.causal.config.get_text_config().vocab_size
+        takes = inspect.signature(self.causal.forward).parameters
+        self.one_logit = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the next-token loss by TRL's head, which makes no logits, or by the model's own.
+        """Return the next-token loss in nats per token, through the model's own head."""
+        inputs, labels = _divided(inputs)
+        states, _ = self._states(model, inputs)
+        loss = self._share(self._head_loss(states, None, labels, 1.0), labels, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
 
-        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of
-        BERT-like models, nor of decoders that cap their logits under another name than Gemma 2's
-        (RecurrentGemma, xLSTM).
+    def _states(
+        self, model: Any, inputs: dict[str, Any], watched: Any = ()
+    ) -> tuple[torch.Tensor, dict[int, Call]]:
+        """Return the states before the head, [b, t, d], and the inputs of some layers in that pass.
+
+        Calls the whole model, which casts, shards and synchronises; its head gets the last token only.
         """
-        if self.fuses is None:
-            self.fuses = self._head_can_be_fused(model, inputs["input_ids"])
-        if self.fuses:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**rest | {"use_cache": False})
-        logits = outputs.logits[:, :-1].flatten(0, 1).float()
-        loss = cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        loss = self._share(loss, (labels != -100).sum(), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        calls: dict[int, Call] = {}
+        states: list[torch.Tensor] = []
 
-    def _share(self, nats: torch.Tensor, num_tokens: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        def keep(index: int) -> Callable[..., None]:
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls[index] = Call(args, kwargs)
+
+            return hook
+
+        def keep_output(_module: Any, _args: Any, output: Any) -> None:
+            self.output_class = type(output)
+            states.append(output.last_hidden_state)
+
+        with ExitStack() as hooks:
+            after = backbone_of(self.causal).register_forward_hook(keep_output)
+            hooks.callback(after.remove)
+            for index in watched:
+                layer = decoder_layers(self.causal)[index]
+                hooks.callback(layer.register_forward_pre_hook(keep(index), with_kwargs=True).remove)
+            model(**inputs, **self.one_logit)
+        return states[0], calls
+
+    def _head_loss(
+        self, student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor, weight: float
+    ) -> torch.Tensor:
+        """Return the sum over the predicted tokens in nats, from states [b, t, d] and labels [b, t − 1]."""
+        # To find these tokens the processor waits for the GPU, which a captured pass may not do.
+        rows = slice(None) if is_cuda_stream_capturing() else (labels != IGNORED).flatten()
+        states = [None if s is None else s[:, :-1].flatten(0, 1)[rows] for s in (student, teacher)]
+        with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
+            loss: torch.Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+                *states, labels.flatten()[rows], weight, logits_of, self.vocab_size
+            )
+        return loss
+
+    def _share(self, nats: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
         """Return a pass's share of the loss of its step, from the sum over its tokens."""
-        total = num_tokens if num_items_in_batch is None else num_items_in_batch
+        total = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = nats / torch.as_tensor(total).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients of all are averaged
         return loss
-
-    @torch.no_grad()
-    def _head_can_be_fused(self, model: Any, input_ids: torch.Tensor) -> bool:
-        trains = model.training
-        model.eval()
-        tokens = input_ids[:1, :TRIED]
-        try:
-            with self.accelerator.autocast():
-                fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        except (AttributeError, RuntimeError, TypeError):  # no backbone found, or a head of another width
-            return False
-        finally:
-            model.train(trains)
-        far = abs(float(fused - cross_entropy(logits.float(), tokens[0, 1:])))
-        return far <= (CLOSE if logits.dtype == torch.float32 else CLOSE_16_BITS)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Seed each pass by its position in the whole batch, which is dealt to the processes in turn."""
@@ -93,7 +113,12 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         place = self.passes * processes.count() + processes.index()
         self.passes += 1
         torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
-        return super().training_step(model, inputs, num_items_in_batch)
+        run = partial(super().training_step, model)
+        return (
+            self.graphs.run(run, inputs, num_items_in_batch)
+            if self.graphs
+            else run(inputs, num_items_in_batch)
+        )
 
     def _init_training_state(self, *args: Any, **more: Any) -> Any:
         """Look for the best checkpoint beside the last one, as the folder may come from another machine."""
@@ -178,19 +203,12 @@ class DistillTrainer(HealTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
         self.layers, self.dropped, self.start = decoder_layers(self.causal), frozenset(dropped), start
         self.seam_weight, self.next_token_weight = seam_weight, next_token_weight
         self.seams = [
             index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
         ]
         self.forms = record_forms(self.causal)
-        self.vocab_size = self.causal.config.get_text_config().vocab_size
-        self.one_logit = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(self.causal.forward).parameters
-            else {}
-        )
         # Permanently, not only in the forward pass: checkpointing runs layers again in the backward pass.
         self.bypass = ExitStack()
         self._bypass(self.dropped)
@@ -206,24 +224,17 @@ class DistillTrainer(HealTrainer):
         if not self.model.training:
             self._bypass(self.dropped)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "use_cache": False}
-        labels = inputs.pop("labels")[:, 1:]
-        targets = labels != -100
+        inputs, labels = _divided(inputs)
         teacher, calls = self._teach(model, inputs)
         # Below the first adapted layer both are the same, unless the cut is there: then student and teacher
         # differ from the first layer.
         prefix = frozenset(range(self.start if self.start < min(self.dropped) else 0))
         self._bypass(self.dropped | prefix, {max(prefix): calls[self.start]} if prefix else {})
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
-        with head_of(self.causal, self.output_class, self.accelerator.autocast) as logits_of:
-            # [n, d], [n, d], [n]
-            rows = (student[:, :-1][targets], teacher[:, :-1][targets], labels[targets])
-            loss = DistillLoss.apply(  # type: ignore[no-untyped-call]
-                *rows, self.next_token_weight, logits_of, self.vocab_size
-            )
+        loss = self._head_loss(student, teacher, labels, self.next_token_weight)
         for index, call in seams.items():
             loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
-        loss = self._share(loss, targets.sum(), num_items_in_batch)
+        loss = self._share(loss, labels, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
@@ -237,41 +248,18 @@ class DistillTrainer(HealTrainer):
         finally:
             model.train()
 
-    def _states(
-        self, model: Any, inputs: dict[str, Any], watched: Any
-    ) -> tuple[torch.Tensor, dict[int, Call]]:
-        """Return the states before the head, [b, t, d], and the inputs of some layers in that pass.
-
-        Calls the whole model, which casts, shards and synchronises; its head gets the last token only.
-        """
-        calls: dict[int, Call] = {}
-        states: list[torch.Tensor] = []
-
-        def keep(index: int) -> Callable[..., None]:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                calls[index] = Call(args, kwargs)
-
-            return hook
-
-        def keep_output(_module: Any, _args: Any, output: Any) -> None:
-            self.output_class = type(output)
-            states.append(output.last_hidden_state)
-
-        with ExitStack() as hooks:
-            after = backbone_of(self.causal).register_forward_hook(keep_output)
-            hooks.callback(after.remove)
-            for index in watched:
-                handle = self.layers[index].register_forward_pre_hook(keep(index), with_kwargs=True)
-                hooks.callback(handle.remove)
-            model(**inputs, **self.one_logit)
-        return states[0], calls
-
     def _bypass(self, skipped: frozenset[int], given: dict[int, Call] | None = None) -> None:
         self.bypass.close()
         self.bypass.enter_context(bypassed(self.layers, skipped, self.forms, given=given))
 
 
 TRAINERS: Mapping[str, type[HealTrainer]] = {"sft": HealTrainer, "distill": DistillTrainer}  # by objective
+
+
+def _divided(inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return what the model is given, and the labels of all tokens but the first, [b, t − 1]."""
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    return rest | {"use_cache": False}, inputs["labels"][:, 1:]
 
 
 def _given(call: Call) -> torch.Tensor:
@@ -283,84 +271,3 @@ def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Return the sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
     error = (student.float() - teacher.float()).square().sum(dim=-1)
     return (error / teacher.float().square().sum(dim=-1)).sum()
-
-
-def backbone_of(causal: Any) -> Any:
-    """Return the module below the head, which computes the final states.
-
-    That is transformers' `get_decoder`; if this gives the whole model (Llama 4) or the output embeddings
-    (ModernBERT's decoder), it is the module that contains the layers.
-    """
-    found = causal.get_decoder()
-    name, layers = find_layers(causal)
-    if found is not causal and any(module is layers for module in found.modules()):
-        return found
-    return causal.get_submodule(name.rpartition(".")[0])
-
-
-@contextmanager
-def head_of(
-    causal: Any, output_class: Any, autocast: Callable[[], Any]
-) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Yield the model's own function from final states [n, d] to logits [n, v]: some models cap them."""
-    backbone = backbone_of(causal)
-    own = backbone.__dict__.get("forward")
-    given: list[torch.Tensor] = []
-    backbone.forward = lambda *_args, **_kwargs: output_class(last_hidden_state=given.pop())
-
-    def logits_of(states: torch.Tensor) -> torch.Tensor:
-        given.append(states[None])
-        ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
-        with autocast():
-            logits: torch.Tensor = causal(input_ids=ids, use_cache=False).logits[0]
-        return logits
-
-    try:
-        yield logits_of
-    finally:
-        if own is None:
-            del backbone.forward
-        else:
-            backbone.forward = own
-
-
-class DistillLoss(torch.autograd.Function):
-    """Sum over rows of (1 − w) · KL(teacher ‖ student) − w · log student(label), from [n, d] twice and [n].
-
-    Only a few rows of logits exist at a time: the gradient for the student's states is computed in the
-    forward pass, so that memory does not grow with tokens × vocabulary.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        labels: torch.Tensor,
-        weight: float,
-        logits_of: Callable[[torch.Tensor], torch.Tensor],
-        vocab_size: int,
-    ) -> torch.Tensor:
-        """Return the sum in nats, in fp32; `weight` is that of the labels."""
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        gradient = torch.empty_like(student)
-        step = max(CHUNK_VALUES // vocab_size, 1)
-        for start in range(0, len(student), step):
-            rows = slice(start, start + step)
-            with torch.no_grad():
-                target = logits_of(teacher[rows]).float().log_softmax(dim=-1)
-            with torch.enable_grad():
-                states = student[rows].detach().requires_grad_()
-                log_student = logits_of(states).float().log_softmax(dim=-1)
-                nats = kl_div(log_student, target, reduction="sum", log_target=True) * (1 - weight)
-                nats = nats + nll_loss(log_student, labels[rows], reduction="sum") * weight
-            (gradient[rows],) = torch.autograd.grad(nats, states)
-            total += nats.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        """Return the gradient for the student's states; the other arguments have none."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None

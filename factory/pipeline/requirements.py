@@ -300,7 +300,7 @@ def check_seam(source: Source, config: BuildConfig) -> None:
             only cut begins at layer 0.
     """
     from factory.healing.lora import check_feed_forward
-    from factory.healing.seam import check_seams
+    from factory.healing.seam.fit import check_seams
 
     if config.plan.layers:
         check_seams(config.plan.layers)

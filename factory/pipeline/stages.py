@@ -76,7 +76,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
         seam = _fit_seam(run, source, plan, folder) if run.config.fits_seam else None
         if seam and not run.config.heal_enabled:
-            from factory.healing.seam import untrained
+            from factory.healing.seam.fit import untrained
 
             return untrained(seam, pruned, text=run.texts.healing, dropped=plan.dropped, folder=folder)
         part = partial(
@@ -112,7 +112,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
 
 def _fit_seam(run: Run, source: Source, plan: PruningPlan, folder: Path) -> SeamFit:
     """Fit the layer before each cut in this process, before the model is divided among several."""
-    from factory.healing.seam import fit_seams
+    from factory.healing.seam.fit import fit_seams
 
     heal = run.config.heal if run.config.heal_enabled else run.config.heal.model_copy(update=FIT_ONLY)
     return fit_seams(

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from factory.artifacts import Adapter, Checkpoint, PruningPlan
 from factory.config.settings import HealSettings
+from factory.healing.head_loss import CHUNK_VALUES, HeadLoss, head_of
 from factory.healing.heal import heal
 from factory.healing.merge import merge
-from factory.healing.trainers import CHUNK_VALUES, DistillLoss, DistillTrainer, head_of
+from factory.healing.trainers import DistillTrainer
 from factory.hub.resolve import resolve
 from factory.model.layers import bypassed, record_forms
 from factory.model.loading import load_model
@@ -224,9 +225,7 @@ def test_loss_and_gradient_are_those_of_the_definition(
     next_tokens = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     expected = (1 - weight) * divergence + weight * next_tokens
     (gradient,) = torch.autograd.grad(3 * expected, student)
-    found = DistillLoss.apply(
-        student, teacher, labels, weight, lambda states: states @ head, CHUNK_VALUES // 7
-    )
+    found = HeadLoss.apply(student, teacher, labels, weight, lambda states: states @ head, CHUNK_VALUES // 7)
     (found_gradient,) = torch.autograd.grad(3 * found, student)
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found_gradient, gradient, rtol=1e-4, atol=1e-5)

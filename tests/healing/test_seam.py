@@ -15,9 +15,9 @@ from factory.config.settings import BuildConfig, HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.healing.heal import heal
 from factory.healing.merge import judge, merge
-from factory.healing.regression import Moments, low_rank
-from factory.healing.seam import fit_each, fit_seams, load_factors, seams_of, untrained
-from factory.healing.writers import find_writer
+from factory.healing.seam.fit import fit_each, fit_seams, load_factors, seams_of, untrained
+from factory.healing.seam.regression import Moments, low_rank
+from factory.healing.seam.writers import find_writer
 from factory.hub.resolve import resolve
 from factory.model.layers import decoder_layers
 from factory.model.loading import load_model
@@ -49,7 +49,7 @@ DOCUMENTS = 120
 @pytest.fixture(autouse=True, scope="module")
 def _few_tokens() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("factory.healing.seam.NUM_TOKENS", 1500)
+        patch.setattr("factory.healing.seam.fit.NUM_TOKENS", 1500)
         yield
 
 
@@ -132,7 +132,7 @@ def test_an_attention_sink_is_left_out_and_would_spoil_the_fit(monkeypatch: pyte
     seam, update = refit(model)
     assert (seam.num_tokens, seam.num_left_out) == (1240, 40)
     assert (update - matrix).norm() < 1e-3 * matrix.norm()
-    monkeypatch.setattr("factory.healing.seam.OUTLIER", math.inf)
+    monkeypatch.setattr("factory.healing.seam.fit.OUTLIER", math.inf)
     _, spoilt = refit(model)
     assert (spoilt - matrix).norm() > matrix.norm()
 

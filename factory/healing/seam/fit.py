@@ -22,8 +22,8 @@ from factory.config.settings import HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.healing.data import divide
 from factory.healing.lora import ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
-from factory.healing.regression import RIDGES, Factors, Moments, low_rank
-from factory.healing.writers import Writer, find_writer, fitted, states_of
+from factory.healing.seam.regression import RIDGES, Factors, Moments, low_rank
+from factory.healing.seam.writers import Writer, find_writer, fitted, states_of
 from factory.model.config_proof import find_layers
 from factory.model.layers import decoder_layers, skip_layers
 from factory.model.loading import load_model, skeleton

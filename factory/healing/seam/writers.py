@@ -9,7 +9,7 @@ import torch
 
 from factory.errors import UnsupportedArchitectureError
 from factory.healing.lora import feed_forward
-from factory.healing.regression import Factors
+from factory.healing.seam.regression import Factors
 from factory.model.layers import decoder_layers
 
 CLOSE = 2e-2  # relative; the additions of 16-bit states are rounded

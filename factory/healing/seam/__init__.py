@@ -1,0 +1,1 @@
+"""A fitted seam: the linear update before a cut that starts the healing or replaces it."""
