@@ -15,6 +15,7 @@ from factory.config.settings import EvaluateSettings
 from factory.errors import DataError
 from factory.evaluation.answers import read_answers, read_losses, write_answers, write_losses
 from factory.evaluation.harness import load_tasks, score_task, vllm_model
+from factory.evaluation.passes import num_rows, pass_tokens
 from factory.model.devices import compute_dtype
 from factory.model.loading import load_model
 from factory.model.losses import pad_batch, row_losses
@@ -22,9 +23,8 @@ from factory.model.tokenizer import Encoder, load_encoder
 from factory.parallel import processes
 from factory.text.text import Text
 
-LOSS_BATCH_SIZE = 4
 ORDER = 0  # seed, fixed for every model and build so that losses are comparable
-KEPT_EVERY = 32  # documents per process between saves
+KEPT_EVERY, KEPT_EVERY_ON_GPU = 32, 256  # documents per process between saves
 
 
 def evaluate(
@@ -88,16 +88,19 @@ def token_loss(
     ratio over documents, since tokens of one document are not independent.
     """
     kept = read_losses(into)  # of an interrupted run; a document too short for a loss counts as 0, 0
+    most = pass_tokens(model)
     documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
-    while some := list(islice(documents, KEPT_EVERY * processes.count())):
-        mine = []
-        for document in processes.share(some):
-            (ids,) = encoder.encode([document])
-            pieces = list(encoder.windows(ids, length=settings.sequence_length))
-            mine.append(_document_loss(model, pieces, encoder))
-            done = len(kept) + processes.count() * len(mine)
-            progress(min(done, settings.num_documents), settings.num_documents, "loss")
-        kept += processes.gather(mine)
+    every = (KEPT_EVERY if most is None else KEPT_EVERY_ON_GPU) * processes.count()
+    while some := list(islice(documents, every)):
+        mine = [
+            list(encoder.windows(ids, length=settings.sequence_length))
+            for ids in encoder.encode(processes.share(some))
+        ]
+
+        def report(share: float, before: int = len(kept), read: int = len(some)) -> None:
+            progress(before + int(share * read), settings.num_documents, "loss")
+
+        kept += processes.gather(_document_losses(model, mine, encoder, most=most, report=report))
         if processes.is_main():
             write_losses(into, kept)
     losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and nats per document
@@ -121,12 +124,35 @@ def token_loss(
     )
 
 
-def _document_loss(model: Any, pieces: list[list[int]], encoder: Encoder) -> tuple[int, float]:
-    total, count = 0.0, 0
-    for start in range(0, len(pieces), LOSS_BATCH_SIZE):
-        batch = pad_batch(pieces[start : start + LOSS_BATCH_SIZE], pad_token_id=encoder.pad_token_id)
+def _document_losses(
+    model: Any,
+    documents: list[list[list[int]]],
+    encoder: Encoder,
+    *,
+    most: int | None,
+    report: Callable[[float], None],
+) -> list[tuple[int, float]]:
+    """Return each document's number of predicted tokens and summed loss in nats, from its windows.
+
+    Windows of all documents are read together by length, as many as a pass of `most` tokens holds.
+    """
+    waiting = sorted(
+        (
+            (piece, (number, place))
+            for number, pieces in enumerate(documents)
+            for place, piece in enumerate(pieces)
+        ),
+        key=lambda window: -len(window[0]),
+    )
+    total, found = len(waiting), dict[tuple[int, int], tuple[int, float]]()
+    while waiting:
+        size = num_rows(len(waiting[0][0]), most)
+        rows, waiting = waiting[:size], waiting[size:]
+        batch = pad_batch([piece for piece, _ in rows], pad_token_id=encoder.pad_token_id)
         ids, mask = (tensor.to(model.device) for tensor in batch)
         counts, nats = row_losses(model, ids, mask, num_given=encoder.num_given)
-        count += int(counts.sum())
-        total = sum(nats.tolist(), total)
-    return count, total
+        places = (place for _, place in rows)
+        found.update(zip(places, zip(counts.int().tolist(), nats.tolist(), strict=True), strict=True))
+        report(len(found) / total)
+    of = [[found[number, place] for place in range(len(pieces))] for number, pieces in enumerate(documents)]
+    return [(sum(count for count, _ in losses), math.fsum(nats for _, nats in losses)) for losses in of]

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jinja2 import StrictUndefined, TemplateError
@@ -28,7 +26,6 @@ from factory.parallel import processes
 from factory.resources import DEMO_TASKS
 from factory.text.hub_data_files import check_data_files
 
-TASK_BATCH_SIZE = 8
 HARNESS_SEED = 1234  # default of lm-eval's command line; draws the few-shot examples
 HARNESS_FOLDERS = {"mmlu": "mmlu/default", "boolq": "super_glue/boolq", "gsm8k": "gsm8k"}  # in lm-eval
 BOOTSTRAP_ROUNDS = 1000  # for metrics without a formula for the standard error
@@ -53,7 +50,10 @@ def score_task(
         DataError: lm-eval cannot compute a number from the answers.
         UsageError: A task file does not fit its data.
     """
+    from lm_eval.api.model import LM
     from lm_eval.evaluator import evaluate as run_harness
+
+    from factory.evaluation.harness_model import HarnessModel
 
     name, loaded = load_task(task, shots=settings.num_fewshot.get(task))
     for part in loaded["tasks"].values():
@@ -62,7 +62,9 @@ def score_task(
     # Not `simple_evaluate`, which also inspects the machine and runs git in the current folder.
     with _explained(task):
         results = run_harness(
-            lm=_harness_model(model, tokenizer, lambda done, total: progress(done, total, name)),
+            lm=model
+            if isinstance(model, LM)
+            else HarnessModel(model, tokenizer, report=lambda done, total: progress(done, total, name)),
             task_dict=loaded,
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAP_ROUNDS,
@@ -74,51 +76,6 @@ def score_task(
         for row, parts in rows_of(name, loaded).items()
     ]
     return processes.from_main(scored)  # other processes get no results
-
-
-def _harness_model(model: Any, tokenizer: Any, report: Callable[[int, int], None]) -> Any:
-    """Wrap the model in lm-eval's own class, reporting rows done instead of showing progress bars."""
-    from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
-
-    if isinstance(model, LM):
-        return model
-
-    class Reporting(HFLM):  # type: ignore[misc]
-        done, total = 0, 0
-
-        def loglikelihood(self, requests: list[Any], **_: Any) -> Any:
-            self.done, self.total = 0, len(requests)
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> Any:
-            self.done, self.total = 0, len(requests)
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: list[Any], **_: Any) -> Any:
-            self.done, self.total = 0, len(requests)
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
-
-        def _model_call(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._count(len(inputs))
-            return super()._model_call(inputs, *args, **kwargs)
-
-        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._count(len(context))
-            return super()._model_generate(context, *args, **kwargs)
-
-        def _count(self, rows: int) -> None:
-            self.done = min(self.done + rows, self.total)
-            report(self.done, self.total)
-
-    harness_model = Reporting(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH_SIZE)
-    if processes.count() > 1:  # lm-eval takes a loaded model to be that of a single process
-        harness_model.accelerator = Accelerator()
-        harness_model._rank, harness_model._world_size = processes.index(), processes.count()
-    return harness_model
 
 
 def vllm_model(folder: Path, *, num_gpus: int) -> Any:

@@ -202,7 +202,7 @@ def test_an_evaluation_that_was_killed_repeats_nothing_that_it_had_finished(
     into.mkdir()
 
     def deadly(done: int, _total: int, note: str) -> None:
-        if note == killed_in and (done == 35 or note != "loss"):
+        if note == killed_in and (done > 32 or note != "loss"):
             raise KilledError
 
     with pytest.raises(KilledError):
@@ -218,7 +218,9 @@ def test_an_evaluation_that_was_killed_repeats_nothing_that_it_had_finished(
     assert again == whole
     assert read_losses(into) == read_losses(tmp_path / "whole")
     if killed_in == "loss":  # it had kept 32 documents
-        assert [done for done, note in heard if note == "loss"] == list(range(33, 41))
+        done = [done for done, note in heard if note == "loss"]
+        assert done == sorted(done)
+        assert 32 < done[0] < done[-1] == 40
     else:
         assert {note for _, note in heard} == {"second"}
 
