@@ -6,7 +6,8 @@ Every recipe heals the same pruned checkpoint on the same text in the same order
 merged weights, loaded from disk, on text that no recipe saw. The recovered share is
 (pruned − healed) / (pruned − source). A recipe is given as settings of healing, `rank=8,learning_rate=3e-3`;
 the first one below is the paper's (QLoRA on the feed-forward modules, next tokens) at its best rate for a
-model of 26 M parameters.
+model of 26 M parameters. With `--questions`, a folder as in `evaluate_speed.py`, each result also answers
+PIQA and ARC-Easy; a recipe's difference from the first one is over the same questions.
 """
 
 import argparse
@@ -16,9 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from factory.artifacts import Checkpoint, PruningPlan, Source, layer_ranges
+from evaluate_speed import write_tasks
+
+from factory.artifacts import Checkpoint, PruningPlan, Source, TaskScore, layer_ranges
 from factory.config.options import read_layers
-from factory.config.settings import HealSettings
+from factory.config.settings import EvaluateSettings, HealSettings
+from factory.evaluation.harness import score_task
+from factory.evaluation.significance import compare_answers
 from factory.healing.heal import heal
 from factory.healing.merge import merge
 from factory.hub.pull import pull
@@ -31,6 +36,7 @@ from factory.text.text import Text, open_text
 
 WARMUP_SHARE = 0.1
 BATCH = 32  # sequences evaluated at once
+Answered = dict[str, tuple[TaskScore, list[float]]]  # by task
 RECIPES = (
     "objective=sft,rank=8,learning_rate=3e-3",
     "objective=sft,rank=64,learning_rate=3e-3",
@@ -46,7 +52,33 @@ def loss_of(folder: Path, text: Text, *, length: int) -> float:
     return token_loss(model, pieces, batch_size=BATCH)
 
 
-def healed_loss(
+def answers_of(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[TaskScore, list[float]]]:
+    """Return score and answers of each task, zero-shot."""
+    if not tasks:
+        return {}
+    model, tokenizer = load_model(folder), load_encoder(folder).open_ended
+    settings, found = EvaluateSettings(tasks=tuple(tasks), num_fewshot=dict.fromkeys(tasks, 0)), {}
+    for task in tasks:
+        for score, answers in score_task(model, tokenizer, task, settings=settings, progress=lambda *_: None):
+            found[score.task] = (score, [float(one) for part in sorted(answers) for one in answers[part]])
+    return found
+
+
+def told(answers: Answered, source: Answered, first: Answered | None) -> str:
+    """Return the score of each task, the kept share of the source's lead over chance, and the difference."""
+    line = ""
+    for task, (score, mine) in answers.items():
+        lead = source[task][0].value - (score.chance or 0)
+        line += f"; {task} {score.value:.3f} (keeps {(score.value - (score.chance or 0)) / lead:.2f})"
+        if first:
+            change = compare_answers(task, first[task][1], mine)
+            line += (
+                f", {change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f}) from the first recipe"
+            )
+    return line
+
+
+def healed(
     source: Source,
     pruned: Checkpoint,
     dropped: tuple[int, ...],
@@ -55,8 +87,9 @@ def healed_loss(
     settings: HealSettings,
     seed: int,
     keep: Path | None,
-) -> tuple[list[float], float]:
-    """Heal on the first text; return the losses of the merged weights on the others, and the seconds."""
+    tasks: Sequence[str],
+) -> tuple[list[float], float, Answered]:
+    """Heal on the first text; return the merged weights' losses on the others, the seconds, and answers."""
     with tempfile.TemporaryDirectory() as scratch:
         adapter_folder, merged_folder = keep or Path(scratch) / "adapter", Path(scratch) / "merged"
         adapter_folder.mkdir(parents=True)
@@ -74,7 +107,8 @@ def healed_loss(
         )
         seconds = time.monotonic() - start
         merge(pruned, adapter, folder=merged_folder)
-        return [loss_of(merged_folder, text, length=settings.sequence_length) for text in texts[1:]], seconds
+        losses = [loss_of(merged_folder, text, length=settings.sequence_length) for text in texts[1:]]
+        return losses, seconds, answers_of(merged_folder, tasks)
 
 
 def settings_of(recipe: str, *, tokens: int, length: int, batch_size: int) -> HealSettings:
@@ -102,6 +136,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--questions", type=Path, help="folder of questions")
     parser.add_argument("--keep", type=Path, help="folder for the adapters of the first seed")
     options = parser.parse_args()
     source = pull(resolve(options.model))
@@ -113,8 +148,14 @@ def main() -> None:
         plan = PruningPlan(criterion="chosen", num_layers=source.num_layers, dropped=dropped)
         pruned = prune(source, plan, folder=Path(folder), progress=lambda *_: None)
         whole, cut = (loss_of(path, texts[1], length=length) for path in (source.local_folder, Path(folder)))
+        (Path(folder) / "tasks").mkdir()
+        tasks = write_tasks(options.questions, Path(folder) / "tasks")[:2] if options.questions else []
+        before = answers_of(source.local_folder, tasks)
+        firsts: dict[int, Answered] = {}
         head = f"layers {layer_ranges(dropped)}, {options.tokens:,} tokens"
-        print(f"{head}: loss source {whole:.4f}, pruned {cut:.4f}", flush=True)
+        after = told(answers_of(Path(folder), tasks), before, None)
+        print(f"{head}: loss source {whole:.4f}{told(before, before, None)}", flush=True)
+        print(f"{head}: loss pruned {cut:.4f}{after}", flush=True)
         rows = []
         for number, recipe in enumerate(options.recipe or RECIPES):
             settings = settings_of(
@@ -123,17 +164,19 @@ def main() -> None:
             shares, losses, times = [], [], []
             for seed in range(options.first_seed, options.first_seed + options.seeds):
                 keep = options.keep / str(number) if options.keep and seed == options.first_seed else None
-                (loss, *dev), seconds = healed_loss(
-                    source, pruned, dropped, texts, settings=settings, seed=seed, keep=keep
+                (loss, *dev), seconds, answers = healed(
+                    source, pruned, dropped, texts, settings=settings, seed=seed, keep=keep, tasks=tasks
                 )
                 losses.append(loss)
                 times.append(seconds)
                 shares.append((cut - loss) / (cut - whole))
                 print(
                     f"{head}: {recipe} seed {seed}: {loss:.4f}, {shares[-1]:.3f} in {seconds:.0f} s"
-                    + "".join(f"; dev {nats:.4f}" for nats in dev),
+                    + "".join(f"; dev {nats:.4f}" for nats in dev)
+                    + told(answers, before, firsts.get(seed)),
                     flush=True,
                 )
+                firsts.setdefault(seed, answers)
             spread = f" ± {stdev(shares):.3f}" if len(shares) > 1 else ""
             rows.append(f"| {recipe} | {mean(losses):.4f} | {mean(shares):.3f}{spread} | {mean(times):.0f} |")
     print(f"\n| {head} | loss | recovered | seconds |\n|---|--:|--:|--:|\n" + "\n".join(rows))
