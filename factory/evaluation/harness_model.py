@@ -1,6 +1,7 @@
 """Answer lm-eval's requests with a loaded model, as many in a pass as the GPU has room for."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from factory.evaluation.passes import ROWS, num_rows, pass_tokens
 from factory.parallel import processes
+
+QUESTIONS = 64  # whose tokens are remembered
 
 
 class HarnessModel(HFLM):  # type: ignore[misc]
@@ -30,6 +33,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             tokenizer=tokenizer,
             batch_size=ROWS if self.most is None else "auto",  # which asks for the size of each pass
         )
+        self.tok_encode = lru_cache(QUESTIONS)(super().tok_encode)  # a question comes with each choice
         if processes.count() > 1:  # lm-eval takes a loaded model to be that of a single process
             self.accelerator = Accelerator()
             self._rank, self._world_size = processes.index(), processes.count()
