@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from factory.cli.click_options import CONTEXT, Group
 from factory.cli.console import print_json, remark
-from factory.cli.options import CONTEXT, Group
-from factory.cli.request import config_text
 from factory.config.request import BuildRequest
 from factory.errors import DiskSpaceError, HubError, UsageError
 from factory.jobs.uploads import carried
@@ -39,6 +38,7 @@ def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
         HubError: No token, permission or credit; nothing was submitted.
         JobError: The job failed or was cancelled.
     """
+    from factory.cli.build_file import text_of
     from factory.cli.console import StageLines, console
     from factory.jobs.hardware import flavor
     from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
@@ -73,7 +73,7 @@ def submit(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) ->
         owner,
         name,
         build,
-        config_text(given).encode(),
+        text_of(given).encode(),
         files,
         first.rerun,
         trackers=tuple(sorted({r.report_to for r in requests if r.report_to not in (None, "none")})),

@@ -1,7 +1,6 @@
 """Arguments of commands, what they ask for, and the modules that a process for them has ready."""
 
-from factory.cli.build import build
-from factory.cli.request import read_requests
+from factory.cli.build import build, read_requests
 from factory.config.request import BuildRequest
 
 LIGHT = ("factory.hub.pull", "factory.report.card")
