@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from factory.cli.click_options import CONTEXT, Command, request_options
 from factory.cli.console import print_json
-from factory.config.request import BuildRequest
+from factory.config.request import BuildRequest, file_text
 from factory.errors import FactoryError, UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values
     """
     requests = read_requests(model, values)
     if print_config:
-        from factory.cli.build_file import text_of
-
-        click.echo(text_of([request.file_values() for request in requests]), nl=False)
+        click.echo(file_text([request.file_values() for request in requests]), nl=False)
     elif any(request.on for request in requests):
         from factory.cli.jobs import submit
 

@@ -82,12 +82,6 @@ def read(path: Path) -> list[tuple[dict[str, Any], Origin]]:
     return builds
 
 
-def text_of(builds: list[dict[str, Any]]) -> str:
-    """Return the text of a build file for these builds."""
-    value = builds[0] if len(builds) == 1 else {"builds": builds}
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-
-
 def schema() -> dict[str, Any]:
     """Return the JSON schema of build files."""
     made: dict[str, Any] = BuildFile.model_json_schema(mode="validation")
