@@ -6,14 +6,12 @@ from factory.config.request import BuildRequest
 LIGHT = ("factory.hub.pull", "factory.report.card")
 HEAVY = (
     *LIGHT,
-    "torch",
     "transformers.models.llama.modeling_llama",
     "factory.pruning.measure",
     "factory.pruning.prune",
     "factory.evaluation.evaluate",
     "factory.evaluation.speed",
     "factory.report.figures",
-    "matplotlib.backends.backend_svg",
 )
 SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
 TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
