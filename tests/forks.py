@@ -55,7 +55,7 @@ class Forks:
     Args:
         environment: Variables of the process.
         modules: What most runs import.
-        alone: Whether it has no other variables; else also those of this process.
+        alone: Whether it has these variables alone; if not, also those of this process.
         disk: Folder at which it alone sees another file system, in memory, and its options for `mount`.
     """
 
@@ -126,3 +126,14 @@ class Forks:
 def _send(calls: IO[str], **call: object) -> None:
     calls.write(json.dumps(call) + "\n")
     calls.flush()
+
+
+def fork_once(
+    environment: Mapping[str, str], *arguments: str, folder: Path, program: str | None = None
+) -> Ended:
+    """Run `factory`, or a program in Python, with these variables and no others, and wait for it."""
+    process = Forks(environment, alone=True)
+    try:
+        return process.run(*arguments, folder=folder, program=program)
+    finally:
+        process.close()
