@@ -24,7 +24,7 @@ SLOW = (
     "scipy.io", "scipy.optimize", "scipy.stats", "sklearn.metrics", "pandas", "pyarrow.dataset",
     "pyarrow.parquet", "matplotlib.figure", "matplotlib.font_manager", "matplotlib.backends.backend_svg",
     "rich.progress", "rich.table", "click", "jinja2", "pydantic", "yaml", "httpx", "safetensors.torch",
-    "tokenizers", "PIL.Image",
+    "tokenizers", "PIL.Image", "factory.cli.main",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def serve(modules: Sequence[str]) -> None:
     for line in os.fdopen(0, encoding="utf-8"):
         if os.fork() == 0:
             call = json.loads(line)
-            _go_on(**call) if "environment" in call else _supervise(call)
+            _go_on(**call) if "modules" in call else _supervise(call)
 
 
 def _go_on(
@@ -48,10 +48,14 @@ def _go_on(
         _mount(*disk)
     Path(into, "pid").write_text(str(os.getpid()))
     os.dup2(os.open(f"{into}/calls", os.O_RDONLY), 0)
-    os.environ.clear()
-    os.environ.update(environment)
+    _set_environment(environment)
     serve(modules)
     os._exit(0)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 def _mount(folder: str, options: str) -> None:
@@ -80,6 +84,8 @@ def _supervise(call: dict[str, Any]) -> NoReturn:
 
 
 def _run(call: dict[str, Any]) -> NoReturn:
+    if call["environment"] is not None:
+        _set_environment(call["environment"])
     os.chdir(call["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):

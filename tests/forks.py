@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tests.fork_server import SLOW
 from tests.places import ROOT
 from tests.waiting import HUNG_SECONDS
+
+NOTHING: dict[str, Any] = {"environment": None, "file_bytes": None}
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,34 @@ class Ended:
     stderr: str
 
 
+class _Calls:
+    """The pipe to a process of `tests.fork_server`."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.close = pipe.close
+
+    def send(self, **call: object) -> None:
+        with self._lock:
+            self._pipe.write(json.dumps(call) + "\n")
+            self._pipe.flush()
+
+
 @cache
-def _first() -> IO[str]:
-    """The process that those of all `Forks` are copies of: its calls. It ends with this one."""
+def _first() -> _Calls:
+    """The process that all others are copies of; it ends with this one."""
     command = [sys.executable, "-m", "tests.fork_server", *SLOW]
     # OpenMP does not outlive a fork; with one thread it is not there to begin with.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_variables(os.environ), stdin=subprocess.PIPE, text=True
+    )
     assert process.stdin
-    return process.stdin
+    return _Calls(process.stdin)
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    # How much transformers tells is read at its import, before the command line's own setting.
+    return {"TRANSFORMERS_VERBOSITY": "error", **environment, "OMP_NUM_THREADS": "1"}
 
 
 def can_mount() -> bool:
@@ -53,9 +74,8 @@ class Forks:
     Runs may overlap, from threads of their own.
 
     Args:
-        environment: Variables of the process.
+        environment: Variables beside those of this process.
         modules: What most runs import.
-        alone: Whether it has these variables alone; if not, also those of this process.
         disk: Folder at which it alone sees another file system, in memory, and its options for `mount`.
     """
 
@@ -64,18 +84,14 @@ class Forks:
         environment: Mapping[str, str],
         *,
         modules: Sequence[str] = (),
-        alone: bool = False,
         disk: tuple[Path, str] | None = None,
     ) -> None:
-        # How much transformers tells is read at its import, before the command line's own setting.
-        variables = {"TRANSFORMERS_VERBOSITY": "error", **({} if alone else os.environ), **environment}
-        variables["OMP_NUM_THREADS"] = "1"
+        variables = _variables({**os.environ, **environment})
         mounted = disk and (str(disk[0]), disk[1])
-        self._lock = threading.Lock()
         with tempfile.TemporaryDirectory() as into:
             os.mkfifo(f"{into}/calls")
-            _send(_first(), into=into, environment=variables, modules=modules, disk=mounted)
-            self._calls = Path(into, "calls").open("w", encoding="utf-8")  # noqa: SIM115
+            _first().send(into=into, environment=variables, modules=modules, disk=mounted)
+            self._calls = _Calls(Path(into, "calls").open("w", encoding="utf-8"))  # noqa: SIM115
             self._pid = int(Path(into, "pid").read_text())
 
     def run(
@@ -95,23 +111,8 @@ class Forks:
             before: Python that the process runs before the command.
             patience_seconds: A run that takes longer is killed; None: that is a fault of the test.
         """
-        with tempfile.TemporaryDirectory() as into:
-            call = {"arguments": arguments, "folder": str(folder), "program": program, "before": before}
-            with self._lock:
-                _send(self._calls, **call, file_bytes=file_bytes, into=into)
-            code = Path(into) / "code"
-            end = time.monotonic() + HUNG_SECONDS
-            patience = time.monotonic() + patience_seconds if patience_seconds else end
-            while not code.exists():
-                if patience < min(time.monotonic(), end):
-                    os.kill(int((Path(into) / "pid").read_text()), signal.SIGKILL)
-                    patience = end
-                assert time.monotonic() < end, f"factory {' '.join(arguments)} does not end"
-                time.sleep(0.02)
-            return Ended(
-                int(code.read_text()),
-                *((Path(into) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")),
-            )
+        call = {"program": program, "file_bytes": file_bytes, "before": before}
+        return _ended(self._calls, *arguments, folder=folder, patience_seconds=patience_seconds, **call)
 
     @property
     def root(self) -> Path:
@@ -123,17 +124,33 @@ class Forks:
         self._calls.close()
 
 
-def _send(calls: IO[str], **call: object) -> None:
-    calls.write(json.dumps(call) + "\n")
-    calls.flush()
-
-
 def fork_once(
-    environment: Mapping[str, str], *arguments: str, folder: Path, program: str | None = None
+    environment: Mapping[str, str],
+    *arguments: str,
+    folder: Path,
+    program: str | None = None,
+    before: str = "",
 ) -> Ended:
     """Run `factory`, or a program in Python, with these variables and no others, and wait for it."""
-    process = Forks(environment, alone=True)
-    try:
-        return process.run(*arguments, folder=folder, program=program)
-    finally:
-        process.close()
+    call = {"environment": _variables(environment), "program": program, "before": before}
+    return _ended(_first(), *arguments, folder=folder, **call)
+
+
+def _ended(
+    calls: _Calls, *arguments: str, folder: Path, patience_seconds: float | None = None, **call: Any
+) -> Ended:
+    with tempfile.TemporaryDirectory() as into:
+        calls.send(**NOTHING | call, arguments=arguments, folder=str(folder), into=into)
+        code = Path(into) / "code"
+        end = time.monotonic() + HUNG_SECONDS
+        patience = time.monotonic() + patience_seconds if patience_seconds else end
+        while not code.exists():
+            if patience < min(time.monotonic(), end):
+                os.kill(int((Path(into) / "pid").read_text()), signal.SIGKILL)
+                patience = end
+            assert time.monotonic() < end, f"factory {' '.join(arguments)} does not end"
+            time.sleep(0.02)
+        return Ended(
+            int(code.read_text()),
+            *((Path(into) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")),
+        )
