@@ -30,7 +30,7 @@ from tests.forks import Ended, Forks, can_mount
 MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",
     "factory.pruning.measure", "factory.pruning.prune", "factory.healing.heal", "factory.healing.merge",
-    "factory.evaluation.evaluate", "factory.evaluation.speed", "factory.report.card", "factory.hub.pull",
+    "factory.evaluation.evaluate", "tests.builders.brief_speed", "factory.report.card", "factory.hub.pull",
     "factory.builds.folder", "factory.pipeline.preview", "factory.report.figures", "factory.pipeline.build",
     "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
 )  # fmt: skip

@@ -23,7 +23,7 @@ QUICK = [
     "--sequence-length",
     "128",
     "--heal-steps",
-    "6",
+    "3",
     "--limit",
     "12",
     "--eval-documents",

@@ -39,8 +39,8 @@ TOKEN = "hf_ThisTokenIsNowhereElse"
 USER = "jane.doe"
 REPOSITORY = "me/Mistral-7B-v0.1-drop30"
 COMMAND = ("build", "mistral-7b", "--drop", "0.3", "--push-to", REPOSITORY)
-# The recipe's 5,000 steps of 16 × 2048 tokens take hours; its rate moves nothing in three.
-SHORTER = ("--heal-steps", "3", "--heal-lr", "0.03", "--sequence-length", "256", "--eval-documents", "100")
+# The recipe's 5,000 steps of 16 × 2048 tokens take hours; its rate moves nothing in one.
+SHORTER = ("--heal-steps", "1", "--heal-lr", "0.03", "--sequence-length", "256", "--eval-documents", "100")
 BUILD = Path("builds") / "Mistral-7B-v0.1-drop30"
 INHERITED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 DEBUG = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_XET_LOG_LEVEL": "debug", "RUST_LOG": "debug"}
