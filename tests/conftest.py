@@ -13,10 +13,11 @@ from tests.loopback_hub import Hub, running_hub
 # A file is one worker's, so the files that take minutes come first: the others fill what is left of the time.
 LONGEST_FIRST = (
     "whole/test_build", "whole/test_production", "whole/test_hostile", "whole/test_kills",
-    "parallel/test_launch", "whole/test_faults", "jobs/test_jobs", "hub/test_remote_code",
-    "hub/test_pull_and_push", "builds/test_publish", "spaces/test_browser", "healing/test_heal",
-    "builds/test_reproduce", "pipeline/test_preview", "pipeline/test_sweep", "spaces/test_space",
-    "evaluation/test_evaluate", "builds/test_pruned_folder", "report/test_card",
+    "parallel/test_launch", "whole/test_faults", "jobs/test_jobs", "spaces/test_browser",
+    "healing/test_heal", "pipeline/test_preview", "spaces/test_space", "builds/test_reproduce",
+    "builds/test_publish", "hub/test_remote_code", "hub/test_pull_and_push", "pipeline/test_sweep",
+    "builds/test_pruned_folder", "cli/test_main", "cli/test_streams", "whole/test_families",
+    "report/test_card",
 )  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children

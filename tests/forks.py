@@ -1,4 +1,4 @@
-"""The command line run many times at the price of one start: a process that has imported it all forks."""
+"""Commands run many times at the price of one start: a process that has imported much is copied for each."""
 
 import json
 import os
@@ -8,93 +8,97 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import IO, Any
 
+from tests.fork_server import SLOW
+from tests.places import ROOT
 from tests.waiting import HUNG_SECONDS
 
-PROGRAM = """
-import gc, importlib, json, os, resource, signal, sys, traceback
-
-def run(call):
-    os.chdir(call["folder"])
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{call['into']}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    limit = call["file_bytes"]
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.argv = ["factory", *call["arguments"]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `factory … &` ignores it
-    exec(call["before"], {})
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 70
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # they are files here, under the same limit on files
-            pass
-    os._exit(code)
-
-def supervise(call):  # the code of a run that a signal ends is told as well
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        run(call)
-    with open(f"{call['into']}/pid", "w") as file:
-        file.write(str(pid))
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with open(f"{call['into']}/draft", "w") as file:
-        file.write(str(code))
-    os.rename(f"{call['into']}/draft", f"{call['into']}/code")
-    os._exit(0)
-
-for module in ("factory.cli.tables", *sys.argv[1:]):  # what nearly every command imports, and rich with it
-    importlib.import_module(module)
-from factory.cli.main import main
-gc.freeze()  # or each run looks through, and so copies, all that was imported whenever it collects
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    if os.fork() == 0:
-        supervise(json.loads(line))
-"""
+NOTHING: dict[str, Any] = {"environment": None, "file_bytes": None}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one run of the command line ended."""
+    """How one run ended."""
 
     code: int
     stdout: str
     stderr: str
 
 
+class _Calls:
+    """The pipe to a process of `tests.fork_server`."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.close = pipe.close
+
+    def send(self, **call: object) -> None:
+        with self._lock:
+            self._pipe.write(json.dumps(call) + "\n")
+            self._pipe.flush()
+
+
+@cache
+def _first() -> _Calls:
+    """The process that all others are copies of; it ends with this one."""
+    command = [sys.executable, "-m", "tests.fork_server", *SLOW]
+    # OpenMP does not outlive a fork; with one thread it is not there to begin with.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=_variables(os.environ), stdin=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    return _Calls(process.stdin)
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    # How much transformers tells is read at its import, before the command line's own setting.
+    return {"TRANSFORMERS_VERBOSITY": "error", **environment, "OMP_NUM_THREADS": "1"}
+
+
+def can_mount() -> bool:
+    """Whether this user may have a disk of their own."""
+    try:
+        return subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 class Forks:
-    """The process, started by the words of `prefix` if any. Runs may overlap, from threads of their own."""
+    """A process with an environment and imported modules of its own, copied for each run.
+
+    Runs may overlap, from threads of their own.
+
+    Args:
+        environment: Variables beside those of this process.
+        modules: What most runs import.
+        disk: Folder at which it alone sees another file system, in memory, and its options for `mount`.
+    """
 
     def __init__(
-        self, environment: dict[str, str], *, modules: Sequence[str], prefix: Sequence[str] = ()
+        self,
+        environment: Mapping[str, str],
+        *,
+        modules: Sequence[str] = (),
+        disk: tuple[Path, str] | None = None,
     ) -> None:
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", PROGRAM, *modules],
-            # OpenMP does not outlive a fork; with one thread it is not there to begin with. How much
-            # transformers tells is read at its import, which comes before the command line's own setting.
-            env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, **environment, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            text=True,
-        )
+        variables = _variables({**os.environ, **environment})
+        mounted = disk and (str(disk[0]), disk[1])
+        with tempfile.TemporaryDirectory() as into:
+            os.mkfifo(f"{into}/calls")
+            _first().send(into=into, environment=variables, modules=modules, disk=mounted)
+            self._calls = _Calls(Path(into, "calls").open("w", encoding="utf-8"))  # noqa: SIM115
+            self._pid = int(Path(into, "pid").read_text())
 
     def run(
         self,
         *arguments: str,
         folder: Path,
+        program: str | None = None,
         file_bytes: int | None = None,
         before: str = "",
         patience_seconds: float | None = None,
@@ -102,43 +106,51 @@ class Forks:
         """Run `factory` with these arguments in a folder, and wait for it.
 
         Args:
+            program: Python to run instead.
             file_bytes: Longest file that may be written: past it the system says "File too large".
             before: Python that the process runs before the command.
             patience_seconds: A run that takes longer is killed; None: that is a fault of the test.
         """
-        with tempfile.TemporaryDirectory() as into:
-            call = {
-                "arguments": arguments,
-                "folder": str(folder),
-                "file_bytes": file_bytes,
-                "into": into,
-                "before": before,
-            }
-            with self._lock:
-                assert self._process.stdin
-                self._process.stdin.write(json.dumps(call) + "\n")
-                self._process.stdin.flush()
-            code = Path(into) / "code"
-            end = time.monotonic() + HUNG_SECONDS
-            patience = time.monotonic() + patience_seconds if patience_seconds else end
-            while not code.exists():
-                if patience < min(time.monotonic(), end):
-                    os.kill(int((Path(into) / "pid").read_text()), signal.SIGKILL)
-                    patience = end
-                assert time.monotonic() < end, f"factory {' '.join(arguments)} does not end"
-                time.sleep(0.02)
-            return Ended(
-                int(code.read_text()),
-                *((Path(into) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")),
-            )
+        call = {"program": program, "file_bytes": file_bytes, "before": before}
+        return _ended(self._calls, *arguments, folder=folder, patience_seconds=patience_seconds, **call)
 
     @property
     def root(self) -> Path:
         """The file system as the process sees it, with what it alone has mounted."""
-        return Path(f"/proc/{self._process.pid}/root")
+        return Path(f"/proc/{self._pid}/root")
 
     def close(self) -> None:
         """End the process; runs under way end by themselves."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(timeout=HUNG_SECONDS)
+        self._calls.close()
+
+
+def fork_once(
+    environment: Mapping[str, str],
+    *arguments: str,
+    folder: Path,
+    program: str | None = None,
+    before: str = "",
+) -> Ended:
+    """Run `factory`, or a program in Python, with these variables and no others, and wait for it."""
+    call = {"environment": _variables(environment), "program": program, "before": before}
+    return _ended(_first(), *arguments, folder=folder, **call)
+
+
+def _ended(
+    calls: _Calls, *arguments: str, folder: Path, patience_seconds: float | None = None, **call: Any
+) -> Ended:
+    with tempfile.TemporaryDirectory() as into:
+        calls.send(**NOTHING | call, arguments=arguments, folder=str(folder), into=into)
+        code = Path(into) / "code"
+        end = time.monotonic() + HUNG_SECONDS
+        patience = time.monotonic() + patience_seconds if patience_seconds else end
+        while not code.exists():
+            if patience < min(time.monotonic(), end):
+                os.kill(int((Path(into) / "pid").read_text()), signal.SIGKILL)
+                patience = end
+            assert time.monotonic() < end, f"factory {' '.join(arguments)} does not end"
+            time.sleep(0.02)
+        return Ended(
+            int(code.read_text()),
+            *((Path(into) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")),
+        )

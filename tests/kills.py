@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -26,12 +25,12 @@ from factory.store.files import PARTIAL, sha256_of_file
 from factory.store.store import MANIFEST, damage
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
-from tests.forks import Ended, Forks
+from tests.forks import Ended, Forks, can_mount
 
 MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",
     "factory.pruning.measure", "factory.pruning.prune", "factory.healing.heal", "factory.healing.merge",
-    "factory.evaluation.evaluate", "factory.evaluation.speed", "factory.report.card", "factory.hub.pull",
+    "factory.evaluation.evaluate", "tests.builders.brief_speed", "factory.report.card", "factory.hub.pull",
     "factory.builds.folder", "factory.pipeline.preview", "factory.report.figures", "factory.pipeline.build",
     "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
 )  # fmt: skip
@@ -99,7 +98,6 @@ sys.addaudithook(watch)
 if seconds is not None:
     threading.Thread(target=strike_after, daemon=True).start()
 """
-SMALL_DISK = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=40m none "$0" && exec "$@"')
 
 
 @dataclass(frozen=True)
@@ -135,14 +133,6 @@ class Bench:
     num_events: int
 
 
-def can_mount() -> bool:
-    """Whether this user may have a small disk of their own."""
-    try:
-        return subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
     """Make the model, and build it once undisturbed."""
@@ -160,7 +150,7 @@ def bench(folder: Path) -> Iterator[Bench]:
     disk = folder / "disk" if can_mount() else None
     if disk:
         disk.mkdir()
-    process = Forks(variables, modules=MODULES, prefix=(*SMALL_DISK, str(disk)) if disk else ())
+    process = Forks(variables, modules=MODULES, disk=(disk, "size=40m") if disk else None)
     try:
         bare = Bench(folder, disk, process, {}, 0.0, 0)
         for name in ("warm", "undisturbed"):  # the first takes longer than any that follows

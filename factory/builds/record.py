@@ -116,11 +116,11 @@ def installed_libraries(*, of: str = PROGRAM) -> dict[str, str]:
     while left:
         name, extras = left.pop()
         try:
-            package = distribution(name)
+            metadata = distribution(name).metadata  # parsed at each access
         except PackageNotFoundError:
             continue
-        found[name] = package.version
-        for text in package.requires or ():
+        found[name] = metadata["Version"]
+        for text in metadata.get_all("Requires-Dist") or ():
             needed = Requirement(text)
             environments = [{"extra": extra} for extra in extras or {""}]
             if needed.marker and not any(needed.marker.evaluate(env) for env in environments):

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from factory.cli.click_options import CONTEXT, Command, request_options
 from factory.cli.console import print_json
-from factory.cli.options import CONTEXT, Command, request_options
-from factory.cli.request import config_text, read_requests
-from factory.config.request import BuildRequest
-from factory.errors import FactoryError
+from factory.config.request import BuildRequest, file_text
+from factory.errors import FactoryError, UsageError
 
 if TYPE_CHECKING:
     from factory.api.results import BuildResult
@@ -40,7 +40,7 @@ def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values
     """
     requests = read_requests(model, values)
     if print_config:
-        click.echo(config_text([request.file_values() for request in requests]), nl=False)
+        click.echo(file_text([request.file_values() for request in requests]), nl=False)
     elif any(request.on for request in requests):
         from factory.cli.jobs import submit
 
@@ -61,6 +61,43 @@ def schema() -> None:
     from factory.cli.build_file import schema as json_schema
 
     print_json(json_schema())
+
+
+def read_requests(model: str, values: dict[str, Any]) -> list[BuildRequest]:
+    """Return the requested builds; an option given with a build file applies to all its builds.
+
+    Raises:
+        UsageError: The file cannot be read, or options exclude each other.
+    """
+    context = click.get_current_context()
+    given = {name: value for name, value in values.items() if value is not None}
+    exported = context.get_parameter_source("home") != ParameterSource.COMMANDLINE
+    if not model.endswith((".yaml", ".yml")):
+        return [BuildRequest.read(_without_home({"model": model, **given}, exported))]
+    from factory.cli.build_file import read, replacing
+
+    if given.get("reproduce"):
+        raise UsageError(
+            f"--reproduce with {model!r}, a build file", hint="give the build's folder or repository"
+        )
+    rows = BuildRequest.options()
+    typed = {
+        name: value
+        for name, value in given.items()
+        if rows[name][1].of_run or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    found = []
+    for entry, origin in read(Path(model)):
+        of_file = replacing(entry, typed)
+        found.append(BuildRequest.read(_without_home(of_file | typed, exported), origin=origin))
+    return found
+
+
+def _without_home(values: dict[str, Any], exported: bool) -> dict[str, Any]:
+    """Drop `home` if it comes from FACTORY_HOME and the build is a job, which has its own store."""
+    if exported and values.get("on") is not None:
+        values.pop("home", None)
+    return values
 
 
 def _build(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) -> None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from factory.cli.click_options import CONTEXT, Command, Place, Whole, build_folder, home_option
 from factory.cli.console import remark
-from factory.cli.options import CONTEXT, Command, Place, Whole, build_folder, home_option
 from factory.errors import UsageError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import click
 from factory import __version__
 from factory.cli.build import build, schema
 from factory.cli.builds import card, collect_garbage, list_stages, push, show, space, verify
+from factory.cli.click_options import CONTEXT, Command, Group
 from factory.cli.console import as_flags, finish, go_on, settle
 from factory.cli.jobs import jobs_group
-from factory.cli.options import CONTEXT, Command, Group
 from factory.cli.plan import plan, sweep
 from factory.cli.prune import prune
 from factory.errors import FactoryError, StoreError, UsageError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from factory.cli.click_options import CONTEXT, Command, read_request, request_options
 from factory.cli.console import print_json
-from factory.cli.options import CONTEXT, Command, read_request, request_options
 from factory.config.criteria import CRITERIA, DEFAULT_CRITERION
 from factory.config.request import BuildRequest, PlanRequest, SweepRequest
 

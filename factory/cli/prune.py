@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from factory.cli.click_options import CONTEXT, Command, read_request, request_options
 from factory.cli.console import print_json
-from factory.cli.options import CONTEXT, Command, read_request, request_options
 from factory.config.request import PruneRequest
 
 if TYPE_CHECKING:

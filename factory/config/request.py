@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -415,3 +415,11 @@ def _as_yaml(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value) or "none"
     return str(value) if isinstance(value, Path) else value
+
+
+def file_text(builds: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a build file for builds of these values; see `Request.file_values`."""
+    import yaml
+
+    value = builds[0] if len(builds) == 1 else {"builds": [*builds]}
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import yaml
@@ -124,6 +125,7 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
+@cache
 def load_recipe(alias: str) -> Recipe:
     """Read the recipe of one alias.
 

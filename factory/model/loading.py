@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -20,7 +19,13 @@ from factory.checkpoint.read import read_checkpoint
 from factory.errors import ModelError, VerificationError
 from factory.model.config_fields import read_config
 from factory.model.devices import SHARE_FOR_WEIGHTS, best_device, compute_dtype
-from factory.model.quantization import keep_scales_whole, nf4_config, repair_four_bit_on_cpu, unpacking
+from factory.model.quantization import (
+    four_bit_layers,
+    keep_scales_whole,
+    nf4_config,
+    repair_four_bit_on_cpu,
+    unpacking,
+)
 from factory.store.capacity import no_room
 
 transformers_logging.disable_progress_bar()
@@ -92,9 +97,8 @@ def _widen(model: Any, dtype: torch.dtype) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
+    for _, layer in four_bit_layers(model):
+        layer.compute_dtype = dtype
 
 
 def fits(folder: Path, device: torch.device) -> bool:

@@ -1,11 +1,10 @@
 """Work with weights in fewer bits: packed checkpoints, and NF4."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import BitsAndBytesConfig
 
 from factory.errors import ModelError, UsageError
@@ -24,12 +23,19 @@ def nf4_config(dtype: torch.dtype, *, to_shard: bool) -> BitsAndBytesConfig:
     )
 
 
+def four_bit_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and module of each 4-bit linear layer, without loading bitsandbytes where none can be."""
+    if "bitsandbytes" in sys.modules:
+        from bitsandbytes.nn import Linear4bit
+
+        yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
+
+
 def keep_scales_whole(model: Any, device: torch.device) -> None:
     """Put the scales of NF4 weights on the GPU: they are not parameters, so FSDP ignores them."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.quant_state = module.weight.quant_state  # a shard of the weight has none
-            module.quant_state.to(device)
+    for _, layer in four_bit_layers(model):
+        layer.quant_state = layer.weight.quant_state  # a shard of the weight has none
+        layer.quant_state.to(device)
 
 
 def repair_four_bit_on_cpu(model: Any) -> None:
@@ -40,17 +46,16 @@ def repair_four_bit_on_cpu(model: Any) -> None:
     evaluation mode repacks a layer for good, so that training has no gradient for its input: this is
     switched off.
     """
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if not isinstance(module, Linear4bit):
-                continue
-            module.support_avx512bf16_for_cpu = False
-            if module.in_features % module.weight.quant_state.blocksize:
-                setattr(parent, name, _unpacked(module))
+    for name, layer in list(four_bit_layers(model)):
+        layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % layer.weight.quant_state.blocksize:
+            model.set_submodule(name, _unpacked(layer))
 
 
-def _unpacked(module: Linear4bit) -> torch.nn.Linear:
-    """Return the same layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
+def _unpacked(module: Any) -> torch.nn.Linear:
+    """Return a 4-bit layer with its NF4 values in fp32: code[nibble] · scale of its block, by definition."""
+    from bitsandbytes.functional import dequantize_blockwise
+
     state = module.weight.quant_state
     packed = module.weight.data.view(torch.uint8).flatten().long()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
@@ -68,6 +73,9 @@ def _unpacked(module: Linear4bit) -> torch.nn.Linear:
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     """Round a linear layer's weight, [out, in], as `load_model` packs it; the result is fp32."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     device = best_device()
     module = Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, device="meta"

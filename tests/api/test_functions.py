@@ -10,6 +10,8 @@ import pytest
 import factory
 from factory.config.request import BuildRequest, PlanRequest, PruneRequest, Request, SweepRequest
 from factory.errors import HubError, UsageError
+from factory.evaluation.speed import compare_speed
+from tests.builders.commands import BRIEF
 
 QUICKLY = {
     "no_heal": True,
@@ -47,6 +49,7 @@ def test_a_package_that_is_only_imported_loads_nothing_heavy() -> None:
 
 
 def test_a_build_is_made_shown_and_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_speed, "__kwdefaults__", compare_speed.__kwdefaults__ | BRIEF)
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "home"
     assert "num_layers" in factory.preview("demo", drop=0.3, home=home, **QUICKLY)._repr_html_()

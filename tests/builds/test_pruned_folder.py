@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from factory.cli.main import cli
 from factory.config.options import read_layers
 from factory.errors import DiskSpaceError, FactoryError, StoreError, UsageError, VerificationError
 from tests.builders.models import save_llama
+from tests.forks import fork_once
 from tests.loopback_hub import Hub
 
 
@@ -270,8 +269,8 @@ cli.main(sys.argv[1:], standalone_mode=False)
 def test_a_killed_run_is_not_taken_for_done_and_the_next_one_tidies_up(tmp_path: Path, model: Path) -> None:
     out = tmp_path / "out"
     arguments = ["prune", str(model), "--layers", "2", "--out", str(out), "--home", str(tmp_path / "home")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = fork_once(os.environ, *arguments, folder=tmp_path, program=KILLED)
+    assert killed.code == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"model", "home", ".out.partial", ".out.lock"}
     prune(model, "2", out)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "home", "out"}
@@ -298,14 +297,10 @@ def test_a_run_killed_between_two_names_leaves_the_old_result_to_be_replaced_by_
 def test_a_model_of_the_hub_is_pulled_at_its_commit(tmp_path: Path, model: Path, hub: Hub) -> None:
     commit = hub.put_model("alice/tiny", model)
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "factory", "prune", f"alice/tiny@{commit}", "--layers", "1-2", "--out", out],
-        env=os.environ | hub.environment(tmp_path) | {"FACTORY_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    own = os.environ | hub.environment(tmp_path) | {"FACTORY_HOME": str(tmp_path / "home")}
+    command = ("prune", f"alice/tiny@{commit}", "--layers", "1-2", "--out", str(out))
+    done = fork_once(own, *command, folder=tmp_path)
+    assert done.code == 0, done.stderr
     assert json.loads((out / "pruning.json").read_text())["commit"] == commit
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 4
 

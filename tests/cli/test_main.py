@@ -8,27 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Ended, fork_once
 from tests.waiting import HUNG_SECONDS
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "gradio", "lm_eval")
 
 
-def run(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, in a folder of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "factory", *arguments],
-        cwd=home,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-            "FACTORY_HOME": str(home / "home"),
-            "HF_HOME": str(home / "hf"),
-            **variables,
-        },
-        capture_output=True,
-        text=True,
-        timeout=HUNG_SECONDS,
-    )
+def run(*arguments: str, home: Path, **variables: str) -> Ended:
+    """The command, in a folder of its own."""
+    own = {"PATH": "/usr/bin:/bin", "FACTORY_HOME": str(home / "home"), "HF_HOME": str(home / "hf")}
+    return fork_once(own | variables, *arguments, folder=home)
 
 
 def error_of(*arguments: str, home: Path, **variables: str) -> tuple[int, str, str]:
@@ -42,7 +31,7 @@ def error_of(*arguments: str, home: Path, **variables: str) -> tuple[int, str, s
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("hint: ")
     assert sorted(path.name for path in home.rglob("*")) == before
-    return done.returncode, lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+    return done.code, lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -174,12 +163,12 @@ def test_a_variable_that_the_hubs_client_cannot_read_is_told(tmp_path: Path, nam
     assert code == 2
     assert f"{name} is 'abc'" in message
     assert name in hint
-    assert run("--help", home=tmp_path, **{name: "abc"}).returncode == 0
+    assert run("--help", home=tmp_path, **{name: "abc"}).code == 0
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
     done = run("build", "\x1b[31mred\x07", "--drop", "0.3", home=tmp_path)
-    assert done.returncode == 2
+    assert done.code == 2
     assert "\x1b" not in done.stderr
     assert "\x07" not in done.stderr
 
@@ -217,7 +206,7 @@ def test_the_help_names_every_command_and_the_first_thing_to_try(tmp_path: Path)
 
 def test_the_command_alone_prints_its_help_as_it_is(tmp_path: Path) -> None:
     alone = run(home=tmp_path)
-    assert (alone.returncode, alone.stdout) == (2, "")
+    assert (alone.code, alone.stdout) == (2, "")
     assert alone.stderr == run("--help", home=tmp_path).stdout
 
 
@@ -262,14 +251,14 @@ logging.getLogger("bitsandbytes").error("no library")
 
 
 def test_an_empty_store_lists_and_collects_nothing(tmp_path: Path) -> None:
-    assert run("ls", home=tmp_path).returncode == 0
+    assert run("ls", home=tmp_path).code == 0
     done = run("gc", home=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "0 bytes freed\n")
+    assert (done.code, done.stdout) == (0, "0 bytes freed\n")
 
 
 def test_a_dry_run_prints_the_preview_and_writes_nothing(tmp_path: Path) -> None:
     done = run("build", "demo", "--drop", "0.3", "--dry-run", "--json", home=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     preview = json.loads(done.stdout)
     assert (preview["num_layers"], preview["num_dropped"]) == (24, 7)
     assert preview["parameters_after"] < preview["parameters_before"]

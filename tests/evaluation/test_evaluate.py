@@ -3,8 +3,6 @@
 import ast
 import json
 import math
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import lm_eval.models
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 from factory.errors import DataError, UsageError
@@ -26,7 +25,6 @@ from tests.builders.evaluation import CHOICES, SETTINGS, evaluation_of, question
 from tests.builders.models import END, byte_tokenizer, save_llama
 from tests.builders.texts import rhymes, text_of
 from tests.places import ROOT
-from tests.waiting import HUNG_SECONDS
 
 DEMO = ROOT / "factory" / "demo"
 WRITTEN = """output_type: generate_until
@@ -113,20 +111,21 @@ def test_too_little_text_is_a_clear_error(model: Path, tmp_path: Path) -> None:
         evaluation_of(model, tmp_path / "into", ["only one"])
 
 
-def test_the_embedded_task_is_scored_as_by_lm_evals_own_command_line(tmp_path: Path) -> None:
+def test_the_embedded_task_is_scored_as_by_lm_eval_itself(tmp_path: Path) -> None:
     limit = 24
     (score,) = evaluation_of(
         DEMO / "model", tmp_path / "into", rhymes(2), tasks=("next_line",), limit=limit
     ).tasks
-    command = [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"),
-        *("--model_args", f"pretrained={DEMO / 'model'},dtype=float32"),
-        *("--tasks", "next_line", "--include_path", str(DEMO / "tasks"), "--limit", str(limit)),
-        *("--output_path", str(tmp_path / "theirs.json"), "--batch_size", "8"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=HUNG_SECONDS)
-    (written,) = tmp_path.rglob("theirs*.json")
-    theirs = json.loads(written.read_text())["results"]["next_line"]
+    found = lm_eval.simple_evaluate(
+        "hf",
+        f"pretrained={DEMO / 'model'},dtype=float32",
+        ["next_line"],
+        task_manager=TaskManager(include_path=str(DEMO / "tasks"), include_defaults=False),
+        limit=limit,
+        batch_size=8,
+        device="cpu",
+    )
+    theirs = found["results"]["next_line"]
     assert score.value == theirs["acc_norm,none"]
     assert score.stderr == theirs["acc_norm_stderr,none"]
     assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)

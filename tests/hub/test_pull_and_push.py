@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from factory.hub.client import SILENCE_SECONDS
 from tests.builders.files import content_of
+from tests.forks import fork_once
 from tests.loopback_hub import Hub
 from tests.loopback_hub.client import Answer, Client
 from tests.loopback_hub.server import ALICE, BOB
@@ -323,8 +322,7 @@ shard = Path(hf_hub_download("org/part", "model-00002-of-00003.safetensors")).st
 after = resolve("org/part")
 print(before.download_bytes == before.size_bytes > shard, after.download_bytes == before.size_bytes - shard)
 """
-    environment = os.environ | hub.environment(tmp_path)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = fork_once(os.environ | hub.environment(tmp_path), folder=tmp_path, program=program)
     assert done.stdout == "True True\n", done.stderr
 
 

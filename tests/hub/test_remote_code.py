@@ -1,8 +1,6 @@
 """Models that need code of their own: refused by name, run where they are trusted and pinned."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +9,8 @@ import pytest
 from tests.builders.commands import HEAVY, QUICK
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
-from tests.forks import Ended, Forks
+from tests.forks import Ended, Forks, fork_once
 from tests.loopback_hub import Hub
-from tests.waiting import HUNG_SECONDS
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -109,13 +106,8 @@ def test_pinned_and_trusted_it_is_built_and_the_result_names_the_code_instead_of
     assert f"code_revision='{commit}'" in card or f'code_revision="{commit}"' in card
     assert "- custom_code" in card
     assert f"factory build {reference} --drop 0.4 \\\n  --trust-remote-code" in card
-    loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, str(model)],
-        env=hub.environment(folder / "elsewhere") | {"PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HUNG_SECONDS,
-    )
+    elsewhere = hub.environment(folder / "elsewhere") | {"PATH": ""}
+    loaded = fork_once(elsewhere, str(model), folder=folder, program=LOAD)
     assert loaded.stdout.splitlines()[-1] == "HomemadeForCausalLM 4", loaded.stderr
     again = commands.run("build", reference, "--trust-remote-code", *QUICK, folder=folder)
     assert "nothing to do" in again.stdout, again.stderr

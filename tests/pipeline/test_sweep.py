@@ -21,10 +21,12 @@ from factory.artifacts import (
 from factory.cli.console import console
 from factory.cli.main import main
 from factory.cli.tables import show_sweep
+from factory.evaluation.speed import compare_speed
 from factory.hub.resolve import resolve
 from factory.pipeline.sweep import RULE, before_the_cliff, share_kept
 from factory.pruning.profile_files import read_profile
 from factory.report.figures import draw_sweep, sweep_figure
+from tests.builders.commands import BRIEF
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
 
@@ -162,6 +164,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def there(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(compare_speed, "__kwdefaults__", compare_speed.__kwdefaults__ | BRIEF)
     monkeypatch.setenv("FACTORY_HOME", str(home))
     monkeypatch.chdir(tmp_path)
     return tmp_path

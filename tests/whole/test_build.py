@@ -12,7 +12,7 @@ import pytest
 from factory.artifacts import Build
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
-from tests.forks import Ended, Forks
+from tests.forks import Ended, Forks, fork_once
 from tests.kills import MODULES
 from tests.loopback_hub import Hub
 from tests.waiting import HUNG_SECONDS
@@ -23,7 +23,7 @@ QUICK = [
     "--sequence-length",
     "128",
     "--heal-steps",
-    "6",
+    "3",
     "--limit",
     "12",
     "--eval-documents",
@@ -50,15 +50,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return inherited | own | {"OMP_NUM_THREADS": "1"} | more  # as in forks: with as many threads, equal bytes
 
 
-def factory(*arguments: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "factory", *arguments],
-        cwd=home,
-        env=environment(home, **more),
-        capture_output=True,
-        text=True,
-        timeout=HUNG_SECONDS,
-    )
+def factory(*arguments: str, home: Path, **more: str) -> Ended:
+    return fork_once(environment(home, **more), *arguments, folder=home)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +64,17 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 def forked(forks: Forks, *arguments: str, home: Path, before: str = "") -> Ended:
-    """As `factory`, without waiting for its imports."""
+    """As `factory`, with nothing left to import."""
     own = f"import os; os.environ['FACTORY_HOME'] = {str(home / 'home')!r}"
     return forks.run(*arguments, folder=home, before=f"{own}\n{before}")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed build of the demo; the folder it was made in."""
     home = tmp_path_factory.mktemp("built")
-    done = factory(*DEMO, home=home)
-    assert done.returncode == 0, done.stderr
+    done = forked(forks, *DEMO, home=home)
+    assert done.code == 0, done.stderr
     (home / "output").write_text(done.stdout)
     return home
 
@@ -184,14 +177,8 @@ print(json.dumps({
 
 
 def test_the_model_loads_elsewhere_and_gives_the_same_logits_with_and_without_a_cache(built: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(built / BUILD / "model")],
-        env=environment(built),
-        capture_output=True,
-        text=True,
-        timeout=HUNG_SECONDS,
-        check=True,
-    )
+    done = fork_once(environment(built), str(built / BUILD / "model"), folder=built, program=RELOAD)
+    assert done.code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     build = Build.read(built / BUILD)
     assert found["steps"] > 1
@@ -247,7 +234,7 @@ def test_one_build_that_fails_does_not_stop_those_after_it(forks: Forks, built: 
     text = forked(forks, *DEMO, "--print-config", home=built).stdout
     (built / "three.yaml").write_text(f"{text}builds: [{{push-to: bob/x}}, {{no-heal: true, out: other}}]\n")
     done = factory("build", "three.yaml", home=built, **online)
-    assert done.returncode == 1
+    assert done.code == 1
     assert done.stderr.startswith(f"error: {BUILD}: your token may not write to bob/x")
     assert "failed: your token" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("other")
@@ -338,7 +325,7 @@ def test_any_folder_can_be_built_from_local_files_though_its_tracker_fails(
 def test_a_build_is_published_whole_and_comes_back_byte_for_byte(built: Path, hub: Hub) -> None:
     online = {**hub.environment(built / "hf"), "HF_HUB_OFFLINE": "0"}
     done = factory(*DEMO, "--push-to", "smaller-demo", home=built, **online)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert f"{hub.url}/alice/smaller-demo" in done.stdout
     model = built / BUILD / "model"
     local = {p.relative_to(model).as_posix(): p.read_bytes() for p in model.rglob("*") if p.is_file()}
@@ -347,7 +334,7 @@ def test_a_build_is_published_whole_and_comes_back_byte_for_byte(built: Path, hu
     publication = json.loads((built / BUILD / "publication.json").read_text())
     assert publication["private"] is True
     again = factory("push", str(BUILD), "smaller-demo", home=built, **online)
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.stderr
     assert len(hub.repository("alice/smaller-demo").commits) == 2  # the Hub's own first one, and ours
 
 
@@ -360,7 +347,7 @@ def test_a_model_and_texts_from_the_hub_are_pinned_to_their_commits(tmp_path: Pa
     texts = [word for use in ("calibration", "heal", "eval") for word in (f"--{use}-data", "acme/rhymes")]
     command = ["build", "acme/tiny", "--drop", "0.4", *texts, "--tasks", "none", *TINY]
     done = factory(*command, home=tmp_path, **online)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     build = Build.read(tmp_path / "builds" / "tiny-drop40")
     assert (build.source.repo_id, build.source.commit) == ("acme/tiny", commit)
     assert build.calibration.version == data

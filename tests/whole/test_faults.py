@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tests.builders.commands import HEAVY, LIGHT, QUICK
 from tests.builders.files import content_of
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
-from tests.forks import Ended, Forks
+from tests.forks import Ended, Forks, can_mount
 from tests.loopback_hub import Hub
 from tests.loopback_hub.server import ALICE
 
@@ -300,23 +299,13 @@ def test_a_push_with_a_fault_publishes_everything_or_nothing_and_goes_on(
     assert outcome.num_commits == 1
 
 
-# Its bytes are enough, so nothing can be told before; its files are too few.
-SMALL_DISK = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1g,nr_inodes=20 none "$0" && exec "$@"')
-
-
-def can_mount() -> bool:
-    try:
-        return subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(not can_mount(), reason="user namespaces are not allowed here")
 def test_a_disk_that_fills_up_while_pulling_is_told_in_one_line(bench: Bench) -> None:
     small = bench.folder / "small"
     small.mkdir()
     variables = bench.hub.environment(small) | {"FACTORY_HOME": str(bench.folder / "unused")}
-    process = Forks(variables, modules=LIGHT, prefix=(*SMALL_DISK, str(small)))
+    # Its bytes are enough, so nothing can be told before; its files are too few.
+    process = Forks(variables, modules=LIGHT, disk=(small, "size=1g,nr_inodes=20"))
     ended = process.run("build", "acme/base", *QUICK, folder=bench.folder)
     process.close()
     assert ended.code == 1, ended.stderr

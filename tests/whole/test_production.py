@@ -17,6 +17,7 @@ import yaml
 
 from factory.artifacts import Build, Publication
 from tests.builders.files import content_of
+from tests.forks import Ended, fork_once
 from tests.loopback_hub import Hub, running_hub
 from tests.loopback_hub.app import Request
 from tests.loopback_hub.reading import card_errors
@@ -38,14 +39,12 @@ TOKEN = "hf_ThisTokenIsNowhereElse"
 USER = "jane.doe"
 REPOSITORY = "me/Mistral-7B-v0.1-drop30"
 COMMAND = ("build", "mistral-7b", "--drop", "0.3", "--push-to", REPOSITORY)
-# The recipe's 5,000 steps of 16 × 2048 tokens take hours; its rate moves nothing in three.
-SHORTER = ("--heal-steps", "3", "--heal-lr", "0.03", "--sequence-length", "256", "--eval-documents", "100")
+# The recipe's 5,000 steps of 16 × 2048 tokens take hours; its rate moves nothing in one.
+SHORTER = ("--heal-steps", "1", "--heal-lr", "0.03", "--sequence-length", "256", "--eval-documents", "100")
 BUILD = Path("builds") / "Mistral-7B-v0.1-drop30"
 INHERITED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 DEBUG = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_XET_LOG_LEVEL": "debug", "RUST_LOG": "debug"}
 LFS = {"HF_HUB_DISABLE_XET": "1"}
-
-Process = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
@@ -56,29 +55,34 @@ class Way:
     commits: dict[str, str]  # of what was stocked
     home: Path  # the user's: HF_HOME is `hf` and the build lies below `builds` in it
     variables: dict[str, str]
-    done: Process
+    done: Ended
     requests: tuple[Request, ...]  # of the command alone
 
     @property
     def build(self) -> Path:
         return self.home / BUILD
 
-    def run(self, *command: str, **more: str) -> Process:
-        """Run a program as this user."""
-        return run(self.hub, self.home, *command, **self.variables | more)
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(self.hub, self.home) | self.variables
+
+    def run(self, *arguments: str, program: str | None = None, **more: str) -> Ended:
+        """Run `factory`, or a program in Python, as this user."""
+        return fork_once(self.environment | more, *arguments, folder=self.home, program=program)
 
 
-def run(hub: Hub, home: Path, *command: str, **more: str) -> Process:
+def environment(hub: Hub, home: Path) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     own = {"HOME": str(home), "USER": USER, "LOGNAME": USER, "FACTORY_HOME": str(home.parent / "factory")}
-    environment = inherited | own | hub.environment(home / "hf", token=TOKEN) | more
-    return subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=HUNG_SECONDS
+    return inherited | own | hub.environment(home / "hf", token=TOKEN)
+
+
+def started(variables: dict[str, str], *command: str, folder: Path) -> Ended:
+    """Run a program from its start, as a user does."""
+    done = subprocess.run(
+        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=HUNG_SECONDS
     )
-
-
-def factory(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "factory", *arguments)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def travelled(home: Path, *arguments: str, over_xet: bool, **variables: str) -> Iterator[Way]:
@@ -88,7 +92,11 @@ def travelled(home: Path, *arguments: str, over_xet: bool, **variables: str) -> 
         commits = stock(hub, home.parent / "mistral")
         if over_xet:
             hub.storage.offer_over_xet()
-        done = run(hub, home, *factory(*COMMAND, *SHORTER, *arguments), **variables)
+        own, command = environment(hub, home) | variables, (*COMMAND, *SHORTER, *arguments)
+        if over_xet:
+            done = started(own, sys.executable, "-m", "factory", *command, folder=home)
+        else:
+            done = fork_once(own, *command, folder=home)
         yield Way(hub, commits, home, variables, done, tuple(hub.requests))
 
 
@@ -120,7 +128,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_the_command_runs_from_pull_to_publication(way: Way) -> None:
-    assert way.done.returncode == 0, way.done.stderr[-3000:]
+    assert way.done.code == 0, way.done.stderr[-3000:]
     (pulled,) = [line for line in way.done.stdout.splitlines() if line.startswith("✓ pull")]
     assert pulled.endswith(f"{MODEL} at {way.commits[MODEL][:12]}")
     assert f"dropping 3 of {NUM_LAYERS} layers (30%)" in way.done.stdout
@@ -158,8 +166,8 @@ def test_only_what_is_needed_is_pulled(way: Way) -> None:
 def test_the_bare_command_distils_and_sft_means_the_papers_recipe(xet: Way) -> None:
     assert "distill, LoRA rank 128" in xet.done.stdout
     before = len(xet.hub.requests)
-    done = xet.run(*factory(*COMMAND, "--heal", "sft", "--dry-run"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = xet.run(*COMMAND, "--heal", "sft", "--dry-run")
+    assert done.code == 0, done.stderr[-3000:]
     assert "5,000 steps of 16 × 2048 tokens (163.84 M) of allenai/c4:en" in done.stdout
     assert "sft, LoRA rank 4 over 4-bit weights, learning rate 3e-06" in done.stdout
     assert "mmlu, boolq, gsm8k" in done.stdout
@@ -227,8 +235,8 @@ print(folder)
 
 
 def test_a_stranger_to_the_factory_can_read_and_run_what_was_published(xet: Way) -> None:
-    done = xet.run(sys.executable, "-c", READ_BACK, REPOSITORY, HF_HOME=str(xet.home / "another cache"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = xet.run(REPOSITORY, program=READ_BACK, HF_HOME=str(xet.home / "another cache"))
+    assert done.code == 0, done.stderr[-3000:]
     *_, facts, folder = done.stdout.splitlines()
     build = Build.read(xet.build)
     assert facts == f"{NUM_LAYERS - 3} {build.result_parameters} torch.bfloat16"
@@ -238,9 +246,10 @@ def test_a_stranger_to_the_factory_can_read_and_run_what_was_published(xet: Way)
 
 
 def hf(way: Way, *arguments: str) -> str:
-    program = Path(sys.executable).with_name("hf")
-    done = way.run(str(program), *arguments, HF_DEBUG="0", HF_HOME=str(way.home / "another cache"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    own = {"HF_DEBUG": "0", "HF_HOME": str(way.home / "another cache")}
+    program = str(Path(sys.executable).with_name("hf"))
+    done = started(way.environment | own, program, *arguments, folder=way.home)
+    assert done.code == 0, done.stderr[-3000:]
     return done.stdout
 
 
@@ -308,8 +317,8 @@ def test_pushing_again_uploads_nothing(way: Way) -> None:
         if forgotten:
             publication.unlink()
         seen = len(way.hub.requests)
-        done = way.run(*factory(*command))
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = way.run(*command)
+        assert done.code == 0, done.stderr[-3000:]
         changing = [r for r in way.hub.requests[seen:] if r.method not in ("GET", "HEAD")]
         assert [r.path for r in changing] == ["/api/validate-yaml"]
         assert publication.read_bytes() == before
@@ -321,8 +330,8 @@ def test_after_a_change_to_the_card_the_card_alone_goes_up(way: Way) -> None:
     text = card.read_text()
     card.write_text(f"{text}\nMore about it.\n")
     seen = len(way.hub.requests)
-    done = way.run(*factory("push", str(BUILD), REPOSITORY))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = way.run("push", str(BUILD), REPOSITORY)
+    assert done.code == 0, done.stderr[-3000:]
     requests = way.hub.requests[seen:]
     (commit,) = [r for r in requests if "/commit/" in r.path]
     changes = [line for line in map(json.loads, commit.body.splitlines()) if line["key"] != "header"]
@@ -375,9 +384,9 @@ def refusal(hub: Hub, method: str, path: str) -> None:
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/commit/"])
 def test_a_refusal_that_repeats_the_token_is_printed_without_it(lfs: Way, path: str) -> None:
     refusal(lfs.hub, "POST", path)
-    done = lfs.run(*factory("push", str(BUILD), "me/another"), **DEBUG)
+    done = lfs.run("push", str(BUILD), "me/another", **DEBUG)
     lfs.hub.app.faults.clear()
-    assert done.returncode == 1
+    assert done.code == 1
     assert "error: your token may not write to me/another" in done.stderr
     assert "not allowed" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
@@ -385,11 +394,11 @@ def test_a_refusal_that_repeats_the_token_is_printed_without_it(lfs: Way, path: 
 
 def test_questions_that_cannot_be_had_are_told_in_one_line_before_the_model_is_pulled(xet: Way) -> None:
     refusal(xet.hub, "GET", f"/api/datasets/{BOOLQ}/tree/")
-    command = factory(*COMMAND[:4], *SHORTER, "--tasks", "boolq", "--limit", "3", "--out", "elsewhere")
+    command = (*COMMAND[:4], *SHORTER, "--tasks", "boolq", "--limit", "3", "--out", "elsewhere")
     own = {"HF_HOME": str(xet.home / "third cache"), "FACTORY_HOME": str(xet.home / "third home")}
     done = xet.run(*command, HF_DEBUG="0", HF_HUB_VERBOSITY="error", **own)
     xet.hub.app.faults.clear()
-    assert done.returncode == 1
+    assert done.code == 1
     assert "time" in done.stdout  # what will happen was shown, and nothing of it has
     assert not {"✓", "="} & set(done.stdout)
     assert not (xet.home / "third home" / "stages").exists()
