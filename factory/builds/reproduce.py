@@ -1,7 +1,7 @@
 """Reproduce a finished build from its `build.json`, and compare the result."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ def same_settings(
     values = BuildConfig.model_validate(build.config).model_dump(mode="json")
     used = _used(build)
     for use, texts in used.items():
+        _check_number(build, texts, len(files[use]), option=DATA_OPTIONS[use])
         given = dict(enumerate(files[use]))
         if len(given) < len(texts):  # only those that are nowhere else
             places = [index for index, data in enumerate(texts) if _is_file(data)]
@@ -147,6 +148,7 @@ def same_settings(
         ]
         values[use]["data"] = pinned if use == "evaluate" else pinned[0]
     if "heal" not in used:  # in the settings, but never read
+        _check_number(build, [], len(files["heal"]), option=DATA_OPTIONS["heal"])
         values["heal"]["data"] = values["measure"]["data"]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
@@ -156,6 +158,17 @@ def same_settings(
             hint="pass it with `tasks`, or use `tasks=none`: the weights do not depend on it",
         )
     return BuildConfig.model_validate(values)
+
+
+def _check_number(build: Build, texts: Sequence[DataSource], num_given: int, *, option: str) -> None:
+    """Refuse texts that would be ignored: either all of the build's are given, or its local files."""
+    num_files = sum(map(_is_file, texts))
+    if num_given > len(texts) or num_files < num_given < len(texts):
+        names = ", ".join(text.name for text in texts) or "no such text"
+        raise DataError(
+            f"--{option}: {num_given} given, but {build.name} was made with {names}",
+            hint=f"give {num_files} or {len(texts)}, in this order" if num_files else f"omit --{option}",
+        )
 
 
 def _used(build: Build) -> dict[str, list[DataSource]]:

@@ -172,8 +172,6 @@ class Request:
                 with self.located(name):
                     for reference in (given,) if isinstance(given, str) else given:
                         check_data(reference)
-                    if name == "eval_data" and (twice := [one for one in given if given.count(one) > 1]):
-                        raise UsageError(f"`eval_data` names {twice[0]} twice", hint="give each text once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Open the texts of a run, keep them apart and check them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypedDict
 
 from factory.artifacts import DataSource, Source
@@ -9,8 +10,8 @@ from factory.config.references import local_path
 from factory.config.settings import BuildConfig
 from factory.errors import DataError
 from factory.store.stage import STAGES
-from factory.text.overlap import Contents, Hashes, keep_apart, look
-from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text, text_identity
+from factory.text.overlap import Contents, Hashes, distinct, keep_apart, look
+from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
@@ -37,17 +38,18 @@ def open_texts(
         for data in config.evaluate.data
         if evaluates or (measures and (_is_here(data) or data == config.measure.data))
     ]
-    _check_different(evaluations)
     calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
     healing = open_text(config.heal.data, split="train") if heals else NOTHING
     # The most that an evaluation can read if half of a data set is excluded, and some to spare.
     maximum = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
+    look_at = partial(_hashes, maximum=maximum)
+    evaluations, remarks = distinct(evaluations, look=look_at)
+    _check_names(evaluations)
     whole = (calibration, healing, *evaluations)
     others: tuple[Text, ...] = (calibration, healing)
     separated: list[Text] = []
-    remarks: list[str] = []
     for evaluation in evaluations or [NOTHING]:
-        apart = keep_apart(evaluation, others, look=lambda text: _hashes(text, maximum=maximum))
+        apart = keep_apart(evaluation, others, look=look_at)
         others = apart.others
         separated.append(apart.evaluation)
         remarks += apart.remarks
@@ -60,17 +62,12 @@ def _is_here(data: str) -> bool:
     return data in STANDARD_LIBRARY or local_path(data).is_file()
 
 
-def _check_different(texts: Sequence[Text]) -> None:
-    """Refuse to evaluate twice on equal texts, and on two that no table could tell apart."""
-    seen: dict[str, str] = {}
-    for data in (text.data for text in texts):
-        if earlier := seen.get(text_identity(data)):
-            raise DataError(
-                f"`eval_data`: {data.name} is the same text as {earlier}", hint="give each text once"
-            )
-        if data.name in seen.values():
-            raise DataError(f"`eval_data`: two texts are called {data.name}", hint="rename one of the files")
-        seen[text_identity(data)] = data.name
+def _check_names(texts: Sequence[Text]) -> None:
+    """Refuse two different evaluation texts that no table could tell apart."""
+    names = [text.data.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"`eval_data`: two texts are called {name}", hint="rename one of the files")
 
 
 def check_tokens(source: Source, texts: Texts) -> None:
