@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import local_path
+from factory.config.references import local_data
 from factory.config.settings import BuildConfig
 from factory.errors import DataError
 from factory.store.stage import STAGES
@@ -59,7 +59,7 @@ def open_texts(
 
 
 def _is_here(data: str) -> bool:
-    return data in STANDARD_LIBRARY or local_path(data).is_file()
+    return data in STANDARD_LIBRARY or local_data(data) is not None
 
 
 def _check_names(texts: Sequence[Text]) -> None:
@@ -136,5 +136,6 @@ def check_texts(texts: Texts) -> tuple[str, ...]:
     for text in {text.data: text for text in texts.whole if text is not NOTHING}.values():
         if num_empty := contents(text).num_empty:
             among = f" among the first of {text.data.name}" if text.data.hub_id else f" of {text.data.name}"
-            remarks.append(f"{num_empty:,} rows{among} have no text and are skipped")
+            lacks = "answer" if text.data.is_chat else "text"
+            remarks.append(f"{num_empty:,} rows{among} have no {lacks} and are skipped")
     return tuple(remarks)
