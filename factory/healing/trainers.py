@@ -152,7 +152,8 @@ class DistillTrainer(HealTrainer):
     The teacher is the same model with all layers and without the adapter; the student runs without the
     dropped layers and with the adapter. Below the first adapted layer both are the same, so the student
     starts from the teacher's states there. In evaluation the loss is the student's cross-entropy, as in
-    `sft`, so that the two are comparable.
+    `sft`, so that the two are comparable. Of conversations, only the answers' tokens count, as in `sft`:
+    nothing else is ever written by the model, and the held-out loss is of the same.
 
     Args:
         dropped: Layers that the student lacks.
@@ -181,6 +182,7 @@ class DistillTrainer(HealTrainer):
         self.causal = self.accelerator.unwrap_model(self.model).get_base_model()
         self.layers, self.dropped, self.start = decoder_layers(self.causal), frozenset(dropped), start
         self.seam_weight, self.next_token_weight = seam_weight, next_token_weight
+        self.answers_only = "assistant_masks" in kwargs["train_dataset"].column_names
         self.seams = [
             index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
         ]
@@ -222,7 +224,10 @@ class DistillTrainer(HealTrainer):
                 *rows, self.next_token_weight, logits_of, self.vocab_size
             )
         for index, call in seams.items():
-            loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
+            states = _given(call), _given(calls[index])
+            if self.answers_only:
+                states = states[0][:, :-1][targets], states[1][:, :-1][targets]
+            loss = loss + self.seam_weight * _summed_error(*states)
         loss = self._share(loss, targets.sum(), num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -280,7 +285,7 @@ def _given(call: Call) -> torch.Tensor:
 
 
 def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
+    """Return the sum over tokens of |student − teacher|² / |teacher|², states [..., d] each."""
     error = (student.float() - teacher.float()).square().sum(dim=-1)
     return (error / teacher.float().square().sum(dim=-1)).sum()
 

@@ -26,8 +26,8 @@ from factory.hub.bucket import StageBucket
 from factory.pipeline.build import pending
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
-from factory.pipeline.texts import check_texts, known_lengths, open_texts, reads_text
-from factory.store.stage import PRUNE, STAGES
+from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
+from factory.store.stage import HEAL, PRUNE, STAGES
 from factory.store.store import Store, default_home
 
 
@@ -103,7 +103,8 @@ def begin(
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True, run_code=request.run_task_code)
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
-    for message in (*texts.remarks, *check_texts(texts)):
+    note = check_kinds(source, texts)
+    for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
         reporter.note(message)
     run = Run(config, Store((request.home or default_home()).absolute()), reporter, texts)
     if measures:
@@ -238,6 +239,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     check_backend(config.evaluate)
     check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
     texts = open_texts(config)
+    note = check_kinds(source, texts)
     if settled.repeats:
         check_same_texts(settled.repeats, texts)
     for message in texts.remarks:
@@ -250,6 +252,8 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     if reads_text(left):
         for message in check_texts(texts):
             reporter.note(message)
+    if note and HEAL.name in left:
+        reporter.note(note)
     if left or request.processes:
         from factory.parallel.launch import num_processes
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import TypedDict
 
 from factory.artifacts import DataSource, Source
@@ -15,6 +16,7 @@ from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
+RENDERED = 1_000  # conversations of a file, to see whether the chat template can render them
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # per process: equal texts are read once
 
 
@@ -70,15 +72,42 @@ def _check_names(texts: Sequence[Text]) -> None:
             raise DataError(f"`eval_data`: two texts are called {name}", hint="rename one of the files")
 
 
+def check_kinds(source: Source, texts: Texts) -> str | None:
+    """Refuse conversations for a model without a chat template.
+
+    Returns:
+        A note if a chat model is to be healed on plain text.
+
+    Raises:
+        DataError: The source has no chat template, and a text holds conversations.
+    """
+    chats = [text.data.name for text in texts.whole if text.data.is_chat]
+    if chats and not source.has_chat_template:
+        raise DataError(
+            f"{chats[0]} holds conversations, and {source.name} has no chat template to render them",
+            hint="give plain text, as another column with DATA#column, or the chat version of the model",
+        )
+    if source.has_chat_template and texts.healing is not NOTHING and not texts.healing.data.is_chat:
+        what = f"{source.name} is a chat model to be healed on plain text, {texts.healing.data.name}"
+        return f"{what}: `heal_data` takes conversations"
+    return None
+
+
 def check_tokens(source: Source, texts: Texts) -> None:
     """Refuse local texts with a token that the source's embedding lacks; Hub data fails when it is read.
 
+    Of conversations, the first are rendered by the source's chat template.
+
     Raises:
+        DataError: The chat template fails.
         ModelError: The embedding lacks a token, which is named, or the tokenizer cannot be loaded.
     """
     from factory.model.tokenizer import load_encoder
 
     encoder = load_encoder(source.local_folder)
+    for text in {text.data: text for text in texts.whole if text.data.is_chat}.values():
+        for conversation in islice(text.documents(), FEW if text.data.hub_id else RENDERED):
+            encoder.encode([conversation])
     for text in (texts.calibration, texts.healing, *texts.evaluations):
         if not text.data.hub_id:
             encoder.check(text.documents())

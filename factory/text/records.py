@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Set
-from typing import Any
 
 from factory.config.references import DEFAULT_COLUMN
 from factory.errors import DataError
+from factory.model.tokenizer import ASSISTANT, Conversation
 
 CHAT_COLUMNS = ("messages", "conversations")
 STRING, CHAT = "string", "conversation"  # kinds of columns that can be read
@@ -18,19 +18,7 @@ NAMES = {
     float: "a number",
     bool: "a truth",
 }
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
-
-
-class Conversation(str):
-    """A conversation as a document: its messages as JSON, so that it is hashed, compared and sent as one."""
-
-    __slots__ = ()
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages as a chat template reads them, with `role` and `content`."""
-        messages: list[dict[str, Any]] = json.loads(self)
-        return messages
+ROLES = {"human": "user", "gpt": ASSISTANT}  # ShareGPT's
 
 
 def choose_column(
@@ -123,7 +111,7 @@ def _conversation(value: object) -> Conversation | None:
         # Where one message of a data set has a key, Arrow gives all others None.
         found = {renamed.get(key, key): part for key, part in message.items() if part is not None}
         messages.append(found | {"role": ROLES.get(found["role"], found["role"])})
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == ASSISTANT for message in messages):
         return None
     return Conversation(json.dumps(messages, ensure_ascii=False))
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 
 from factory.artifacts import DataSource
 from factory.config.choices import Split
@@ -93,6 +94,8 @@ def _passages(source: str, *, length: int) -> Iterator[str]:
 def text_identity(data: DataSource) -> str:
     """Return what identifies the documents, including a data set's split and a file's format."""
     part = f", part {data.part}" if data.part else ""
+    if data.is_chat:
+        part += f", as trl {version('trl')} marks answers"
     if data.hub_id:
         return f"{data.name}:{data.split}@{data.version}{part}"
     if data.name.startswith("stdlib:"):
