@@ -246,6 +246,9 @@ class Evaluating(Measuring):
     tasks: Annotated[Names | None, Option(
         "lm-eval tasks, your own YAML task files, or none", EVALUATION, sets=("evaluate.tasks",),
         metavar="A,B", repeats=True)] = None
+    apply_chat_template: Annotated[bool, Option(
+        "Ask the tasks' questions in the model's chat template, examples as earlier turns", EVALUATION,
+        sets=("evaluate.apply_chat_template",))] = False
     run_task_code: Annotated[bool, Option(
         "Run the Python code that task files refer to", EVALUATION, repeats=True)] = False
     limit: Annotated[One | None, Option(

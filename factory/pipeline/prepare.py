@@ -102,6 +102,7 @@ def begin(
             check_targets(source.config, config.heal.modules)
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True, run_code=request.run_task_code)
+        check_question_form(source, config)
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
     note = check_kinds(source, texts)
     for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
@@ -137,6 +138,15 @@ def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float
                 f"{', '.join(config.plan.runtimes)}",
                 hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
             )
+
+
+def check_question_form(source: Source, config: BuildConfig) -> None:
+    """Refuse to ask tasks in a chat template that the source lacks."""
+    if config.evaluate.apply_chat_template and not source.has_chat_template:
+        raise UsageError(
+            f"`apply_chat_template`: {source.name} has no chat template",
+            hint="remove `apply_chat_template`, or give the chat version of the model",
+        )
 
 
 def resolve_source(request: Request, reporter: Reporter) -> Source:
@@ -238,6 +248,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     store = Store(home, _bucket(request, reporter, dry_run=dry_run))
     check_backend(config.evaluate)
     check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+    check_question_form(source, config)
     texts = open_texts(config)
     note = check_kinds(source, texts)
     if settled.repeats:

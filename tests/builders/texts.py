@@ -14,7 +14,7 @@ def rhymes(count: int) -> list[str]:
 
 
 def text_of(documents: list[str]) -> Text:
-    is_chat = isinstance(documents[0], Conversation)
+    is_chat = any(isinstance(document, Conversation) for document in documents)
     return Text(DataSource(name="rhymes", version="1", is_chat=is_chat), lambda: iter(documents))
 
 

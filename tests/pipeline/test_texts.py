@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.errors import DataError
+from factory.errors import DataError, UsageError
 from factory.hub.resolve import resolve
+from factory.pipeline.prepare import check_question_form
 from factory.pipeline.texts import check_kinds, check_tokens, open_texts
 from factory.text.text import Texts, text_identity
 from tests.builders.models import save_llama
@@ -63,6 +64,14 @@ def test_a_chat_model_healed_on_plain_text_is_told(folder: Path) -> None:
     assert check_kinds(source, opened(folder)) == note
     assert check_kinds(source, opened(folder, heal_enabled=False)) is None
     assert check_kinds(source, opened(folder, healing="chat")) is None
+
+
+def test_questions_in_a_chat_template_need_one(folder: Path) -> None:
+    config = BuildConfig(reference="m", drop=0.5, evaluate=EvaluateSettings(apply_chat_template=True))
+    with pytest.raises(UsageError, match="`apply_chat_template`: tiny has no chat template"):
+        check_question_form(resolve(str(folder / "tiny")), config)
+    (folder / "tiny" / "chat_template.jinja").write_text(STRICT)
+    check_question_form(resolve(str(folder / "tiny")), config)
 
 
 def test_a_template_that_fails_is_found_before_the_work(folder: Path) -> None:
