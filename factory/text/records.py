@@ -113,7 +113,7 @@ def _conversation(value: object) -> Conversation | None:
         messages.append(found | {"role": ROLES.get(found["role"], found["role"])})
     if not any(message["role"] == ASSISTANT for message in messages):
         return None
-    return Conversation(json.dumps(messages, ensure_ascii=False))
+    return Conversation(json.dumps(messages, ensure_ascii=False, sort_keys=True))
 
 
 def _is_message(item: object) -> bool:
