@@ -14,7 +14,7 @@ from factory.config.references import HUB_NAME, aliases, local_path, unknown_mod
 from factory.config.settings import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.evaluation.task_files import is_task_file
-from factory.text.text import Texts
+from factory.text.text import Texts, column_in
 
 DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
 
@@ -215,7 +215,12 @@ def check_same_texts(build: Build, texts: Texts) -> None:
                 if data.name in STANDARD_LIBRARY
                 else f"pass the same file with --{DATA_OPTIONS[use]}",
             )
-    for _, data, found in pairs:
+    for use, data, found in pairs:
+        if column_in(found.name) != column_in(data.name):
+            raise DataError(
+                f"{found.name} is another column than {data.name}, which {build.name} was made with",
+                hint=f"pass the same column with --{DATA_OPTIONS[use]}",
+            )
         if found.part != data.part:  # if another text differs, that was reported above as the cause
             raise DataError(
                 f"{found.name} is divided differently here: {found.part or 'whole'}, but "

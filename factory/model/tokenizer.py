@@ -81,11 +81,11 @@ class ChatTemplate:
                 "the model has no chat template, which conversations need",
                 hint="give text instead, with another column: `owner/name#column`, or a chat model",
             )
-        self.tokenizer, self.variant, self.marks = tokenizer, None, True
-        if has_generation_markers(tokenizer.chat_template):
-            return
+        self.tokenizer, self.variant = tokenizer, None
+        self.marks = tokenizer.is_fast  # others cannot tell which tokens a part of the text became
         try:
-            self.variant = get_training_chat_template(tokenizer)
+            if self.marks and not has_generation_markers(tokenizer.chat_template):
+                self.variant = get_training_chat_template(tokenizer)
         except _template_errors():  # ValueError: TRL knows no variant
             self.marks = False
 

@@ -100,10 +100,14 @@ def text_identity(data: DataSource) -> str:
         return f"{data.name}:{data.split}@{data.version}{part}"
     if data.name.startswith("stdlib:"):
         return f"{data.name}@{data.version}{part}"
-    if kind := data_format(data.name):
-        return f"{data.version}{kind}{part}"
-    file, _, column = data.name.rpartition("#")
-    return f"{data.version}{data_format(file)}{f'#{column}' if file else ''}{part}"
+    column = column_in(data.name)
+    kind = data_format(data.name.removesuffix(f"#{column}"))
+    return f"{data.version}{kind}{f'#{column}' if column else ''}{part}"
+
+
+def column_in(name: str) -> str:
+    """Return the column in the name of a text; empty if it is the usual one, or the text has none."""
+    return "" if data_format(name) or "#" not in name else name.rpartition("#")[2]
 
 
 @dataclass(frozen=True)

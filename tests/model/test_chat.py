@@ -60,6 +60,14 @@ def test_the_answers_and_their_ends_are_marked_and_nothing_else(template: str, e
     assert list(tokens) == list(own["input_ids"])
 
 
+def test_a_tokenizer_written_in_python_marks_answers_by_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder_with(MARKED + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    monkeypatch.setattr(type(encoder.tokenizer), "is_fast", False)
+    (tokens,) = encoder.encode([conversation(*TURNS)])
+    assert isinstance(tokens, Answered)
+    assert answers_of(encoder, tokens).replace("\n", "") == f"Yes.{END}No [user]!{END}"
+
+
 @given(st.lists(st.text(max_size=9), min_size=2, max_size=6))
 def test_both_ways_mark_the_same_answers(turns: list[str]) -> None:
     (marker, marked), (comparer, compared) = encoded(MARKED, *turns), encoded(PLAIN, *turns)
