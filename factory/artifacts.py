@@ -142,6 +142,7 @@ class DataSource(Artifact):
     hub_id: str | None = None
     split: str | None = None
     part: str | None = None  # "1 of 2": its other documents serve another use
+    is_chat: bool = False  # conversations, in the form of the model's chat template
 
     @property
     def corpus(self) -> str:

@@ -1,7 +1,7 @@
 """Reproduce a finished build from its `build.json`, and compare the result."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from factory.config.references import HUB_NAME, aliases, local_path, unknown_mod
 from factory.config.settings import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.evaluation.task_files import is_task_file
-from factory.text.text import Texts
+from factory.text.text import Texts, column_in
 
 DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
 
@@ -137,6 +137,7 @@ def same_settings(
     values = BuildConfig.model_validate(build.config).model_dump(mode="json")
     used = _used(build)
     for use, texts in used.items():
+        _check_number(build, texts, len(files[use]), option=DATA_OPTIONS[use])
         given = dict(enumerate(files[use]))
         if len(given) < len(texts):  # only those that are nowhere else
             places = [index for index, data in enumerate(texts) if _is_file(data)]
@@ -147,6 +148,7 @@ def same_settings(
         ]
         values[use]["data"] = pinned if use == "evaluate" else pinned[0]
     if "heal" not in used:  # in the settings, but never read
+        _check_number(build, [], len(files["heal"]), option=DATA_OPTIONS["heal"])
         values["heal"]["data"] = values["measure"]["data"]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
@@ -156,6 +158,17 @@ def same_settings(
             hint="pass it with `tasks`, or use `tasks=none`: the weights do not depend on it",
         )
     return BuildConfig.model_validate(values)
+
+
+def _check_number(build: Build, texts: Sequence[DataSource], num_given: int, *, option: str) -> None:
+    """Refuse texts that would be ignored: either all of the build's are given, or its local files."""
+    num_files = sum(map(_is_file, texts))
+    if num_given > len(texts) or num_files < num_given < len(texts):
+        names = ", ".join(text.name for text in texts) or "no such text"
+        raise DataError(
+            f"--{option}: {num_given} given, but {build.name} was made with {names}",
+            hint=f"give {num_files} or {len(texts)}, in this order" if num_files else f"omit --{option}",
+        )
 
 
 def _used(build: Build) -> dict[str, list[DataSource]]:
@@ -202,7 +215,12 @@ def check_same_texts(build: Build, texts: Texts) -> None:
                 if data.name in STANDARD_LIBRARY
                 else f"pass the same file with --{DATA_OPTIONS[use]}",
             )
-    for _, data, found in pairs:
+    for use, data, found in pairs:
+        if column_in(found.name) != column_in(data.name):
+            raise DataError(
+                f"{found.name} is another column than {data.name}, which {build.name} was made with",
+                hint=f"pass the same column with --{DATA_OPTIONS[use]}",
+            )
         if found.part != data.part:  # if another text differs, that was reported above as the cause
             raise DataError(
                 f"{found.name} is divided differently here: {found.part or 'whole'}, but "

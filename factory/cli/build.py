@@ -29,8 +29,9 @@ def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values
     """Make MODEL smaller and evaluate the result.
 
     MODEL is an alias, a Hub repository owner/name[@revision], a folder, or a build file. DATA is a .jsonl,
-    .jsonl.xz, .jsonl.gz, .txt or .parquet file, or a Hub data set owner/name[:config][#column][@revision].
-    The same command resumes an interrupted build, and reuses every finished stage.
+    .json, .csv, .parquet, .txt or .md file, a folder or 'pattern*' of files, either with #column, or a Hub
+    data set owner/name:config[split]#column@revision, of which only the name is required. The same command
+    resumes an interrupted build, and reuses every finished stage.
 
     A build file (build.yaml) holds these options by name, for one build or several. --print-config writes
     one, and `factory schema` lets an editor check it.

@@ -2,19 +2,28 @@
 
 import difflib
 import re
+from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 from factory.config.choices import STANDARD_LIBRARY
 from factory.errors import DataError, UnknownModelError
 from factory.resources import RECIPES
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".txt", ".parquet")
+DATA_FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 DATA_NOTATION = (
-    f"a {', '.join(DATA_SUFFIXES)} file, or a Hub data set owner/name[:config][#column][@revision]"
+    f"a {', '.join(DATA_FORMATS[:-1])} or {DATA_FORMATS[-1]} file, also with {', '.join(COMPRESSIONS)}, a "
+    "folder or pattern of files, or a Hub data set owner/name:config[split]#column@revision (all after the "
+    "name is optional)"
 )
+DEFAULT_COLUMN = "text"
+WILD = frozenset("*?")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # non-ASCII letters could imitate another name
 HUB_DATA = re.compile(
-    rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@]*))?(#(?P<column>[^@]+))?(@(?P<revision>.*))?", re.ASCII
+    rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@\[]*))?(\[(?P<split>[\w.-]+)\])?"
+    r"(#(?P<column>[^@]+))?(@(?P<revision>.*))?",
+    re.ASCII,
 )
 NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
@@ -56,21 +65,71 @@ def unknown_model(reference: str) -> UnknownModelError:
     )
 
 
+def data_format(name: str) -> str:
+    """Return the format of a file with its compression, in lower case: ".jsonl.gz"; empty if unknown."""
+    name = name.lower()
+    compression = next((each for each in COMPRESSIONS if name.endswith(each)), "")
+    plain = name.removesuffix(compression)
+    kind = next((each for each in DATA_FORMATS if plain.endswith(each)), "")
+    return kind + compression if kind and not (kind == ".parquet" and compression) else ""
+
+
+def local_data(reference: str) -> tuple[Path, str | None] | None:
+    """Return the path or pattern of local data, and the column; None for anything else."""
+    path, _, column = reference.rpartition("#")
+    if local_path(reference).exists() or not path:
+        column, path = "", reference
+    if local_path(path).exists() or WILD & set(path):
+        return local_path(path), column or None
+    return None
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the file, the data files anywhere in a folder, or the files that match a pattern; sorted."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = (file for file in path.rglob("*") if data_format(file.name) and file.is_file())
+        return sorted(file for file in found if not _is_hidden(file.relative_to(path)))
+    matches = glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+    return sorted(file for name in matches if (file := Path(name)).is_file())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def check_files(path: Path, files: Sequence[Path]) -> None:
+    """Refuse local data without files, of unknown formats, or without content.
+
+    Raises:
+        DataError: The message names the path or the file.
+    """
+    if not files:
+        problem = "is a folder without data files" if path.is_dir() else "matches no file"
+        raise DataError(f"data {str(path)!r} {problem}", hint=f"give {DATA_NOTATION}")
+    for file in files:
+        if not data_format(file.name):
+            raise DataError(f"data {str(file)!r} has an unsupported format", hint=f"give {DATA_NOTATION}")
+    if not any(file.stat().st_size for file in files):
+        raise DataError(f"data {str(path)!r} is empty", hint='a .jsonl has one {"text": …} per line')
+
+
 def check_data(reference: str) -> None:
-    """Accept a data file that exists and is not empty, `stdlib:…`, or the name of a Hub data set.
+    """Accept local data that exists and is not empty, `stdlib:…`, or the name of a Hub data set.
 
     Raises:
         DataError: The reference is none of them.
     """
-    path = local_path(reference)
-    if path.is_file():
-        if not path.name.endswith(DATA_SUFFIXES):
-            raise DataError(f"data {reference!r} has an unsupported format", hint=f"give {DATA_NOTATION}")
-        if path.stat().st_size == 0:
-            raise DataError(f"data {reference!r} is empty", hint='a .jsonl has one {"text": …} per line')
+    if local := local_data(reference):
+        path, _ = local
+        check_files(path, data_files(path))
         return
     if reference in STANDARD_LIBRARY:
         return
-    if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_DATA.fullmatch(reference):
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data {reference[:200]!r} {problem}", hint=f"give {DATA_NOTATION}")
+    if (
+        data_format(reference)
+        or data_format(reference.rpartition("#")[0])
+        or not HUB_DATA.fullmatch(reference)
+    ):
+        raise DataError(f"data {reference[:200]!r} does not exist", hint=f"give {DATA_NOTATION}")

@@ -172,8 +172,6 @@ class Request:
                 with self.located(name):
                     for reference in (given,) if isinstance(given, str) else given:
                         check_data(reference)
-                    if name == "eval_data" and (twice := [one for one in given if given.count(one) > 1]):
-                        raise UsageError(f"`eval_data` names {twice[0]} twice", hint="give each text once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +246,9 @@ class Evaluating(Measuring):
     tasks: Annotated[Names | None, Option(
         "lm-eval tasks, your own YAML task files, or none", EVALUATION, sets=("evaluate.tasks",),
         metavar="A,B", repeats=True)] = None
+    apply_chat_template: Annotated[bool, Option(
+        "Ask the tasks' questions in the model's chat template, examples as earlier turns", EVALUATION,
+        sets=("evaluate.apply_chat_template",))] = False
     run_task_code: Annotated[bool, Option(
         "Run the Python code that task files refer to", EVALUATION, repeats=True)] = False
     limit: Annotated[One | None, Option(

@@ -78,6 +78,7 @@ class EvaluateSettings(Settings):
     num_fewshot: dict[str, int] = Field(default_factory=lambda: {"mmlu": 5, "boolq": 0, "gsm8k": 5})
     limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)  # samples per task; None: all of them
     backend: Literal["hf", "vllm"] = "hf"  # answers the tasks; the loss always comes from transformers
+    apply_chat_template: bool = False  # to the questions of the tasks
 
     @field_validator("data", mode="before")
     @classmethod

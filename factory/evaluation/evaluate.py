@@ -18,7 +18,7 @@ from factory.evaluation.harness import load_tasks, score_task, vllm_model
 from factory.evaluation.passes import num_rows, pass_tokens
 from factory.model.devices import compute_dtype
 from factory.model.loading import load_model
-from factory.model.losses import pad_batch, row_losses
+from factory.model.losses import answers_in, pad_batch, row_losses
 from factory.model.tokenizer import Encoder, load_encoder
 from factory.parallel import processes
 from factory.text.text import Text
@@ -84,7 +84,8 @@ def token_loss(
 ) -> TokenLoss:
     """Measure mean next-token loss in nats over fixed windows of the first documents in a fixed order.
 
-    Each window begins with the tokenizer's prefix, which is not predicted. The standard error is that of a
+    Each window begins with the tokenizer's prefix, which is not predicted. Of a conversation, as much as
+    fits into one window is read, and the tokens of the answers are predicted. The standard error is that of a
     ratio over documents, since tokens of one document are not independent.
     """
     kept = read_losses(into)  # of an interrupted run; a document too short for a loss counts as 0, 0
@@ -148,9 +149,10 @@ def _document_losses(
     while waiting:
         size = num_rows(len(waiting[0][0]), most)
         rows, waiting = waiting[:size], waiting[size:]
-        batch = pad_batch([piece for piece, _ in rows], pad_token_id=encoder.pad_token_id)
+        some = [piece for piece, _ in rows]
+        batch = pad_batch(some, pad_token_id=encoder.pad_token_id)
         ids, mask = (tensor.to(model.device) for tensor in batch)
-        counts, nats = row_losses(model, ids, mask, num_given=encoder.num_given)
+        counts, nats = row_losses(model, ids, mask, num_given=encoder.num_given, answers=answers_in(some))
         places = (place for _, place in rows)
         found.update(zip(places, zip(counts.int().tolist(), nats.tolist(), strict=True), strict=True))
         report(len(found) / total)

@@ -69,6 +69,8 @@ def score_task(
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAP_ROUNDS,
             log_samples=True,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,  # as `simple_evaluate` does by default
         )
     runs_code = is_task_file(task) and bool(read_task_file(Path(task)).code)
     scored = results and [

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from factory.config.settings import HealSettings
 from factory.errors import DataError
-from factory.model.tokenizer import Encoder
+from factory.model.tokenizer import Encoder, as_row
 from factory.parallel import processes
 from factory.text.text import Text
 
@@ -36,7 +36,7 @@ def data_sets(
     if processes.is_main():
         shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted attempt: made again from the same text
     train = _on_disk(_until(sequences, num_tokens=_budget(settings)), scratch, name=f"heal-{seed}")
-    return Dataset.from_dict({"input_ids": guard}), train
+    return Dataset.from_list([as_row(sequence) for sequence in guard]), train
 
 
 def divide(
@@ -67,10 +67,12 @@ def _budget(settings: HealSettings) -> int:
 
 
 def _on_disk(sequences: Iterator[list[int]], folder: Path, *, name: str) -> Dataset:
+    first = next(sequences)
+    columns = {"input_ids": List(Value("int32")), "assistant_masks": List(Value("int8"))}
     try:
         return Dataset.from_generator(
-            lambda: ({"input_ids": tokens} for tokens in sequences),
-            features=Features({"input_ids": List(Value("int32"))}),
+            lambda: map(as_row, chain([first], sequences)),
+            features=Features({name: columns[name] for name in as_row(first)}),
             cache_dir=str(folder),
             fingerprint=name,
         )
@@ -104,7 +106,7 @@ def _documents(text: Text, encoder: Encoder, *, length: int, seed: int) -> Itera
     documents = text.shuffled(seed)
     while some := list(islice(documents, DOCUMENTS)):
         for tokens in encoder.encode(some):
-            pieces = encoder.windows([*tokens, *encoder.end], length=length)
+            pieces = encoder.windows(encoder.ended(tokens), length=length)
             yield [piece for piece in pieces if piece != [*encoder.prefix, *encoder.end]]
 
 

@@ -57,16 +57,16 @@ class PassGraphs:
             inputs: Packed rows, as TRL's collator makes them without padding.
             num_items: Number of predicted tokens in the whole step.
         """
-        if self.refused or inputs.keys() - {*ROWS, *ENDS, *LENGTHS} or num_items is None:
+        if unknown := inputs.keys() - {*ROWS, *ENDS, *LENGTHS}:
+            self._refuse(f"it is given {', '.join(sorted(unknown))}")
+        if self.refused:
             return run(inputs, num_items)
         most = self.documents(inputs)
         if most not in self.passes:
             try:
                 self.passes[most] = self._capture(run, self._buffers(most), inputs, num_items)
             except RuntimeError as error:
-                self.refused = True
-                reason = str(error).split("\n", 1)[0]
-                self.tell(f"healing launches the kernels of this model one by one, which is slower: {reason}")
+                self._refuse(str(error).split("\n", 1)[0])
                 self._hand_out(None)
                 return run(inputs, num_items)
         found = self.passes[most]
@@ -76,6 +76,11 @@ class PassGraphs:
         self._hand_out(self.gradients)
         found.graph.replay()
         return found.loss.clone()
+
+    def _refuse(self, reason: str) -> None:
+        if not self.refused:
+            self.tell(f"healing launches the kernels of this model one by one, which is slower: {reason}")
+        self.refused = True
 
     def documents(self, inputs: dict[str, Any]) -> int:
         """Return the number of documents of a graph for these rows, a power of two."""

@@ -30,7 +30,6 @@ from factory.healing.batch_size import fit_passes
 from factory.healing.callbacks import PROJECT, DivergedError, EarlyStop, Progress, Report, Slower
 from factory.healing.data import data_sets
 from factory.healing.lora import (
-    GUARD,
     Targets,
     adapter_tensors,
     as_named,
@@ -38,6 +37,7 @@ from factory.healing.lora import (
     first_adapted,
     lora_config,
     save_adapter,
+    save_guard,
 )
 from factory.healing.packing import use_packed_attention
 from factory.healing.seam.fit import load_factors, set_start
@@ -45,7 +45,7 @@ from factory.healing.trainers import TRAINERS, HealTrainer
 from factory.model.config_proof import find_layers
 from factory.model.devices import best_device
 from factory.model.loading import fuse_norms, load_model, matrix_weights
-from factory.model.tokenizer import load_encoder
+from factory.model.tokenizer import load_encoder, of_row
 from factory.parallel import processes
 from factory.text.text import Text
 
@@ -145,7 +145,7 @@ def heal(
     tensors = adapter_tensors(trainer.model)
     if processes.is_main():
         save_adapter(trainer.model, tensors, folder, targets=student.targets, new_names=student.new_names)
-        (folder / GUARD).write_text(json.dumps(guard["input_ids"][:]), encoding="utf-8")
+        save_guard(folder, [of_row(row) for row in guard])
     return Adapter(
         folder=folder,
         objective=settings.objective,

@@ -17,6 +17,7 @@ from factory.model.config_fields import packing, packing_method
 from factory.model.config_proof import on_meta
 from factory.model.experts import adaptable_experts, fused_experts
 from factory.model.layers import decoder_layers
+from factory.model.tokenizer import Answered, as_row, of_row
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
@@ -24,6 +25,18 @@ GUARD = "guard.json"  # held-out sequences, stored beside the adapter
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 TOKEN_MIXERS = ("att", "mixer", "mamba", "conv", "temporal", "lstm")  # in names of modules
 Modules = Literal["ffn", "all-linear"]
+
+
+def save_guard(folder: Path, guard: Sequence[list[int]]) -> None:
+    """Write the held-out sequences; of conversations, with the tokens of the answers marked."""
+    rows = [as_row(sequence) if isinstance(sequence, Answered) else sequence for sequence in guard]
+    (folder / GUARD).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def read_guard(folder: Path) -> list[list[int]]:
+    """Read the sequences that `save_guard` wrote."""
+    rows = json.loads((folder / GUARD).read_text(encoding="utf-8"))
+    return [of_row(row) if isinstance(row, dict) else row for row in rows]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from factory.checkpoint.header import TensorInfo, read_header
 from factory.checkpoint.read import read_blocks, read_checkpoint, read_tensor_bytes
 from factory.checkpoint.write import Progress, write_checkpoint
 from factory.errors import CheckpointError, OverflowedError, VerificationError
-from factory.healing.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
+from factory.healing.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_guard
 from factory.model.experts import Part, adapted_parameters, stored_parts
 from factory.model.loading import load_model, quantized_modules, skeleton, transposed_modules
 from factory.model.losses import token_loss
@@ -101,7 +101,7 @@ def merge(
         base = "bf16"  # trained on these weights, or untrained, which has not learnt NF4's rounding
     if base != "auto":
         return _merge(pruned, adapter, folder=folder, base=base, progress=progress)
-    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    guard = read_guard(adapter.folder)
     made: dict[Base, Checkpoint] = {}
     losses: dict[str, float] = {}
     for candidate in CANDIDATES:
@@ -129,7 +129,7 @@ def judge(merged: Checkpoint, pruned: Checkpoint, adapter: Adapter) -> Checkpoin
     Training measured other weights: NF4 with a separate adapter. These losses are of the files as users
     load them.
     """
-    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    guard = read_guard(adapter.folder)
     known = (merged.merge_losses or {}).get(str(merged.merge_base))
     unhealed = _loss(pruned.folder, guard)
     if adapter.changes_nothing:  # the same weights, so exactly the same loss
@@ -142,7 +142,7 @@ def overflowed(pruned: Checkpoint, adapter: Adapter, *, folder: Path) -> Checkpo
     """Return a placeholder for a merge that is not finite: no weights, and an infinite loss."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    guard = json.loads((adapter.folder / GUARD).read_text(encoding="utf-8"))
+    guard = read_guard(adapter.folder)
     losses = {"unhealed": _loss(pruned.folder, guard), "healed": math.inf}
     return pruned.model_copy(update={"folder": folder, "size_bytes": 0, "files": {}, "guard_losses": losses})
 

@@ -177,7 +177,8 @@ class DistillTrainer(HealTrainer):
     The teacher is the same model with all layers and without the adapter; the student runs without the
     dropped layers and with the adapter. Below the first adapted layer both are the same, so the student
     starts from the teacher's states there. In evaluation the loss is the student's cross-entropy, as in
-    `sft`, so that the two are comparable.
+    `sft`, so that the two are comparable. Of conversations, only the answers' tokens count, as in `sft`:
+    nothing else is ever written by the model, and the held-out loss is of the same.
 
     Args:
         dropped: Layers that the student lacks.
@@ -233,7 +234,8 @@ class DistillTrainer(HealTrainer):
         student, seams = self._states(model, inputs, self.seams if self.seam_weight else ())
         loss = self._head_loss(student, teacher, labels, self.next_token_weight)
         for index, call in seams.items():
-            loss = loss + self.seam_weight * _summed_error(_given(call), _given(calls[index]))
+            error = _squared_error(_given(call), _given(calls[index]))[:, :-1]
+            loss = loss + self.seam_weight * (error * (labels != IGNORED)).sum()
         loss = self._share(loss, labels, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -267,7 +269,7 @@ def _given(call: Call) -> torch.Tensor:
     return states
 
 
-def _summed_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return the sum over tokens of |student − teacher|² / |teacher|², states [b, t, d] each."""
+def _squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return |student − teacher|² / |teacher|² of each token, from states [b, t, d] each."""
     error = (student.float() - teacher.float()).square().sum(dim=-1)
-    return (error / teacher.float().square().sum(dim=-1)).sum()
+    return error / teacher.float().square().sum(dim=-1)

@@ -57,10 +57,17 @@ def carried(
 def _carried(reference: str, files: Files, *, upload: bool, bucket: str) -> str:
     """Return a reference for the job; what is local is uploaded."""
     path = references.local_path(reference)
-    if reference in references.aliases() or not path.exists():
+    if reference in references.aliases():
         return reference
+    if path.exists():
+        _check_upload(path, upload=upload, bucket=bucket)
+        return _take(path, files)
+    if (local := references.local_data(reference)) is None:
+        return reference
+    path, column = local
     _check_upload(path, upload=upload, bucket=bucket)
-    return _take(path, files)
+    paths = [path] if path.exists() else references.data_files(path)
+    return _taken(str(path), paths, files) + (f"#{column}" if column else "")
 
 
 def _take(path: Path, files: Files) -> str:

@@ -1,9 +1,9 @@
-"""Load and check a model's tokenizer, and encode texts as sequences of tokens that the model knows."""
+"""Load and check a model's tokenizer, and encode texts and conversations as tokens that the model knows."""
 
 import base64
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -12,12 +12,129 @@ from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 
-from factory.errors import UNTRUSTED, ModelError
+from factory.errors import UNTRUSTED, DataError, ModelError
 from factory.model.config_fields import vocab_size
 
 MAX_GROWTH = 64  # output characters per input character; Unicode's longest normal forms take 33 bytes
 MAX_SPECIAL_TOKENS = 64  # around each text
 PROBES = ("text", "A", "1", "я", "文")  # reveal the tokens around a text; some tokenizers know few letters
+
+ASSISTANT = "assistant"
+SHOWN = 120  # characters of a template's own message
+
+
+class Conversation(str):
+    """A conversation as a document: its messages as JSON, so that it is hashed, compared and sent as one."""
+
+    __slots__ = ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the messages as a chat template reads them, with `role` and `content`."""
+        messages: list[dict[str, Any]] = json.loads(self)
+        return messages
+
+
+class Answered(list[int]):
+    """Tokens of a conversation; only those of its answers carry loss."""
+
+    def __init__(self, tokens: Sequence[int], answers: Sequence[int]) -> None:
+        super().__init__(tokens)
+        self.answers = list(answers)  # for each token: 1 in an answer, otherwise 0
+
+    def first(self, length: int) -> "Answered":
+        """Return the first tokens."""
+        return Answered(self[:length], self.answers[:length])
+
+
+def as_row(tokens: list[int]) -> dict[str, list[int]]:
+    """Return a sequence as a row of a data set for TRL, which trains on what `assistant_masks` marks."""
+    masks = {"assistant_masks": tokens.answers} if isinstance(tokens, Answered) else {}
+    return {"input_ids": list(tokens), **masks}
+
+
+def of_row(row: Mapping[str, list[int]]) -> list[int]:
+    """Return the sequence that `as_row` made a row of."""
+    tokens, masks = row["input_ids"], row.get("assistant_masks")
+    return tokens if masks is None else Answered(tokens, masks)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, used as TRL does to train on the assistant's answers only.
+
+    A template that marks the answers with `{% generation %}`, or of which TRL keeps a variant that does,
+    tells their tokens itself. For any other, an answer is what follows the tokens of the messages before it
+    with the template's invitation to answer, as TRL tells a completion from its prompt.
+
+    Args:
+        tokenizer: Tokenizer from transformers.
+
+    Raises:
+        DataError: The tokenizer has no chat template, or it fails.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the model has no chat template, which conversations need",
+                hint="give text instead, with another column: `owner/name#column`, or a chat model",
+            )
+        self.tokenizer, self.variant = tokenizer, None
+        self.marks = tokenizer.is_fast  # others cannot tell which tokens a part of the text became
+        try:
+            if self.marks and not has_generation_markers(tokenizer.chat_template):
+                self.variant = get_training_chat_template(tokenizer)
+        except _template_errors():  # ValueError: TRL knows no variant
+            self.marks = False
+
+    def encode(self, conversation: Conversation) -> Answered:
+        """Encode a conversation, with no other special tokens than the template's.
+
+        Raises:
+            DataError: The template fails, or renders an answer otherwise once more messages follow.
+        """
+        messages = conversation.messages
+        try:
+            if self.marks:
+                found = self._render(messages, chat_template=self.variant, return_assistant_tokens_mask=True)
+                return Answered(found["input_ids"], found["assistant_masks"])
+            return self._compared(messages)
+        except _template_errors() as error:
+            reason = (str(error) or repr(error)).splitlines()[0][:SHOWN]
+            raise DataError(
+                f"the model's chat template fails on the conversation {conversation[:60]!r}: {reason}",
+                hint="remove or change such conversations, or give text with another column",
+            ) from error
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+
+    def _compared(self, messages: Sequence[dict[str, Any]]) -> Answered:
+        """Encode a conversation, and mark each answer by comparing it with the messages before it."""
+        from trl.data_utils import common_prefix_length
+
+        tokens = self._render(messages)["input_ids"]
+        answers = [0] * len(tokens)
+        for index, message in enumerate(messages):
+            if message["role"] != ASSISTANT or not index:
+                continue
+            given = self._render(messages[:index], add_generation_prompt=True)["input_ids"]
+            until = self._render(messages[: index + 1])["input_ids"]
+            end = len(until)
+            if tokens[:end] != until:
+                raise ValueError("it renders an answer otherwise once more messages follow")
+            start = common_prefix_length(given, until)
+            answers[start:end] = [1] * (end - start)
+        return Answered(tokens, answers)
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Return what templates and their rendering raise: jinja's errors, and Python's inside expressions."""
+    from jinja2 import TemplateError
+
+    return (TemplateError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 
 
 class Encoder:
@@ -71,6 +188,10 @@ class Encoder:
             hint="give a model whose tokenizer adds special tokens only around a text",
         )
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
     @property
     def prefix(self) -> list[int]:
         """Return the tokens that the tokenizer puts before a text: usually BOS, or none."""
@@ -88,14 +209,19 @@ class Encoder:
         return int(self.tokenizer.pad_token_id or 0)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text without special tokens.
+        """Encode each text without special tokens, and each conversation by the chat template.
 
         Raises:
+            DataError: The chat template is missing, or fails.
             ModelError: The model's embedding has no row for a token.
         """
         if not texts:
             return []
-        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        found: list[list[int]]
+        if isinstance(texts[0], Conversation):  # then all documents of the text are
+            found = [self._template.encode(Conversation(text)) for text in texts]
+        else:
+            found = self.tokenizer(list(texts), add_special_tokens=False).input_ids
         for tokens in found:
             if tokens and max(tokens) >= self.vocab_size:
                 raise self._without_row(max(tokens))
@@ -121,18 +247,34 @@ class Encoder:
     def beginning(self, text: str, *, length: int) -> list[int]:
         """Encode the beginning of a text as one sequence of at most `length` tokens, with the prefix."""
         (tokens,) = self.encode([text])
+        if isinstance(tokens, Answered):  # the template has put its own
+            return tokens[:length]
         return [*self.prefix, *tokens[: length - len(self.prefix)]] if tokens else []
 
     def windows(self, tokens: Sequence[int], *, length: int) -> Iterator[list[int]]:
         """Split a text's tokens into consecutive pieces of at most `length` tokens, each with the prefix.
 
-        A last piece with nothing to predict is left out.
+        A last piece with nothing to predict is left out. Of a conversation only the first piece is kept,
+        since no other begins as the template does, and none if it holds nothing of an answer.
         """
+        if isinstance(tokens, Answered):
+            first = tokens.first(length)
+            yield from [first] if any(first.answers[1:]) else []
+            return
         step = max(length - len(self.prefix), 1)
         for start in range(0, len(tokens), step):
             piece = [*self.prefix, *tokens[start : start + step]]
             if len(piece) > self.num_given:
                 yield piece
+
+    def ended(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return a whole document's tokens with the end token; a conversation's template has put its own."""
+        return tokens if isinstance(tokens, Answered) else [*tokens, *self.end]
+
+    def without_prefix(self, tokens: Sequence[int]) -> list[int]:
+        """Return a sequence's tokens after the prefix, which a chat template may lack."""
+        start = len(self.prefix)
+        return list(tokens[start:] if list(tokens[:start]) == self.prefix else tokens)
 
     @property
     def num_given(self) -> int:

@@ -26,8 +26,8 @@ from factory.hub.bucket import StageBucket
 from factory.pipeline.build import pending
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
-from factory.pipeline.texts import check_texts, known_lengths, open_texts, reads_text
-from factory.store.stage import PRUNE, STAGES
+from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
+from factory.store.stage import HEAL, PRUNE, STAGES
 from factory.store.store import Store, default_home
 
 
@@ -102,8 +102,10 @@ def begin(
             check_targets(source.config, config.heal.modules)
         check_backend(config.evaluate)
         check_tasks(config.evaluate, search=True, run_code=request.run_task_code)
+        check_question_form(source, config)
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
-    for message in (*texts.remarks, *check_texts(texts)):
+    note = check_kinds(source, texts)
+    for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
         reporter.note(message)
     run = Run(config, Store((request.home or default_home()).absolute()), reporter, texts)
     if measures:
@@ -136,6 +138,15 @@ def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float
                 f"{', '.join(config.plan.runtimes)}",
                 hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
             )
+
+
+def check_question_form(source: Source, config: BuildConfig) -> None:
+    """Refuse to ask tasks in a chat template that the source lacks."""
+    if config.evaluate.apply_chat_template and not source.has_chat_template:
+        raise UsageError(
+            f"`apply_chat_template`: {source.name} has no chat template",
+            hint="remove `apply_chat_template`, or give the chat version of the model",
+        )
 
 
 def resolve_source(request: Request, reporter: Reporter) -> Source:
@@ -237,7 +248,9 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     store = Store(home, _bucket(request, reporter, dry_run=dry_run))
     check_backend(config.evaluate)
     check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+    check_question_form(source, config)
     texts = open_texts(config)
+    note = check_kinds(source, texts)
     if settled.repeats:
         check_same_texts(settled.repeats, texts)
     for message in texts.remarks:
@@ -250,6 +263,8 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     if reads_text(left):
         for message in check_texts(texts):
             reporter.note(message)
+    if note and HEAL.name in left:
+        reporter.note(note)
     if left or request.processes:
         from factory.parallel.launch import num_processes
 

@@ -173,7 +173,9 @@ def evaluate_stage(run: Run, name: str, model: Source | Checkpoint) -> Evaluatio
     """
     settings = run.config.evaluate
     first = _evaluate_stage(run, name, model, run.texts.evaluation, settings=settings)
-    without_tasks = settings.model_copy(update={"tasks": (), "num_fewshot": {}, "backend": "hf"})
+    without_tasks = settings.model_copy(
+        update={"tasks": (), "num_fewshot": {}, "backend": "hf", "apply_chat_template": False}
+    )
     others = [
         _evaluate_stage(run, label, model, text, settings=without_tasks)
         for label, text in zip(labels(name, run.texts)[1:], run.texts.also, strict=True)
@@ -275,4 +277,6 @@ def without_data(settings: Any) -> dict[str, Any]:
     """Return a key's parameters: data enters the key by its identity, not by its path."""
     values: dict[str, Any] = settings.model_dump(mode="json")
     values.pop("data")
+    if not values.get("apply_chat_template"):
+        values.pop("apply_chat_template", None)  # added later: keys of earlier versions lack it
     return values

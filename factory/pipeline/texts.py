@@ -1,19 +1,22 @@
 """Open the texts of a run, keep them apart and check them."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from typing import TypedDict
 
 from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import local_path
+from factory.config.references import local_data
 from factory.config.settings import BuildConfig
 from factory.errors import DataError
 from factory.store.stage import STAGES
-from factory.text.overlap import Contents, Hashes, keep_apart, look
-from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text, text_identity
+from factory.text.overlap import Contents, Hashes, distinct, keep_apart, look
+from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
+RENDERED = 1_000  # conversations of a file, to see whether the chat template can render them
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # per process: equal texts are read once
 
 
@@ -37,17 +40,18 @@ def open_texts(
         for data in config.evaluate.data
         if evaluates or (measures and (_is_here(data) or data == config.measure.data))
     ]
-    _check_different(evaluations)
     calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
     healing = open_text(config.heal.data, split="train") if heals else NOTHING
     # The most that an evaluation can read if half of a data set is excluded, and some to spare.
     maximum = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
+    look_at = partial(_hashes, maximum=maximum)
+    evaluations, remarks = distinct(evaluations, look=look_at)
+    _check_names(evaluations)
     whole = (calibration, healing, *evaluations)
     others: tuple[Text, ...] = (calibration, healing)
     separated: list[Text] = []
-    remarks: list[str] = []
     for evaluation in evaluations or [NOTHING]:
-        apart = keep_apart(evaluation, others, look=lambda text: _hashes(text, maximum=maximum))
+        apart = keep_apart(evaluation, others, look=look_at)
         others = apart.others
         separated.append(apart.evaluation)
         remarks += apart.remarks
@@ -57,31 +61,53 @@ def open_texts(
 
 
 def _is_here(data: str) -> bool:
-    return data in STANDARD_LIBRARY or local_path(data).is_file()
+    return data in STANDARD_LIBRARY or local_data(data) is not None
 
 
-def _check_different(texts: Sequence[Text]) -> None:
-    """Refuse to evaluate twice on equal texts, and on two that no table could tell apart."""
-    seen: dict[str, str] = {}
-    for data in (text.data for text in texts):
-        if earlier := seen.get(text_identity(data)):
-            raise DataError(
-                f"`eval_data`: {data.name} is the same text as {earlier}", hint="give each text once"
-            )
-        if data.name in seen.values():
-            raise DataError(f"`eval_data`: two texts are called {data.name}", hint="rename one of the files")
-        seen[text_identity(data)] = data.name
+def _check_names(texts: Sequence[Text]) -> None:
+    """Refuse two different evaluation texts that no table could tell apart."""
+    names = [text.data.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"`eval_data`: two texts are called {name}", hint="rename one of the files")
+
+
+def check_kinds(source: Source, texts: Texts) -> str | None:
+    """Refuse conversations for a model without a chat template.
+
+    Returns:
+        A note if a chat model is to be healed on plain text.
+
+    Raises:
+        DataError: The source has no chat template, and a text holds conversations.
+    """
+    chats = [text.data.name for text in texts.whole if text.data.is_chat]
+    if chats and not source.has_chat_template:
+        raise DataError(
+            f"{chats[0]} holds conversations, and {source.name} has no chat template to render them",
+            hint="give plain text, as another column with DATA#column, or the chat version of the model",
+        )
+    if source.has_chat_template and texts.healing is not NOTHING and not texts.healing.data.is_chat:
+        what = f"{source.name} is a chat model to be healed on plain text, {texts.healing.data.name}"
+        return f"{what}: `heal_data` takes conversations"
+    return None
 
 
 def check_tokens(source: Source, texts: Texts) -> None:
     """Refuse local texts with a token that the source's embedding lacks; Hub data fails when it is read.
 
+    Of conversations, the first are rendered by the source's chat template.
+
     Raises:
+        DataError: The chat template fails.
         ModelError: The embedding lacks a token, which is named, or the tokenizer cannot be loaded.
     """
     from factory.model.tokenizer import load_encoder
 
     encoder = load_encoder(source.local_folder)
+    for text in {text.data: text for text in texts.whole if text.data.is_chat}.values():
+        for conversation in islice(text.documents(), FEW if text.data.hub_id else RENDERED):
+            encoder.encode([conversation])
     for text in (texts.calibration, texts.healing, *texts.evaluations):
         if not text.data.hub_id:
             encoder.check(text.documents())
@@ -139,5 +165,6 @@ def check_texts(texts: Texts) -> tuple[str, ...]:
     for text in {text.data: text for text in texts.whole if text is not NOTHING}.values():
         if num_empty := contents(text).num_empty:
             among = f" among the first of {text.data.name}" if text.data.hub_id else f" of {text.data.name}"
-            remarks.append(f"{num_empty:,} rows{among} have no text and are skipped")
+            lacks = "answer" if text.data.is_chat else "text"
+            remarks.append(f"{num_empty:,} rows{among} have no {lacks} and are skipped")
     return tuple(remarks)

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from factory.artifacts import DataSource
 from factory.config.choices import Split
-from factory.config.references import DATA_NOTATION, HUB_DATA
+from factory.config.references import DATA_NOTATION, DEFAULT_COLUMN, HUB_DATA
 from factory.errors import DataError, HubError
+from factory.text.records import (
+    CHAT,
+    CHAT_COLUMNS,
+    STRING,
+    choices,
+    choose_column,
+    document_of,
+    is_chat_type,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDatasetDict
@@ -21,18 +30,18 @@ STREAM_WAITS_SECONDS = (5.0, 15.0, 60.0, 120.0, 240.0)
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 DAMAGED_HINT = "one of its files is damaged: use another revision (owner/name@revision) or data set"
 READERS = ("datasets", "huggingface_hub", "pandas", "pyarrow")  # they can fail on settings in a card
-DEFAULT_COLUMN = "text"
 STRINGS = ("string", "large_string", "string_view")
 
 
 def find_data_set(reference: str, *, split: Split) -> DataSource:
-    """Find the data set at its commit, the split that serves as `split`, and the column that holds text.
+    """Find the data set at its commit, the split that serves as `split`, and the column to read.
 
-    Without a validation split, the training split is used. The column is `text`, or the only one of
-    strings; any other than `text` becomes part of the name, `owner/name#column`.
+    Without a validation split, the training split is used. The column is chosen by `choose_column`; any
+    other than `text` becomes part of the name, `owner/name#column`, as does a split that would not have
+    been chosen.
 
     Args:
-        reference: `owner/name[:config][#column][@revision]`.
+        reference: `owner/name:config[split]#column@revision`; only the name is required.
 
     Raises:
         DataError: The data set, configuration, split or column does not exist; the hint lists the choices.
@@ -41,39 +50,51 @@ def find_data_set(reference: str, *, split: Split) -> DataSource:
     from factory.hub.client import patiently
     from factory.text.hub_data_files import check_data_files
 
-    repo_id, config, column, revision = _parts(reference)
+    repo_id, config, given, column, revision = _parts(reference)
     commit = _data_set_commit(repo_id, revision=revision)
-    name = reference.partition("@")[0]
+    name = repo_id + (f":{config}" if config else "")
     with _read_errors(name, repo_id=repo_id, commit=commit, hint="use another data set, or a file"):
         patiently(lambda: check_data_files(repo_id, revision=commit))
         splits = _open(repo_id, config, commit=commit)
-        found = _split(splits, split, name=name)
-        column = _column(splits[found].features, column, name=name)
-    name = name.partition("#")[0] + (f"#{column}" if column != DEFAULT_COLUMN else "")
-    return DataSource(name=name, version=commit, hub_id=repo_id, split=found)
+        found = _split(splits, split, given, name=name)
+        if given and found != _usual_split(splits, split):
+            name += f"[{found}]"
+        kinds = _kinds(splits[found], column)
+        column, is_chat = choose_column(kinds, column, name=f"data set {name!r}", reference=name)
+    name += f"#{column}" if column != DEFAULT_COLUMN else ""
+    return DataSource(name=name, version=commit, hub_id=repo_id, split=found, is_chat=is_chat)
 
 
 def hub_rows(data: DataSource) -> Iterator[str | None]:
-    """Yield texts in the order of the data set; None for a row without text."""
-    _, config, column, _ = _parts(data.name)
+    """Yield the documents in the order of the data set; None for a row without one.
+
+    Raises:
+        DataError: A row lacks the column, or holds another kind of value.
+    """
+    _, config, _, column, _ = _parts(data.name)
     column = column or DEFAULT_COLUMN
     with _read_errors(data.name, repo_id=str(data.hub_id), commit=data.version, hint=DAMAGED_HINT):
-        for row in _rows(data, config=config):
+        for number, row in enumerate(_rows(data, config=config), start=1):
             if column not in row:
                 raise DataError(
                     f"data set {data.name!r} has no column {column!r}, only {', '.join(row)}",
                     hint=DAMAGED_HINT,
                 )
-            value = row[column]
-            yield value if isinstance(value, str) and value.strip() else None
+            try:
+                yield document_of(row[column], is_chat=data.is_chat)
+            except ValueError as error:
+                raise DataError(
+                    f"data set {data.name!r}, row {number:,}: {column!r} {error}",
+                    hint="use another column, revision (owner/name@revision) or data set",
+                ) from error
 
 
-def _parts(reference: str) -> tuple[str, str | None, str | None, str | None]:
-    """Split a reference into repository, configuration, column and revision."""
+def _parts(reference: str) -> tuple[str, str | None, str | None, str | None, str | None]:
+    """Split a reference into repository, configuration, split, column and revision."""
     match = HUB_DATA.fullmatch(reference)
     if match is None:
         raise DataError(f"data {reference[:200]!r} does not exist", hint=f"give {DATA_NOTATION}")
-    return match["repo"], match["config"] or None, match["column"], match["revision"] or None
+    return match["repo"], match["config"] or None, match["split"], match["column"], match["revision"] or None
 
 
 def _data_set_commit(repo_id: str, *, revision: str | None) -> str:
@@ -138,7 +159,7 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
         names = patiently(lambda: get_dataset_config_names(repo_id, revision=commit))
         problem = "has several configurations" if config is None else f"has no configuration {config!r}"
         raise DataError(
-            f"data set {repo_id!r} {problem}", hint=_choices([f"{repo_id}:{each}" for each in names])
+            f"data set {repo_id!r} {problem}", hint=choices([f"{repo_id}:{each}" for each in names])
         ) from error
     except RuntimeError as error:
         if not str(error).startswith("Dataset scripts"):
@@ -149,51 +170,41 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
         ) from error
 
 
-def _split(splits: Mapping[str, Any], wanted: Split, *, name: str) -> str:
+def _usual_split(splits: Mapping[str, Any], wanted: Split) -> str | None:
     """Return the wanted split, or the training split if there is no validation split."""
-    for each in (wanted, "train"):
-        if each in splits:
-            return each
+    return next((each for each in (wanted, "train") if each in splits), None)
+
+
+def _split(splits: Mapping[str, Any], wanted: Split, given: str | None, *, name: str) -> str:
+    """Return the split that the user gave, or the usual one."""
+    if found := (given if given in splits else None) if given else _usual_split(splits, wanted):
+        return found
+    lacks = given or f"train{'' if wanted == 'train' else ' or validation'}"
     raise DataError(
-        f"data set {name!r} has no split train{'' if wanted == 'train' else ' or validation'}, only "
-        f"{', '.join(splits)}",
-        hint="use another data set, or download the split that you want and give it as a file",
+        f"data set {name!r} has no split {lacks}, only {', '.join(splits)}",
+        hint=choices([f"{name}[{each}]" for each in splits]),
     )
 
 
-def _column(features: Mapping[str, Any] | None, wanted: str | None, *, name: str) -> str:
-    """Return the column that holds the text.
+def _kinds(split: Any, wanted: str | None) -> dict[str, str]:
+    """Return the columns of a split with their kinds; if it does not declare them, the wanted one."""
+    if split.features is None:
+        column = wanted or DEFAULT_COLUMN
+        return {column: CHAT if column in CHAT_COLUMNS else STRING}
+    return {column: _kind(column, feature) for column, feature in split.features.items()}
 
-    Args:
-        features: Columns with their types; None if the data set does not declare them.
-    """
-    column = wanted or DEFAULT_COLUMN
-    if features is None:
-        return column
-    strings = [each for each, kind in features.items() if getattr(kind, "dtype", None) in STRINGS]
-    if column in strings:
-        return column
-    if (
-        wanted is None
-        and column not in features
-        and len(strings) == 1
-        and HUB_DATA.fullmatch(f"a/b#{strings[0]}")
+
+def _kind(column: str, feature: Any) -> str:
+    from datasets import Json, LargeList, List
+
+    if getattr(feature, "dtype", None) in STRINGS:
+        return STRING
+    item = feature.feature if isinstance(feature, List | LargeList) else None
+    if (isinstance(item, Mapping) and is_chat_type(item.keys())) or (
+        isinstance(item, Json) and column in CHAT_COLUMNS
     ):
-        return strings[0]
-    kind = getattr(features[column], "dtype", "another type") if column in features else None
-    problem = f"holds {kind} in column {column!r}" if kind else f"has no column {column!r}"
-    base = name.partition("#")[0]
-    raise DataError(
-        f"data set {name!r} {problem}; it has {', '.join(features)}",
-        hint=_choices([f"{base}#{each}" for each in strings])
-        if strings
-        else "use another data set: none of its columns holds strings",
-    )
-
-
-def _choices(names: list[str], maximum: int = 8) -> str:
-    more = f" and {len(names) - maximum} more" if len(names) > maximum else ""
-    return f"give {' or '.join(names[:maximum])}{more}"
+        return CHAT
+    return str(getattr(feature, "dtype", None) or "another type")
 
 
 def _rows(data: DataSource, *, config: str | None) -> Iterator[dict[str, Any]]:

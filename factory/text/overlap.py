@@ -1,6 +1,6 @@
 """Keep texts apart: no evaluated document is also measured or healed on, whatever its file is called."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b, sha256
@@ -59,6 +59,9 @@ def hash_of(document: str) -> int:
     return int.from_bytes(blake2b(words, digest_size=8).digest(), "little")
 
 
+Look = Callable[[Text], Hashes]
+
+
 @dataclass(frozen=True)
 class Apart:
     """The texts of a build without common documents, and remarks on how they were separated."""
@@ -68,7 +71,43 @@ class Apart:
     remarks: tuple[str, ...] = ()
 
 
-Look = Callable[[Text], Hashes]
+def distinct(evaluations: Sequence[Text], *, look: Look) -> tuple[list[Text], list[str]]:
+    """Return each different evaluation text once, and remarks on the others and on shared documents.
+
+    Args:
+        evaluations: Texts in the order in which they were given.
+        look: Function that returns the hashes of a text's documents, as for `keep_apart`.
+    """
+    kept: list[Text] = []
+    remarks: list[str] = []
+    for text in evaluations:
+        name = text.data.name
+        shared = {earlier.data: _num_shared(text, earlier, look=look) for earlier in kept}
+        if same := next((data for data, number in shared.items() if number is None), None):
+            what = "named twice" if same == text.data else f"the same text as {same.name}"
+            remarks.append(f"{name} is {what}: it is evaluated once")
+            continue
+        kept.append(text)
+        remarks += [
+            f"{number:,} documents of {name} are also in {earlier.name}: both losses include them"
+            for earlier, number in shared.items()
+            if number
+        ]
+    return kept, remarks
+
+
+def _num_shared(text: Text, earlier: Text, *, look: Look) -> int | None:
+    """Return how many documents two evaluation texts share; None if they are the same text."""
+    one, other = text.data, earlier.data
+    is_same = _is_same(one, other)
+    if is_same and not one.hub_id:
+        return None
+    if not is_same and _are_apart(one, other):
+        return 0
+    hashes, others = look(text), look(earlier)
+    if not (one.hub_id or other.hub_id) and numpy.array_equal(hashes, others):
+        return None
+    return len(numpy.intersect1d(hashes, others, assume_unique=True))
 
 
 def keep_apart(evaluation: Text, others: tuple[Text, ...], *, look: Look) -> Apart:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from factory.artifacts import Build
-from factory.builds.reproduce import check_same_texts, comparison
+from factory.artifacts import Build, DataSource
+from factory.builds.reproduce import check_same_texts, comparison, same_settings
 from factory.errors import DataError
-from factory.text.text import Text, Texts
+from factory.text.text import NOTHING, Text, Texts
 from tests.builders.builds import a_build, demo_healed
 from tests.builders.commands import HEAVY, QUICK
 from tests.builders.models import save_llama
@@ -136,6 +136,40 @@ def test_what_cannot_be_repeated_is_told(world: Hub, commands: Forks, folder: Pa
     (folder / "broken").mkdir()
     (folder / "broken" / "build.json").write_text("{")
     assert "damaged" in repeat("./broken")
+
+
+@pytest.mark.parametrize(
+    ("use", "given", "message", "hint"),
+    [
+        ("evaluate", 2, "--eval-data: 2 given, but {name} was made with e.jsonl", "give 1"),
+        ("heal", 1, "--heal-data: 1 given, but {name} was made with no such text", "omit --heal-data"),
+    ],
+)
+def test_texts_that_the_build_did_not_have_are_refused(use: str, given: int, message: str, hint: str) -> None:
+    build = demo_healed()
+    source = build.evaluations["source"]
+    data = DataSource(name="e.jsonl", version="0" * 64)
+    judged = {"source": source.model_copy(update={"loss": source.loss.model_copy(update={"data": data})})}
+    build = build.model_copy(update={"evaluations": build.evaluations | judged, "adapter": None})
+    files = {"measure": (), "heal": (), "evaluate": ("e.jsonl",)} | {use: ("x.jsonl",) * given}
+    with pytest.raises(DataError) as caught:
+        same_settings(build, files=files, tasks=())
+    assert caught.value.message == message.format(name=build.name)
+    assert str(caught.value.hint).startswith(hint)
+
+
+def test_another_column_of_the_same_file_is_refused() -> None:
+    build = demo_healed()
+    data = DataSource(name="a.csv", version="0" * 64)
+    texts = {
+        name: Text(data.model_copy(update={"name": name}), list[str]().__iter__)
+        for name in ("a.csv", "a.csv#body")
+    }
+    build = build.model_copy(update={"calibration": data, "adapter": None})
+    evaluation = Text(build.evaluations["source"].loss.data, list[str]().__iter__)
+    check_same_texts(build, Texts(texts["a.csv"], NOTHING, evaluation))
+    with pytest.raises(DataError, match=r"a\.csv#body is another column than a\.csv, which"):
+        check_same_texts(build, Texts(texts["a.csv#body"], NOTHING, evaluation))
 
 
 def test_other_weights_are_told_with_what_was_different() -> None:

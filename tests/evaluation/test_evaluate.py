@@ -23,7 +23,7 @@ from factory.model.loading import load_model
 from factory.model.tokenizer import load_tokenizer
 from tests.builders.evaluation import CHOICES, SETTINGS, evaluation_of, questions, quiet, save_task
 from tests.builders.models import END, byte_tokenizer, save_llama
-from tests.builders.texts import rhymes, text_of
+from tests.builders.texts import chats, rhymes, text_of
 from tests.places import ROOT
 
 DEMO = ROOT / "factory" / "demo"
@@ -129,6 +129,45 @@ def test_the_embedded_task_is_scored_as_by_lm_eval_itself(tmp_path: Path) -> Non
     assert score.value == theirs["acc_norm,none"]
     assert score.stderr == theirs["acc_norm_stderr,none"]
     assert (score.metric, score.chance, score.num_samples, score.num_fewshot) == ("acc_norm", 0.25, limit, 0)
+
+
+def with_template(folder: Path, template: str) -> Path:
+    save_llama(folder, num_layers=2)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_the_loss_on_conversations_is_of_their_answers(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    folder = with_template(tmp_path / "model", template)
+    found = evaluation_of(folder, tmp_path / "into", chats(3), sequence_length=200).loss
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    counts, nats = 0, 0.0
+    for chat in chats(3):
+        rendered = tokenizer.apply_chat_template(json.loads(chat), tokenize=False)
+        logits = model(torch.tensor([tokenizer(rendered).input_ids])).logits[0].log_softmax(-1)
+        at = 0
+        for turn in rendered.split(END)[:-1]:  # one token per byte, and one for the end
+            until = at + len(turn) + 1
+            if turn.startswith("[assistant]"):
+                ids = tokenizer(rendered).input_ids
+                answer = range(at + len("[assistant]"), until)
+                nats -= sum(float(logits[place - 1, ids[place]]) for place in answer)
+                counts += len(answer)
+            at = until
+    assert found.num_tokens == counts
+    assert found.nats == pytest.approx(nats / counts, rel=1e-4)
+
+
+def test_tasks_are_asked_in_the_chat_template_if_that_is_wanted(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "model", "{{ raise_exception('asked ' ~ messages[0].content) }}")
+    task = save_task(tmp_path, "mine", questions(6))
+    evaluation_of(folder, tmp_path / "into", rhymes(2), tasks=(str(task),))
+    with pytest.raises(UsageError, match="asked a and"):
+        evaluation_of(folder, tmp_path / "in", rhymes(2), tasks=(str(task),), apply_chat_template=True)
 
 
 def test_a_task_in_a_yaml_file_needs_no_name_that_lm_eval_knows(model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
+from factory.config.request import BuildRequest
 from factory.jobs.submit import MOUNT
+from factory.jobs.uploads import carried
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
@@ -92,6 +94,25 @@ def submitted(commands: Forks, folder: Path, *more: str) -> Ended:
     done = commands.run(*BUILD, *ON, *more, folder=folder)
     assert done.code == 0, done.stderr
     return done
+
+
+def test_a_pattern_of_files_and_a_column_go_with_the_job(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.csv", "c.txt"):
+        (tmp_path / name).write_text("body,title\nx,y\n")
+    request = BuildRequest.read(
+        {
+            "model": "acme/tiny",
+            "drop": 0.4,
+            "heal_data": f"{tmp_path}/*.csv#body",
+            "eval_data": [f"{tmp_path}/a.csv#title", "acme/text[test]#body"],
+        }
+    )
+    (build,), files = carried([request], upload=True, bucket=BUCKET)
+    folder = build["heal-data"].removeprefix(f"{MOUNT}/").removesuffix("/*.csv#body")
+    assert {f"{folder}/a.csv", f"{folder}/b.csv"} < set(files)
+    (alone,) = set(files) - {f"{folder}/a.csv", f"{folder}/b.csv"}
+    assert build["eval-data"] == [f"{MOUNT}/{alone}#title", "acme/text[test]#body"]
+    assert alone.endswith("/a.csv")
 
 
 def refused(commands: Forks, hub: Hub, folder: Path, *arguments: str, token: str = ALICE) -> str:

@@ -396,6 +396,17 @@ def test_the_hub_accepts_every_golden_card(name: str, hub: Hub, monkeypatch: pyt
         ModelCard(card.replace("\nlibrary_name:", "\nbase_model: a/b/c\nlibrary_name:", 1)).validate()
 
 
+def test_the_card_of_a_chat_model_says_what_it_was_healed_on() -> None:
+    build = chat_with_other_licence()
+    assert build.adapter
+    assert "healing used plain text, not conversations" in render(build, has_healing_figure=False)
+    data = build.adapter.data.model_copy(update={"is_chat": True})
+    build = build.model_copy(update={"adapter": build.adapter.model_copy(update={"data": data})})
+    card = render(build, has_healing_figure=False)
+    assert "healing used conversations in its chat template" in card
+    assert "conversations in the source's chat template; only the answers count in the loss |" in card
+
+
 def test_a_model_from_a_folder_names_no_base_model_and_no_hub_data_sets() -> None:
     fields = front_matter(demo_healed(), repo_id=None)
     assert not {"base_model", "base_model_relation", "datasets"} & set(fields)

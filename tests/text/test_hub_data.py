@@ -87,6 +87,34 @@ def test_a_split_that_is_not_there_is_refused_with_those_there_are(hub: Hub, cli
     assert opened(client, NAME, "train").message == f"data set '{NAME}' has no split train, only test"
 
 
+def test_a_split_can_be_named_and_is_part_of_the_name_where_it_is_not_the_usual_one(
+    hub: Hub, client: Client
+) -> None:
+    hub.put_dataset(NAME, {f"{split}.jsonl": lines(text=[split], body=["b"]) for split in ("train", "test")})
+    value = opened(client, f"{NAME}[test]").value
+    assert (value["name"], value["split"], value["documents"]) == (f"{NAME}[test]", "test", ["test"])
+    assert opened(client, f"{NAME}[test]#body").value["name"] == f"{NAME}[test]#body"
+    assert opened(client, f"{NAME}[test]#body@main").value["documents"] == ["b"]
+    assert opened(client, f"{NAME}[train]").value["name"] == NAME
+    answer = opened(client, f"{NAME}[nix]")
+    assert answer.message == f"data set '{NAME}' has no split nix, only train, test"
+    assert answer.hint == f"give {NAME}[train] or {NAME}[test]"
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [1]}], ids=["one form", "mixed forms"])
+@pytest.mark.parametrize("reference", [NAME, f"{NAME}#messages"])
+def test_conversations_on_the_hub_are_read_as_such(
+    hub: Hub, client: Client, reference: str, more: dict[str, object]
+) -> None:
+    asked, answered = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
+    rows = [[asked, answered | more], [asked], [asked, answered]]
+    hub.put_dataset(NAME, {"train.jsonl": lines(messages=rows, source=["x"] * 3)})
+    value = opened(client, reference).value
+    assert (value["name"], value["is_chat"]) == (f"{NAME}#messages", True)
+    assert list(map(json.loads, value["documents"])) == [[asked, answered | more], [asked, answered]]
+    assert opened(client, f"{NAME}#source").value["documents"] == ["x"] * 3
+
+
 def test_a_configuration_that_is_not_there_is_refused_with_those_there_are(hub: Hub, client: Client) -> None:
     files = {"one.jsonl": lines(text=["1"]), "two.jsonl": lines(text=["2"]), "README.md": CONFIGS}
     hub.put_dataset(NAME, files)
@@ -148,4 +176,4 @@ def test_a_card_whose_settings_make_no_sense_is_an_error_of_one_line(
 def test_a_column_without_a_name_or_a_data_set_is_no_reference(reference: str) -> None:
     with pytest.raises(DataError, match="does not exist") as caught:
         check_data(reference)
-    assert "owner/name[:config][#column][@revision]" in caught.value.hint
+    assert "owner/name:config[split]#column@revision" in caught.value.hint

@@ -5,7 +5,6 @@ that layer and y those after the last dropped layer, the fit finds ΔW such that
 of it of low rank starts a LoRA adapter; without training, all of it is merged.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,7 @@ from factory.artifacts import Adapter, Checkpoint, FittedSeam, SeamFit
 from factory.config.settings import HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.healing.data import divide
-from factory.healing.lora import ADAPTER_WEIGHTS, GUARD, PEFT_PREFIX
+from factory.healing.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, save_guard
 from factory.healing.seam.regression import RIDGES, Factors, Moments, low_rank
 from factory.healing.seam.writers import Writer, find_writer, fitted, states_of
 from factory.model.config_proof import find_layers
@@ -84,7 +83,7 @@ def fit_seams(
     pieces = (
         piece
         for sequence in sequences
-        for piece in encoder.windows(sequence[len(encoder.prefix) :], length=LENGTH)
+        for piece in encoder.windows(encoder.without_prefix(sequence), length=LENGTH)
     )
     model = load_model(source_folder, four_bit=settings.bits == 4)
     writers = {before: find_writer(model, before) for before, _ in seams_of(dropped) if before >= 0}
@@ -149,7 +148,7 @@ def _save(fit: SeamFit, factors: Mapping[int, Factors], guard: Sequence[list[int
         for side, factor in zip("BA", pair, strict=True)
     }
     save_file(tensors, folder / WEIGHTS)
-    (folder / GUARD).write_text(json.dumps(guard), encoding="utf-8")
+    save_guard(folder, guard)
     write_atomically(folder / SeamFit.file_name, fit.text())
 
 

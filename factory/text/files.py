@@ -1,0 +1,276 @@
+"""Read local data: files of records or of text, compressed or not, alone or many as one text."""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+from typing import IO, Any
+
+from factory.artifacts import DataSource
+from factory.config.references import DATA_NOTATION, DEFAULT_COLUMN, check_files, data_files, data_format
+from factory.errors import DataError
+from factory.store.files import sha256_of_file
+from factory.text.records import CHAT, STRING, choose_column, document_of, is_chat_type, kind_of
+
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file
+BEGINNING = 2**20  # characters in which the separator must occur; otherwise blank lines separate
+CHUNK = 2**20  # characters read at once
+MAX_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
+MISSING = object()
+ROW_HINT = 'write one {"text": …} or {"messages": […]} per line'
+Read = partial[Iterator[str | None]]  # pickled for other processes
+
+
+def open_files(path: Path, column: str | None) -> tuple[DataSource, Read]:
+    """Return the identity of a file, or of a folder or pattern of files, and the function that reads it.
+
+    Args:
+        path: File, folder or pattern.
+        column: Column to read; None: chosen by `choose_column`.
+
+    Raises:
+        DataError: There is no such file or column, or a file is damaged.
+    """
+    files = data_files(path)
+    check_files(path, files)
+    tables = [file for file in files if _is_table(file)]
+    is_chat = False
+    if tables:
+        column, is_chat = choose_column(_kinds(tables[0]), column, name=str(path), reference=str(path))
+    elif column is not None:
+        raise DataError(f"{path} has no columns, so none is called {column!r}", hint=f"give {path}")
+    column = column or DEFAULT_COLUMN
+    data = DataSource(name=_name(path, column), version=_version(files), is_chat=is_chat)
+    return data, partial(_read, path, column, is_chat)
+
+
+def _name(path: Path, column: str) -> str:
+    name = path.name
+    if not path.is_file():  # a pattern's last part says little
+        name = f"{path.resolve().name}/" if path.is_dir() else f"{path.absolute().parent.name}/{name}"
+    return name if column == DEFAULT_COLUMN else f"{name}#{column}"
+
+
+def _version(files: Sequence[Path]) -> str:
+    """Return the sha256 of a file's content; of several, or of a text with separators, of a list of these."""
+    contents = [f"{data_format(file.name)} {sha256_of_file(file)} {_separator(file)}" for file in files]
+    if len(files) == 1 and not _separator(files[0]):
+        return sha256_of_file(files[0])
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()
+
+
+def _read(path: Path, column: str, is_chat: bool) -> Iterator[str | None]:
+    """Yield the documents of all files in order; None for an empty row.
+
+    Raises:
+        DataError: A file is damaged or holds another kind of value; the message names the place. Or there
+            is no document at all.
+    """
+    empty, number = True, 0
+    for number, row in enumerate(_documents(data_files(path), column, is_chat), start=1):  # noqa: B007
+        empty = empty and row is None
+        yield row
+    if empty:
+        rows_without = f": its {number:,} rows are empty" if number else ""
+        raise DataError(f"{path} contains no text{rows_without}", hint=f"give {DATA_NOTATION}")
+
+
+def _documents(files: Sequence[Path], column: str, is_chat: bool) -> Iterator[str | None]:
+    for path in files:
+        with _read_errors(path):
+            if not _is_table(path):
+                yield from _texts(path)
+                continue
+            for place, value in _values(path, column):
+                yield _document(value, column, is_chat=is_chat, place=f"{path}, {place}")
+
+
+def _document(value: object, column: str, *, is_chat: bool, place: str) -> str | None:
+    if value is MISSING:
+        raise DataError(f'{place}: no "{column}" in the row', hint=ROW_HINT)
+    try:
+        return document_of(value, is_chat=is_chat)
+    except ValueError as error:
+        raise DataError(f'{place}: "{column}" {error}', hint=ROW_HINT) from error
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into one line about it."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        zlib.error,
+        UnicodeDecodeError,
+        csv.Error,
+        ArrowException,
+    ) as error:
+        hint = "is it a parquet file?" if _is_parquet(path) else "is it complete, and UTF-8?"
+        problem = (str(error) or repr(error)).splitlines()[0]
+        raise DataError(f"cannot read {path}: {problem}", hint=hint) from error
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file has rows with columns."""
+    return not data_format(path.name).startswith((".txt", ".md"))
+
+
+def _is_parquet(path: Path) -> bool:
+    return data_format(path.name) == ".parquet"
+
+
+def _kinds(path: Path) -> dict[str, str]:
+    """Return the columns of a file with their kinds: as it declares them, or by its first row."""
+    with _read_errors(path):
+        if _is_parquet(path):
+            from pyarrow import parquet
+
+            return {field.name: _kind_of_type(field.type) for field in parquet.ParquetFile(path).schema_arrow}
+        _, first = next(_rows(path), ("", {}))
+    return {name: kind_of(value) for name, value in first.items()} or {DEFAULT_COLUMN: STRING}
+
+
+def _kind_of_type(kind: Any) -> str:
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        item = kind.value_type
+        return CHAT if types.is_struct(item) and is_chat_type({f.name for f in item}) else str(kind)
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    is_string = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
+    return STRING if is_string else str(kind)
+
+
+def _values(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """Yield the value of each row in a column with its place; `MISSING` where a row has no such column."""
+    if not _is_parquet(path):
+        yield from ((place, row.get(column, MISSING)) for place, row in _rows(path))
+        return
+    from pyarrow import parquet
+
+    numbers = count(1)
+    table = parquet.ParquetFile(path)
+    if column not in table.schema_arrow.names:
+        raise DataError(f"{path} has no column {column!r}", hint="give files with the same columns")
+    for batch in table.iter_batches(columns=[column]):
+        yield from ((f"row {next(numbers)}", value) for value in batch.column(0).to_pylist())
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a JSON or CSV file with their places."""
+    kind = data_format(path.name)
+    with _open(path) as file:
+        if kind.startswith(".csv"):
+            csv.field_size_limit(MAX_CELL)
+            rows = csv.DictReader(file)
+            yield from ((f"line {rows.line_num}", row) for row in rows)
+            return
+        first = next((line for line in file if line.strip()), "") if not kind.startswith(".jsonl") else ""
+        if first.lstrip().startswith("["):
+            items = _parsed(first + file.read(), place=str(path))
+            for number, item in enumerate(items, start=1):
+                yield f"item {number}", _row(item, repr(item), place=f"{path}, item {number}")
+            return
+        yield from _lines(chain([first], file) if first else file, path)
+
+
+def _lines(lines: Iterator[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of JSON lines, one line late: a truncated file raises before its half line is parsed."""
+    line = ""
+    for number, following in enumerate(chain(lines, [""])):
+        if line.strip():
+            place = f"line {number}"
+            yield place, _row(_parsed(line, place=f"{path}, {place}"), line, place=f"{path}, {place}")
+        line = following
+
+
+def _parsed(text: str, *, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON: {text.strip()[:60]!r}", hint=ROW_HINT) from error
+
+
+def _row(value: Any, written: str, *, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: no columns in {written.strip()[:60]!r}", hint=ROW_HINT)
+    return value
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the documents of a text file.
+
+    They end at separators, if the file has any; otherwise a Markdown file is one document, and in any other
+    the paragraphs between blank lines are documents.
+    """
+    with _open(path) as file:
+        beginning = file.read(BEGINNING)
+        if SEPARATOR in beginning:
+            yield from _separated(beginning, file)
+        elif data_format(path.name).startswith(".md"):
+            if (whole := beginning + file.read()).strip():
+                yield whole
+        else:
+            yield from _paragraphs(chain(io.StringIO(beginning + file.readline()), file))
+
+
+def _separator(path: Path) -> str:
+    """Return what separates the documents of a text file, besides the usual."""
+    if _is_table(path):
+        return ""
+    with _read_errors(path), _open(path) as file:
+        return SEPARATOR if SEPARATOR in file.read(BEGINNING) else ""
+
+
+def _separated(beginning: str, file: IO[str]) -> Iterator[str]:
+    text, chunk = "", beginning
+    while chunk:
+        *documents, text = (text + chunk).split(SEPARATOR)
+        yield from (document.strip() for document in documents if document.strip())
+        chunk = file.read(CHUNK)
+    if text.strip():
+        yield text.strip()
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph)
+
+
+def _open(path: Path) -> IO[str]:
+    ending = data_format(path.name).rpartition(".")[2]
+    binary: Any = {"xz": lzma.open, "gz": gzip.open, "bz2": bz2.open, "zst": _open_zstandard}.get(
+        ending, open
+    )
+    return io.TextIOWrapper(binary(path, "rb"), encoding="utf-8-sig", newline=_newline(path))
+
+
+def _newline(path: Path) -> str | None:
+    return "" if data_format(path.name).startswith(".csv") else None  # cells may hold line breaks
+
+
+def _open_zstandard(path: Path, _mode: str) -> Any:
+    from pyarrow import input_stream
+
+    return input_stream(path, compression="zstd")
