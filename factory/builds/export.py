@@ -14,6 +14,7 @@ from factory.builds.swap import laying_out
 from factory.errors import MachineError, ModelError, UsageError
 from factory.serving import llama
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
+from factory.serving.modelfile import MODELFILE, write_modelfile
 from factory.serving.runtimes import verdicts
 from factory.store.capacity import check_room, demands
 from factory.store.files import (
@@ -24,7 +25,6 @@ from factory.store.files import (
 )
 
 RUNTIME = "llama.cpp"
-MODELFILE = "Modelfile"
 # Type of most matrices → bytes that a weight takes at most, with what is written on the way.
 KINDS = {"Q8_0": 1.1, "Q4_K_M": 2.8, "F16": 2.0}
 WRITTEN_HERE = ("Q8_0", "F16")  # the others by llama.cpp
@@ -143,7 +143,7 @@ def _check_right(target: _Target) -> None:
 
 def _check_packages(kind: str) -> None:
     if find_spec("gguf") is None:
-        raise MachineError("a GGUF is written with the package gguf, which is not installed", hint=INSTALL)
+        raise MachineError("a GGUF is written with the package gguf, which is missing", hint=INSTALL)
     if kind not in WRITTEN_HERE and not llama.is_installed():
         raise MachineError(
             f"{kind} is made by llama.cpp itself, and {llama.PACKAGE} is not installed",
@@ -205,7 +205,6 @@ def _make(target: _Target, path: Path, *, kind: str, reporter: Reporter) -> Gguf
 def _put_beside(target: _Target, record: Gguf, *, reporter: Reporter) -> bool:
     """Write record, Modelfile, card and checksums; return whether the Modelfile holds the chat template."""
     from factory.model.tokenizer import load_encoder
-    from factory.serving.modelfile import write_modelfile
 
     others: tuple[Gguf, ...] = ()
     if (target.model / Ggufs.file_name).is_file():

@@ -80,7 +80,7 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def _a_file(path: Path) -> FactoryError:
-    """Return the error for a file in place of a folder; the header of a GGUF may name what to take instead."""
+    """Return the error for a file in place of a folder; a GGUF may name what to take instead."""
     if not is_gguf(path):
         return UnknownModelError(f"{path} is a file, not a model folder", hint="give the folder it is in")
     origin = made_from(path)

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from factory.model.tokenizer import Encoder
 
+MODELFILE = "Modelfile"
 SYSTEM, ASKED, ANSWERED, AGAIN = "The system's text.", "First question?", "The answer.", "Another question?"
 Turns = Sequence[tuple[str, str]]  # role and text
 
