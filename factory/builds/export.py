@@ -1,5 +1,6 @@
 """Write a GGUF beside a finished model, verify it in llama.cpp, and renew record, card and checksums."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,11 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from factory.artifacts import Build, Gguf, Ggufs, Pruning, Publication, Verdict
+from factory.artifacts import Build, Gguf, GgufCheck, Ggufs, Pruning, Publication, Verdict
 from factory.builds.integrity import add_sums, check_weights
 from factory.builds.swap import laying_out
 from factory.errors import MachineError, ModelError, UsageError
+from factory.model.config_fields import read_config
 from factory.serving import llama
+from factory.serving.converter import convert, find_converter
+from factory.serving.gguf_settings import FAMILIES
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
 from factory.serving.modelfile import MODELFILE, write_modelfile
 from factory.serving.runtimes import verdicts
@@ -62,6 +66,11 @@ class _Target:
     facts: Facts
     build: Build | None
 
+    @property
+    def bound(self) -> str | None:
+        """Return up to which length llama.cpp is right, if it has no window."""
+        return self.verdict.reason if self.verdict and self.verdict.runs else None
+
 
 def check_kind(kind: str) -> str:
     """Return a type's name as GGUF has it.
@@ -76,11 +85,16 @@ def check_kind(kind: str) -> str:
     return kind.upper()
 
 
-def export(folder: Path, *, kind: str, reporter: Reporter) -> Exported:
+def export(folder: Path, *, kind: str, converter: Path | None = None, reporter: Reporter) -> Exported:
     """Write the model of a finished build, or of `factory prune`, as GGUF into its model folder.
 
     It is written under a hidden name, compared in llama.cpp with transformers, and renamed. Where
     llama-cpp-python is missing, the comparison is left out, and the record says so.
+
+    Args:
+        kind: A key of `KINDS`, in any case.
+        converter: llama.cpp's converter, which is then used for every family; None: for those that are not
+            known here, one on PATH.
 
     Raises:
         UsageError: The folder is no result of the factory, or the type is unknown.
@@ -91,8 +105,10 @@ def export(folder: Path, *, kind: str, reporter: Reporter) -> Exported:
     kind = check_kind(kind)
     target = _target(folder)
     _check_right(target)
-    _check_packages(kind)
-    check_convertible(target.model)
+    converter = _chosen_converter(target, converter)
+    _check_packages(kind, converter)
+    if converter is None:
+        check_convertible(target.model)
     with laying_out(folder):
         path = target.model / f"{target.facts.name}-{kind}.gguf"
         found = _known(target, path)
@@ -101,7 +117,7 @@ def export(folder: Path, *, kind: str, reporter: Reporter) -> Exported:
         else:
             weights = sum((target.model / name).stat().st_size for name in target.weights)
             check_room(demands([(target.model, "BUILD", int(weights * KINDS[kind]))]))
-            record = _make(target, path, kind=kind, reporter=reporter)
+            record = _make(target, path, kind=kind, converter=converter, reporter=reporter)
         has_template = _put_beside(target, record, reporter=reporter)
         return Exported(path, record, reused=reused, has_template=has_template)
 
@@ -141,8 +157,14 @@ def _check_right(target: _Target) -> None:
         )
 
 
-def _check_packages(kind: str) -> None:
-    if find_spec("gguf") is None:
+def _chosen_converter(target: _Target, given: Path | None) -> Path | None:
+    found = find_converter(given)
+    known = read_config(target.model).get("model_type") in FAMILIES
+    return None if known and given is None else found
+
+
+def _check_packages(kind: str, converter: Path | None) -> None:
+    if converter is None and find_spec("gguf") is None:
         raise MachineError("a GGUF is written with the package gguf, which is missing", hint=INSTALL)
     if kind not in WRITTEN_HERE and not llama.is_installed():
         raise MachineError(
@@ -162,44 +184,51 @@ def _known(target: _Target, path: Path) -> Gguf | None:
     return found if path.is_file() and sha256_of_file(path) == found.sha256 else None
 
 
-def _make(target: _Target, path: Path, *, kind: str, reporter: Reporter) -> Gguf:
+def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, reporter: Reporter) -> Gguf:
     """Write and verify a file, and rename it when it is whole."""
-    partial, whole = (path.with_name(f".{path.stem}{step}{PARTIAL}") for step in ("", ".F16"))
-    first = partial if kind in WRITTEN_HERE else whole
-    has_window = not (target.verdict and target.verdict.reason)
+    partial = target.model / f".gguf{PARTIAL}"  # hidden files are not published
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    draft = partial / path.name
+    first, first_kind = (draft, kind) if kind in WRITTEN_HERE else (partial / "F16.gguf", "F16")
+    check = None
     try:
         reporter.started("write")
-        write_gguf(
-            target.model,
-            first,
-            kind=kind if kind in WRITTEN_HERE else "F16",
-            facts=target.facts,
-            progress=lambda done, total: reporter.progressed("write", done, total, "tensors"),
-        )
-        check = None
+        if converter:
+            convert(target.model, first, kind=first_kind, converter=converter)
+        else:
+            write_gguf(
+                target.model,
+                first,
+                kind=first_kind,
+                facts=target.facts,
+                progress=lambda done, total: reporter.progressed("write", done, total, "tensors"),
+            )
         if llama.is_installed():
-            from factory.serving.gguf_check import check_gguf
-
             reporter.started("verify")
-            if first is whole:  # what rounding to few bits could hide shows in 16
-                check_gguf(whole, target.model, kind="F16", has_window=has_window)
-                llama.quantize(whole, partial, kind=kind)
-                whole.unlink()
-            check = check_gguf(partial, target.model, kind=kind, has_window=has_window)
-        sync_folder(partial)
-        partial.replace(path)
+            check = _verify(target, first, kind=first_kind)
+            if first != draft:  # in 16 bits shows what rounding to few could hide
+                llama.quantize(first, draft, kind=kind)
+                check = _verify(target, draft, kind=kind)
+        sync_folder(draft)
+        draft.replace(path)
     finally:
-        for leftover in (partial, whole):
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(partial)
     return Gguf(
         name=path.name,
         kind=kind,
         sha256=sha256_of_file(path),
         size_bytes=path.stat().st_size,
-        made_by=f"gguf {metadata.version('gguf')}",
+        made_by=converter.name if converter else f"gguf {metadata.version('gguf')}",
         check=check,
-        bound=target.verdict.reason if target.verdict else None,
+        bound=target.bound,
     )
+
+
+def _verify(target: _Target, path: Path, *, kind: str) -> GgufCheck:
+    from factory.serving.gguf_check import check_gguf
+
+    return check_gguf(path, target.model, kind=kind, has_window=target.bound is None)
 
 
 def _put_beside(target: _Target, record: Gguf, *, reporter: Reporter) -> bool:

@@ -55,8 +55,15 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     metavar="[TYPE]",
     help="Write a GGUF: Q8_0, Q4_K_M or F16.  [default type: Q8_0]",
 )
+@click.option(
+    "--converter",
+    type=Place(),
+    metavar="FILE",
+    envvar="FACTORY_CONVERTER",
+    help="llama.cpp's convert_hf_to_gguf.py, for other families.  [default: one on PATH]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def export(folder: Path, kind: str, as_json: bool) -> None:
+def export(folder: Path, kind: str, converter: Path | None, as_json: bool) -> None:
     """Write a GGUF, for llama.cpp and Ollama.
 
     BUILD is the folder of a build, or one that `factory prune` made. The file is written beside its weights,
@@ -69,7 +76,7 @@ def export(folder: Path, kind: str, as_json: bool) -> None:
 
     reporter = StageLines(console(stderr=as_json))
     try:
-        exported = write(folder, kind=kind, reporter=reporter)
+        exported = write(folder, kind=kind, converter=converter, reporter=reporter)
     finally:
         reporter.stop()
     if as_json:

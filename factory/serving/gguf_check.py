@@ -23,7 +23,7 @@ SHORT, BEYOND = 160, 64  # tokens: of the short run; after the window, of the lo
 NO_LIMIT = 1 << 30
 # For each type: what rounding explains. The first number is the root mean square of the differences of
 # logits over the deviation of the logits; the second the share of next tokens that are the same.
-BOUNDS: Mapping[str, tuple[float, float]] = {"F16": (0.01, 0.97), "Q8_0": (0.1, 0.85), "Q4_K_M": (0.4, 0.6)}
+BOUNDS: Mapping[str, tuple[float, float]] = {"F16": (0.01, 0.95), "Q8_0": (0.1, 0.7), "Q4_K_M": (0.4, 0.5)}
 PROBES = (
     "The quick brown fox jumps over the lazy dog, and it's 3.14159 times as fast as 1234567 others.",
     "def f(x):\n    return [y ** 2 for y in x]  # squares\n\n\nprint(f(range(10)))\n",
@@ -95,12 +95,12 @@ def _run(tokens: list[int]) -> Run:
 
 
 def _expected(folder: Path, runs: Sequence[Run]) -> "list[np.ndarray[Any, Any]]":
-    """Return the logits in transformers, in the type that the device computes in."""
+    """Return the logits in transformers, computed in 32 bits."""
     import torch
 
     from factory.model.loading import load_model
 
-    model = load_model(folder)
+    model = load_model(folder).float()  # a GPU would round by more than the file does
     with torch.no_grad():
         return [_rows(model, tokens, positions) for tokens, positions in runs]
 
