@@ -29,8 +29,8 @@ from factory.store.files import (
 )
 
 RUNTIME = "llama.cpp"
-# Type of most matrices → bytes that a weight takes at most, with what is written on the way.
-KINDS = {"Q8_0": 1.1, "Q4_K_M": 2.8, "F16": 2.0}
+# Type of most matrices → bytes that are written at most, with 16 bits on the way, per byte of the weights.
+KINDS = {"Q8_0": 1.6, "Q4_K_M": 1.4, "F16": 1.1}
 WRITTEN_HERE = ("Q8_0", "F16")  # the others by llama.cpp
 DEFAULT_KIND = "Q8_0"
 INSTALL = "pip install 'hf-factory[gguf]'"
@@ -190,7 +190,9 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
     draft = partial / path.name
-    first, first_kind = (draft, kind) if kind in WRITTEN_HERE else (partial / "F16.gguf", "F16")
+    checks = llama.is_installed()
+    # 16 bits show what rounding to fewer could hide.
+    first, first_kind = (partial / f"{path.stem}.F16.gguf", "F16") if checks else (draft, kind)
     check = None
     try:
         reporter.started("write")
@@ -204,12 +206,9 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
                 facts=target.facts,
                 progress=lambda done, total: reporter.progressed("write", done, total, "tensors"),
             )
-        if llama.is_installed():
+        if checks:
             reporter.started("verify")
-            check = _verify(target, first, kind=first_kind)
-            if first != draft:  # in 16 bits shows what rounding to few could hide
-                llama.quantize(first, draft, kind=kind)
-                check = _verify(target, draft, kind=kind)
+            check = _verify(target, first, draft, kind=kind)
         sync_folder(draft)
         draft.replace(path)
     finally:
@@ -225,10 +224,17 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
     )
 
 
-def _verify(target: _Target, path: Path, *, kind: str) -> GgufCheck:
-    from factory.serving.gguf_check import check_gguf
+def _verify(target: _Target, first: Path, draft: Path, *, kind: str) -> GgufCheck:
+    """Verify a file in 16 bits, make of it one of another type, and verify that as well."""
+    from factory.serving.gguf_check import check_gguf, reference
 
-    return check_gguf(path, target.model, kind=kind, has_window=target.bound is None)
+    expected = reference(target.model, has_window=target.bound is None)
+    check = check_gguf(first, expected, kind="F16")
+    if kind == "F16":
+        first.rename(draft)
+        return check
+    llama.quantize(first, draft, kind=kind)
+    return check_gguf(draft, expected, kind=kind)
 
 
 def _put_beside(target: _Target, record: Gguf, *, reporter: Reporter) -> bool:

@@ -151,7 +151,7 @@ def test_a_file_that_differs_by_more_than_its_type_explains_is_not_kept(
 ) -> None:
     shutil.copytree(pruned, tmp_path / "small", ignore=shutil.ignore_patterns("*gguf*", "Modelfile"))
     before = content_of(tmp_path / "small")
-    strict = "from factory.serving import gguf_check; gguf_check.BOUNDS = {'Q8_0': (0.0, 1.0)}"
+    strict = "from factory.serving import gguf_check; gguf_check.BOUNDS = {'F16': (0.0, 1.0)}"
     done = commands.run("export", "small", "--gguf", folder=tmp_path, before=strict)
     assert done.code == 1
     assert "llama.cpp computes something else from" in done.stderr

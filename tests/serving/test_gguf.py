@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from factory.errors import CheckpointError, FactoryError, ModelError, VerificationError
 from factory.serving import llama
-from factory.serving.gguf_check import check_gguf, compare
+from factory.serving.gguf_check import check_gguf, compare, reference
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
 from tests.builders.models import merging_tokenizer
 from tests.families import config_of
@@ -187,7 +187,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
 def test_llama_cpp_computes_the_same_as_transformers(
     tmp_path: Path, model_type: str, fields: dict[str, Any]
 ) -> None:
-    found = check_gguf(written(save(tmp_path, model_type, **fields)), tmp_path, kind="F16")
+    found = check_gguf(written(save(tmp_path, model_type, **fields)), reference(tmp_path), kind="F16")
     assert found.apart < 0.01
     assert found.longest > WINDOW
 
@@ -200,7 +200,7 @@ def test_a_file_of_another_model_is_told_from_a_rounded_one(tmp_path: Path) -> N
         for theta in (1e5, 1e4)
     )
     with pytest.raises(VerificationError, match="deviations apart"):
-        check_gguf(written(other, kind="Q8_0"), one, kind="Q8_0")
+        check_gguf(written(other, kind="Q8_0"), reference(one), kind="Q8_0")
 
 
 @needs_llama
