@@ -97,7 +97,7 @@ def cut_all(source_folder: Path, cuts: Sequence[tuple[int, ...]], *, name: str, 
     window = source.config.get("sliding_window")
     length = NUM_TOKENS if source.vocab_size == SIZES["vocab_size"] else (window or 0) + BEYOND
     place = Path(tempfile.mkdtemp(dir=root))
-    tokens = place / "tokens.npy"
+    tokens = root / f"{source.vocab_size}-{length}.npy"  # one text for all models that it fits
     np.save(tokens, np.random.default_rng(0).integers(3, source.vocab_size - 1, (1, length)))
     cases = []
     for cut, dropped in zip(CUTS, ((), *cuts), strict=True):
