@@ -2,10 +2,10 @@
 
     python benchmarks/readers.py OTHER/bin/python [...]
 
-Each interpreter has transformers (and torch) or mlx-lm. Writes a tiny random model of each family as the
-transformers here saves it, prunes it, and compares logits in 32 bits, on a text longer than the windows, with
-those of the transformers here. "a → b": a with the new form of config.json alone, b as the factory writes it.
-An error is given by its class.
+Each interpreter has transformers (and torch), mlx-lm or CTranslate2. Writes a tiny random model of each
+family as the transformers here saves it, prunes it, and compares logits in 32 bits, on a text longer than the
+windows, with those of the transformers here. "a → b": a with the new form of config.json alone, b as the
+factory writes it. An error is given by its class.
 """
 
 import argparse
@@ -31,13 +31,22 @@ import json, os, sys
 from pathlib import Path
 import numpy as np
 tokens = np.load(sys.argv[1])
-try:
+from importlib.metadata import version
+from importlib.util import find_spec
+if find_spec("mlx_lm"):
     import mlx.core as mx
-    from importlib.metadata import version
     from mlx_lm.utils import load_model
     name = f"mlx-lm {version('mlx-lm')}"
     logits = lambda folder: load_model(Path(folder))[0](mx.array(tokens)).astype(mx.float32)
-except ImportError:
+elif find_spec("ctranslate2"):
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+    name = f"CTranslate2 {version('ctranslate2')}"
+    def logits(folder):
+        TransformersConverter(folder).convert(f"{folder}/ctranslate2", force=True)
+        model = ctranslate2.Generator(f"{folder}/ctranslate2", compute_type="float32")
+        return model.forward_batch(tokens.tolist())
+else:
     import torch, transformers
     transformers.logging.set_verbosity_error()
     name = f"transformers {transformers.__version__}"

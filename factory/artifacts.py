@@ -606,6 +606,43 @@ class Pruning(Artifact):
     runtimes: tuple[Verdict, ...] = ()
 
 
+class GgufCheck(BaseModel):
+    """What llama.cpp computes from a GGUF, beside transformers with the folder that it was made from."""
+
+    model_config = FROZEN
+
+    largest: float  # difference of logits, without the mean of a row
+    apart: float  # root mean square of the differences over the deviation of the logits
+    same_next: float  # share of positions with the same next token
+    num_positions: int
+    longest: int  # tokens of the longest text
+    num_texts: int  # whose tokens are the same
+    llama: str  # version of llama-cpp-python
+
+
+class Gguf(BaseModel):
+    """One GGUF file beside a model."""
+
+    model_config = FROZEN
+
+    name: str
+    kind: str  # "Q8_0"
+    sha256: str
+    size_bytes: int
+    made_by: str  # "gguf 0.19.0"
+    check: GgufCheck | None = None  # None: llama.cpp was not there
+    bound: str | None = None  # where llama.cpp is right: "up to 4,096 tokens, as the source"
+
+
+class Ggufs(Artifact):
+    """The GGUF files beside a model."""
+
+    file_name = "gguf.json"
+
+    weights: dict[str, str]  # weight file that they were made from → sha256
+    files: tuple[Gguf, ...]
+
+
 class Publication(Artifact):
     """A published build on the Hub."""
 

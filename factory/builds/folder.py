@@ -6,7 +6,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from factory.artifacts import Build, DistanceProfile, Publication
+from factory.artifacts import Build, DistanceProfile, Ggufs, Publication
 from factory.builds.integrity import (
     CARD,
     NOT_SUMMED,
@@ -19,6 +19,7 @@ from factory.builds.integrity import (
 from factory.builds.record import write_recipe
 from factory.builds.swap import begin, beside, check_beside, is_build, is_writable, swap
 from factory.errors import StoreError, VerificationError
+from factory.serving.modelfile import MODELFILE
 from factory.store.files import forget, read_sums
 
 # Facts about the moment or the machine: two builds that differ only in these are the same build.
@@ -91,6 +92,7 @@ def lay_out(build: Build, profile: DistanceProfile, model: Path, *, out: Path) -
             place = link_or_copy if path.suffix == ".safetensors" else shutil.copyfile
             place(path, target / path.relative_to(model))
     check_weights(build, target)
+    keep_ggufs(build, out / "model", target)
     write_card_and_figures(build, profile, target)
     write_recipe(build, target)
     for folder in (target, partial):
@@ -124,6 +126,18 @@ def write_card_and_figures(build: Build, profile: DistanceProfile, folder: Path)
     if build.adapter and build.adapter.objective:
         healing_figure(build.adapter, path_stem=figures / HEALING_FIGURE)
     write_card(build, folder)
+
+
+def keep_ggufs(build: Build, old: Path, target: Path) -> None:
+    """Carry GGUF files over to a new model folder, with what belongs to them, if its weights are the same."""
+    try:
+        found = Ggufs.read(old)
+    except StoreError:
+        return  # there are none, or their record is damaged
+    names = [one.name for one in found.files]
+    if found.weights == build.files and all((old / name).is_file() for name in (*names, MODELFILE)):
+        for name in (*names, MODELFILE, Ggufs.file_name):
+            link_or_copy(old / name, target / name)
 
 
 def keep_others(out: Path, partial: Path) -> None:

@@ -1,7 +1,7 @@
 """Check a build's integrity: checksums of its files and of the stages it was made from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,16 @@ def take_sums(build: Build, out: Path) -> None:
     names = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file()]
     weights = {f"model/{name}": sha256 for name, sha256 in build.files.items()}
     write_sums(out, [name for name in names if name not in NOT_SUMMED], known=weights)
+
+
+def add_sums(out: Path, new: Mapping[str, str]) -> None:
+    """Add checksums of files that were put into a finished build folder; the others stay as recorded.
+
+    Args:
+        new: Name of each file below `out` → sha256.
+    """
+    known = {**(read_sums(out) or {}), **new}
+    write_sums(out, [name for name in known if name in new or (out / name).is_file()], known=known)
 
 
 def accept(build: Build, out: Path) -> None:

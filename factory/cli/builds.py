@@ -1,4 +1,4 @@
-"""Commands on finished builds: show, verify, push, space, card, ls, gc."""
+"""Commands on finished builds: show, verify, push, export, space, card, ls, gc."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from factory.cli.click_options import CONTEXT, Command, Place, Whole, build_folder, home_option
-from factory.cli.console import remark
+from factory.cli.console import print_json, remark
 from factory.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +42,47 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     if note := check_publishable(build.source, accepted=options.pop("accept_license")):
         remark(note)
     click.echo(publish_with_notes(folder, repository, note=remark, message=message, **options).url)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@click.option(
+    "--gguf",
+    "kind",
+    is_flag=False,
+    flag_value="Q8_0",
+    required=True,
+    metavar="[TYPE]",
+    help="Write a GGUF: Q8_0, Q4_K_M or F16.  [default type: Q8_0]",
+)
+@click.option(
+    "--converter",
+    type=Place(),
+    metavar="FILE",
+    envvar="FACTORY_CONVERTER",
+    help="llama.cpp's convert_hf_to_gguf.py, for other families.  [default: one on PATH]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(folder: Path, kind: str, converter: Path | None, as_json: bool) -> None:
+    """Write a GGUF, for llama.cpp and Ollama.
+
+    BUILD is the folder of a build, or one that `factory prune` made. The file is written beside its weights,
+    with a Modelfile for Ollama, and named on the card; `factory push` publishes it with them. It is kept only
+    if llama.cpp computes the same from it as transformers from the weights, within what its type rounds.
+    """
+    from factory.builds.export import export as write
+    from factory.cli.console import StageLines, console
+    from factory.cli.tables import show_exported
+
+    reporter = StageLines(console(stderr=as_json))
+    try:
+        exported = write(folder, kind=kind, converter=converter, reporter=reporter)
+    finally:
+        reporter.stop()
+    if as_json:
+        print_json(exported.record.model_dump(mode="json") | {"path": str(exported.path)})
+    else:
+        show_exported(reporter.out, exported)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -1,9 +1,10 @@
 """Tables: previews, results, plans, sweeps and lists."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,12 @@ from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
-from factory.report.notes import notes, runtimes_note
+from factory.report.notes import gguf_note, notes, runtimes_note
 from factory.report.tables import loss_findings, quality_table, size_table
 from factory.units import count, duration, size
+
+if TYPE_CHECKING:
+    from factory.builds.export import Exported
 
 
 def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: str) -> None:
@@ -328,6 +332,21 @@ def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence
     out.print(table)
     for build in builds:
         out.print(printable(f"build  {build}"), soft_wrap=True)
+
+
+def show_exported(out: Console, exported: "Exported") -> None:
+    """Show a GGUF, what its comparison found, and how it is run."""
+    record = exported.record
+    state = "already exists" if exported.reused else "written"
+    out.print(f"{exported.path} {state}: {size(record.size_bytes)}", soft_wrap=True)
+    out.print(gguf_note(record), soft_wrap=True)
+    if record.check is None:
+        out.print("to verify it: pip install llama-cpp-python, and the same command again", soft_wrap=True)
+    if not exported.has_template:
+        out.print(
+            "the Modelfile has no template: the chat template cannot be written for Ollama", soft_wrap=True
+        )
+    out.print(f"run it: llama-cli -m {shlex.quote(str(exported.path))}", soft_wrap=True)
 
 
 def show_verified(out: Console, found: Sequence[Verified]) -> None:

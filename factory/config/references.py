@@ -44,12 +44,12 @@ def local_path(reference: str) -> Path:
 
 
 def check_model(reference: str) -> None:
-    """Accept an alias, a folder that exists, or `owner/name[@revision]`.
+    """Accept an alias, a folder or file that exists, or `owner/name[@revision]`.
 
     Raises:
         UnknownModelError: The reference is none of them; the hint suggests the nearest alias.
     """
-    if reference in aliases() or local_path(reference).is_dir():
+    if reference in aliases() or local_path(reference).exists():  # a file is refused where it is read
         return
     if not HUB_NAME.fullmatch(reference.partition("@")[0]) or reference.startswith("."):
         raise unknown_model(reference)

@@ -67,7 +67,6 @@ class PassGraphs:
                 self.passes[most] = self._capture(run, self._buffers(most), inputs, num_items)
             except RuntimeError as error:
                 self._refuse(str(error).split("\n", 1)[0])
-                self._hand_out(None)
                 return run(inputs, num_items)
         found = self.passes[most]
         self._fill(found.inputs, found.num_items, inputs, num_items)
@@ -89,25 +88,27 @@ class PassGraphs:
         return int(1 << (needed - 1).bit_length())
 
     def _capture(self, run: Run, buffers: dict[str, Any], inputs: dict[str, Any], num_items: Any) -> _Pass:
-        before = [parameter.grad for parameter in self.trained]
         total = torch.zeros((), dtype=torch.long, device=buffers["input_ids"].device)
         self._fill(buffers, total, inputs, num_items)
-        self._hand_out(None)
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries allocate what they need in a first pass
-            run(dict(buffers), total)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._hand_out(None)
-        torch.cuda.empty_cache()  # the graph has memory of its own
-        if not self.gradients:
-            self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
-        self._hand_out(self.gradients)
-        graph = torch.cuda.CUDAGraph()
-        shared = next((found.graph.pool() for found in self.passes.values()), None)
-        with torch.cuda.graph(graph, pool=shared):
-            loss = run(dict(buffers), total)
-        self._hand_out(before)
+        before = [parameter.grad for parameter in self.trained]
+        try:
+            self._hand_out(None)
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries allocate what they need in a first pass
+                run(dict(buffers), total)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._hand_out(None)
+            torch.cuda.empty_cache()  # the graph has memory of its own
+            if not self.gradients:
+                self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
+            self._hand_out(self.gradients)
+            graph = torch.cuda.CUDAGraph()
+            shared = next((found.graph.pool() for found in self.passes.values()), None)
+            with torch.cuda.graph(graph, pool=shared):
+                loss = run(dict(buffers), total)
+        finally:
+            self._hand_out(before)
         return _Pass(graph, buffers, total, loss)
 
     def _hand_out(self, gradients: Sequence[torch.Tensor | None] | None) -> None:

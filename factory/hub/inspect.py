@@ -37,8 +37,12 @@ MAX_LAYERS = 10_000
 Progress = Callable[[int, int], None]
 
 
-def _check_names(names: Collection[str], *, where: str) -> None:
-    """Refuse a repository or folder whose file names show that transformers could not load it."""
+def _check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] | None = None) -> None:
+    """Refuse a repository or folder whose file names show that transformers could not load it.
+
+    Args:
+        card: Front matter of its card, which may name what a GGUF was converted from.
+    """
     for name in names:
         if not name.isprintable():  # its checksum could not be written as a line
             raise CheckpointError(f"{where} has a file named {ascii(name)[:80]}", hint="rename or remove it")
@@ -55,9 +59,11 @@ def _check_names(names: Collection[str], *, where: str) -> None:
                 hint="choose a repository with safetensors, or convert it with transformers' save_pretrained",
             )
         if ggufs:
+            named = ", ".join(base_models_of((card or {}).get("base_model"))[:1])
             raise CheckpointError(
                 f"{where} has only GGUF weights ({_some(ggufs)})",
-                hint="choose the repository they were converted from",
+                hint="choose the repository they were converted from"
+                + f", by its card {named}" * bool(named),
             )
         raise CheckpointError(
             f"{where} has neither {WEIGHTS} nor {WEIGHTS_INDEX}", hint="give a model with safetensors weights"

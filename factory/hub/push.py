@@ -274,7 +274,7 @@ def _check_others(others: list[str], local: dict[str, str], *, repo_id: str, acc
 
 
 def _is_weight(name: str) -> bool:
-    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
 
 
 def _differing(folder: Path, local: dict[str, str], remote: dict[str, RepoFile]) -> list[str]:

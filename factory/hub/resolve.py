@@ -17,10 +17,11 @@ from factory.checkpoint.auxiliary import (
     is_auxiliary,
     names_in,
 )
+from factory.checkpoint.gguf_header import is_gguf, made_from
 from factory.checkpoint.read import WEIGHTS, is_shard_name, read_checkpoint, sha256_of_files
 from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
 from factory.config.settings import load_recipe
-from factory.errors import CheckpointError
+from factory.errors import CheckpointError, FactoryError, UnknownModelError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import UNREACHABLE, hub_errors
 from factory.hub.inspect import (
@@ -65,6 +66,8 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
     folder = local_path(reference)
     if folder.is_dir():
         return _resolve_folder(folder, trust_remote_code=trust_remote_code)
+    if folder.is_file():
+        raise _a_file(folder)
     repo_id, _, revision = reference.partition("@")
     if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
         raise unknown_model(reference)
@@ -76,10 +79,22 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
         )
 
 
+def _a_file(path: Path) -> FactoryError:
+    """Return the error for a file in place of a folder; a GGUF may name what to take instead."""
+    if not is_gguf(path):
+        return UnknownModelError(f"{path} is a file, not a model folder", hint="give the folder it is in")
+    origin = made_from(path)
+    named = f", by its header {origin}" if origin else ""
+    return CheckpointError(
+        f"{path} is a GGUF, which holds rounded weights and no config.json",
+        hint=f"give the model that it was made from{named}; `factory export` makes a GGUF of the result",
+    )
+
+
 def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """Resolve a folder, whose commit is a hash of the model's files without the card."""
     names = names_in(folder)
-    _check_names(names, where=str(folder))
+    _check_names(names, where=str(folder), card=read_card(folder))
     sizes = {name: (folder / name).stat().st_size for name in names}
     needed = sorted(needed_files(sizes, ()))
     check_sizes({name: sizes[name] for name in needed})
@@ -118,7 +133,8 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
         return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
     sizes = {name: file.size or 0 for name, file in files_of(info).items()}
-    _check_names(sizes, where=repo_id)
+    card = dict(info.card_data.to_dict()) if info.card_data else {}  # type: ignore[no-untyped-call]
+    _check_names(sizes, where=repo_id, card=card)
     check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
     config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
     pin = None if revision == commit else f"{repo_id}@{commit}"
@@ -137,7 +153,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
             api, repo_id, commit=commit, sizes={name: sizes[name] for name in weights}
         ),
         size_bytes=sum(sizes[name] for name in weights),
-        card=dict(info.card_data.to_dict()) if info.card_data else {},  # type: ignore[no-untyped-call]
+        card=card,
         has_chat_template=_has_chat_template(sizes, tokenizer_config),
         remote_code=remote_code,
     )

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from factory.artifacts import Build, Evaluation, PruningPlan, TokenLoss, is_block
+from factory.artifacts import Build, Evaluation, Gguf, Ggufs, PruningPlan, TokenLoss, is_block
 from factory.config.criteria import criterion_of
 from factory.config.objectives import OBJECTIVES
 from factory.config.references import HUB_NAME
@@ -48,8 +48,7 @@ def write_card(build: Build, folder: Path, *, repo_id: str | None = None, space:
     path = folder / "README.md"
     if path.is_dir():
         raise StoreError(f"{path} is a folder, not a card", hint="move it elsewhere")
-    has_figure = (folder / HEALING_FIGURE).is_file()
-    write_atomically(path, render(build, repo_id=repo_id, space=space, has_healing_figure=has_figure))
+    write_atomically(path, render(build, repo_id=repo_id, space=space, **_beside(folder)))
     return path
 
 
@@ -77,16 +76,26 @@ def is_edited(path: Path, build: Build) -> bool:
     text = content.decode("utf-8", "replace")
     named = re.search(r'model="([^"\\\n]+)"', text)
     linked = re.search(rf"\({HUB}/spaces/({HUB_NAME.pattern})\)", text)
-    has_figure = (path.parent / HEALING_FIGURE).is_file()
+    beside = _beside(path.parent)
     return all(
-        content
-        != render(build, repo_id=repo_id, space=linked and linked[1], has_healing_figure=has_figure).encode()
+        content != render(build, repo_id=repo_id, space=linked and linked[1], **beside).encode()
         for repo_id in (None, named and named[1])
     )
 
 
+def _beside(folder: Path) -> dict[str, Any]:
+    """Return what lies in the model folder and belongs on the card."""
+    ggufs = Ggufs.read(folder).files if (folder / Ggufs.file_name).is_file() else ()
+    return {"has_healing_figure": (folder / HEALING_FIGURE).is_file(), "ggufs": ggufs}
+
+
 def render(
-    build: Build, *, repo_id: str | None = None, space: str | None = None, has_healing_figure: bool
+    build: Build,
+    *,
+    repo_id: str | None = None,
+    space: str | None = None,
+    has_healing_figure: bool,
+    ggufs: Sequence[Gguf] = (),
 ) -> str:
     """Render the card: YAML front matter and Markdown.
 
@@ -95,6 +104,7 @@ def render(
         repo_id: Repository to publish to; without it the code on the card loads `./model`.
         space: Space that compares source and result side by side.
         has_healing_figure: Whether `figures/healing.png` is beside the card.
+        ggufs: GGUF files beside the card.
 
     Raises:
         jinja2.UndefinedError: The template uses an undefined name.
@@ -136,6 +146,7 @@ def render(
             license_url=_license_url(build),
             is_block=is_block(build.dropped),
             angular_figure=ANGULAR_FIGURE,
+            ggufs=ggufs,
             healing_figure=HEALING_FIGURE if has_healing_figure and build.adapter else None,
         )
     )

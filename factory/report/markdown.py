@@ -11,8 +11,9 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from factory.artifacts import DataSource, layer_ranges
+from factory.report.notes import gguf_note
 from factory.report.summaries import describe_seam
-from factory.units import count_in_words, rough_duration
+from factory.units import count_in_words, rough_duration, size
 
 HUB = "https://huggingface.co"
 SMALLEST_P = 0.001  # smaller ones are shown as "<"
@@ -26,6 +27,7 @@ def filters() -> dict[str, Any]:
         "count": count_in_words,
         "duration": rough_duration,
         "exact": lambda value: f"{value:,}",
+        "gguf": gguf_note,
         "general": lambda value: f"{value:g}",
         "hub_url": lambda repo_id: Markup(f"{HUB}/{quote(plain(repo_id))}"),
         "layers": layer_ranges,
@@ -36,6 +38,7 @@ def filters() -> dict[str, Any]:
         "row": row,
         "seam": describe_seam,
         "signed": signed,
+        "size": size,
         "rule": lambda cells: Markup("|---|" + "--:|" * (len(cells) - 1)),
         "text": text_name,
         "url": lambda text: Markup(quote(plain(text), safe=":/?=&%#~+,;@")),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from factory.artifacts import CutLosses, PruningPlan, Verdict, layer_ranges
+from factory.artifacts import CutLosses, Gguf, PruningPlan, Verdict, layer_ranges
 
 SHOWN = 4  # blocks that tie
 
@@ -49,6 +49,18 @@ def runtimes_note(verdicts: Sequence[Verdict]) -> str | None:
 
 def _with_bound(one: Verdict, short: dict[str, str]) -> str:
     return short[one.runtime] + (f" ({one.reason})" if one.reason else "")
+
+
+def gguf_note(one: Gguf) -> str:
+    """Return what is known of a GGUF: how far it is from transformers, and up to which length it is right."""
+    bound = f"; right {one.bound}" if one.bound else ""
+    if one.check is None:
+        return f"not verified: llama.cpp was not installed where it was made{bound}"
+    return (
+        f"verified against transformers: largest logit difference {one.check.largest:.2f}, "
+        f"{one.check.same_next:.0%} of next tokens agree, at {one.check.num_positions} positions of texts "
+        f"of up to {one.check.longest:,} tokens{bound}"
+    )
 
 
 def limit_note(plan: PruningPlan) -> str | None:

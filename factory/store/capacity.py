@@ -17,7 +17,8 @@ REASONS = {
     errno.EFBIG: "a file would be longer than the file system or `ulimit -f` allows",
 }
 RUST = re.compile(r"(?:\(os error |\bOs { code: )(\d+)")  # safetensors and hf_xet give errno only as text
-TORCH = "PytorchStreamWriter failed writing file"  # has no errno
+# Of torch and numpy, which give no errno.
+WITHOUT_NUMBER = re.compile(r"PytorchStreamWriter failed writing file|\d+ requested and \d+ written")
 TEXTS = re.compile(
     "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|can't start new thread"
     "|failed to map segment from shared object",
@@ -33,7 +34,7 @@ def no_room(error: BaseException | None) -> str | None:
         number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if number in REASONS:
             return REASONS[number]
-        if TORCH in str(error):
+        if WITHOUT_NUMBER.search(str(error)):
             return "the disk is full or failing"
         error = error.__cause__ or error.__context__
     return None

@@ -12,6 +12,7 @@ from factory.artifacts import (
     DistanceProfile,
     Evaluation,
     FittedSeam,
+    Gguf,
     LossPoint,
     PartScore,
     PruningPlan,
@@ -164,6 +165,19 @@ def a_build(**changes: Any) -> Build:
     }
     build = Build.model_validate(values | changes)
     return build.model_copy(update={"comparisons": comparisons(build.evaluations)})
+
+
+def a_gguf(**changes: Any) -> Gguf:
+    check = {"largest": 0.913, "apart": 0.04, "same_next": 0.977, "num_positions": 128, "longest": 160}
+    values = {
+        "name": "demo-drop30-Q8_0.gguf",
+        "kind": "Q8_0",
+        "sha256": "ab" * 32,
+        "size_bytes": 2_700_000,
+        "made_by": "gguf 0.19.0",
+        "check": {**check, "num_texts": 6, "llama": "0.3.36"},
+    }
+    return Gguf.model_validate(values | changes)
 
 
 def demo_healed() -> Build:

@@ -34,6 +34,22 @@ def byte_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
 
 
+def merging_tokenizer(around: str = f"{END} $A", pre: pre_tokenizers.PreTokenizer | None = None) -> Any:
+    """The byte tokenizer with three merges, as llama.cpp wants at least one; 260 tokens.
+
+    Args:
+        around: What is put around a text `$A`.
+        pre: How texts are split; None: as GPT-2 does.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([END, *alphabet, "th", "the", "Ġthe"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e"), ("Ġ", "the")]))
+    tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[(END, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+
+
 def byte_encoder(around: str = "$A") -> Encoder:
     """An encoder of the byte tokenizer for a model with a row for each of its tokens."""
     return Encoder(byte_tokenizer(around), vocab_size=257)

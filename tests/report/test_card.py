@@ -32,6 +32,7 @@ from factory.report.tables import recovery, worst_parts
 from factory.resources import CARD_TEMPLATES
 from tests.builders.builds import (
     SUBJECTS,
+    a_gguf,
     a_score,
     a_seam,
     chat_with_other_licence,
@@ -111,6 +112,18 @@ def test_a_fitted_seam_without_training_is_shown_as_what_it_is() -> None:
     )
 
 
+def test_a_gguf_beside_the_model_is_on_the_card_with_what_its_comparison_found() -> None:
+    files = (a_gguf(), a_gguf(name="demo-drop30-F16.gguf", check=None, bound="up to 4,096 tokens"))
+    card = render(demo_healed(), ggufs=files, has_healing_figure=True)
+    assert (
+        "- GGUF: `demo-drop30-Q8_0.gguf`, 2.7 MB, verified against transformers: largest logit difference "
+        "0.91, 98% of next tokens agree, at 128 positions of texts of up to 160 tokens.\n"
+        "- GGUF: `demo-drop30-F16.gguf`, 2.7 MB, not verified: llama.cpp was not installed "
+        "where it was made; right up to 4,096 tokens.\n"
+    ) in card
+    assert "- GGUF:" not in render(demo_healed(), has_healing_figure=True)
+
+
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +156,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, chat.model_copy(update={"adapter": seam}), has_healing_figure=False))
     others.append(partial(render, demo_healed(), space="me/it", has_healing_figure=False))
     others.append(partial(render, served_elsewhere(), has_healing_figure=False))
+    others.append(partial(render, demo_healed(), ggufs=(a_gguf(),), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
     for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
