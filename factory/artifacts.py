@@ -145,9 +145,14 @@ class DataSource(Artifact):
     is_chat: bool = False  # conversations, in the form of the model's chat template
 
     @property
+    def is_file(self) -> bool:
+        """Return whether this is a local file, of whose origin nothing is known."""
+        return not self.hub_id and not self.name.startswith("stdlib:")
+
+    @property
     def corpus(self) -> str:
         """Return what texts of one origin share: a Hub data set, Python's code, or a file's hash."""
-        if self.hub_id or not self.name.startswith("stdlib:"):
+        if self.hub_id or self.is_file:
             return self.hub_id or self.version
         return self.name if self.name == "stdlib:prose" else "stdlib"
 

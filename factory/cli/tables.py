@@ -311,8 +311,8 @@ def _healed(build: Build, found: dict[str, Any]) -> str:
 def _harm(findings: Sequence[dict[str, Any]]) -> list[str]:
     """Return a sentence for each text unlike the healing text on which healing did harm beyond chance."""
     return [
-        f"Healing made it worse on {one['data'].name}, unlike the healing text, by {one['harm']:.3f} nats "
-        "per token: check before you publish."
+        f"Healing made it worse on {one['data'].name}, {one['like']} the healing text, "
+        f"by {one['harm']:.3f} nats per token: check before you publish."
         for one in findings
         if one["harm"] is not None
     ]

@@ -54,7 +54,9 @@ def loss_rows(build: Build, names: Sequence[str], index: int) -> tuple[Row, Row,
     cells = [with_error(loss.nats, loss.stderr) + star for loss, star in zip(losses, stars, strict=True)]
     on = ""
     if num_texts(build) > 1:
-        on = f" on {losses[0].data.name}" + (f" ({likeness(build, losses[0].data)})" if build.adapter else "")
+        on = f" on {losses[0].data.name}" + (
+            f" ({likeness(build, losses[0].data).split()[0]})" if build.adapter else ""
+        )
     change = _change(loss_comparison(build, build.shipped, index))
     return (
         Row(f"Loss{on}, nats per token ↓", cells, change=change),
@@ -64,9 +66,15 @@ def loss_rows(build: Build, names: Sequence[str], index: int) -> tuple[Row, Row,
 
 
 def likeness(build: Build, data: DataSource) -> str:
-    """Return "like" for a text of the same corpus as the healing text, "unlike" for any other."""
+    """Return how a text and the healing text are alike: "like", of one corpus; "unlike", of two; or neither.
+
+    Of two local files nobody knows whether they come from one corpus: each is "other than" the other.
+    """
     assert build.adapter is not None, "without healing there is no healing text"
-    return "like" if data.corpus == build.adapter.data.corpus else "unlike"
+    healing = build.adapter.data
+    if data.corpus == healing.corpus:
+        return "like"
+    return "other than" if data.is_file and healing.is_file else "unlike"
 
 
 def loss_comparison(build: Build, name: str, index: int) -> Comparison | None:

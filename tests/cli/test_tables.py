@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from factory.artifacts import DataSource
 from factory.cli.console import console, printable
 from factory.cli.tables import result_tables, show_stages, verdict
 from factory.report.card import render
@@ -99,6 +100,23 @@ def test_the_verdict_tells_recovery_on_the_like_text_from_that_on_the_unlike_one
     )
     assert unlike.startswith("On stdlib:prose, unlike the healing text, ")
     assert unlike.endswith("raised the loss by 2.192; healing took back 0.486 (22% of it).")
+
+
+def test_of_two_files_nobody_is_told_that_they_are_of_one_corpus_or_of_two() -> None:
+    build = on_two_texts()
+    (path, other) = (DataSource(name=f"{name}.jsonl", version=name * 32) for name in ("a", "b"))
+    assert build.adapter
+    healed_on = build.adapter.model_copy(update={"data": path})
+    evaluations = {
+        name: evaluation.model_copy(
+            update={"more_losses": (evaluation.losses[1].model_copy(update={"data": other}),)}
+        )
+        for name, evaluation in build.evaluations.items()
+    }
+    build = build.model_copy(update={"adapter": healed_on, "evaluations": evaluations})
+    assert "On stdlib:held-out, unlike the healing text, " in verdict(build)
+    assert "On b.jsonl, other than the healing text, " in verdict(build)
+    assert any("Loss on b.jsonl (other), nats per token" in row[0] for row in quality_table(build))
 
 
 def test_harm_to_an_unlike_text_is_told_if_it_is_beyond_chance() -> None:
