@@ -27,17 +27,8 @@ NAMES = {
         for request in (BuildRequest, PlanRequest, SweepRequest, PruneRequest)
         for name in request.options()
     ),
-    *(
-        "source",
-        "port",
-        "deploy",
-        "hardware",
-        "accept",
-        "create_pr",
-        "revision",
-        "gguf",
-        "converter",
-    ),  # of other commands
+    *("source", "port", "deploy", "hardware", "accept", "create_pr", "revision"),  # of other commands
+    *("gguf", "converter"),
 } - {"model"}
 OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # an option in a message: `heal_steps=100`
 STAGE_WIDTH = 17

@@ -17,13 +17,14 @@ from factory.cli.build import build, schema
 from factory.cli.builds import card, collect_garbage, export, list_stages, push, show, space, verify
 from factory.cli.click_options import CONTEXT, Command, Group
 from factory.cli.console import as_flags, finish, go_on, settle
+from factory.cli.doctor import doctor
 from factory.cli.jobs import jobs_group
 from factory.cli.plan import plan, sweep
 from factory.cli.prune import prune
 from factory.errors import FactoryError, StoreError, UsageError
 from factory.store.capacity import READ_ONLY, no_memory, no_room
 
-ONLY_PRINT = ("plan", "show", "ls", "schema", "jobs")  # commands without another result
+ONLY_PRINT = ("plan", "show", "ls", "doctor", "schema", "jobs")  # commands without another result
 LONG = re.compile(r"\S{400,}")  # longer than any word of our own
 NAME = "factory"
 OWNER = "(installed here)"  # not a valid account name, so that `hf` finds no updates
@@ -80,7 +81,7 @@ def extension() -> None:
 
 COMMANDS = (
     *(build, plan, sweep, prune, push, export, show, verify, card, space),
-    *(list_stages, collect_garbage, jobs_group, schema, extension),
+    *(list_stages, collect_garbage, doctor, jobs_group, schema, extension),
 )
 
 

@@ -1,0 +1,150 @@
+"""`factory doctor`: what this machine has, and what keeps a build from running well on it."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import click
+from packaging.requirements import Requirement
+
+from factory.cli.click_options import CONTEXT, Command, home_option
+from factory.cli.console import as_flags, print_json
+from factory.errors import FactoryError
+from factory.units import size
+
+OPTIONAL = {
+    "gguf": "`factory export`",
+    "llama-cpp-python": "verifying a GGUF",
+    "gradio": "`factory space`",
+    "vllm": "--eval-backend vllm",
+    "trackio": "--report-to trackio",
+    "flash-attn": "faster packing",
+}
+LITTLE_DISK = 20_000_000_000  # bytes: a 7B model and its stages need more
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fact about this machine, with what is wrong with it, if anything."""
+
+    what: str
+    value: str
+    problem: str = ""
+    hint: str = ""
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(home: Path | None, as_json: bool) -> None:
+    """Check versions, GPU, disks and login of this machine.
+
+    The exit code is 1 if something would keep a build from running well.
+    """
+    found = [*_versions(), *_device(), *_disks(home), _hub()]
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        for finding in found:
+            click.echo(f"{'✗' if finding.problem else '✓'} {finding.what:<16}{finding.value}")
+            if finding.problem:
+                click.echo(f"    {as_flags(finding.problem)}\n    hint: {as_flags(finding.hint)}")
+        missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if not _version(name)]
+        click.echo(f"  not installed, and not needed for a build: {', '.join(missing)}" if missing else "")
+    if any(finding.problem for finding in found):
+        sys.exit(1)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
+    for line in requires("hf-factory") or ():
+        needed = Requirement(line)
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(needed.name)
+        if not found:
+            yield Finding(needed.name, "none", "it is not installed", f"pip install {needed.name}")
+        elif not needed.specifier.contains(found, prereleases=True):
+            problem = f"this program needs {needed.specifier}"
+            yield Finding(needed.name, found, problem, f"pip install -U '{needed}'")
+        else:
+            yield Finding(needed.name, found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> Iterator[Finding]:
+    import torch
+
+    from factory.model.devices import best_device, device_name
+    from factory.pipeline.requirements import check_four_bit
+
+    device = best_device()
+    name = device_name(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        yield Finding("GPU", f"{torch.cuda.device_count()} × {name}, {size(total)} each")
+    elif shutil.which("nvidia-smi"):
+        problem = f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it"
+        yield Finding("GPU", "not used", problem, "install torch for its CUDA version: pytorch.org")
+    else:
+        yield Finding("GPU", f"none; {name}")
+    try:
+        check_four_bit(device)
+        yield Finding("4-bit weights", "bitsandbytes quantises here")
+    except FactoryError as error:
+        yield Finding("4-bit weights", "none", error.message, error.hint)
+    yield Finding("memory", f"{size(_memory())} in all")
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _disks(home: Path | None) -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from factory.store.capacity import demands
+    from factory.store.locks import HOME
+    from factory.store.store import default_home
+
+    for what, folder, option in (
+        ("stages", home or default_home(), HOME),
+        ("Hub's cache", Path(HF_HUB_CACHE), "HF_HOME"),
+    ):
+        (disk,) = demands([(folder, option, 0)])
+        little = disk.free < LITTLE_DISK
+        yield Finding(
+            what,
+            f"{folder}, {size(disk.free)} free",
+            f"a 7B model and its stages need more than {size(LITTLE_DISK)}" if little else "",
+            f"use another disk with {option}, or free some: factory gc" if little else "",
+        )
+
+
+def _hub() -> Finding:
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    from factory.hub.client import account_name
+    from factory.hub.errors import endpoint, hub_errors
+
+    if HF_HUB_OFFLINE:
+        return Finding("Hub", "offline, as HF_HUB_OFFLINE says")
+    if not get_token():
+        return Finding("Hub", f"{endpoint()}, not logged in: public models only; to publish, hf auth login")
+    try:
+        with hub_errors(endpoint()):
+            return Finding("Hub", f"{endpoint()}, logged in as {account_name()}")
+    except FactoryError as error:
+        return Finding("Hub", endpoint(), error.message, error.hint)
