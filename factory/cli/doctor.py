@@ -42,7 +42,7 @@ class Finding:
 @home_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(home: Path | None, as_json: bool) -> None:
-    """Check versions, GPU, disks and login of this machine.
+    """Check this machine: versions, GPU, disks.
 
     The exit code is 1 if something would keep a build from running well.
     """
