@@ -80,6 +80,8 @@ class PassGraphs:
         if not self.refused:
             self.tell(f"healing launches the kernels of this model one by one, which is slower: {reason}")
         self.refused = True
+        for generator in torch.cuda.default_generators:  # a capture that failed may still hold their states
+            generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
 
     def documents(self, inputs: dict[str, Any]) -> int:
         """Return the number of documents of a graph for these rows, a power of two."""
@@ -105,7 +107,8 @@ class PassGraphs:
             self._hand_out(self.gradients)
             graph = torch.cuda.CUDAGraph()
             shared = next((found.graph.pool() for found in self.passes.values()), None)
-            with torch.cuda.graph(graph, pool=shared):
+            # The outer one restores the stream: of a capture that fails, torch 2.13 leaves its own behind.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=shared):
                 loss = run(dict(buffers), total)
         finally:
             self._hand_out(before)
