@@ -51,7 +51,7 @@ def test_output_that_finds_no_room_is_an_error_however_little_is_missing(
             stdout=file,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            env={"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
         )
     assert place.stat().st_size < len(whole)
     assert done.returncode == 1
