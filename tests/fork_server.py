@@ -92,6 +92,7 @@ def _run(call: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(f"{call['into']}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     longest, most = call["file_bytes"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     if longest is not None:
+        sys.dont_write_bytecode = True  # under the limit it would write half a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (longest, most))
     program = call["program"]
     sys.argv = ["factory" if program is None else "-c", *call["arguments"]]

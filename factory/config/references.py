@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from factory.config.choices import STANDARD_LIBRARY
@@ -46,18 +47,26 @@ def check_model(reference: str) -> None:
         raise unknown_model(reference)
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped one is most like, if any is like it at all."""
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)), None)
+
+
 def unknown_model(reference: str) -> UnknownModelError:
     """Return the error for a reference that is not an alias, a folder or a repository name."""
-    near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(reference, aliases())
+    hint = f"did you mean {near!r}? " if near else ""
     return UnknownModelError(
         f"{reference[:200]!r} is not a known model, a folder or a Hub repository name",
         hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
     )
 
 
-def check_data(reference: str) -> None:
+def check_data(reference: str, *, several: str = "") -> None:
     """Accept a data file that exists and is not empty, `stdlib:…`, or the name of a Hub data set.
+
+    Args:
+        several: Advice on how to give several texts, for a reference that reads like a list.
 
     Raises:
         DataError: The reference is none of them.
@@ -73,4 +82,5 @@ def check_data(reference: str) -> None:
         return
     if path.exists() or reference.endswith(DATA_SUFFIXES) or not HUB_DATA.fullmatch(reference):
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data {reference[:200]!r} {problem}", hint=f"give {DATA_NOTATION}")
+        hint = several if several and "," in reference else f"give {DATA_NOTATION}"
+        raise DataError(f"data {reference[:200]!r} {problem}", hint=hint)
