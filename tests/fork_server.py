@@ -90,9 +90,10 @@ def _run(call: dict[str, Any]) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{call['into']}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-    limit = call["file_bytes"]
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    longest, most = call["file_bytes"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    if longest is not None:
+        sys.dont_write_bytecode = True  # under the limit it would write half a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (longest, most))
     program = call["program"]
     sys.argv = ["factory" if program is None else "-c", *call["arguments"]]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `factory … &` ignores it
@@ -113,6 +114,7 @@ def _run(call: dict[str, Any]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # they are files here, under the same limit on files
             stream.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # for what coverage writes at the end
     os._exit(code)
 
 

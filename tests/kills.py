@@ -55,6 +55,7 @@ FILES = {{"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "
 with open(counter, "r+b") as file:
     counted = mmap.mmap(file.fileno(), 16)
 seen, over, start = 0, False, time.process_time()
+sys.dont_write_bytecode = True  # under a limit it would write half a file
 
 def strike():
     if how.startswith("SIG"):

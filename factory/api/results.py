@@ -117,12 +117,12 @@ class BuildResult(Shown):
         Args:
             repository: Name as `owner/name`; None: the build's name, under the logged-in account.
             private: Visibility of a new repository; an existing one keeps its own.
-            accept_license: Publish even if the source's licence forbids sharing.
+            accept_license: Publish even if the source's licence forbids sharing derived models.
             options: Any of `message`, `revision`, `create_pr` and `force`, as for `factory push`.
 
         Raises:
             HubError: No login, permission or connection; nothing was published.
-            LicenseError: The source's licence forbids sharing derivatives.
+            LicenseError: The source's licence forbids sharing derived models.
         """
         from factory.api.progress import Bars
         from factory.builds.publish import check_publishable, publish_with_notes

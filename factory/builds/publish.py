@@ -67,13 +67,13 @@ def check_publishable(source: Source, *, accepted: bool) -> str | None:
     """Refuse a result that may not, or cannot, be published.
 
     Args:
-        accepted: Whether the user claims permission to share derivatives that the licence forbids.
+        accepted: Whether the user claims permission to share derived models that the licence forbids.
 
     Returns:
         A note on the licence's conditions, if it has any.
 
     Raises:
-        LicenseError: The licence forbids sharing derivatives of the model.
+        LicenseError: The licence forbids sharing derived models.
         ModelError: The result needs code that is not on the Hub.
     """
     from factory.hub.source_card import check_license, remark

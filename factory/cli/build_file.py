@@ -1,6 +1,5 @@
 """Build files: the options of `factory build` in YAML, with errors that name file and line."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from factory.config.options import Reads, problem_of, shortened
+from factory.config.references import nearest
 from factory.config.request import BuildRequest, Origin
 from factory.errors import UsageError
 
@@ -208,8 +208,8 @@ def _explained(error: ValidationError, name: str, lines: Mapping[Path_, int]) ->
     key = next((str(part) for part in reversed(place) if isinstance(part, str)), "the file")
     if problem["type"] == "extra_forbidden":
         known = [str(field.alias) for field in BuildOptions.model_fields.values()]
-        near = difflib.get_close_matches(key.replace("_", "-").lower(), [*known, "builds"], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(key.replace("_", "-"), [*known, "builds"])
+        hint = f"did you mean {near!r}? " if near else ""
         return UsageError(f"{where}: unknown key {key!r}", hint=f"{hint}known: {', '.join(known)}, builds")
     if problem["type"] == "model_type":
         return UsageError(

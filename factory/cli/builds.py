@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 USUAL_NAME = "~/"  # stands for --deploy without a name; not a valid repository name
 license_option = click.option(
-    "--accept-license", is_flag=True, help="Publish even if the source's licence forbids sharing."
+    "--accept-license",
+    is_flag=True,
+    help="Publish even if the source's licence forbids sharing derived models.",
 )
 
 

@@ -61,38 +61,6 @@ class OptionInGroup(click.Option):
         self.group = group
 
 
-class Fraction(click.ParamType[float]):
-    """A number strictly between 0 and 1."""
-
-    name = "fraction"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse a fraction; the error of any other value quotes it."""
-        try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
-        if not 0 < number < 1:
-            raise UsageError(
-                f"--drop {value} is not a fraction between 0 and 1",
-                hint="--drop 0.3 drops three of ten layers",
-            )
-        return number
-
-
-class Fractions(click.ParamType[tuple[float, ...]]):
-    """Comma-separated fractions, sorted: 0.1,0.2,0.3."""
-
-    name = "fractions"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
-        """Parse fractions; the error of any other value quotes it."""
-        parts = value if isinstance(value, tuple) else str(value).split(",")
-        return tuple(sorted({Fraction().convert(str(part).strip(), param, ctx) for part in parts}))
-
-
 class Place(click.Path):
     """A file or folder that need not exist."""
 
@@ -164,16 +132,16 @@ def _option(request: type[Request], name: str, kind: Any, option: Option) -> Cal
 
 def _metavar(kind: Any) -> str | None:
     """Return a short metavar for a number; errors show its limits."""
+    if kind == kinds.Fraction:
+        return "FRACTION"
     base = (get_args(kind) or (kind,))[0]
-    return {int: "N", float: "X"}.get(base) if base in (int, float) and kind != kinds.Fraction else None
+    return {int: "N", float: "X"}.get(base) if base in (int, float) else None
 
 
 def _type(kind: Any) -> Any:
     """Return the click type for the type of an option."""
     if kind == kinds.Fraction:
-        return Fraction()
-    if kind == kinds.Fractions:
-        return Fractions()
+        return str
     if kind == kinds.Location:
         return Place()
     if choices := _choices(kind):

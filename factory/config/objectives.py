@@ -31,7 +31,7 @@ class Objective:
     @property
     def curve(self) -> str:
         """Return the name of the line in the healing figure."""
-        return "Training loss" if self.curve_is_loss else "Loss on held-back text"
+        return "Training loss" if self.curve_is_loss else "Loss on held-out text"
 
 
 SIXTEEN_BIT_PARAMETERS = 1_000_000_000  # up to here, NF4 saves little memory and costs more quality

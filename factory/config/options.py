@@ -1,6 +1,5 @@
 """Define options: how they are read, limited and shown, and which settings they decide."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Annotated, Any, get_args
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from factory.config.choices import MAX_COUNT, RUNTIMES
+from factory.config.references import nearest
 from factory.errors import UsageError
 
 CUT, MEASURING, HEALING, EVALUATION, PUBLISHING, RENTING, RUNNING = GROUPS = (
@@ -100,13 +100,27 @@ def read_references(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def read_fraction(value: Any) -> Any:
+    """Read a fraction strictly between 0 and 1, the value of `drop`."""
+    if type(value) not in (str, int, float):
+        return value  # pydantic refuses the type
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise UsageError(
+            f"`drop={value}` is not a fraction between 0 and 1", hint="`drop=0.3` drops three of ten layers"
+        )
+    return number
+
+
 def read_fractions(value: Any) -> Any:
     """Read comma-separated fractions, "0.1,0.2", or a list of them: sorted, without duplicates."""
     parts = value.split(",") if isinstance(value, str) else value
-    try:
-        return tuple(sorted({float(part) for part in parts}))
-    except (TypeError, ValueError):
+    if not isinstance(parts, list | tuple):
         return value  # pydantic refuses the type
+    return tuple(sorted({read_fraction(part.strip() if isinstance(part, str) else part) for part in parts}))
 
 
 def read_path(value: Any) -> Any:
@@ -122,7 +136,8 @@ Names = Annotated[tuple[str, ...], Reads(read_names, LISTED)]
 Runtimes = Annotated[tuple[str, ...], MinLen(1), Reads(read_runtimes, str | list[str])]
 References = Annotated[tuple[Text, ...], MinLen(1), Reads(read_references, str | list[str])]
 Timeout = Annotated[str, Reads(lambda value: str(value) if type(value) is int else value, str | int)]
-Fraction = Annotated[float, Gt(0), Lt(1)]
+Between = Annotated[float, Gt(0), Lt(1)]
+Fraction = Annotated[Between, Reads(read_fraction, Between)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]
 One = Annotated[int, Ge(1), Le(MAX_COUNT)]
 Two = Annotated[int, Ge(2), Le(MAX_COUNT)]
@@ -140,7 +155,7 @@ def problem_of(problem: Mapping[str, Any]) -> str:
     shown = shortened(problem["input"])
     if problem.get("ctx", {}).get("lt") == math.inf:
         return f"{shown} should be finite"
-    wanted = problem["msg"].removeprefix("Input ").removeprefix("List ").removeprefix("String ")
+    wanted = re.sub(r"^(Input|List|Tuple|String) | after validation, not 0$", "", problem["msg"])
     return f"{shown} {wanted}"
 
 
@@ -152,8 +167,8 @@ def shortened(value: Any) -> str:
 
 def unknown_option(name: str, known: Mapping[str, Any]) -> UsageError:
     """Return the error for an unknown option; the hint suggests the nearest name."""
-    near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+    near = nearest(name.replace("-", "_"), known)
+    hint = f"did you mean `{near}`?" if near else f"known: {', '.join(known)}"
     return UsageError(f"unknown option {name!r}", hint=hint)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -55,10 +55,15 @@ def check_model(reference: str) -> None:
         raise unknown_model(reference)
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped one is most like, if any is like it at all."""
+    return next(iter(difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)), None)
+
+
 def unknown_model(reference: str) -> UnknownModelError:
     """Return the error for a reference that is not an alias, a folder or a repository name."""
-    near = difflib.get_close_matches(reference.lower(), aliases(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(reference, aliases())
+    hint = f"did you mean {near!r}? " if near else ""
     return UnknownModelError(
         f"{reference[:200]!r} is not a known model, a folder or a Hub repository name",
         hint=f"{hint}known: {', '.join(aliases())}; or give owner/name or ./folder",
@@ -115,8 +120,11 @@ def check_files(path: Path, files: Sequence[Path]) -> None:
         raise DataError(f"data {str(path)!r} is empty", hint='a .jsonl has one {"text": …} per line')
 
 
-def check_data(reference: str) -> None:
+def check_data(reference: str, *, several: str = "") -> None:
     """Accept local data that exists and is not empty, `stdlib:…`, or the name of a Hub data set.
+
+    Args:
+        several: Advice on how to give several texts, for a reference that reads like a list.
 
     Raises:
         DataError: The reference is none of them.
@@ -132,4 +140,5 @@ def check_data(reference: str) -> None:
         or data_format(reference.rpartition("#")[0])
         or not HUB_DATA.fullmatch(reference)
     ):
-        raise DataError(f"data {reference[:200]!r} does not exist", hint=f"give {DATA_NOTATION}")
+        hint = several if several and "," in reference else f"give {DATA_NOTATION}"
+        raise DataError(f"data {reference[:200]!r} does not exist", hint=hint)

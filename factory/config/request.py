@@ -43,6 +43,13 @@ from factory.config.references import check_data, check_model
 from factory.errors import FactoryError, UsageError
 
 LENGTHS = tuple(f"{section}.sequence_length" for section in ("measure", "plan", "heal", "evaluate"))
+# fmt: off
+ForRuntimes = Annotated[Runtimes | None, Option(
+    f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
+    sets=("plan.runtimes",), metavar="A,B")]
+Criterion = Annotated[CriterionName | None, Option(
+    "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",))]
+# fmt: on
 REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
 
@@ -113,13 +120,13 @@ class Request:
         for name, value in values.items():
             if value is None:
                 continue
-            try:
-                with origin.located(name) if origin else nullcontext():
+            with origin.located(name) if origin else nullcontext():
+                try:
                     read[name] = TypeAdapter(known[name][0]).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise UsageError(
-                    f"`{name}`: {problem_of(error.errors()[0])}", hint=f"`{name}`: {known[name][1].help}"
-                ) from None
+                except ValidationError as error:
+                    raise UsageError(
+                        f"`{name}`: {problem_of(error.errors()[0])}", hint=f"`{name}`: {known[name][1].help}"
+                    ) from None
         request = cls(**read, origin=origin)
         with request.located():
             request.check()
@@ -171,7 +178,8 @@ class Request:
             if is_read and (given := getattr(self, name)) is not None:
                 with self.located(name):
                     for reference in (given,) if isinstance(given, str) else given:
-                        check_data(reference)
+                        several = "give `eval_data` once for each text" if name == "eval_data" else ""
+                        check_data(reference, several=several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +219,7 @@ class PlanRequest(Measuring):
     criterion: Annotated[CriterionName | Literal["all"], Option(
         "Criterion for choosing layers; all: compare every one, with the loss of each cut", CUT,
         default=DEFAULT_CRITERION.name)] = DEFAULT_CRITERION.name
-    for_runtimes: Annotated[Runtimes | None, Option(
-        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
-        sets=("plan.runtimes",), metavar="A,B")] = None
+    for_runtimes: ForRuntimes = None
     profile: Annotated[Location | None, Option(
         "Earlier measurement: a profile.json, or a CSV from PruneMe", MEASURING, metavar="FILE")] = None
     save: Annotated[Location | None, Option(
@@ -261,15 +267,14 @@ class SweepRequest(Evaluating):
     """Options of `sweep`; cuts are healed if `heal` is given."""
 
     # fmt: off
+    heal: Annotated[ObjectiveName | None, Option(
+        f"Heal each cut, by {DEFAULT_OBJECTIVE.name} if none is named. {summaries()}", HEALING,
+        default="no healing", bare=DEFAULT_OBJECTIVE.name, sets=("heal.objective",))] = None
     drop: Annotated[Fractions, Option(
         "Fractions of the decoder layers to drop, one cut each", CUT, default="0.1,0.2,0.3,0.4,0.5,0.6",
         metavar="A,B")] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    criterion: Annotated[CriterionName | None, Option(
-        "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
-        sets=("plan.criterion",))] = None
-    for_runtimes: Annotated[Runtimes | None, Option(
-        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
-        sets=("plan.runtimes",), metavar="A,B")] = None
+    criterion: Criterion = None
+    for_runtimes: ForRuntimes = None
     limit: Annotated[One, Option(
         "Samples per task", EVALUATION, default="100", sets=("evaluate.limit",))] = 100
     out: Annotated[Location | None, Option(
@@ -301,12 +306,8 @@ class BuildRequest(Evaluating):
     layers: Annotated[Layers | None, Option(
         "Layers to drop, counted from 0, instead of a fraction", CUT, sets=("plan.layers",),
         metavar="3,7,21-24")] = None
-    criterion: Annotated[CriterionName | None, Option(
-        "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name,
-        sets=("plan.criterion",))] = None
-    for_runtimes: Annotated[Runtimes | None, Option(
-        f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
-        sets=("plan.runtimes",), metavar="A,B")] = None
+    criterion: Criterion = None
+    for_runtimes: ForRuntimes = None
     reproduce: Annotated[bool, Option(
         "Repeat the build MODEL and compare the weights", CUT, of_run=True, repeats=True)] = False
     no_heal: Annotated[bool, Option("Skip healing; with a fitted seam, only training", HEALING)] = False
@@ -340,7 +341,8 @@ class BuildRequest(Evaluating):
         "Hub repository owner/name to publish to when done", PUBLISHING, metavar="REPO", repeats=True)] = None
     public: Annotated[bool, Option("Publish to a public repository", PUBLISHING, repeats=True)] = False
     accept_license: Annotated[bool, Option(
-        "Publish even if the source's licence forbids sharing", PUBLISHING, repeats=True)] = False
+        "Publish even if the source's licence forbids sharing derived models", PUBLISHING,
+        repeats=True)] = False
     on: Annotated[Text | None, Option(
         "Hugging Face Jobs hardware to build on, such as a100-large", RENTING, metavar="HARDWARE",
         on_terminal=True)] = None

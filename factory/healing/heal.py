@@ -210,7 +210,7 @@ def back_to_best(trainer: HealTrainer) -> None:
     before = [entry for entry in trainer.state.log_history if "eval_loss" in entry][:1]
     if not (before and math.isfinite(before[0]["eval_loss"])):
         raise HealingError(
-            "the loss on held-back text is not a number before the first step of healing",
+            "the loss on held-out text is not a number before the first step of healing",
             hint="the model's weights or their 4-bit form overflow; `no_heal` skips healing",
         )
     with torch.no_grad():

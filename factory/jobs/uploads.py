@@ -15,6 +15,8 @@ from factory.config.options import reads_healing_text
 from factory.config.references import local_path
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
+from factory.evaluation.task_files import is_task_file, local_data, read_task_file, root_of
+from factory.jobs.submit import MOUNT
 
 OF_SUBMITTING = ("on", "timeout", "state")  # options of the job, not of its build
 LOCAL = "local"  # folder of uploaded local files, below the mount
@@ -74,13 +76,11 @@ def _take(path: Path, files: Files) -> str:
     """Add a local path to the uploads, and return its path in the job."""
     place = f"{_place(path)}/{path.resolve().name}"
     files |= {f"{place}{inside}": file for inside, file in _inside(path)}
-    return _mounted(place)
+    return f"{MOUNT}/{place}"
 
 
 def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> list[str]:
     """Return the tasks for the job; a task file is uploaded with all files that it names, in place."""
-    from factory.evaluation.task_files import is_task_file, read_task_file
-
     names = [*tasks]
     for index, name in enumerate(names):
         if not is_task_file(name):
@@ -92,7 +92,7 @@ def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> 
         for part in parts:
             inside = part.relative_to(root).as_posix()
             files[f"{place}/{inside}"] = _part(part, files, upload=upload, bucket=bucket)
-        names[index] = _mounted(f"{place}/{task.relative_to(root).as_posix()}")
+        names[index] = f"{MOUNT}/{place}/{task.relative_to(root).as_posix()}"
     return names
 
 
@@ -103,8 +103,6 @@ def _plain(path: Path) -> Path:
 
 def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
     """Return a file of a task, with local data renamed to their paths in the job."""
-    from factory.evaluation.task_files import local_data
-
     named = local_data(part)
     if not named:
         return part
@@ -118,20 +116,12 @@ def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | byte
 
 def _taken(data: str, paths: Sequence[Path], files: Files) -> str:
     """Upload local data that a task file names, and return the path or pattern in the job."""
-    from factory.evaluation.task_files import root_of
-
     root, pattern = root_of(data)
     if not pattern or local_path(data).exists():
         return _take(paths[0], files)
     place = _place(local_path(str(root)))
     files |= {f"{place}/{path.relative_to(local_path(str(root))).as_posix()}": path for path in paths}
-    return f"{_mounted(place)}/{pattern}"
-
-
-def _mounted(place: str) -> str:
-    from factory.jobs.submit import MOUNT
-
-    return f"{MOUNT}/{place}"
+    return f"{MOUNT}/{place}/{pattern}"
 
 
 def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:

@@ -126,8 +126,6 @@ def check_loads(config: Mapping[str, Any], *, four_bit: bool) -> None:
         )
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    from factory.model.devices import best_device
-
     try:
         merged = AutoHfQuantizer.merge_quantization_configs(settings, unpacking(config))
         quantizer = AutoHfQuantizer.from_config(merged, pre_quantized=True)

@@ -107,9 +107,9 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per token)")
         axes.set_title(
-            "Training loss while healing (line), loss on held-back text (dashed)"
+            "Training loss while healing (line), loss on held-out text (dashed)"
             if trained
-            else "Loss on held-back text while healing"
+            else "Loss on held-out text while healing"
         )
         return _save(figure, path_stem)
 

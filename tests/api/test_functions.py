@@ -83,7 +83,7 @@ def test_plans_and_pruning_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop": 1.5}, "`drop`: 1.5 should be less than 1"),
+        ({"drop": 1.5}, "`drop=1.5` is not a fraction between 0 and 1"),
         ({}, "`drop` is missing"),
         ({"drop": 0.3, "heal_step": 3}, "unknown option 'heal_step'"),
         ({"drop": 0.3, "layers": [3]}, "`layers` with `drop`"),

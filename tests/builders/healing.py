@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from factory.artifacts import Adapter, Checkpoint
+from factory.artifacts import Adapter, Checkpoint, PruningPlan
 from factory.config.settings import HealSettings
 from factory.healing.heal import heal
+from factory.hub.resolve import resolve
+from factory.pruning.prune import prune
 from tests.builders.texts import rhymes, text_of
 
 SETTINGS = HealSettings(
@@ -17,7 +19,14 @@ def checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, num_layers=4, num_parameters=1, size_bytes=1, files={})
 
 
-def quiet(_done: int, _total: int, _note: str) -> None: ...
+def cut(source: Path, folder: Path, *, dropped: tuple[int, ...]) -> Checkpoint:
+    """What pruning leaves of a source without these layers."""
+    found = resolve(str(source))
+    plan = PruningPlan(criterion="angular", num_layers=found.num_layers, dropped=dropped)
+    return prune(found, plan, folder=folder, progress=quiet)
+
+
+def quiet(_done: int, _total: int, _note: str = "") -> None: ...
 
 
 def run(

@@ -58,6 +58,8 @@ WRONG = (  # the file, the line that is named, what else the message must say
     ("model: demo\ndrop: 0.3\ncriterion: best\n", 3, "criterion: 'best'"),
     ("model: demo\ndrop: 0.3\nsequence-length: 99999\n", 3, "--sequence-length 99999"),
     ("model: demo\ndrop: 0.3\nheal-data: nix.jsonl\n", 3, "'nix.jsonl'"),
+    ("model: demo\ndrop: 0.3\neval-data: []\n", 3, "--eval-data: () should have at least 1 item"),
+    ("model: demo\ndrop: 0.3\nfor-runtimes: []\n", 3, "--for-runtimes: () should have at least 1 item"),
     ("model: demo\ndrop: 0.3\ntasks: mmlu,\n", 3, "--tasks 'mmlu,'"),
     ("model: demo\ndrop: 0.3\npush-to: a b\n", 3, "--push-to 'a b'"),
     ("model: demo\ndrop: 0.3\npublic: true\n", 3, "--public without --push-to"),

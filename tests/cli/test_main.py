@@ -51,7 +51,11 @@ def test_output_that_finds_no_room_is_an_error_however_little_is_missing(
             stdout=file,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            env={
+                "PYTHONUNBUFFERED": unbuffered,
+                "PYTHONDONTWRITEBYTECODE": "1",  # under the limit it would write half a file
+                "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            },
         )
     assert place.stat().st_size < len(whole)
     assert done.returncode == 1
@@ -120,6 +124,7 @@ main()
         (["build", "demo", "--drop", "0.3", "--sequence-length", "99999"], "99999", "or fewer"),
         (["sweep", "demo", "--heal-data", "nix.jsonl"], "--heal-data without --heal", "add --heal"),
         (["sweep", "demo", "--heal-steps", "3"], "--heal-steps without --heal", "add --heal"),
+        (["build", "demo", "--drop", "0.3", "--for-runtimes", "vllm,lama"], "'lama'", "llama.cpp"),
         (["bild"], "'bild'", "--help"),
         (["show", "nothing"], "'nothing'", "factory build"),
     ],
@@ -140,6 +145,14 @@ def test_data_that_is_missing_or_empty_is_refused_by_name(tmp_path: Path, option
         code, message, _ = error_of("build", "demo", "--drop", "0.3", option, name, home=tmp_path)
         assert code == 1
         assert f"'{name}' {problem}" in message
+
+
+def test_texts_in_one_option_are_told_to_be_given_one_by_one(tmp_path: Path) -> None:
+    code, message, hint = error_of(
+        "build", "demo", "--drop", "0.3", "--eval-data", "a.txt,b.txt", home=tmp_path
+    )
+    assert (code, hint) == (1, "give --eval-data once for each text")
+    assert "'a.txt,b.txt' does not exist" in message
 
 
 def test_a_line_without_text_is_found_before_any_work(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from factory.hub.resolve import resolve
 from factory.model.layers import bypassed, record_forms
 from factory.model.loading import load_model
 from factory.pruning.prune import prune
+from tests.builders.healing import cut
 from tests.builders.models import byte_tokenizer, save_llama
 from tests.builders.texts import rhymes, text_of
 
@@ -60,9 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    plan = PruningPlan(criterion="angular", num_layers=6, dropped=DROPPED)
-    folder = tmp_path_factory.mktemp("pruned")
-    return prune(resolve(str(source)), plan, folder=folder, progress=lambda *_: None)
+    return cut(source, tmp_path_factory.mktemp("pruned"), dropped=DROPPED)
 
 
 def run(

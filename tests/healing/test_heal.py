@@ -57,7 +57,7 @@ def healed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return run(model, tmp_path_factory.mktemp("adapter"))
 
 
-def test_healing_lowers_the_loss_on_text_held_back(healed: Adapter) -> None:
+def test_healing_lowers_the_loss_on_held_out_text(healed: Adapter) -> None:
     assert healed.guard_loss_after < healed.guard_loss_before - 0.05
     assert healed.curve[-1].loss < healed.curve[0].loss
     assert healed.num_tokens > 0.8 * 12 * 2 * 64  # packed: hardly any padding

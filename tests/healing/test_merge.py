@@ -325,7 +325,7 @@ def test_quantised_weights_are_refused_by_dtype(tmp_path: Path) -> None:
         merge(pruned, adapter, folder=tmp_path / "merged")
 
 
-def test_the_base_with_the_lower_loss_on_the_held_back_text_is_taken(tmp_path: Path) -> None:
+def test_the_base_with_the_lower_loss_on_the_held_out_text_is_taken(tmp_path: Path) -> None:
     pruned = save_model(tmp_path / "pruned")
     adapter = save_adapter(tmp_path / "adapter", pruned).model_copy(update={"quantization": "nf4"})
     (adapter.folder / "guard.json").write_text(json.dumps([[1, 2, 3, 4, 5], [6, 7, 8]]))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factory.artifacts import Adapter, Checkpoint, FittedSeam, PruningPlan, SeamFit
+from factory.artifacts import Adapter, Checkpoint, FittedSeam, SeamFit
 from factory.config.settings import BuildConfig, HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.healing.heal import heal
@@ -18,12 +18,11 @@ from factory.healing.merge import judge, merge
 from factory.healing.seam.fit import fit_each, fit_seams, load_factors, seams_of, untrained
 from factory.healing.seam.regression import Moments, low_rank
 from factory.healing.seam.writers import find_writer
-from factory.hub.resolve import resolve
 from factory.model.layers import decoder_layers
 from factory.model.loading import load_model
 from factory.pipeline.stages import heal_parameters
-from factory.pruning.prune import prune
 from factory.report.summaries import describe_healing, describe_seam
+from tests.builders.healing import cut
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes, text_of
 from tests.families import build, config_of
@@ -82,10 +81,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    plan = PruningPlan(criterion="angular", num_layers=6, dropped=DROPPED)
-    return prune(
-        resolve(str(source)), plan, folder=tmp_path_factory.mktemp("pruned"), progress=lambda *_: None
-    )
+    return cut(source, tmp_path_factory.mktemp("pruned"), dropped=DROPPED)
 
 
 def in_memory(*, sink: float = 0.0) -> tuple[Any, torch.Tensor]:

@@ -308,7 +308,7 @@ def test_a_build_can_drop_layers_of_ones_own_choice(
         (["build", "demo", "--layers", "3", "--drop", "0.1"], "--layers with --drop"),
         (["build", "demo", "--layers", "3", "--criterion", "loss"], "--layers with --criterion"),
         (["sweep", "demo", "--drop", "0.1,1.5"], "--drop 1.5 is not a fraction between 0 and 1"),
-        (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop  is not a fraction"),
+        (["sweep", "demo", "--drop", "0.1,,0.2"], "--drop is not a fraction"),
         (["plan", "demo", "--drop", "0.99"], "of 24 layers leaves 0"),
         (
             ["plan", "demo", "--drop", "0.1", "--save", "/dev/null/x"],

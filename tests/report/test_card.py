@@ -619,7 +619,7 @@ def _options(build: Build) -> dict[str, Any]:
 def test_the_command_on_the_card_is_accepted_and_says_what_differs() -> None:
     options = _options(chat_with_other_licence())
     assert options["model"].startswith("meta-llama/Llama-3.1-8B-Instruct@0e9e39f")
-    assert (options["drop"], options["seed"], options["no_heal"]) == (0.25, 3, None)
+    assert (options["drop"], options["seed"], options["no_heal"]) == ("0.25", 3, None)
     assert (options["heal_rank"], options["heal_steps"], options["samples"]) == (8, 2000, None)
     options = _options(unhealed())
     assert (options["model"], options["no_heal"], options["tasks"]) == ("mistral-7b", True, "none")
