@@ -26,6 +26,7 @@ BEGINNING = 2**20  # characters in which the separator must occur; otherwise bla
 CHUNK = 2**20  # characters read at once
 MAX_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 SHOWING = 100  # rows that show what a column holds, if the first ones hold nothing there
+OTHER_SEPARATORS = frozenset(";\t|")  # of files that are called CSV nevertheless
 MISSING = object()
 ROW_HINT = 'write one {"text": …} or {"messages": […]} per line'
 Read = partial[Iterator[str | None]]  # pickled for other processes
@@ -183,17 +184,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     kind = data_format(path.name)
     with _open(path) as file:
         if kind.startswith(".csv"):
-            csv.field_size_limit(MAX_CELL)
-            rows = csv.DictReader(file, restkey="")
-            for row in rows:
-                place = f"line {rows.line_num}"
-                if isinstance(row.get(""), list):
-                    columns = len(rows.fieldnames or ())
-                    raise DataError(
-                        f"{path}, {place}: more cells than the {columns} of the header",
-                        hint="put cells that hold commas in double quotes",
-                    )
-                yield place, row
+            yield from _csv_rows(file, path)
             return
         first = next((line for line in file if line.strip()), "") if not kind.startswith(".jsonl") else ""
         if first.lstrip().startswith("["):
@@ -202,6 +193,25 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"item {number}", _row(item, repr(item), place=f"{path}, item {number}")
             return
         yield from _lines(chain([first], file) if first else file, path)
+
+
+def _csv_rows(file: IO[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a CSV file; a wrong separator or missing quotes would cut texts short, unseen."""
+    csv.field_size_limit(MAX_CELL)
+    rows = csv.DictReader(file, restkey="")
+    header = rows.fieldnames or ()
+    if len(header) == 1 and OTHER_SEPARATORS & set(header[0]):
+        raise DataError(
+            f"{path}: its header {header[0][:60]!r} has no commas", hint="separate cells by commas"
+        )
+    for row in rows:
+        place = f"line {rows.line_num}"
+        if isinstance(row.get(""), list):
+            raise DataError(
+                f"{path}, {place}: more cells than the {len(header)} of the header",
+                hint="put cells that hold commas in double quotes",
+            )
+        yield place, row
 
 
 def _lines(lines: Iterator[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

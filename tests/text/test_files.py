@@ -204,6 +204,7 @@ ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
     "a pattern of other files": ({"a.doc": b"x"}, "*.doc", "has an unsupported format", "give a .jsonl"),
     "an empty file": ({"a.csv": b""}, "a.csv", "is empty", ""),
     "a header alone": ({"a.csv": b"text\n"}, "a.csv", "contains no text", "give a .jsonl"),
+    "semicolons": ({"a.csv": b"text;n\nx;1\n"}, "a.csv", "its header 'text;n' has no commas", "by commas"),
     "a comma without quotes": (
         {"a.csv": b"text\nx\none, two\n"},
         "a.csv",
