@@ -19,7 +19,6 @@ from factory.model.config_fields import vocab_size
 MAX_GROWTH = 64  # output characters per input character; Unicode's longest normal forms take 33 bytes
 MAX_SPECIAL_TOKENS = 64  # around each text
 PROBES = ("text", "A", "1", "я", "文")  # reveal the tokens around a text; some tokenizers know few letters
-
 ASSISTANT = "assistant"
 PROBE = "an answer"
 OTHER_TEXT = "give text, as with another column, DATA#column, or another model"
@@ -78,7 +77,9 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise DataError("the model has no chat template, which conversations need", hint=OTHER_TEXT)
         self.tokenizer, self.variant = tokenizer, None
-        self.marks = tokenizer.is_fast  # others cannot tell which tokens a part of the text became
+        self.marks = bool(
+            getattr(tokenizer, "is_fast", False)
+        )  # others cannot tell which tokens a part of the text became
         try:
             if self.marks and not has_generation_markers(tokenizer.chat_template):
                 self.variant = get_training_chat_template(tokenizer)
