@@ -111,7 +111,7 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
         source = settled.source
         if prepared.pending:
             source = pull_and_trust(source, reporter)
-            check_tokens(source, run.texts)
+            check_tokens(source, run.texts, run.config, note=reporter.note)
         record = run_stages(run, source, out=out, require_healing=request.require_healing)
     finally:
         run.release()

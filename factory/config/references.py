@@ -81,9 +81,11 @@ def data_format(name: str) -> str:
 
 def local_data(reference: str) -> tuple[Path, str | None] | None:
     """Return the path or pattern of local data, and the column; None for anything else."""
-    path, _, column = reference.rpartition("#")
-    if local_path(reference).exists() or not path:
-        column, path = "", reference
+    path, separator, column = reference.rpartition("#")
+    if local_path(reference).exists() or not separator:
+        path, column = reference, ""
+    elif not (path and column):
+        return None
     if local_path(path).exists() or WILD & set(path):
         return local_path(path), column or None
     return None

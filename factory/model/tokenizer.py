@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -18,9 +19,9 @@ from factory.model.config_fields import vocab_size
 MAX_GROWTH = 64  # output characters per input character; Unicode's longest normal forms take 33 bytes
 MAX_SPECIAL_TOKENS = 64  # around each text
 PROBES = ("text", "A", "1", "я", "文")  # reveal the tokens around a text; some tokenizers know few letters
-
 ASSISTANT = "assistant"
-SHOWN = 120  # characters of a template's own message
+PROBE = "an answer"
+OTHER_TEXT = "give text, as with another column, DATA#column, or another model"
 
 
 class Conversation(str):
@@ -66,9 +67,6 @@ class ChatTemplate:
     tells their tokens itself. For any other, an answer is what follows the tokens of the messages before it
     with the template's invitation to answer, as TRL tells a completion from its prompt.
 
-    Args:
-        tokenizer: Tokenizer from transformers.
-
     Raises:
         DataError: The tokenizer has no chat template, or it fails.
     """
@@ -77,17 +75,21 @@ class ChatTemplate:
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
         if not tokenizer.chat_template:
-            raise DataError(
-                "the model has no chat template, which conversations need",
-                hint="give text instead, with another column: `owner/name#column`, or a chat model",
-            )
+            raise DataError("the model has no chat template, which conversations need", hint=OTHER_TEXT)
         self.tokenizer, self.variant = tokenizer, None
-        self.marks = tokenizer.is_fast  # others cannot tell which tokens a part of the text became
+        self.marks = bool(
+            getattr(tokenizer, "is_fast", False)
+        )  # others cannot tell which tokens a part of the text became
         try:
             if self.marks and not has_generation_markers(tokenizer.chat_template):
                 self.variant = get_training_chat_template(tokenizer)
         except _template_errors():  # ValueError: TRL knows no variant
             self.marks = False
+        probe = [{"role": "user", "content": "1"}, {"role": ASSISTANT, "content": PROBE}]
+        with _template_explained(probe):
+            rendered = tokenizer.apply_chat_template(probe, tokenize=False, chat_template=self.variant)
+        if PROBE not in rendered:  # templates for images take lists of parts, and drop plain text
+            raise DataError("the model's chat template leaves out the words of an answer", hint=OTHER_TEXT)
 
     def encode(self, conversation: Conversation) -> Answered:
         """Encode a conversation, with no other special tokens than the template's.
@@ -96,17 +98,11 @@ class ChatTemplate:
             DataError: The template fails, or renders an answer otherwise once more messages follow.
         """
         messages = conversation.messages
-        try:
-            if self.marks:
-                found = self._render(messages, chat_template=self.variant, return_assistant_tokens_mask=True)
-                return Answered(found["input_ids"], found["assistant_masks"])
-            return self._compared(messages)
-        except _template_errors() as error:
-            reason = (str(error) or repr(error)).splitlines()[0][:SHOWN]
-            raise DataError(
-                f"the model's chat template fails on the conversation {conversation[:60]!r}: {reason}",
-                hint="remove or change such conversations, or give text with another column",
-            ) from error
+        with _template_explained(messages):
+            if not self.marks:
+                return self._compared(messages)
+            found = self._render(messages, chat_template=self.variant, return_assistant_tokens_mask=True)
+            return Answered(found["input_ids"], found["assistant_masks"])
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
@@ -135,6 +131,18 @@ def _template_errors() -> tuple[type[Exception], ...]:
     from jinja2 import TemplateError
 
     return (TemplateError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+
+
+@contextmanager
+def _template_explained(messages: Sequence[dict[str, Any]]) -> Iterator[None]:
+    try:
+        yield
+    except _template_errors() as error:
+        raise DataError(
+            f"the model's chat template fails on the conversation {json.dumps(messages)[:60]!r}: "
+            f"{(str(error) or repr(error)).splitlines()[0][:120]}",
+            hint="remove or change such conversations, or give text with another column",
+        ) from error
 
 
 class Encoder:

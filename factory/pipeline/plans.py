@@ -64,5 +64,5 @@ def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile,
         output_folder(request.save)
     if measures:
         source = pull_and_trust(source, reporter)
-        check_tokens(source, run.texts)
+        check_tokens(source, run.texts, run.config, note=reporter.note)
     return make_plans(run, source, criteria, profile=profile)

@@ -57,7 +57,7 @@ def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
     from factory.report.figures import sweep_figure
 
     source = pull_and_trust(prepared.source, reporter)
-    check_tokens(source, prepared.run.texts)
+    check_tokens(source, prepared.run.texts, prepared.run.config, note=reporter.note)
     found = sweep(prepared.run, source, prepared.drops)
     found.write(prepared.out)
     sweep_figure(found, path_stem=prepared.out / "sweep")

@@ -1,6 +1,6 @@
 """Open the texts of a run, keep them apart and check them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import TypedDict
@@ -93,10 +93,13 @@ def check_kinds(source: Source, texts: Texts) -> str | None:
     return None
 
 
-def check_tokens(source: Source, texts: Texts) -> None:
+def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Callable[[str], None]) -> None:
     """Refuse local texts with a token that the source's embedding lacks; Hub data fails when it is read.
 
     Of conversations, the first are rendered by the source's chat template.
+
+    Args:
+        note: Callback that receives a line on conversations that are too long to be used.
 
     Raises:
         DataError: The chat template fails.
@@ -105,10 +108,18 @@ def check_tokens(source: Source, texts: Texts) -> None:
     from factory.model.tokenizer import load_encoder
 
     encoder = load_encoder(source.local_folder)
-    for text in {text.data: text for text in texts.whole if text.data.is_chat}.values():
-        for conversation in islice(text.documents(), FEW if text.data.hub_id else RENDERED):
-            encoder.encode([conversation])
-    for text in (texts.calibration, texts.healing, *texts.evaluations):
+    for text, length in (
+        (texts.calibration, None),
+        (texts.healing, config.heal.sequence_length),
+        *((evaluation, config.evaluate.sequence_length) for evaluation in texts.evaluations),
+    ):
+        if text.data.is_chat:
+            most = FEW if text.data.hub_id else RENDERED
+            chats = [encoder.encode([chat])[0] for chat in islice(text.documents(), most)]
+            unused = sum(not any(encoder.windows(chat, length=length)) for chat in chats) if length else 0
+            if unused:
+                among = f"{unused:,} of the first {len(chats):,} conversations of {text.data.name}"
+                note(f"{among} have no answer in {length:,} tokens and are not used")
         if not text.data.hub_id:
             encoder.check(text.documents())
 

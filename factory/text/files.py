@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,12 +19,14 @@ from factory.artifacts import DataSource
 from factory.config.references import DATA_NOTATION, DEFAULT_COLUMN, check_files, data_files, data_format
 from factory.errors import DataError
 from factory.store.files import sha256_of_file
-from factory.text.records import CHAT, STRING, choose_column, document_of, is_chat_type, kind_of
+from factory.text.records import CHAT, NULL, STRING, choose_column, document_of, is_chat_type, kind_of
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 BEGINNING = 2**20  # characters in which the separator must occur; otherwise blank lines separate
 CHUNK = 2**20  # characters read at once
 MAX_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
+SHOWING = 100  # rows that show what a column holds, if the first ones hold nothing there
+OTHER_SEPARATORS = frozenset(";\t|")  # of files that are called CSV nevertheless
 MISSING = object()
 ROW_HINT = 'write one {"text": …} or {"messages": […]} per line'
 Read = partial[Iterator[str | None]]  # pickled for other processes
@@ -45,7 +47,8 @@ def open_files(path: Path, column: str | None) -> tuple[DataSource, Read]:
     tables = [file for file in files if _is_table(file)]
     is_chat = False
     if tables:
-        column, is_chat = choose_column(_kinds(tables[0]), column, name=str(path), reference=str(path))
+        kinds = next(filter(None, map(_kinds, tables)), {DEFAULT_COLUMN: STRING})
+        column, is_chat = choose_column(kinds, column, name=str(path), reference=str(path))
     elif column is not None:
         raise DataError(f"{path} has no columns, so none is called {column!r}", hint=f"give {path}")
     column = column or DEFAULT_COLUMN
@@ -134,14 +137,20 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _kinds(path: Path) -> dict[str, str]:
-    """Return the columns of a file with their kinds: as it declares them, or by its first row."""
+    """Return the columns of a file with their kinds, as it declares them or its first rows show."""
     with _read_errors(path):
         if _is_parquet(path):
             from pyarrow import parquet
 
             return {field.name: _kind_of_type(field.type) for field in parquet.ParquetFile(path).schema_arrow}
-        _, first = next(_rows(path), ("", {}))
-    return {name: kind_of(value) for name, value in first.items()} or {DEFAULT_COLUMN: STRING}
+        kinds: dict[str, str] = {}
+        for _, row in islice(_rows(path), SHOWING):
+            kinds |= {name: kind_of(row[name]) for name in row if kinds.get(name, NULL) == NULL}
+            if NULL not in kinds.values():
+                break
+    if kinds.get(DEFAULT_COLUMN) == NULL:
+        kinds[DEFAULT_COLUMN] = STRING
+    return kinds
 
 
 def _kind_of_type(kind: Any) -> str:
@@ -175,9 +184,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     kind = data_format(path.name)
     with _open(path) as file:
         if kind.startswith(".csv"):
-            csv.field_size_limit(MAX_CELL)
-            rows = csv.DictReader(file)
-            yield from ((f"line {rows.line_num}", row) for row in rows)
+            yield from _csv_rows(file, path)
             return
         first = next((line for line in file if line.strip()), "") if not kind.startswith(".jsonl") else ""
         if first.lstrip().startswith("["):
@@ -186,6 +193,25 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"item {number}", _row(item, repr(item), place=f"{path}, item {number}")
             return
         yield from _lines(chain([first], file) if first else file, path)
+
+
+def _csv_rows(file: IO[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a CSV file; a wrong separator or missing quotes would cut texts short, unseen."""
+    csv.field_size_limit(MAX_CELL)
+    rows = csv.DictReader(file, restkey="")
+    header = rows.fieldnames or ()
+    if len(header) == 1 and OTHER_SEPARATORS & set(header[0]):
+        raise DataError(
+            f"{path}: its header {header[0][:60]!r} has no commas", hint="separate cells by commas"
+        )
+    for row in rows:
+        place = f"line {rows.line_num}"
+        if isinstance(row.get(""), list):
+            raise DataError(
+                f"{path}, {place}: more cells than the {len(header)} of the header",
+                hint="put cells that hold commas in double quotes",
+            )
+        yield place, row
 
 
 def _lines(lines: Iterator[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

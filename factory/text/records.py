@@ -9,6 +9,7 @@ from factory.model.tokenizer import ASSISTANT, Conversation
 
 CHAT_COLUMNS = ("messages", "conversations")
 STRING, CHAT = "string", "conversation"  # kinds of columns that can be read
+NULL = "null"  # nothing that would tell the kind
 KEYS = (("role", "content"), ("from", "value"))  # of a message: as chat templates read it, or ShareGPT's
 NAMES = {
     str: "a text",
@@ -67,7 +68,7 @@ def kind_of(value: object) -> str:
         return STRING
     if isinstance(value, list) and value and all(map(_is_message, value)):
         return CHAT
-    return "null" if value is None else NAMES.get(type(value), type(value).__name__)
+    return NULL if value in (None, []) else NAMES.get(type(value), type(value).__name__)
 
 
 def is_chat_type(keys: Set[str]) -> bool:

@@ -81,6 +81,7 @@ def test_both_ways_mark_the_same_answers(turns: list[str]) -> None:
         (None, None, "the model has no chat template"),
         (STRICT, "Be.", 'fails on the conversation \'[{"role": "system"'),
         (FORGETFUL, None, "it renders an answer otherwise once more messages follow"),
+        ("{{ messages | length }}", None, "leaves out the words of an answer"),
         ("{{ messages[0].content + 1 }}", None, "the model's chat template fails on the conversation"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from factory.config.settings import HealSettings, MeasureSettings, PlanSettings
+from factory.config.settings import BuildConfig, HealSettings, MeasureSettings, PlanSettings
 from factory.errors import ModelError
 from factory.healing.data import data_sets
 from factory.hub.inspect import _vocab_size
@@ -23,6 +23,8 @@ from tests.builders.models import END, byte_encoder, byte_tokenizer, save_llama
 from tests.builders.texts import text_of
 
 AROUND = ["$A", f"{END} $A", f"{END} {END} $A", f"$A {END}", f"{END} $A {END}"]
+
+CONFIG = BuildConfig(reference="m", drop=0.3)
 
 
 @given(st.text(max_size=60), st.integers(min_value=4, max_value=9), st.sampled_from(AROUND))
@@ -148,10 +150,10 @@ def test_a_text_with_a_token_that_the_embedding_lacks_is_refused_before_the_work
     (tmp_path / "plain.jsonl").write_text('{"text": "plain"}\n{"text": "words"}\n')
     plain, text = (open_text(str(tmp_path / f"{name}.jsonl"), split="train") for name in ("plain", "text"))
     source = resolve(str(tmp_path / "model"))
-    check_tokens(source, Texts(plain, plain, plain))
+    check_tokens(source, Texts(plain, plain, plain), CONFIG, note=pytest.fail)
     for texts in (Texts(text, plain, plain), Texts(plain, text, plain), Texts(plain, plain, text)):
         with pytest.raises(ModelError, match=r"contains '<extra>', token 257, but .* embedding has 257 rows"):
-            check_tokens(source, texts)
+            check_tokens(source, texts, CONFIG, note=pytest.fail)
     with pytest.raises(ModelError, match="contains '<extra>', token 257"):
         load_encoder(tmp_path / "model").encode(["one <extra> too many"])
 

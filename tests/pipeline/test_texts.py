@@ -13,7 +13,7 @@ from factory.pipeline.prepare import check_question_form
 from factory.pipeline.texts import check_kinds, check_tokens, open_texts
 from factory.text.text import Texts, text_identity
 from tests.builders.models import save_llama
-from tests.builders.texts import chats, rhymes
+from tests.builders.texts import chats, conversation, rhymes
 
 STRICT = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
@@ -76,10 +76,22 @@ def test_questions_in_a_chat_template_need_one(folder: Path) -> None:
 
 def test_a_template_that_fails_is_found_before_the_work(folder: Path) -> None:
     (folder / "tiny" / "chat_template.jinja").write_text(STRICT)
-    source = resolve(str(folder / "tiny"))
-    check_tokens(source, opened(folder, healing="chat"))
+    source, config = resolve(str(folder / "tiny")), BuildConfig(reference="m", drop=0.5)
+    check_tokens(source, opened(folder, healing="chat"), config, note=pytest.fail)
     with pytest.raises(DataError, match="no role critic"):
-        check_tokens(source, opened(folder, healing="odd"))
+        check_tokens(source, opened(folder, healing="odd"), config, note=pytest.fail)
+
+
+def test_conversations_without_an_answer_in_a_sequence_are_counted(folder: Path) -> None:
+    (folder / "tiny" / "chat_template.jinja").write_text(STRICT)
+    source, notes = resolve(str(folder / "tiny")), list[str]()
+    config = BuildConfig(reference="m", drop=0.5, evaluate=EvaluateSettings(sequence_length=8))
+    rows = [{"messages": json.loads(conversation(question, "Yes."))} for question in ("So?", "A longer one?")]
+    (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_tokens(source, opened(folder, evaluation="two"), config, note=notes.append)
+    assert notes == [
+        "1 of the first 2 conversations of two.jsonl#messages have no answer in 8 tokens and are not used"
+    ]
 
 
 def test_conversations_are_divided_and_kept_apart_as_texts_are(folder: Path) -> None:

@@ -75,6 +75,16 @@ def table(values: pyarrow.Array, column: str = "text") -> bytes:
 LAYOUTS: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "JSON lines in a .json": ({"a.json": jsonl([{"text": t} for t in TEXTS])}, "a.json", TEXTS),
     "another column": ({"a.jsonl": jsonl([{"id": 1, "body": "x", "title": "t"}])}, "a.jsonl#body", ["x"]),
+    "nothing in the first rows": (
+        {"a.jsonl": jsonl([{"text": None}] * 3 + [{"text": "x"}])},
+        "a.jsonl",
+        ["x"],
+    ),
+    "an empty shard before others": (
+        {"d/a.jsonl": b"", "d/b.csv.gz": gzip.compress(b"body\n"), "d/c.csv": b"body\nx\n"},
+        "d",
+        ["x"],
+    ),
     "the only strings": ({"a.jsonl": jsonl([{"id": 1, "body": "x"}])}, "a.jsonl", ["x"]),
     "a hash in the name": ({"a#b.jsonl": jsonl([{"text": "x"}])}, "a#b.jsonl", ["x"]),
     "a hash in the name and a column": (
@@ -84,6 +94,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     ),
     "a column of a csv": ({"a.csv": b"id,body,more\n1,x,y\n"}, "a.csv#body", ["x"]),
     "lines in a cell": ({"a.csv": b'text\n"one\ntwo"\n'}, "a.csv", ["one\ntwo"]),
+    "missing cells and an index": ({"a.csv": b",text,n\n0,x,1\n1\n"}, "a.csv", ["x"]),
     "a byte order mark": ({"a.csv": b"\xef\xbb\xbftext\nx\n"}, "a.csv", ["x"]),
     "a long cell": ({"a.csv": b"text\n" + b"x" * 200_000 + b"\n"}, "a.csv", ["x" * 200_000]),
     "string views": (
@@ -168,7 +179,7 @@ def test_conversations_are_read_with_the_roles_that_templates_know(
 
 
 def test_conversations_without_an_answer_are_skipped_and_counted(tmp_path: Path) -> None:
-    rows = [{"messages": messages} for messages in (CHAT, [], None, CHAT[:1], CHAT)]
+    rows = [{"messages": messages} for messages in ([], None, CHAT, CHAT[:1], CHAT)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
     texts = opened(tmp_path / "a.jsonl")
     assert len(list(texts.calibration.documents())) == 2
@@ -186,12 +197,20 @@ ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
     "numbers": ({"a.jsonl": b'{"text": 1}\n'}, "a.jsonl", "holds a number in column 'text'", "use another"),
     "a column of a text": ({"a.txt": b"x"}, "a.txt#text", "has no columns", "a.txt"),
     "no such file": ({}, "a.jsonl", "does not exist", "give a .jsonl"),
+    "a column without a name": ({"a.csv": b"text\nx\n"}, "a.csv#", "does not exist", "give a .jsonl"),
     "no such file with a column": ({}, "a.jsonl#text", "does not exist", "give a .jsonl"),
     "a folder of other files": ({"d/a.doc": b"x"}, "d", "is a folder without data files", "give a .jsonl"),
     "a pattern of nothing": ({}, "d/*.jsonl", "matches no file", "give a .jsonl"),
     "a pattern of other files": ({"a.doc": b"x"}, "*.doc", "has an unsupported format", "give a .jsonl"),
     "an empty file": ({"a.csv": b""}, "a.csv", "is empty", ""),
     "a header alone": ({"a.csv": b"text\n"}, "a.csv", "contains no text", "give a .jsonl"),
+    "semicolons": ({"a.csv": b"text;n\nx;1\n"}, "a.csv", "its header 'text;n' has no commas", "by commas"),
+    "a comma without quotes": (
+        {"a.csv": b"text\nx\none, two\n"},
+        "a.csv",
+        "line 3: more cells than the 1 of the header",
+        "in double quotes",
+    ),
     "blank text": ({"a.md": b" \n"}, "a.md", "contains no text", "give a .jsonl"),
     "an array with a number": (
         {"a.json": b'[{"text": "x"}, 1]'},
