@@ -121,6 +121,17 @@ def test_a_gemma_has_one_added_to_its_norms_and_no_second_embedding(tmp_path: Pa
 
 
 @needs_gguf
+def test_what_rope_computes_anyway_is_left_out_and_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, "llama") / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    assert not [name for name in tensors_of(written(tmp_path)) if "rot" in name]
+    save_file(tensors | {"model.layers.0.gate.weight": torch.ones(4, 4)}, path)
+    with pytest.raises(CheckpointError, match=r"no name for the tensor model.layers.0.gate.weight"):
+        written(tmp_path)
+
+
+@needs_gguf
 def test_eight_bits_take_about_half_of_sixteen(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     found = {kind: tensors_of(written(tmp_path, kind=kind)) for kind in ("F16", "Q8_0")}
