@@ -133,6 +133,18 @@ class BuildResult(Shown):
         options.setdefault("message", f"Publish {self.record.name}")
         return publish_with_notes(self.folder, repository, note=note, private=private, **options)
 
+    def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
+        """Write the model for llama.cpp and Ollama, verified in llama.cpp where it is installed.
+
+        Args:
+            kind: "Q8_0", "Q4_K_M" or "F16".
+            converter: llama.cpp's `convert_hf_to_gguf.py`, for other families.
+
+        Raises:
+            ModelError: The model cannot be written, or llama.cpp would run it wrongly; nothing was kept.
+        """
+        return _export_gguf(self.folder, kind, converter)
+
 
 @dataclass(frozen=True)
 class PlansResult(Shown):
@@ -237,6 +249,25 @@ class PruneResult(Shown):
         from factory.model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder)
+
+    def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
+        """Write the model for llama.cpp and Ollama; see `BuildResult.export_gguf`."""
+        return _export_gguf(self.folder, kind, converter)
+
+
+def _export_gguf(folder: Path, kind: str, converter: Path | None) -> Path:
+    from factory.api.progress import Bars
+    from factory.builds.export import export
+    from factory.report.notes import gguf_note
+
+    reporter = Bars()
+    try:
+        exported = export(folder, kind=kind, converter=converter, reporter=reporter)
+    finally:
+        reporter.stop()
+    if exported.record.check is None:
+        reporter.note(gguf_note(exported.record))
+    return exported.path
 
 
 @dataclass(frozen=True)

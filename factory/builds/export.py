@@ -1,9 +1,11 @@
 """Write a GGUF beside a finished model, verify it in llama.cpp, and renew record, card and checksums."""
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Protocol
 from factory.artifacts import Build, Gguf, GgufCheck, Ggufs, Pruning, Publication, Verdict
 from factory.builds.integrity import add_sums, check_weights
 from factory.builds.swap import laying_out
-from factory.errors import MachineError, ModelError, UsageError
+from factory.errors import MachineError, ModelError, UsageError, VerificationError
 from factory.model.config_fields import read_config
 from factory.serving import llama
 from factory.serving.converter import convert, find_converter
@@ -23,6 +25,7 @@ from factory.serving.runtimes import verdicts
 from factory.store.capacity import check_room, demands
 from factory.store.files import (
     PARTIAL,
+    changed_files,
     sha256_of_file,
     sync_folder,
     write_atomically,
@@ -42,6 +45,7 @@ class Reporter(Protocol):
 
     def started(self, stage: str) -> None: ...
     def progressed(self, stage: str, done: int, total: int, note: str) -> None: ...
+    def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None: ...
     def note(self, message: str) -> None: ...
 
 
@@ -132,6 +136,11 @@ def _target(folder: Path) -> _Target:
         return _Target(folder, folder / "model", build.files, _of_llama(found), facts, build)
     if (folder / Pruning.file_name).is_file():
         pruning = Pruning.read(folder)
+        if changed := changed_files(folder, pruning.files):
+            raise VerificationError(
+                f"{folder / changed[0]} is missing or has changed since it was made",
+                hint="run `factory prune` again with `force`",
+            )
         licenses = (pruning.license,) if isinstance(pruning.license, str) else pruning.license or ()
         facts = Facts(folder.resolve().name, licenses, pruning.repo_id)
         return _Target(folder, folder, pruning.files, _of_llama(pruning.runtimes), facts, None)
@@ -186,33 +195,28 @@ def _known(target: _Target, path: Path) -> Gguf | None:
 
 def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, reporter: Reporter) -> Gguf:
     """Write and verify a file, and rename it when it is whole."""
-    partial = target.model / f".gguf{PARTIAL}"  # hidden files are not published
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    draft = partial / path.name
+    place = target.model / f".gguf{PARTIAL}"  # hidden files are not published
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
+    place.mkdir()
+    draft = place / path.name
     checks = llama.is_installed()
     # 16 bits show what rounding to fewer could hide.
-    first, first_kind = (partial / f"{path.stem}.F16.gguf", "F16") if checks else (draft, kind)
+    first, first_kind = (place / f"{path.stem}.F16.gguf", "F16") if checks else (draft, kind)
     check = None
     try:
-        reporter.started("write")
-        if converter:
-            convert(target.model, first, kind=first_kind, converter=converter)
-        else:
-            write_gguf(
-                target.model,
-                first,
-                kind=first_kind,
-                facts=target.facts,
-                progress=lambda done, total: reporter.progressed("write", done, total, "tensors"),
-            )
+        with _step(reporter, "write", f"{first_kind} by {converter.name if converter else 'gguf'}"):
+            if converter:
+                convert(target.model, first, kind=first_kind, converter=converter)
+            else:
+                progress = partial(_show, reporter)
+                write_gguf(target.model, first, kind=first_kind, facts=target.facts, progress=progress)
         if checks:
-            reporter.started("verify")
-            check = _verify(target, first, draft, kind=kind)
+            with _step(reporter, "verify", f"{kind} in llama.cpp against transformers"):
+                check = _verify(target, first, draft, kind=kind)
         sync_folder(draft)
         draft.replace(path)
     finally:
-        shutil.rmtree(partial)
+        shutil.rmtree(place)
     return Gguf(
         name=path.name,
         kind=kind,
@@ -222,6 +226,18 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
         check=check,
         bound=target.bound,
     )
+
+
+@contextmanager
+def _step(reporter: Reporter, name: str, summary: str) -> Iterator[None]:
+    reporter.started(name)
+    start = time.monotonic()
+    yield
+    reporter.finished(name, summary, time.monotonic() - start, False)
+
+
+def _show(reporter: Reporter, done: int, total: int) -> None:
+    reporter.progressed("write", done, total, "tensors")
 
 
 def _verify(target: _Target, first: Path, draft: Path, *, kind: str) -> GgufCheck:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 HEAD = "lm_head.weight"
+COMPUTED = "rotary_emb.inv_freq"  # in checkpoints of old, with what RoPE computes anyway
 READABLE = ("BF16", "F16", "F32")
 
 
@@ -116,7 +117,7 @@ def _tensors(
     names = gguf.get_tensor_name_map(arch, values["num_hidden_layers"])
     tied = values.get("tie_word_embeddings")
     for tensor in read_checkpoint(folder).values():
-        if not (tensor.name == HEAD and tied):
+        if not (tensor.name == HEAD and tied) and not tensor.name.endswith(COMPUTED):
             yield _name(names, tensor), tensor.shape, _reader(tensor, family, values)
     for name, factors in _rope_factors(values).items():
         yield name, factors.shape, partial(np.copy, factors)

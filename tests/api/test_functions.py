@@ -78,6 +78,8 @@ def test_plans_and_pruning_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert pruned.plan.dropped == (3, 7, 8)
     assert pruned.model.config.num_hidden_layers == 21
     assert factory.prune("demo", layers="3,7-8", out="smaller", home=tmp_path / "home").reused
+    with pytest.raises(UsageError, match="`gguf=Q9` is not a type"):
+        pruned.export_gguf("Q9")
 
 
 @pytest.mark.parametrize(

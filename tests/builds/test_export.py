@@ -33,6 +33,15 @@ CHAT = (
 )
 
 
+CONVERTER = """
+import sys
+from pathlib import Path
+from factory.serving.gguf_write import Facts, write_gguf
+folder, _, out, _, kind = sys.argv[1:]
+write_gguf(Path(folder), Path(out), kind=kind.upper(), facts=Facts("converted"))
+"""
+
+
 @pytest.fixture(scope="module")
 def commands(served_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     folder = tmp_path_factory.mktemp("home")
@@ -87,6 +96,41 @@ def test_a_folder_that_is_no_result_is_refused(commands: Forks, pruned: Path) ->
     done = commands.run("export", "source", "--gguf", folder=pruned.parent)
     assert done.code == 2
     assert "'source' is not a build folder" in done.stderr
+
+
+def test_weights_that_were_changed_are_refused(commands: Forks, pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "small")
+    flip_a_bit(tmp_path / "small" / "model.safetensors")
+    done = commands.run("export", "small", "--gguf", folder=tmp_path)
+    assert done.code == 1
+    assert "model.safetensors is missing or has changed" in done.stderr
+
+
+def test_a_converter_that_is_not_there_is_refused(commands: Forks, pruned: Path) -> None:
+    done = commands.run("export", "small", "--gguf", "--converter", "none.py", folder=pruned.parent)
+    assert done.code == 2
+    assert done.stderr.startswith(
+        "error: --converter none.py is not a file\nhint: give the path of llama.cpp's"
+    )
+
+
+@needs_gguf
+def test_a_given_converter_writes_the_file_and_its_error_is_told(
+    commands: Forks, pruned: Path, tmp_path: Path
+) -> None:
+    """By a stand-in for llama.cpp's script, with its arguments."""
+    shutil.copytree(pruned, tmp_path / "small", ignore=shutil.ignore_patterns("*gguf*", "Modelfile"))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    export = ("export", "small", "--gguf", "--converter", str(script))
+    script.write_text("import sys; print('loading'); sys.exit('Model Tiny is not supported')")
+    failed = commands.run(*export, folder=tmp_path)
+    assert failed.code == 1
+    assert "error: llama.cpp's converter refuses small: Model Tiny is not supported\n" in failed.stderr
+    assert not list((tmp_path / "small").glob("*gguf*"))
+    script.write_text(CONVERTER)
+    done = commands.run(*export, "--json", folder=tmp_path)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["made_by"] == "convert_hf_to_gguf.py"
 
 
 WITHOUT = """

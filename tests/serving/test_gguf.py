@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from factory.errors import CheckpointError, FactoryError, ModelError, VerificationError
+from factory.model.tokenizer import load_tokenizer
 from factory.serving import llama
 from factory.serving.gguf_check import check_gguf, compare, reference
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
@@ -53,7 +54,7 @@ def save(folder: Path, model_type: str, **fields: Any) -> Path:
     """A random model whose logits are far from equal, with a tokenizer that llama.cpp has."""
     torch.manual_seed(0)
     windows = {} if model_type in ("mistral", "phi3") else {"sliding_window": WINDOW}
-    config = config_of(model_type, **BASE, **({"sliding_window": None} | windows), **fields)
+    config = config_of(model_type, **(BASE | {"sliding_window": None} | windows | fields))
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(config))
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -120,6 +121,17 @@ def test_a_gemma_has_one_added_to_its_norms_and_no_second_embedding(tmp_path: Pa
 
 
 @needs_gguf
+def test_what_rope_computes_anyway_is_left_out_and_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, "llama") / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    assert not [name for name in tensors_of(written(tmp_path)) if "rot" in name]
+    save_file(tensors | {"model.layers.0.gate.weight": torch.ones(4, 4)}, path)
+    with pytest.raises(CheckpointError, match=r"no name for the tensor model.layers.0.gate.weight"):
+        written(tmp_path)
+
+
+@needs_gguf
 def test_eight_bits_take_about_half_of_sixteen(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     found = {kind: tensors_of(written(tmp_path, kind=kind)) for kind in ("F16", "Q8_0")}
@@ -172,6 +184,38 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(
     merging_tokenizer(pre=pre).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"the tokenizer of .* it splits texts by"):
         check_convertible(tmp_path)
+
+
+def sentencepiece_like(folder: Path) -> Path:
+    """Replace a model's tokenizer by one that merges letters, falls back to bytes, and marks spaces."""
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abct", "bc", "ab"]
+    numbers = {token: number for number, token in enumerate([*letters, "▁t"])}
+    merges = [("b", "c"), ("a", "b"), ("▁", "t")]  # the first one wins in "abc", which is not the leftmost
+    tokenizer = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+@needs_gguf
+def test_a_vocabulary_of_letters_gets_scores_in_the_order_of_its_merges(tmp_path: Path) -> None:
+    found = fields_of(written(sentencepiece_like(save(tmp_path, "llama", vocab_size=280))))
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    assert (scores["bc"], scores["ab"], scores["▁t"], scores["a"]) == (0, -1, -2, -3)
+    types = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    assert (types["<unk>"], types["<s>"], types["<0x41>"], types["a"], types["[PAD279]"]) == (2, 3, 6, 1, 5)
+    assert found["tokenizer.ggml.add_space_prefix"] is False
+
+
+@needs_gguf
+@needs_llama
+def test_llama_cpp_merges_letters_in_the_order_of_the_merges(tmp_path: Path) -> None:
+    path = written(sentencepiece_like(save(tmp_path, "llama", vocab_size=280)))
+    texts = ["abc", "abcab t", "  tabc\n", "€"]
+    expected = [load_tokenizer(tmp_path)(text).input_ids for text in texts]
+    assert llama.ask(path, texts=texts, runs=[]).tokens == expected
 
 
 @needs_gguf
