@@ -59,7 +59,7 @@ def open_files(path: Path, column: str | None) -> tuple[DataSource, Read]:
 def _name(path: Path, column: str) -> str:
     name = path.name
     if not path.is_file():  # a pattern's last part says little
-        name = f"{path.resolve().name}/" if path.is_dir() else f"{path.absolute().parent.name}/{name}"
+        name = f"{path.resolve().name}/" if path.is_dir() else "/".join(path.parts[-2:])
     return name if column == DEFAULT_COLUMN else f"{name}#{column}"
 
 
