@@ -35,8 +35,7 @@ RUNTIME = "llama.cpp"
 # Type of most matrices → bytes that are written at most, with 16 bits on the way, per byte of the weights.
 KINDS = {"Q8_0": 1.6, "Q4_K_M": 1.4, "F16": 1.1}
 WRITTEN_HERE = ("Q8_0", "F16")  # the others by llama.cpp
-DEFAULT_KIND = "Q8_0"
-INSTALL = "pip install 'hf-factory[gguf]'"
+INSTALL = "pip install gguf"
 INSTALL_LLAMA = f"pip install {llama.PACKAGE}"
 
 

@@ -5,9 +5,10 @@ lists the kinds, and transformers obeys the list. Other runtimes compute the kin
 from the number of layers, which they take for the model's name. After a cut, such a runtime gives layers
 another kind than they were trained with, and answers wrongly without a word.
 
-The table holds what was run or, where that is said, read in a runtime's code; `benchmarks/readers.py` runs
-transformers 4 and mlx-lm again. Runtime and family are looked up; whether a cut is right follows from the
-numbers, and from the period and the older names that `factory/pruning/config_forms.py` writes.
+The table holds what was run or, where that is said, read in a runtime's code; `benchmarks/runtimes.py` runs
+transformers 4, mlx-lm, CTranslate2 and llama.cpp again, and compares what they compute with the verdicts.
+Runtime and family are looked up; whether a cut is right follows from the numbers, and from the period and the
+older names that `factory/pruning/config_forms.py` writes.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ class Rule:
     only_at: int | None = None  # the period holds for models of this many layers; others have one kind
     named_by: tuple[int, ...] = ()  # numbers of layers that it takes for one model of the family
     windowless: bool = False  # it has no sliding window, so it is right up to that many tokens
+    other_ropes: tuple[str, ...] = ()  # scalings of RoPE that it computes otherwise than transformers
     mixed: bool = False  # of a source with layers of both kinds, it needs one of each
     but: str | None = None  # a version that does better
     by_code: bool = False  # read in the runtime's code, not run
@@ -59,7 +61,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "transformers 4",
         "4.57.6",
         _each("llama qwen2 qwen3 deepseek_v3 smollm3 gemma2 gemma3 gemma3_text cohere2 exaone4 olmo3")
-        | _each("mistral phi3 qwen3_moe gpt_neox glm4 gpt_oss"),
+        | _each("mistral phi3 qwen3_moe gpt_neox glm4 gpt_oss olmo2 gemma"),
     ),
     "vllm": Runtime(
         "vLLM",
@@ -77,7 +79,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "llama.cpp": Runtime(
         "llama.cpp (Ollama, LM Studio)",
         "v0.4.0 and 0.5.0, GGUF by its own converter",
-        _each("llama")
+        _each("llama olmo2 gemma")
         | _each("mistral phi3 qwen2 qwen3", Rule(windowless=True))
         | _each("smollm3 cohere2", FOURTH)
         | {"olmo3": Rule(period=4, but="0.5.0 reads the list")}
@@ -91,14 +93,20 @@ RUNTIMES: Mapping[str, Runtime] = {
     "mlx": Runtime(
         "MLX (mlx-lm)",
         "0.32.2",
-        _each("llama deepseek_v3 qwen3_moe smollm3 gpt_neox glm4")
+        _each("llama deepseek_v3 qwen3_moe smollm3 gpt_neox glm4 olmo2 gemma exaone4")
         | _each("mistral phi3 qwen2 qwen3 gemma2", Rule(windowless=True))
         | {"olmo3": Rule(mixed=True)}
         | _each("gemma3 gemma3_text", Rule(period=6, read=True, mixed=True))
         | {"cohere2": Rule(period=4, read=True, mixed=True)}
         | {"gpt_oss": Rule(not_source="it does not load this family")},
     ),
-    "ctranslate2": Runtime("CTranslate2", "4.8.5", _each("llama gemma3 gemma3_text")),
+    "ctranslate2": Runtime(
+        "CTranslate2",
+        "4.8.5",
+        {"llama": Rule(other_ropes=("llama3",))}
+        | _each("qwen2 qwen3", Rule(windowless=True))
+        | _each("gemma3 gemma3_text"),
+    ),
     "onnx": Runtime("ONNX (optimum-onnx)", "0.1.0", _each("llama gemma3 gemma3_text")),
 }
 ORDINALS = {2: "2nd", 4: "4th", 6: "6th"}
@@ -112,6 +120,7 @@ class _Decoder:
     model_type: str
     num_layers: int = 0
     window: int | None = None  # tokens
+    rope: str | None = None  # its scaling, by transformers' name
     full: Sequence[bool] | None = None  # per layer, as listed: of the other kind; None: nothing is listed
 
 
@@ -131,8 +140,15 @@ def _decoder(config: Mapping[str, Any]) -> _Decoder:
         model_type=model_type,
         num_layers=int(values["num_hidden_layers"]),
         window=int(slides) if slides else None,
+        rope=_rope_type(config.get("text_config") or config),
         full=full,
     )
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    """Return the scaling of RoPE, in either form of config.json; None without one for all layers."""
+    found = config.get("rope_parameters") or config.get("rope_scaling")
+    return found.get("rope_type") or found.get("type") if isinstance(found, dict) else None
 
 
 def _rules(model_type: str) -> list[Rule]:
@@ -258,6 +274,8 @@ def _mistake(rule: Rule, source: _Decoder, kept: Sequence[int]) -> str | None:
     if _misnamed(rule, source, len(kept)):
         named = len(kept) in rule.named_by
         return f"it takes a model of {len(kept)} layers for {'another' if named else 'a smaller'} one"
+    if source.rope in rule.other_ropes:
+        return f"it computes positions scaled by {source.rope} otherwise"
     true = _true_kinds(rule, source)
     left = [true[layer] for layer in kept]
     if rule.mixed and len({*left}) < len({*true}):

@@ -146,7 +146,7 @@ util.find_spec = lambda name, *more: None if name in {names} else find(name, *mo
         (
             ["gguf"],
             "Q8_0",
-            "the package gguf, which is missing\nhint: pip install 'hf-factory[gguf]'\n",
+            "the package gguf, which is missing\nhint: pip install gguf\n",
         ),
         pytest.param(
             ["llama_cpp"],

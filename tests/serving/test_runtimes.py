@@ -48,6 +48,14 @@ def test_a_llama_is_right_everywhere_after_any_cut() -> None:
     assert set(runs(a_config("llama", 12), (1, 5, 6)).values()) == {True}
 
 
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+def test_a_scaling_of_positions_that_a_runtime_computes_otherwise_is_told(form: str) -> None:
+    config = a_config("llama", 12, **{form: {"rope_type": "llama3", "factor": 8.0}})
+    assert [name for name, right in runs(config, (1, 5)).items() if not right] == ["ctranslate2"]
+    (found,) = [one for one in verdicts(config, ()) if one.runtime == "ctranslate2"]
+    assert found.reason == "it computes positions scaled by llama3 otherwise, in the source too"
+
+
 def test_a_family_that_was_not_tried_is_not_known() -> None:
     assert set(runs(a_config("falcon", 12), (1,)).values()) == {None}
 
