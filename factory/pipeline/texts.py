@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, TypedDict
 
 from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
@@ -16,6 +17,7 @@ from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
+SPLITS = ("of 1984, 12345 and 3.1415926", "x  =  [\n\n\t½,  é, 不要]", "it's THE CamelCase snake_case")
 RENDERED = 1_000  # conversations of a file, to see whether the chat template can render them
 LOOKED_AT: dict[tuple[DataSource, int | None], Contents] = {}  # per process: equal texts are read once
 
@@ -99,7 +101,8 @@ def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Cal
     Of conversations, the first are rendered by the source's chat template.
 
     Args:
-        note: Callback that receives a line on conversations that are too long to be used.
+        note: Callback that receives a line on a tokenizer that does not do as its file says, and on
+            conversations that are too long to be used.
 
     Raises:
         DataError: The chat template fails.
@@ -108,6 +111,11 @@ def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Cal
     from factory.model.tokenizer import load_encoder
 
     encoder = load_encoder(source.local_folder)
+    if found := split_otherwise(source.local_folder, encoder.tokenizer):
+        note(
+            f"transformers encodes {found!r} otherwise than the model's tokenizer.json says; its tokens, on "
+            "which the model may not have been trained, are used throughout"
+        )
     for text, length in (
         (texts.calibration, None),
         (texts.healing, config.heal.sequence_length),
@@ -122,6 +130,27 @@ def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Cal
                 note(f"{among} have no answer in {length:,} tokens and are not used")
         if not text.data.hub_id:
             encoder.check(text.documents())
+
+
+def split_otherwise(folder: Path, tokenizer: Any) -> str | None:
+    """Return a text that a loaded tokenizer splits otherwise than the folder's tokenizer.json, if any.
+
+    transformers 5 makes a named class's way of splitting anew, and drops the file's. What stands at the
+    beginning of a text is left out of the comparison: tokenizer_config.json may change it on purpose.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    written = Tokenizer.from_file(str(path))
+    for text in SPLITS:
+        one = written.encode(text, add_special_tokens=False).ids
+        other = list(tokenizer(text, add_special_tokens=False).input_ids)
+        shared = min(len(one), len(other)) - 2
+        if abs(len(one) - len(other)) > 1 or (shared > 0 and one[-shared:] != other[-shared:]):
+            return text
+    return None
 
 
 def _hashes(text: Text, *, maximum: int) -> Hashes:

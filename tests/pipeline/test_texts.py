@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UsageError
 from factory.hub.resolve import resolve
+from factory.model.tokenizer import load_tokenizer
 from factory.pipeline.prepare import check_question_form
-from factory.pipeline.texts import check_kinds, check_tokens, open_texts
+from factory.pipeline.texts import SPLITS, check_kinds, check_tokens, open_texts, split_otherwise
+from factory.resources import DEMO_MODEL
 from factory.text.text import Texts, text_identity
-from tests.builders.models import save_llama
+from tests.builders.models import END, byte_tokenizer, save_llama
 from tests.builders.texts import chats, conversation, rhymes
 
+MERGES = [("1", "2"), ("12", "3")]
 STRICT = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
     "{{ raise_exception('no role ' ~ m.role) }}{% endif %}{{ m.content }}{% endfor %}"
@@ -102,3 +106,23 @@ def test_conversations_are_divided_and_kept_apart_as_texts_are(folder: Path) -> 
     more = opened(folder, healing="odd", evaluation="chat")
     assert len(list(more.healing.documents())) + len(list(more.evaluation.documents())) == 41
     assert text_identity(texts.healing.data) != text_identity(texts.evaluation.data)
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_a_tokenizer_that_does_not_split_as_its_file_says_is_told(folder: Path, by_class: bool) -> None:
+    tokenizer = byte_tokenizer().backend_tokenizer
+    words = Tokenizer(models.BPE(vocab={**tokenizer.get_vocab(), "12": 257, "123": 258}, merges=MERGES))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words.decoder = decoders.ByteLevel()
+    words.save(str(folder / "tiny" / "tokenizer.json"))
+    named = "GPT2Tokenizer" if by_class else "PreTrainedTokenizerFast"
+    config = {"tokenizer_class": named, "eos_token": END, "bos_token": END, "unk_token": END}
+    (folder / "tiny" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder / "tiny")
+    assert split_otherwise(folder / "tiny", tokenizer) == (SPLITS[0] if by_class else None)
+
+
+def test_a_tokenizer_that_obeys_its_file_is_not_told(folder: Path) -> None:
+    for model in (DEMO_MODEL, folder / "tiny"):
+        assert split_otherwise(model, load_tokenizer(model)) is None
