@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 from packaging.requirements import Requirement
+from rich.text import Text
 
 from factory.cli.click_options import CONTEXT, Command, home_option
-from factory.cli.console import as_flags, print_json
+from factory.cli.console import as_flags, console, print_json, say
 from factory.errors import FactoryError
 from factory.units import size
 
@@ -51,11 +52,13 @@ def doctor(home: Path | None, as_json: bool) -> None:
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
+        out = console()
         for finding in found:
             mark = "✗" if finding.problem else "-" if finding.value.startswith(MISSING) else "✓"
-            click.echo(f"{mark} {finding.what:<16} {finding.value}")
+            say(out, finding.value, label=Text(f"{mark} {finding.what:<16} "))
             if finding.problem:
-                click.echo(f"    {as_flags(finding.problem)}\n    hint: {as_flags(finding.hint)}")
+                say(out, as_flags(finding.problem), label="    ")
+                say(out, as_flags(finding.hint), label="    hint: ")
     if any(finding.problem for finding in found):
         sys.exit(1)
 
