@@ -229,6 +229,12 @@ ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
         'line 2: "messages" has a message without',
         "write",
     ),
+    "questions alone": (
+        {"a.jsonl": jsonl([{"messages": CHAT[:1]}] * 2)},
+        "a.jsonl",
+        "contains no answer in 2 conversations",
+        'the role "assistant"',
+    ),
     "text where messages were": (
         {"a.jsonl": jsonl([{"messages": CHAT}, {"messages": "x"}])},
         "a.jsonl",
