@@ -16,6 +16,7 @@ import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from factory.config.request import BuildRequest, PlanRequest, PruneRequest, SweepRequest
@@ -71,6 +72,17 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
+def say(out: Console, text: Text | str, *, label: Text | str = "") -> None:
+    """Print a sentence: on a terminal broken between words, beside its label; elsewhere as one line."""
+    label = label if isinstance(label, Text) else Text(label, style="dim")
+    if not out.is_terminal:
+        out.print(Text.assemble(label, text), soft_wrap=True)
+        return
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"))
+    table.add_row(label, text)
+    out.print(table)
+
+
 class StageLines:
     """The reporter of a build: one line per stage; on a terminal also a bar and the time left."""
 
@@ -107,13 +119,12 @@ class StageLines:
         """Print the final line of a stage."""
         self.stop()
         mark, took = ("=", "reused") if reused else ("✓", duration(seconds))
-        line = Text.assemble(
+        label = Text.assemble(
             (f"{mark} ", "dim" if reused else "green"),
             (f"{stage:<{STAGE_WIDTH}}", "bold" if not reused else "dim"),
             (f"{took:>8}  ", "dim"),
-            summary,
         )
-        self.out.print(line, soft_wrap=True)
+        say(self.out, summary, label=label)
 
     def waiting(self, stage: str) -> None:
         """Report that another run is making this stage."""
@@ -122,7 +133,7 @@ class StageLines:
     def damaged(self, stage: str, file: str) -> None:
         """Report that a finished stage has changed."""
         message = f"{printable(file)} has changed since it was made; making it again"
-        self.out.print(f"  {stage:<{STAGE_WIDTH}}  {message}", soft_wrap=True)
+        say(self.out, message, label=f"  {stage:<{STAGE_WIDTH}}  ")
 
     def note(self, message: str) -> None:
         """Print a note on standard error, for something that is not an error."""
@@ -143,7 +154,7 @@ def printable(text: str) -> str:
 
 def remark(message: str) -> None:
     """Print a note on standard error, for something that is not an error."""
-    click.echo(f"note: {printable(as_flags(message))}", err=True)
+    say(console(stderr=True), f"note: {printable(as_flags(message))}")
 
 
 def print_json(value: Any) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 from packaging.requirements import Requirement
+from rich.text import Text
 
 from factory.cli.click_options import CONTEXT, Command, home_option
-from factory.cli.console import as_flags, print_json
+from factory.cli.console import as_flags, console, print_json, say
 from factory.errors import FactoryError
 from factory.units import size
 
@@ -23,8 +24,9 @@ OPTIONAL = {
     "gradio": "`factory space`",
     "vllm": "--eval-backend vllm",
     "trackio": "--report-to trackio",
-    "flash-attn": "faster packing",
+    "flash-attn": "faster healing on a GPU",
 }
+MISSING = "not installed"
 LITTLE_DISK = 20_000_000_000  # bytes: a 7B model and its stages need more
 
 
@@ -46,18 +48,30 @@ def doctor(home: Path | None, as_json: bool) -> None:
 
     The exit code is 1 if something would keep a build from running well.
     """
-    found = [*_versions(), *_device(), *_disks(home), _hub()]
+    found = list(_findings(home))
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
+        out = console()
         for finding in found:
-            click.echo(f"{'✗' if finding.problem else '✓'} {finding.what:<16}{finding.value}")
+            mark = "✗" if finding.problem else "-" if finding.value.startswith(MISSING) else "✓"
+            say(out, finding.value, label=Text(f"{mark} {finding.what:<16} "))
             if finding.problem:
-                click.echo(f"    {as_flags(finding.problem)}\n    hint: {as_flags(finding.hint)}")
-        missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if not _version(name)]
-        click.echo(f"  not installed, and not needed for a build: {', '.join(missing)}" if missing else "")
+                say(out, as_flags(finding.problem), label="    ")
+                say(out, as_flags(finding.hint), label="    hint: ")
     if any(finding.problem for finding in found):
         sys.exit(1)
+
+
+def _findings(home: Path | None) -> Iterator[Finding]:
+    versions = list(_versions())
+    yield from versions
+    if any(finding.value == MISSING for finding in versions):
+        return  # the other checks use these libraries
+    yield from _optional()
+    yield from _device()
+    yield from _disks(home)
+    yield _hub()
 
 
 def _versions() -> Iterator[Finding]:
@@ -68,12 +82,18 @@ def _versions() -> Iterator[Finding]:
             continue
         found = _version(needed.name)
         if not found:
-            yield Finding(needed.name, "none", "it is not installed", f"pip install {needed.name}")
+            problem = "this program needs it; the other checks need it too"
+            yield Finding(needed.name, MISSING, problem, f"pip install '{needed.name}{needed.specifier}'")
         elif not needed.specifier.contains(found, prereleases=True):
             problem = f"this program needs {needed.specifier}"
             yield Finding(needed.name, found, problem, f"pip install -U '{needed}'")
         else:
             yield Finding(needed.name, found)
+
+
+def _optional() -> Iterator[Finding]:
+    for name, use in OPTIONAL.items():
+        yield Finding(name, _version(name) or f"{MISSING}; only for {use}")
 
 
 def _version(name: str) -> str | None:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import sysconfig
+import textwrap
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -178,7 +179,16 @@ def _typed_as() -> str:
 def _fail(message: str, hint: str, *, code: int) -> None:
     """Print one line with the error and one with the hint, and exit."""
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
-    _end(f"{red}error:{end} {_printable(message)}\n{dim}hint:{end} {_printable(hint)}\n", code=code)
+    error, advice = _broken("error: ", _printable(message)), _broken("hint: ", _printable(hint))
+    _end(f"{red}error:{end} {error}\n{dim}hint:{end} {advice}\n", code=code)
+
+
+def _broken(label: str, text: str) -> str:
+    """Return the text that follows a label, on a terminal broken between words."""
+    if not sys.stderr.isatty():
+        return text
+    width = max(os.get_terminal_size(sys.stderr.fileno()).columns, 20)
+    return textwrap.fill(label + text, width, break_long_words=False, break_on_hyphens=False)[len(label) :]
 
 
 def _end(text: str, *, code: int) -> NoReturn:

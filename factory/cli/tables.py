@@ -12,7 +12,7 @@ from rich.text import Text
 
 from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, Verdict, layer_ranges
 from factory.builds.integrity import Verified
-from factory.cli.console import STAGE_WIDTH, as_flags, printable
+from factory.cli.console import STAGE_WIDTH, as_flags, printable, say
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
@@ -56,7 +56,7 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
         rows.append(("time", "nothing to do: every stage is finished"))
     out.print(Text(printable(title), style="bold"))
     for name, value in rows:
-        out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)
+        say(out, value, label=f"  {name:<12}")
     out.print()
 
 
@@ -67,7 +67,7 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
-        f"({tokens / 1e6:.2f} M) of {heal.data}, {heal.objective}, "
+        f"({count(tokens)}) of {heal.data}, {heal.objective}, "
         f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
         else "no training"
@@ -110,14 +110,14 @@ def result_tables(build: Build) -> tuple[Table, Table]:
 
 def _show_notes(out: Console, found: Sequence[str], *, runtimes: Sequence[Verdict]) -> None:
     for note in found:
-        out.print(Text(f"Note: {as_flags(note)}."), soft_wrap=True)
+        say(out, f"Note: {as_flags(note)}.")
     show_runtimes(out, runtimes)
 
 
 def show_runtimes(out: Console, runtimes: Sequence[Verdict]) -> None:
     """Show in one line where the result runs right."""
     if where := runtimes_note(runtimes):
-        out.print(Text(f"{where[0].upper()}{where[1:]}."), soft_wrap=True)
+        say(out, f"{where[0].upper()}{where[1:]}.")
 
 
 def _score(task: TaskScore, *, like: TaskScore) -> str:
@@ -135,7 +135,7 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
     out.print()
     out.print(sizes)
     out.print()
-    out.print(verdict(build), soft_wrap=True)
+    say(out, verdict(build))
     dropped_sink = build.sink if build.sink in build.plan.dropped else None
     _show_notes(
         out, notes(build.plan, num_samples=build.profile_samples, sink=dropped_sink), runtimes=build.runtimes
@@ -201,11 +201,11 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
     out.print()
     if plans.losses:
         losses = plans.losses
-        out.print(
+        say(
+            out,
             f"Source: {losses.source.nats:.3f} ± {losses.source.stderr:.3f}, on {losses.num_documents} "
             f"documents of {printable(losses.data.name)} that no search has seen, at most "
             f"{losses.sequence_length} tokens each.\nTake {plans.chosen}: {plans.reason}.",
-            soft_wrap=True,
         )
     chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
     found = notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses)
@@ -297,11 +297,13 @@ def _healed(build: Build, found: dict[str, Any]) -> str:
     is_fit = build.adapter.objective is None
     if build.shipped == "pruned":
         healing = "the fitted seam" if is_fit else "healing"
-        return f"{healing} did not lower it on held-out text, so the pruned model ships"
+        return f"{healing} did not lower the loss on held-out healing text, so the pruned model ships"
     change, gap = found["taken_back"], found["added"]
     share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""
     if is_fit:
         return f"the fitted seam, without training, {_moved(-change)}{share}"
+    if change > 0 and gap <= 0:
+        return f"healing lowered it by a further {change:.3f}"
     if change > 0:
         return f"healing took back {change:.3f}{share}"
     check = " on this text. Check before you publish" if found["harm"] is None else ""
@@ -339,13 +341,11 @@ def show_exported(out: Console, exported: "Exported") -> None:
     record = exported.record
     state = "already exists" if exported.reused else "written"
     out.print(f"{exported.path} {state}: {size(record.size_bytes)}", soft_wrap=True)
-    out.print(gguf_note(record), soft_wrap=True)
+    say(out, gguf_note(record))
     if record.check is None:
-        out.print("to verify it: pip install llama-cpp-python, and the same command again", soft_wrap=True)
+        say(out, "to verify it: pip install llama-cpp-python, and the same command again")
     if not exported.has_template:
-        out.print(
-            "the Modelfile has no template: the chat template cannot be written for Ollama", soft_wrap=True
-        )
+        say(out, "the Modelfile has no template: the chat template cannot be written for Ollama")
     out.print(f"run it: llama-cli -m {shlex.quote(str(exported.path))}", soft_wrap=True)
 
 

@@ -25,6 +25,7 @@ HUB_DATA = re.compile(
     r"(#(?P<column>[^@]+))?(@(?P<revision>.*))?",
     re.ASCII,
 )
+OF_THE_HUB = re.compile(r"[:\[@]")  # what begins a configuration, split or revision
 NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
 
@@ -137,6 +138,12 @@ def check_data(reference: str, *, several: str = "") -> None:
         return
     if reference in STANDARD_LIBRARY:
         return
+    file = OF_THE_HUB.split(reference)[0]
+    if file != reference and local_path(file).is_file():
+        raise DataError(
+            f"data {reference[:200]!r}: a local file has no configuration, split or revision",
+            hint=f"give {file} or {file}#column",
+        )
     if (
         data_format(reference)
         or data_format(reference.rpartition("#")[0])

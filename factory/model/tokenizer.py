@@ -99,10 +99,21 @@ class ChatTemplate:
         """
         messages = conversation.messages
         with _template_explained(messages):
+            self._check_parts(messages)
             if not self.marks:
                 return self._compared(messages)
             found = self._render(messages, chat_template=self.variant, return_assistant_tokens_mask=True)
             return Answered(found["input_ids"], found["assistant_masks"])
+
+    def _check_parts(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Refuse contents in parts, `[{"type": "text", …}]`, that the template writes as Python does."""
+        parts = [str(one["content"]) for one in messages if isinstance(one.get("content"), list)]
+        if parts:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=self.variant
+            )
+            if any(part in rendered for part in parts):
+                raise ValueError("it takes a content that is a text, not a list of parts")
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)

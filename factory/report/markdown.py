@@ -118,7 +118,9 @@ def text_name(data: DataSource) -> Markup:
     """Return the name of a text: a link for a Hub data set, a description for Python's own sources."""
     split = f", {data.split} split" if data.split else ""
     if data.part:
-        split += f", {data.part}" if data.part.startswith("without") else f", documents of part {data.part}"
+        split += (
+            f", {data.part}" if data.part.startswith("without") else f", part {data.part} of its documents"
+        )
     if data.hub_id:
         link = f"{HUB}/datasets/{quote(plain(data.hub_id))}"
         return Markup(f"[{markdown(data.name)}]({link}){markdown(split)}")

@@ -57,7 +57,7 @@ def gguf_note(one: Gguf) -> str:
     if one.check is None:
         return f"not verified: llama.cpp was not installed where it was made{bound}"
     return (
-        f"verified against transformers: largest logit difference {one.check.largest:.2f}, "
+        f"verified against transformers: largest logit difference {one.check.largest:.2g}, "
         f"{one.check.same_next:.0%} of next tokens agree, at {one.check.num_positions} positions of texts "
         f"of up to {one.check.longest:,} tokens{bound}"
     )

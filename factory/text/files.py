@@ -27,6 +27,7 @@ CHUNK = 2**20  # characters read at once
 MAX_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 SHOWING = 100  # rows that show what a column holds, if the first ones hold nothing there
 OTHER_SEPARATORS = frozenset(";\t|")  # of files that are called CSV nevertheless
+ANSWER_HINT = 'an answer is a message with the role "assistant", or from "gpt"'
 MISSING = object()
 ROW_HINT = 'write one {"text": …} or {"messages": […]} per line'
 Read = partial[Iterator[str | None]]  # pickled for other processes
@@ -82,6 +83,8 @@ def _read(path: Path, column: str, is_chat: bool) -> Iterator[str | None]:
     for number, row in enumerate(_documents(data_files(path), column, is_chat), start=1):  # noqa: B007
         empty = empty and row is None
         yield row
+    if empty and is_chat and number:
+        raise DataError(f"{path} contains no answer in {number:,} conversations", hint=ANSWER_HINT)
     if empty:
         rows_without = f": its {number:,} rows are empty" if number else ""
         raise DataError(f"{path} contains no text{rows_without}", hint=f"give {DATA_NOTATION}")

@@ -46,6 +46,34 @@ def test_little_room_is_a_problem_with_the_option_that_helps(
     monkeypatch.setattr("factory.cli.doctor.LITTLE_DISK", 10**18)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = CliRunner().invoke(cli, ["doctor", "--home", str(tmp_path)])
-    assert f"✗ stages          {tmp_path}" in done.output
+    assert f"✗ stages           {tmp_path}" in done.output
     assert "use another disk with --home or FACTORY_HOME" in done.output
     assert done.exit_code == 1
+
+
+def test_without_a_library_that_the_other_checks_need_it_is_named_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("factory.cli.doctor.requires", lambda _: ["click>=8", "no-such-library>=2"])
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert "✗ no-such-library  not installed" in done.output
+    assert "hint: pip install 'no-such-library>=2'" in done.output
+    assert "GPU" not in done.output
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code == 1
+
+
+def test_what_a_build_does_not_need_is_no_problem_and_is_in_the_json_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.cli.doctor.OPTIONAL", {"no-such-library": "`factory space`"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    listed = CliRunner().invoke(cli, ["doctor", "--home", str(tmp_path)]).output
+    assert "- no-such-library  not installed; only for `factory space`" in listed
+    (found,) = (
+        one
+        for one in json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)
+        if one["what"] == "no-such-library"
+    )
+    assert not found["problem"]

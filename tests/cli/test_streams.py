@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import select
 import socket
 import struct
@@ -119,3 +120,15 @@ def _held(number: int) -> int:
 def test_an_exit_code_does_not_depend_on_where_its_error_can_be_printed(command: str, code: int) -> None:
     words = ["bash", "-c", f"exec '{sys.executable}' -m factory {command}"]
     assert subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == code
+
+
+def test_an_error_is_broken_between_words_on_a_terminal() -> None:
+    window, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    subprocess.run([sys.executable, "-m", "factory", "show", "nothing at all"], stderr=terminal)
+    os.close(terminal)
+    lines = [re.sub(r"\x1b\[\d+m", "", line) for line in os.read(window, 4096).decode().splitlines()]
+    os.close(window)
+    assert " ".join(lines).startswith("error: 'nothing at all' is not a build folder hint: ")
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 40

@@ -1,12 +1,14 @@
 """Numbers and verdicts read as people write them."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from factory.artifacts import DataSource
-from factory.cli.console import console, printable
+from factory.cli.console import console, printable, say
 from factory.cli.tables import result_tables, show_stages, verdict
 from factory.report.card import render
 from factory.report.tables import quality_table, size_table
@@ -89,7 +91,9 @@ def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.Captu
 def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
     build = healing_discarded()
     del build.evaluations["healed"]
-    assert verdict(build).endswith("so the pruned model ships.")
+    assert verdict(build).endswith(
+        "; healing did not lower the loss on held-out healing text, so the pruned model ships."
+    )
 
 
 def test_the_verdict_tells_recovery_on_the_like_text_from_that_on_the_unlike_one() -> None:
@@ -100,6 +104,11 @@ def test_the_verdict_tells_recovery_on_the_like_text_from_that_on_the_unlike_one
     )
     assert unlike.startswith("On stdlib:prose, unlike the healing text, ")
     assert unlike.endswith("raised the loss by 2.192; healing took back 0.486 (22% of it).")
+
+
+def test_healing_takes_nothing_back_where_the_cut_cost_nothing() -> None:
+    told = verdict(on_two_texts(prose=(3.9, 3.75, 3.5)))
+    assert told.endswith("lowered the loss by 0.150; healing lowered it by a further 0.250.")
 
 
 def test_of_two_files_nobody_is_told_that_they_are_of_one_corpus_or_of_two() -> None:
@@ -138,3 +147,17 @@ def test_no_loss_is_called_measurable_only_where_it_is_and_with_what_could_be_hi
         "No measurable loss: +0.004 nats per token is within chance (p = 0.562), "
         "but 1000 documents cannot rule out +0.018."
     )
+
+
+@pytest.mark.parametrize(
+    ("terminal", "lines"),
+    [
+        (True, ["  heal  two steps of a", "        text"]),
+        (False, ["  heal  two steps of a text"]),
+    ],
+)
+def test_a_sentence_is_broken_between_words_on_a_terminal_alone(terminal: bool, lines: list[str]) -> None:
+    screen = Console(file=io.StringIO(), width=22, force_terminal=terminal, color_system=None)
+    say(screen, "two steps of a text", label="  heal  ")
+    assert isinstance(screen.file, io.StringIO)
+    assert [line.rstrip() for line in screen.file.getvalue().splitlines()] == lines

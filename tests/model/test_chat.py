@@ -1,5 +1,6 @@
 """Conversations are rendered by the model's own template, and only the answers carry loss."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from factory.errors import DataError
 from factory.model.losses import token_loss
-from factory.model.tokenizer import Answered, Encoder
+from factory.model.tokenizer import Answered, Conversation, Encoder
 from tests.builders.models import END, byte_tokenizer, save_llama
 from tests.builders.texts import conversation
 
@@ -93,6 +94,23 @@ def test_a_template_that_fails_or_is_missing_is_one_line(
     assert message in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.hint
+
+
+def test_parts_of_a_content_are_refused_where_the_template_writes_them_as_python_would() -> None:
+    parts = [{"type": "text", "text": "Yes."}]
+    talk = Conversation(
+        json.dumps([{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": parts}])
+    )
+    with pytest.raises(DataError, match="it takes a content that is a text, not a list of parts"):
+        encoder_with("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}").encode([talk])
+    both = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    encoder = encoder_with(both)
+    (tokens,) = encoder.encode([talk])
+    assert isinstance(tokens, Answered)
+    assert answers_of(encoder, tokens) == f"Yes.{END}"
 
 
 def test_a_conversation_is_one_piece_that_begins_as_the_template_does() -> None:

@@ -122,6 +122,17 @@ def test_a_gguf_beside_the_model_is_on_the_card_with_what_its_comparison_found()
         "where it was made; right up to 4,096 tokens.\n"
     ) in card
     assert "- GGUF:" not in render(demo_healed(), has_healing_figure=True)
+    check = files[0].check
+    assert check
+    close = a_gguf(check=check.model_copy(update={"largest": 0.000217}))
+    assert "difference 0.00022," in render(demo_healed(), ggufs=(close,), has_healing_figure=True)
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "1 warm-up step |"), (20, "20 warm-up steps |")])
+def test_one_warm_up_step_is_not_several(steps: int, words: str) -> None:
+    build = demo_healed()
+    config = build.config | {"heal": build.config["heal"] | {"warmup_steps": steps}}
+    assert words in render(build.model_copy(update={"config": config}), has_healing_figure=True)
 
 
 def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
@@ -712,6 +723,6 @@ def test_the_card_is_written_with_the_healing_figure_only_where_there_is_one(tmp
 
 def test_the_card_says_of_a_text_what_another_use_has() -> None:
     text = DataSource(name="t.jsonl", version="0" * 64, part="1 of 2")
-    assert text_name(text) == "t.jsonl, documents of part 1 of 2"
+    assert text_name(text) == "t.jsonl, part 1 of 2 of its documents"
     left = "without any of 20 documents that serve another use (0123456789abcdef)"
     assert text_name(text.model_copy(update={"part": left})) == f"t.jsonl, {left}"

@@ -198,6 +198,8 @@ ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
     "a column of a text": ({"a.txt": b"x"}, "a.txt#text", "has no columns", "a.txt"),
     "no such file": ({}, "a.jsonl", "does not exist", "give a .jsonl"),
     "a column without a name": ({"a.csv": b"text\nx\n"}, "a.csv#", "does not exist", "give a .jsonl"),
+    "a split of a file": ({"a.csv": b"text\nx\n"}, "a.csv[train]", "a local file has no", "a.csv#column"),
+    "a revision of a file": ({"a.csv": b"text\nx\n"}, "a.csv@main", "a local file has no", "a.csv#column"),
     "no such file with a column": ({}, "a.jsonl#text", "does not exist", "give a .jsonl"),
     "a folder of other files": ({"d/a.doc": b"x"}, "d", "is a folder without data files", "give a .jsonl"),
     "a pattern of nothing": ({}, "d/*.jsonl", "matches no file", "give a .jsonl"),
@@ -226,6 +228,12 @@ ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
         "a.jsonl",
         'line 2: "messages" has a message without',
         "write",
+    ),
+    "questions alone": (
+        {"a.jsonl": jsonl([{"messages": CHAT[:1]}] * 2)},
+        "a.jsonl",
+        "contains no answer in 2 conversations",
+        'the role "assistant"',
     ),
     "text where messages were": (
         {"a.jsonl": jsonl([{"messages": CHAT}, {"messages": "x"}])},
