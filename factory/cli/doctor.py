@@ -27,6 +27,7 @@ OPTIONAL = {
     "flash-attn": "faster healing on a GPU",
 }
 MISSING = "not installed"
+PACKAGE = "hf-factory"
 LITTLE_DISK = 20_000_000_000  # bytes: a 7B model and its stages need more
 
 
@@ -76,7 +77,11 @@ def _findings(home: Path | None) -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
-    for line in requires("hf-factory") or ():
+    if not _version(PACKAGE):  # run from a folder of its code
+        hint = "in a clone of the repository: pip install ."
+        yield Finding(PACKAGE, MISSING, "what it needs is not known", hint)
+        return
+    for line in requires(PACKAGE) or ():
         needed = Requirement(line)
         if needed.marker and not needed.marker.evaluate({"extra": ""}):
             continue

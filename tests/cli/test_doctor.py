@@ -77,3 +77,11 @@ def test_what_a_build_does_not_need_is_no_problem_and_is_in_the_json_too(
         if one["what"] == "no-such-library"
     )
     assert not found["problem"]
+
+
+def test_a_program_that_was_never_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory.cli.doctor.PACKAGE", "never-installed")
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert "✗ never-installed  not installed" in done.output
+    assert "in a clone of the repository: pip install ." in done.output
+    assert done.exit_code == 1
