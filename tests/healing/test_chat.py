@@ -12,7 +12,7 @@ from factory.healing.data import data_sets
 from factory.healing.heal import begin
 from factory.healing.lora import read_guard
 from factory.healing.merge import judge, merge
-from factory.healing.seam import fit_seams
+from factory.healing.seam.fit import fit_seams
 from factory.hub.resolve import resolve
 from factory.model.layers import skip_layers
 from factory.model.loading import load_model
