@@ -114,7 +114,8 @@ def _run(call: dict[str, Any]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # they are files here, under the same limit on files
             stream.flush()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # for what coverage writes at the end
+    if longest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # for what coverage writes at the end
     os._exit(code)
 
 
