@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers.utils.import_utils import is_cuda_stream_capturing
 from trl import SFTTrainer
 
@@ -21,8 +20,6 @@ from factory.model.layers import Call, bypassed, decoder_layers, record_forms
 from factory.parallel import processes
 
 PASSES = 2**20  # more than a step can have
-TRIED = 32  # tokens on which TRL's head and the model's own are compared
-CLOSE, CLOSE_16_BITS = 1e-3, 2e-2  # nats per token
 
 
 class HealTrainer(SFTTrainer):  # type: ignore[misc]
@@ -30,7 +27,6 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 
     step, passes = -1, 0  # present step of this process, and its passes in that step
     control: Any
-    fuses: bool | None = None  # whether TRL's head agrees with the model's own; None: not tried yet
     graphs: PassGraphs | None = None  # of its passes, once `fit_pass` has found that they can be captured
 
     @classmethod
@@ -55,46 +51,10 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the next-token loss in nats per token, through the model's own head."""
-        if processes.sharded():
-            return self._sharded_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, labels = _divided(inputs)
         states, _ = self._states(model, inputs)
         loss = self._share(self._head_loss(states, None, labels, 1.0), labels, num_items_in_batch)
         return (loss, None) if return_outputs else loss
-
-    def _sharded_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
-    ) -> Any:
-        """Return the same loss from the output of the whole model, where FSDP begins its backward pass.
-
-        TRL 1.16 multiplies the last states with the output embeddings. That is not the whole head of
-        BERT-like models, nor of decoders that cap their logits under another name than Gemma 2's.
-        """
-        if self.fuses is None:
-            self.fuses = self._head_can_be_fused(model, inputs["input_ids"])
-        if self.fuses:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs, labels = _divided(inputs)
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
-        loss = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss = self._share(loss, labels, num_items_in_batch)
-        return (loss, None) if return_outputs else loss
-
-    @torch.no_grad()
-    def _head_can_be_fused(self, model: Any, input_ids: torch.Tensor) -> bool:
-        trains = model.training
-        model.eval()
-        tokens = input_ids[:1, :TRIED]
-        try:
-            with self.accelerator.autocast():
-                fused = model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        except (AttributeError, RuntimeError, TypeError):  # no backbone found, or a head of another width
-            return False
-        finally:
-            model.train(trains)
-        far = abs(float(fused - cross_entropy(logits.float(), tokens[0, 1:])))
-        return far <= (CLOSE if logits.dtype == torch.float32 else CLOSE_16_BITS)
 
     def _states(
         self, model: Any, inputs: dict[str, Any], watched: Any = ()
@@ -122,7 +82,9 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
             for index in watched:
                 layer = decoder_layers(self.causal)[index]
                 hooks.callback(layer.register_forward_pre_hook(keep(index), with_kwargs=True).remove)
-            model(**inputs, **self.one_logit)
+            logits = model(**inputs, **self.one_logit).logits
+        if processes.sharded():  # FSDP makes whole what it divided where a backward pass meets this output
+            states[0] = states[0] + 0 * logits.sum()
         return states[0], calls
 
     def _head_loss(
@@ -203,7 +165,6 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
             with self.accelerator.autocast():
                 loss = float(self.compute_loss(self.model, inputs))
             found.append((tokens, loss * tokens if tokens else 0.0))
-        self._metrics["eval"].clear()  # TRL's entropy and other unused metrics
         found = processes.gather(found)
         metrics = {"eval_loss": math.fsum(nats for _, nats in found) / sum(tokens for tokens, _ in found)}
         self.log(metrics)

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from factory.errors import DataError, MachineError, UsageError, WorkerError
 from factory.evaluation.answers import read_answers, read_losses
 from factory.evaluation.evaluate import evaluate
 from factory.healing.heal import heal
-from factory.healing.trainers import TRAINERS, HealTrainer
+from factory.healing.trainers import TRAINERS
 from factory.hub.resolve import resolve
 from factory.model.devices import trains_on_one
 from factory.parallel import processes
@@ -85,13 +85,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def heal_it(folder: Path, into: Path, *, progress: Progress) -> Adapter:
+def heal_it(
+    folder: Path, into: Path, *, progress: Progress, objective: str = "sft", dropped: Sequence[int] = ()
+) -> Adapter:
     return heal(
         Checkpoint(folder=folder / "model", num_layers=4, num_parameters=1, size_bytes=1, files={}),
         open_text(str(folder / "text.txt"), split="train"),
         source_folder=folder / "model",
-        dropped=(),
-        settings=HEALING,
+        dropped=dropped,
+        settings=HEALING.model_copy(update={"objective": objective}),
         seed=0,
         folder=into,
         progress=progress,
@@ -174,11 +176,13 @@ def check_same_adapter(found: Adapter, expected: Adapter) -> None:
         assert (same[name] - tensor).norm() < 0.05 * tensor.norm(), name
 
 
-def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapter, list[int]]:
+def heal_sharded(
+    folder: Path, into: Path, *, progress: Progress, objective: str, dropped: Sequence[int]
+) -> tuple[Adapter, list[int]]:
     """Heal under FSDP, and count the elements of the model that this process holds."""
     held: list[int] = []
 
-    class Watching(HealTrainer):
+    class Watching(TRAINERS[objective]):  # type: ignore[misc, name-defined]
         def training_step(self, *args: Any, **more: Any) -> Any:
             loss = super().training_step(*args, **more)
             mine = [p.to_local().numel() for p in self.model.parameters() if isinstance(p, DTensor)]
@@ -198,23 +202,27 @@ def heal_sharded(folder: Path, into: Path, *, progress: Progress) -> tuple[Adapt
         patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
         as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
         patch.setattr(PartialState, "_prepare_backend", as_if)
-        patch.setitem(TRAINERS, "sft", Watching)
+        patch.setitem(TRAINERS, objective, Watching)
         save = trainer.save_fsdp_model
         late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
         patch.setattr(trainer, "save_fsdp_model", late)
-        return heal_it(folder, into, progress=progress), held
+        return heal_it(folder, into, progress=progress, objective=objective, dropped=dropped), held
 
 
-def test_a_sharded_model_is_healed_as_a_whole_one_is(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "dropped"), [("sft", ()), ("distill", (1,))])
+def test_a_sharded_model_is_healed_as_a_whole_one_is(
+    folder: Path, tmp_path: Path, objective: str, dropped: Sequence[int]
+) -> None:
     for name in ("alone", "sharded"):
         (tmp_path / name).mkdir()
     save_family(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 3])  # experts, and layers without
     shutil.copy(folder / "text.txt", tmp_path)
-    work = partial(heal_sharded, tmp_path, tmp_path / "sharded")
+    how = {"objective": objective, "dropped": dropped}
+    work = partial(heal_sharded, tmp_path, tmp_path / "sharded", **how)
     adapter, held = spread(work, processes=2, case="fsdp", progress=ignore)
     assert adapter.experts
     assert adapter.target_modules
-    check_same_adapter(adapter, heal_it(tmp_path, tmp_path / "alone", progress=ignore))
+    check_same_adapter(adapter, heal_it(tmp_path, tmp_path / "alone", progress=ignore, **how))
     assert held[0] == pytest.approx(held[1] / 2, rel=0.01)
 
 
