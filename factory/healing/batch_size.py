@@ -34,18 +34,13 @@ def fit_passes(trainer: Any, tell: Callable[[str], None]) -> None:
         return
     sequences = arguments.gradient_accumulation_steps
     found = processes.gather([_largest(trainer, sequences)])  # passes are equally large on all GPUs
-    checkpointing, size = any(again for again, _ in found), min(size for _, size in found)
+    checkpointing, size = any(again for again, _, _ in found), min(size for _, size, _ in found)
     if checkpointing:
         _recompute(trainer)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
     arguments.gradient_accumulation_steps = sequences // size
     trainer._train_batch_size = size
-    if (
-        not checkpointing
-        and processes.count() == 1
-        and trainer.args.packing
-        and _share(trainer, size) <= GRAPH_SHARE
-    ):
+    if arguments.packing and not checkpointing and len(found) == 1 and found[0][2] <= GRAPH_SHARE:
         length = arguments.max_length
         trainer.graphs = PassGraphs(_trained(trainer), width=size * length, longest=length, tell=tell)
 
@@ -54,15 +49,15 @@ def _trained(trainer: Any) -> list[Any]:
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
-def _largest(trainer: Any, sequences: int) -> tuple[bool, int]:
-    """Return whether activations must be recomputed, and how many sequences then fit this process's GPU."""
+def _largest(trainer: Any, sequences: int) -> tuple[bool, int, float]:
+    """Return whether activations must be recomputed, how many sequences then fit, and their share of memory."""
     for checkpointing in (False, True):
         if checkpointing:
             _recompute(trainer)
         for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
-            if _share(trainer, size) <= 1:
-                return checkpointing, size
-    return True, 1  # if not even that fits, training fails with the allocator's own message
+            if (share := _share(trainer, size)) <= 1:
+                return checkpointing, size, share
+    return True, 1, math.inf  # if not even that fits, training fails with the allocator's own message
 
 
 def _recompute(trainer: Any) -> None:

@@ -57,7 +57,7 @@ class PassGraphs:
             inputs: Packed rows, as TRL's collator makes them without padding.
             num_items: Number of predicted tokens in the whole step.
         """
-        if unknown := inputs.keys() - {*ROWS, *ENDS, *LENGTHS}:
+        if not self.refused and (unknown := inputs.keys() - {*ROWS, *ENDS, *LENGTHS}):
             self._refuse(f"it is given {', '.join(sorted(unknown))}")
         if self.refused:
             return run(inputs, num_items)
@@ -67,6 +67,9 @@ class PassGraphs:
                 self.passes[most] = self._capture(run, self._buffers(most), inputs, num_items)
             except RuntimeError as error:
                 self._refuse(str(error).split("\n", 1)[0])
+                for generator in torch.cuda.default_generators:  # the capture may still hold their states
+                    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+                    generator.graphsafe_set_state(fresh.graphsafe_get_state())
                 return run(inputs, num_items)
         found = self.passes[most]
         self._fill(found.inputs, found.num_items, inputs, num_items)
@@ -77,11 +80,8 @@ class PassGraphs:
         return found.loss.clone()
 
     def _refuse(self, reason: str) -> None:
-        if not self.refused:
-            self.tell(f"healing launches the kernels of this model one by one, which is slower: {reason}")
         self.refused = True
-        for generator in torch.cuda.default_generators:  # a capture that failed may still hold their states
-            generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+        self.tell(f"healing launches the kernels of this model one by one, which is slower: {reason}")
 
     def documents(self, inputs: dict[str, Any]) -> int:
         """Return the number of documents of a graph for these rows, a power of two."""
@@ -120,12 +120,10 @@ class PassGraphs:
 
     def _buffers(self, most: int) -> dict[str, Any]:
         device = self.trained[0].device
-        names = (("input_ids", torch.long), ("labels", torch.long), ("position_ids", torch.long))
-        row = {name: torch.zeros((1, self.width), dtype=dtype, device=device) for name, dtype in names}
-        row["seq_idx"] = torch.zeros((1, self.width), dtype=torch.int32, device=device)
+        rows = {name: torch.zeros((1, self.width), dtype=torch.long, device=device) for name in ROWS}
+        rows["seq_idx"] = rows["seq_idx"].int()
         ends = torch.zeros(most + 1, dtype=torch.int32, device=device)
-        lengths = dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
-        return {**row, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
+        return {**rows, **dict.fromkeys(ENDS, ends), **dict.fromkeys(LENGTHS, self.longest)}
 
     def _fill(
         self, buffers: dict[str, Any], total: torch.Tensor, inputs: dict[str, Any], num_items: Any

@@ -281,8 +281,8 @@ def begin(
         if parameter.requires_grad:
             # TRL casts QLoRA adapters to bf16, in which small weight updates are rounded away.
             parameter.data = parameter.data.float()
-    for module in trainer.model.modules():
-        if best_device().type == "cuda" and hasattr(module, "cast_input_dtype_enabled"):
+    for module in trainer.model.modules() if trainer.model.device.type == "cuda" else ():
+        if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast would only cast it back to 16 bits
     if seam:
         set_start(trainer.model, student.names, seam, load_factors(folder))

@@ -27,7 +27,7 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
 
     step, passes = -1, 0  # present step of this process, and its passes in that step
     control: Any
-    graphs: PassGraphs | None = None  # of its passes, once `fit_pass` has found that they can be captured
+    graphs: PassGraphs | None = None  # of its passes, once `fit_passes` has found that they can be captured
 
     @classmethod
     def options(cls, settings: HealSettings, *, dropped: Sequence[int], start: int) -> dict[str, Any]:

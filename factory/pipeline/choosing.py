@@ -105,9 +105,8 @@ def plan_stage(
 
 
 def _runtimes(settings: PlanSettings) -> dict[str, list[str]]:
-    return (
-        {"runtimes": list(settings.runtimes)} if settings.runtimes else {}
-    )  # added later: see heal_parameters
+    # Added later: keys of earlier versions lack it.
+    return {"runtimes": list(settings.runtimes)} if settings.runtimes else {}
 
 
 def search_stage(
