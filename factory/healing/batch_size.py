@@ -50,7 +50,7 @@ def _trained(trainer: Any) -> list[Any]:
 
 
 def _largest(trainer: Any, sequences: int) -> tuple[bool, int, float]:
-    """Return whether activations must be recomputed, how many sequences then fit this GPU, and their share."""
+    """Return whether activations must be recomputed, how many sequences then fit, and their share."""
     for checkpointing in (False, True):
         if checkpointing:
             _recompute(trainer)
