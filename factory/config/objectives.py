@@ -27,6 +27,7 @@ class Objective:
     makes_logits: bool = True  # of a whole sequence at once, on a GPU
     curve_is_loss: bool = True  # training minimises the next-token loss itself
     reads: frozenset[str] = frozenset()  # settings that no other objective reads
+    min_steps: int = 400  # that a small model's tokens are spread over
 
     @property
     def curve(self) -> str:
@@ -44,8 +45,10 @@ def _distill_settings(num_parameters: int) -> dict[str, Any]:
     """
     return {
         "modules": "all-linear",
-        "rank": 128,
+        "rank": 256 if num_parameters <= SIXTEEN_BIT_PARAMETERS else 128,
         "dropout": 0.0,
+        "schedule": "linear",
+        "second_moment_decay": 0.95,
         "learning_rate": float(f"{min(1.5e-4 * (7e9 / num_parameters) ** 0.5, 2.5e-3):.1e}"),
         "next_token_weight": 0.3,
         "bits": 16 if num_parameters <= SIXTEEN_BIT_PARAMETERS else 4,
@@ -63,6 +66,7 @@ DISTILL = Objective(
     makes_logits=False,
     curve_is_loss=False,
     reads=frozenset({"seam_weight", "next_token_weight"}),
+    min_steps=1000,
 )
 OBJECTIVES: Mapping[str, Objective] = {objective.name: objective for objective in (SFT, DISTILL)}
 DEFAULT_OBJECTIVE = DISTILL

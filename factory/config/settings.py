@@ -59,6 +59,8 @@ class HealSettings(Settings):
     next_token_weight: float = Field(default=0.0, ge=0, lt=1)  # its share of the loss, distilling
     bits: Literal[4, 16] = 4  # per weight under the adapter: 4 is NF4
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    schedule: Literal["cosine", "linear"] = "cosine"  # of the learning rate after the warm-up, down to 0
+    second_moment_decay: float = Field(default=0.999, gt=0, lt=1)  # AdamW's beta2
     rank: int = Field(default=64, ge=1, le=MAX_COUNT)  # LoRA alpha equals it
     dropout: float = Field(default=0.05, ge=0, lt=1)
     start: HealStart = "none"  # of the adapter: nothing, or a fit of the layer before each cut
@@ -120,7 +122,7 @@ class Recipe(Settings):
     provenance: str  # origin of each figure below
     license: str | None = None  # of the embedded model
     measure: MeasureSettings = MeasureSettings()
-    heal: HealSettings = HealSettings()
+    heal: HealSettings | None = None  # None: scaled to the size, as without a recipe
     # Objective → settings that override its own, if they were tried for this model.
     objectives: dict[ObjectiveName, dict[str, Any]] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -144,19 +146,20 @@ def load_recipe(alias: str) -> Recipe:
 TOKENS_PER_PARAMETER = 0.0227
 MIN_TOKENS = 500_000
 MAX_TOKENS = 164_000_000
-MIN_STEPS = 400  # the loss was equal with 250 to 1,000 steps for 2 M tokens
 
 
-def heal_settings_for(num_parameters: int, *, max_length: int) -> HealSettings:
-    """Return the paper's settings, scaled to the size of a model without a recipe.
+def heal_settings_for(num_parameters: int, *, max_length: int, objective: Objective = SFT) -> HealSettings:
+    """Return the paper's settings, scaled to the size of a model for which no others are known.
 
     Args:
         num_parameters: Parameter count of the source.
         max_length: Longest sequence that the model was made for, in tokens.
+        objective: Decides the number of steps that the tokens are spread over.
     """
     length = min(HealSettings().sequence_length, max_length)
     tokens = min(max(int(TOKENS_PER_PARAMETER * num_parameters), MIN_TOKENS), MAX_TOKENS)
-    batch_size = min(max(tokens // (MIN_STEPS * length), 1), HealSettings().batch_size)
+    most = min(max(tokens // (objective.min_steps * length), 1), HealSettings().batch_size)
+    batch_size = 2 ** int(math.log2(most))  # so that two, four or eight GPUs can share it
     steps = math.ceil(tokens / (batch_size * length))
     return HealSettings(
         learning_rate=float(f"{min(3e-4 * (7e9 / num_parameters) ** 0.4, 3e-3):.1e}"),
@@ -228,10 +231,14 @@ def _defaults(
     recipe: Recipe | None, source: Source, *, longest: int, objective: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the defaults: section → setting → value."""
+    chosen = OBJECTIVES[objective] if objective else DEFAULT_OBJECTIVE
+    heal = recipe.heal if recipe else None
+    if heal is None:
+        heal = heal_settings_for(source.num_parameters, max_length=longest, objective=chosen)
     if recipe:
-        measure, heal, evaluate = recipe.measure, recipe.heal, recipe.evaluate
+        measure, evaluate = recipe.measure, recipe.evaluate
     else:
-        measure, heal = MeasureSettings(), heal_settings_for(source.num_parameters, max_length=longest)
+        measure = MeasureSettings()
         # A folder gets no tasks by default, since their data is on the Hub.
         evaluate = EvaluateSettings() if source.repo_id else EvaluateSettings(tasks=())
     sections = {
@@ -240,7 +247,6 @@ def _defaults(
         "heal": heal.model_dump(),
         "evaluate": evaluate.model_dump(),
     }
-    chosen = OBJECTIVES[objective] if objective else DEFAULT_OBJECTIVE
     sections["heal"] |= {"objective": chosen.name, **chosen.settings(source.num_parameters)}
     sections["heal"] |= recipe.objectives.get(chosen.name, {}) if recipe else {}
     for section in sections.values():

@@ -347,7 +347,8 @@ def _trainer(
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=rows // processes.count(),
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=settings.schedule,
+        adam_beta2=settings.second_moment_decay,
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
         router_aux_loss_coef=0.0,  # routers are not trained, and the loss is next-token loss only

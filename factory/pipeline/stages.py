@@ -17,7 +17,7 @@ from factory.artifacts import (
     Source,
     SpeedComparison,
 )
-from factory.config.settings import BuildConfig, EvaluateSettings
+from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.requirements import healing_processes
@@ -136,6 +136,9 @@ def heal_parameters(config: BuildConfig) -> dict[str, Any]:
         values.pop("start")  # added later, as the next: keys of earlier versions lack both
     if not values["next_token_weight"]:
         values.pop("next_token_weight")
+    for name in ("schedule", "second_moment_decay"):
+        if values[name] == HealSettings.model_fields[name].default:
+            values.pop(name)
     return values
 
 

@@ -33,7 +33,7 @@ def test_every_recipe_loads_and_says_where_its_numbers_come_from(alias: str) -> 
     recipe = load_recipe(alias)
     assert recipe.alias == alias
     assert len(recipe.provenance) > 40
-    assert recipe.heal.warmup_steps < recipe.heal.num_steps
+    assert recipe.heal is None or recipe.heal.warmup_steps < recipe.heal.num_steps
     assert set(recipe.evaluate.num_fewshot) >= set(recipe.evaluate.tasks)
 
 
@@ -45,13 +45,14 @@ def test_an_alias_can_be_typed_and_is_never_taken_for_a_repository(alias: str) -
 @pytest.mark.parametrize("alias", aliases())
 def test_numbers_are_written_as_yaml_numbers(alias: str) -> None:
     # YAML 1.1 reads "3e-4" as a string: only "3.0e-4" is a number to every reader of the file.
-    heal = yaml.safe_load((RECIPES / f"{alias}.yaml").read_text(encoding="utf-8"))["heal"]
-    assert isinstance(heal["learning_rate"], float)
+    fields = yaml.safe_load((RECIPES / f"{alias}.yaml").read_text(encoding="utf-8"))
+    assert "heal" not in fields or isinstance(fields["heal"]["learning_rate"], float)
 
 
 @pytest.mark.parametrize("alias", sorted(PAPER))
 def test_the_papers_models_carry_the_papers_values(alias: str) -> None:
     heal = load_recipe(alias).heal
+    assert heal is not None
     assert (heal.sequence_length, heal.learning_rate, heal.rank) == PAPER[alias]
     assert (heal.batch_size, heal.num_steps, heal.warmup_steps, heal.dropout) == (16, 5000, 100, 0.05)
     assert "2403.17887" in load_recipe(alias).provenance

@@ -23,11 +23,14 @@ from tests.builders.builds import a_source
 
 
 def config_of(
-    model: str = "some/model", *, longest: int = 4096, repo_id: str | None = "some/model", **asked: Any
+    model: str = "some/model",
+    *,
+    longest: int = 4096,
+    repo_id: str | None = "some/model",
+    size: int = 7_000_000_000,
+    **asked: Any,
 ) -> BuildConfig:
-    source = a_source(
-        repo_id=repo_id, num_parameters=7_000_000_000, config={"max_position_embeddings": longest}
-    )
+    source = a_source(repo_id=repo_id, num_parameters=size, config={"max_position_embeddings": longest})
     return settle(BuildRequest(**{"model": model, "drop": 0.3, **asked}), source)
 
 
@@ -60,6 +63,25 @@ def test_default_sequences_are_cut_to_what_the_model_was_made_for() -> None:
     config = config_of(longest=512)
     lengths = {config.measure.sequence_length, config.heal.sequence_length, config.evaluate.sequence_length}
     assert lengths == {512}
+
+
+def test_a_small_model_is_distilled_in_many_small_steps_of_a_wide_adapter() -> None:
+    heal = config_of(size=135_000_000).heal
+    assert heal.num_steps >= 1000
+    assert heal.num_steps * heal.batch_size * heal.sequence_length == pytest.approx(3.06e6, rel=0.01)
+    assert (heal.rank, heal.bits, heal.schedule, heal.second_moment_decay) == (256, 16, "linear", 0.95)
+    plain = config_of(size=135_000_000, heal="sft").heal
+    assert (plain.schedule, plain.second_moment_decay, plain.num_steps < 1000) == ("cosine", 0.999, True)
+
+
+def test_a_model_costs_the_same_by_its_alias_its_name_and_its_folder() -> None:
+    names = {
+        "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+        "HuggingFaceTB/SmolLM2-135M": "x",
+        "./folder": None,
+    }
+    heals = [config_of(name, repo_id=repo, size=135_000_000).heal for name, repo in names.items()]
+    assert heals[0] == heals[1] == heals[2]
 
 
 def test_a_folder_gets_no_tasks_unless_they_are_asked_for() -> None:
