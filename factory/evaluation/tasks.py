@@ -7,7 +7,7 @@ from pathlib import Path
 
 from factory.config.settings import EvaluateSettings
 from factory.errors import UsageError
-from factory.evaluation.task_files import TASK_SUFFIXES, is_task_file, local_data, read_task_file
+from factory.evaluation.task_files import TASK_SUFFIXES, is_task_file, read_task_file
 from factory.resources import DEMO_TASKS
 from factory.store.files import sha256_of_file
 from factory.text.standard_library import fingerprint
@@ -96,7 +96,7 @@ def _parts(task: Path) -> Iterator[str]:
     found = read_task_file(task)
     folders = sorted({part.parent for part in found.parts if part.suffix == ".py"})
     beside = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in BESIDE_PYTHON]
-    data = [path for part in found.parts for paths in local_data(part).values() for path in paths]
+    data = [path for named in found.data.values() for files in named.values() for path in files.paths]
     inside = [file for path in data for file in (path, *sorted(path.rglob("*")))]
     left = MAX_BYTES
     for path in dict.fromkeys(path for path in (*found.parts, *beside, *inside) if path.is_file()):

@@ -154,7 +154,7 @@ def resolve_source(request: Request, reporter: Reporter) -> Source:
     from factory.hub.resolve import resolve_model
     from factory.hub.source_card import README, unread_card
 
-    source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
+    source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code)
     if source.folder and (reason := unread_card(source.folder)):
         reporter.note(f"cannot read {source.folder / README}, so the licence is unknown: {reason}")
     return source
@@ -209,7 +209,7 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     """Settle a request to reproduce a finished build."""
     from dataclasses import replace
 
-    found = read_build(request.model)
+    found = read_build(request.reference)
     source = resolve_source(replace(request, model=source_reference(found)), reporter)
     check_same_source(found, source)
     one_each = {"measure": request.calibration_data, "heal": request.heal_data}
