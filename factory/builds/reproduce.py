@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import ModelReference, aliases
-from factory.config.settings import BuildConfig, load_recipe
+from factory.config.references import EMBEDDED, ModelReference
+from factory.config.settings import BuildConfig
 from factory.errors import DataError, HubError, StoreError, UnknownModelError, VerificationError
 from factory.evaluation.task_files import is_task_file
 from factory.text.text import Texts, column_in
@@ -100,7 +100,7 @@ def source_reference(build: Build) -> str:
     source = build.source
     if source.repo_id:
         return f"{source.repo_id}@{source.commit}"
-    if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
+    if build.reference == EMBEDDED:
         return build.reference
     raise VerificationError(
         f"{build.name} was made from a local folder, {source.name!r}, which only its author has",

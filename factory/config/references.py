@@ -29,6 +29,7 @@ HUB_DATA = re.compile(
     re.ASCII,
 )
 OF_THE_HUB = re.compile(r"[:\[@]")  # what begins a configuration, split or revision
+EMBEDDED = "demo"  # the only alias that is not a repository
 NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
 

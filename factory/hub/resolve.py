@@ -63,7 +63,7 @@ def resolve_model(model: ModelReference, *, trust_remote_code: bool = False) -> 
     repo_id, revision = model.repo_id, model.revision
     if model.alias:
         recipe = load_recipe(model.alias)
-        if recipe.source == "embedded":
+        if recipe.repo_id is None:
             embedded = _resolve_folder(DEMO_MODEL)
             return embedded.model_copy(update={"name": recipe.alias, "license": recipe.license})
         repo_id = recipe.repo_id
