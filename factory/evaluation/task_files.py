@@ -1,7 +1,7 @@
 """Inspect lm-eval task files without running them: what they name, and which Python they would run."""
 
 import os.path
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -101,6 +101,11 @@ class TaskFile:
     data: Mapping[Path, Mapping[str, LocalFiles]]  # definition or include → name in it → local questions
     code: tuple[str, ...]  # Python that they run: "doc_to_text: words.shown (mine/words.py)"
     missing: tuple[str, ...]  # members of a group that no file in its folder defines
+
+
+def task_files(tasks: Iterable[str]) -> dict[str, TaskFile]:
+    """Read the task files among tasks; see `read_task_file`."""
+    return {task: read_task_file(Path(task)) for task in tasks if is_task_file(task)}
 
 
 def read_task_file(path: Path) -> TaskFile:

@@ -14,7 +14,7 @@ from factory.config.options import reads_healing_text
 from factory.config.references import LocalFiles, aliases, local_data
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
-from factory.evaluation.task_files import is_task_file, read_task_file
+from factory.evaluation.task_files import task_files
 from factory.jobs.submit import MOUNT
 
 OF_SUBMITTING = ("on", "timeout", "state")  # options of the job, not of its build
@@ -75,12 +75,9 @@ def _take(path: Path, files: Files) -> str:
 
 def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> list[str]:
     """Return the tasks for the job; a task file is uploaded with all files that it names, in place."""
-    names = [*tasks]
-    for index, name in enumerate(names):
-        if not is_task_file(name):
-            continue
+    renamed = {}
+    for name, found in task_files(tasks).items():
         _check_upload(Path(name), upload=upload, bucket=bucket)
-        found = read_task_file(Path(name))
         for data in (each for named in found.data.values() for each in named.values()):
             for path in data.paths:
                 _check_upload(path, upload=upload, bucket=bucket)
@@ -89,8 +86,8 @@ def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> 
         place = _place(root)
         for part, named in parts.items():
             files[f"{place}/{part.relative_to(root).as_posix()}"] = _part(part, named, files)
-        names[index] = f"{MOUNT}/{place}/{_plain(Path(name)).relative_to(root).as_posix()}"
-    return names
+        renamed[name] = f"{MOUNT}/{place}/{_plain(Path(name)).relative_to(root).as_posix()}"
+    return [renamed.get(task, task) for task in tasks]
 
 
 def _plain(path: Path) -> Path:
