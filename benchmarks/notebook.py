@@ -1,8 +1,9 @@
 """Run the notebook of the documentation again: the Python interface on the embedded demo model.
 
-Writes docs/python-interface.ipynb with the outputs of this run. Needs nbclient and ipykernel.
+Writes docs/notebook.ipynb with the outputs of this run, and docs/notebook.md, the page made from it. Needs
+nbclient, nbconvert and ipykernel.
 
-    python benchmarks/notebook.py [--steps 80]
+    python benchmarks/notebook.py [--steps 20]
 """
 
 import argparse
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-NOTEBOOK = Path(__file__).parent.parent / "docs" / "python-interface.ipynb"
+DOCS = Path(__file__).parent.parent / "docs"
+NOTICE = "<!-- Written by benchmarks/notebook.py, which runs the notebook. -->"
+INTRODUCTION = """# A smaller model in a notebook
+
+The functions of `factory` take the options of the command line by name. Everything here runs on a CPU, without
+a network, on the demo model that comes with the program, in a few minutes.
+[The notebook](notebook.ipynb) is stored with its outputs."""
 
 
 def cells(steps: int) -> list[nbformat.NotebookNode]:
@@ -22,21 +30,23 @@ def cells(steps: int) -> list[nbformat.NotebookNode]:
     Args:
         steps: Optimiser steps of the healing.
     """
+    quick = "limit=50, eval_documents=8"
     return [
-        new_markdown_cell(
-            "# A smaller model in a notebook\n\n"
-            "The functions of `factory` take the options of the command line by name. Everything here runs "
-            "on a CPU, without a network, on the model that comes with the program."
-        ),
+        new_markdown_cell(INTRODUCTION),
+        new_markdown_cell("What would a build do and need? Nothing is downloaded or computed."),
         new_code_cell("import factory\n\nfactory.preview('demo', drop=0.3)"),
-        new_markdown_cell("Which layers could go? Nothing is cut yet."),
+        new_markdown_cell("Which layers could go? Every criterion answers, and nothing is cut yet."),
         new_code_cell(
-            "plans = factory.plan('demo', drop=0.3, criterion='all', samples=16, plan_documents=8)\nplans"
+            "plans = factory.plan('demo', drop=0.3, criterion='all', samples=64, plan_documents=8)\nplans"
         ),
         new_code_cell("plans.figure()"),
-        new_markdown_cell("Drop them, heal the cut, and measure source, pruned and healed model."),
-        new_code_cell(f"small = factory.build('demo', drop=0.3, heal_steps={steps})\nsmall"),
+        new_markdown_cell(
+            "Drop them, heal the cut, and measure the source, the pruned and the healed model."
+        ),
+        new_code_cell(f"small = factory.build('demo', drop=0.3, heal_steps={steps}, {quick})\nsmall"),
         new_code_cell("small.plan.dropped, small.evaluations['healed'].loss.nats"),
+        new_markdown_cell("The table is a DataFrame."),
+        new_code_cell("small.table.set_index('measure')[['source', 'healed (this model)']].head(3)"),
         new_markdown_cell("The result is a model like any other."),
         new_code_cell(
             "inputs = small.tokenizer('def main(', return_tensors='pt')\n"
@@ -46,23 +56,40 @@ def cells(steps: int) -> list[nbformat.NotebookNode]:
         new_markdown_cell("Errors are one sentence and a hint."),
         new_code_cell(
             "try:\n    factory.build('demo', drop=1.5)\nexcept factory.FactoryError as error:\n"
-            "    print(error.message, '|', error.hint)"
+            "    print(error.message)\n    print(error.hint)"
         ),
     ]
 
 
+def without_progress(notebook: nbformat.NotebookNode) -> None:
+    """Drop what does not belong to a stored notebook: times, progress bars, warnings with paths."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                one
+                for one in cell.outputs
+                if one.get("name") != "stderr"
+                and "application/vnd.jupyter.widget-view+json" not in one.get("data", {})
+            ]
+    notebook.metadata.pop("widgets", None)
+
+
 def main() -> None:
-    """Execute the cells in an empty folder, and write the notebook."""
+    """Execute the cells in an empty folder, and write the notebook and its page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80, help="optimiser steps of the healing")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of the healing")
     notebook = new_notebook(cells=cells(parser.parse_args().steps))
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times
-    nbformat.write(notebook, NOTEBOOK)
+        NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": folder}}).execute()
+    without_progress(notebook)
+    nbformat.write(notebook, DOCS / "notebook.ipynb")
+    page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": "notebook"})
+    for name, content in resources["outputs"].items():
+        (DOCS / name).write_bytes(content)
+    (DOCS / "notebook.md").write_text(f"{NOTICE}\n\n{page.strip()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

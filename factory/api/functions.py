@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin
 
 from factory.api.progress import Bars
 from factory.api.results import BuildResult, PlansResult, PreviewResult, PruneResult, SweepResult
@@ -16,44 +16,74 @@ from factory.errors import UsageError
 from factory.pipeline.prepare import Prepared, load_questions, prepare
 from factory.pipeline.run import Reporter
 
-F = TypeVar("F", bound=Callable[..., Any])
+Asked = TypeVar("Asked", bound=Request)
+Result = TypeVar("Result", covariant=True)
+RAISES = """
+
+    Raises:
+        FactoryError: It was refused or failed; subclasses tell why, with a message and a hint.
+    """
 
 
-def takes(request: type[Request]) -> Callable[[F], F]:
-    """Return a decorator that adds the options of a request to signature and docstring."""
+class Function(Protocol[Result]):
+    """A function that takes a model and the options of a command."""
 
-    def decorate(function: F) -> F:
-        keyword, parameters, lines = inspect.Parameter.KEYWORD_ONLY, [], []
-        for name, (kind, option) in request.options().items():
-            if option.on_terminal:
-                continue
-            default = inspect.Parameter.empty if request.requires(name) else request.default(name)
-            place = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else keyword
-            parameters.append(
-                inspect.Parameter(name, place, default=default, annotation=_plain(kind, default))
-            )
-            lines.append(
-                f"        {name}: {option.help}{f' (default: {option.default})' if option.default else ''}."
-            )
-        own = [p for p in inspect.signature(function).parameters.values() if p.name == "reporter"]
+    def __call__(
+        self, model: str | Request, *, reporter: Reporter | None = None, **options: Any
+    ) -> Result: ...
 
+
+def takes(
+    request: type[Asked],
+) -> Callable[[Callable[[Asked, Reporter], Result]], Function[Result]]:
+    """Return a decorator that makes a function of a request one of a model and options.
+
+    Signature and docstring list every option. Without a reporter, progress is shown as bars.
+    """
+
+    def decorate(function: Callable[[Asked, Reporter], Result]) -> Function[Result]:
         @wraps(function)
-        def quietly(*args: Any, **options: Any) -> Any:
+        def called(model: str | Asked, *, reporter: Reporter | None = None, **options: Any) -> Result:
+            asked = model if isinstance(model, request) else _read(request, model, options)
+            reporter = reporter or Bars()
             with _quiet():
-                return function(*args, **options)
+                try:
+                    return function(asked, reporter)
+                finally:
+                    reporter.stop()
 
-        quietly.__signature__ = inspect.Signature([*parameters, *own])  # type: ignore[attr-defined]
-        assert function.__doc__ is not None
-        quietly.__doc__ = function.__doc__.replace("        options: see above", "\n".join(lines), 1)
-        return quietly  # type: ignore[return-value]
+        rows = {name: row for name, row in request.options().items() if not row[1].on_terminal}
+        lines = [
+            f"        {name}: {option.help}{f' (default: {option.default})' if option.default else ''}."
+            for name, (_, option) in rows.items()
+        ]
+        lines.append(
+            "        reporter: Receives progress and notes; None shows bars in a notebook or terminal."
+        )
+        listed = "\n".join(lines)
+        called.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Args:\n{listed}{RAISES}"
+        own = inspect.signature(called, follow_wrapped=False).parameters["reporter"]
+        parameters = [_parameter(request, name, kind) for name, (kind, _) in rows.items()]
+        called.__signature__ = inspect.Signature([*parameters, own])  # type: ignore[attr-defined]
+        return called  # type: ignore[return-value]  # a Request of another command is refused
 
     return decorate
 
 
-def _plain(kind: Any, default: Any) -> Any:
-    """A type without its limits, for a signature that people read."""
+def _parameter(request: type[Request], name: str, kind: Any) -> inspect.Parameter:
+    """Return an option as a parameter, its type without limits, for a signature that people read."""
+    default = inspect.Parameter.empty if request.requires(name) else request.default(name)
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    return base | None if default is None else base
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else inspect.Parameter.KEYWORD_ONLY
+    annotation = base | None if default is None else base
+    return inspect.Parameter(name, place, default=default, annotation=annotation)
+
+
+def _read(request: type[Asked], model: Any, options: dict[str, Any]) -> Asked:
+    for name in options:
+        if name in request.options() and request.options()[name][1].on_terminal:
+            raise UsageError(f"`{name}` works on the command line only", hint=f"factory build … --{name}")
+    return request.read({"model": model, **options})
 
 
 @contextmanager
@@ -71,7 +101,7 @@ def _quiet() -> Iterator[None]:
 
 
 @takes(BuildRequest)
-def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> BuildResult:
+def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Make a smaller model: measure, drop, heal, evaluate, write the card; publish it with `push_to`.
 
     Finished stages are reused, and a build that was interrupted continues where it stopped.
@@ -80,16 +110,8 @@ def build(model: str, *, reporter: Reporter | None = None, **options: Any) -> Bu
         >>> import factory
         >>> small = factory.build("demo", drop=0.3)  # doctest: +SKIP
         >>> small.table  # doctest: +SKIP
-
-    Args:
-        options: see above
-        reporter: Receives progress and notes; None shows progress bars in a notebook or terminal.
-
-    Raises:
-        FactoryError: The build failed; subclasses tell why, with a message and a hint.
     """
-    reporter = reporter or Bars()
-    (prepared,) = prepare([_read(BuildRequest, model, options)], reporter)
+    (prepared,) = prepare([request], reporter)
     if "evaluate" in prepared.pending:
         load_questions(prepared.settled.request, prepared.settled.config, reporter)
     return make(prepared, reporter)
@@ -132,28 +154,16 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
 
 
 @takes(PlanRequest)
-def plan(model: str | PlanRequest, *, reporter: Reporter | None = None, **options: Any) -> PlansResult:
+def plan(request: PlanRequest, reporter: Reporter) -> PlansResult:
     """Show which layers would be dropped, before anything is cut.
 
     Example:
         >>> import factory
         >>> factory.plan("demo", drop=0.3, criterion="all").table  # doctest: +SKIP
-
-    Args:
-        options: see above
-        reporter: Receives progress and notes; None shows progress bars.
-
-    Raises:
-        FactoryError: The work failed; subclasses tell why, with a message and a hint.
     """
     from factory.pipeline.plans import plan_for
 
-    reporter = reporter or Bars()
-    request = _read(PlanRequest, model, options)
-    try:
-        profile, plans = plan_for(request, reporter)
-    finally:
-        reporter.stop()
+    profile, plans = plan_for(request, reporter)
     result = PlansResult(profile, plans)
     if request.save:
         from factory.report.figures import distance_figure
@@ -165,73 +175,34 @@ def plan(model: str | PlanRequest, *, reporter: Reporter | None = None, **option
 
 
 @takes(SweepRequest)
-def sweep(
-    model: str,
-    *,
-    reporter: Reporter | None = None,
-    **options: Any,
-) -> SweepResult:
-    """Measure quality against the fraction of layers dropped: the plateau, and the cliff.
-
-    Args:
-        options: see above
-        reporter: Receives progress and notes; None shows progress bars.
-
-    Raises:
-        FactoryError: The work failed; subclasses tell why, with a message and a hint.
-    """
+def sweep(request: SweepRequest, reporter: Reporter) -> SweepResult:
+    """Measure quality against the fraction of layers dropped: the plateau, and the cliff."""
     from factory.pipeline.sweep import prepare_sweep, run_sweep
 
-    reporter = reporter or Bars()
-    request = _read(SweepRequest, model, options)
     prepared = prepare_sweep(request, reporter)
     load_questions(request, prepared.run.config, reporter)
-    try:
-        found = run_sweep(prepared, reporter)
-    finally:
-        reporter.stop()
-    return SweepResult(prepared.out, found)
+    return SweepResult(prepared.out, run_sweep(prepared, reporter))
 
 
 @takes(PruneRequest)
-def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> PruneResult:
+def prune(request: PruneRequest, reporter: Reporter) -> PruneResult:
     """Remove chosen layers, verify the result, and do nothing else.
 
     Example:
         >>> import factory
         >>> factory.prune("demo", layers=[3, 7], out="smaller")  # doctest: +SKIP
-
-    Args:
-        options: see above
-        reporter: Receives progress and notes; None shows progress bars.
-
-    Raises:
-        FactoryError: The work failed; subclasses tell why, with a message and a hint.
     """
     from factory.pipeline.prune import make_pruned, prepare_prune
 
-    reporter = reporter or Bars()
-    prepared = prepare_prune(_read(PruneRequest, model, options), reporter)
-    try:
-        pruning, reused = make_pruned(prepared, reporter)
-    finally:
-        reporter.stop()
+    prepared = prepare_prune(request, reporter)
+    pruning, reused = make_pruned(prepared, reporter)
     return PruneResult(prepared.out, pruning, prepared.plan, reused)
 
 
 @takes(BuildRequest)
-def preview(model: str, *, reporter: Reporter | None = None, **options: Any) -> PreviewResult:
-    """Show what `build` with the same options would do and need; nothing is downloaded.
-
-    Args:
-        options: see above
-        reporter: Receives notes.
-
-    Raises:
-        FactoryError: The build would be refused; the message says why.
-    """
-    request = _read(BuildRequest, model, options)
-    (prepared,) = prepare([request], reporter or Bars(), dry_run=True)
+def preview(request: BuildRequest, reporter: Reporter) -> PreviewResult:
+    """Show what `build` with the same options would do and need; nothing is downloaded."""
+    (prepared,) = prepare([request], reporter, dry_run=True)
     return PreviewResult(prepared.settled.source, prepared.settled.config, prepared.preview)
 
 
@@ -248,13 +219,3 @@ def load(folder: str | Path) -> BuildResult:
     if not (path / Build.file_name).is_file() or not (path / "model").is_dir():
         raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
     return BuildResult(path, Build.read(path))
-
-
-def _read(request: type[Any], model: Any, options: dict[str, Any]) -> Any:
-    """Return the request, given as such or as a model and options."""
-    if isinstance(model, request):
-        return model
-    for name in options:
-        if name in request.options() and request.options()[name][1].on_terminal:
-            raise UsageError(f"`{name}` works on the command line only", hint=f"factory build … --{name}")
-    return request.read({"model": model, **options})

@@ -26,20 +26,53 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """A result that a notebook displays as its table."""
+    """A result that Python and notebooks display as its table."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the table: column → text or number."""
+        raise NotImplementedError
 
     @property
     def table(self) -> "DataFrame":
         """Return the result as a table of text or numbers."""
-        raise NotImplementedError
+        from pandas import DataFrame
+
+        return DataFrame(self._rows())
+
+    def __repr__(self) -> str:
+        text: str = self.table.to_string(index=False)
+        return text
 
     def _repr_html_(self) -> str:
         html: str = self.table.to_html(index=False)
         return html
 
 
-@dataclass(frozen=True)
-class BuildResult(Shown):
+class Smaller(Shown):
+    """A result that is a model."""
+
+    @property
+    def model_folder(self) -> Path:
+        """Return the folder of the smaller model."""
+        raise NotImplementedError
+
+    @cached_property
+    def model(self) -> Any:
+        """Load the smaller model with transformers, on the best device."""
+        from factory.model.loading import load_model
+
+        return load_model(self.model_folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Load the tokenizer."""
+        from factory.model.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.model_folder)
+
+
+@dataclass(frozen=True, repr=False)
+class BuildResult(Smaller):
     """A finished build.
 
     Attributes:
@@ -69,15 +102,12 @@ class BuildResult(Shown):
         """Return the angular distances, in [0, 1], of every block of layers."""
         return DistanceProfile.read(self.folder)
 
-    @property
-    def table(self) -> "DataFrame":
+    def _rows(self) -> list[dict[str, Any]]:
         """Return the results as on the card: one row per measure, one column per model."""
-        from pandas import DataFrame
-
         from factory.report.tables import quality_table
 
-        head, *rows = quality_table(self.record)
-        return DataFrame(rows, columns=["measure", *head[1:]])
+        (_, *head), *rows = quality_table(self.record)
+        return [dict(zip(("measure", *head), row, strict=True)) for row in rows]
 
     def figure(self) -> "Figure":
         """Draw the angular distances and the cut."""
@@ -90,19 +120,10 @@ class BuildResult(Shown):
         """Return the model card, in Markdown."""
         return (self.folder / "model" / "README.md").read_text(encoding="utf-8")
 
-    @cached_property
-    def model(self) -> Any:
-        """Load the smaller model with transformers, on the best device."""
-        from factory.model.loading import load_model
-
-        return load_model(self.folder / "model")
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Load the tokenizer."""
-        from factory.model.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.folder / "model")
+    @property
+    def model_folder(self) -> Path:
+        """Return the folder of the smaller model."""
+        return self.folder / "model"
 
     def push(
         self,
@@ -146,7 +167,7 @@ class BuildResult(Shown):
         return _export_gguf(self.folder, kind, converter)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlansResult(Shown):
     """The layers that each criterion would drop, and what that costs before healing."""
 
@@ -158,13 +179,10 @@ class PlansResult(Shown):
         """Return the recommended plan."""
         return next(plan for plan in self.plans.plans if plan.criterion == self.plans.chosen)
 
-    @property
-    def table(self) -> "DataFrame":
+    def _rows(self) -> list[dict[str, Any]]:
         """Return one row per criterion."""
-        from pandas import DataFrame
-
         losses = self.plans.losses
-        rows = [
+        return [
             {
                 "criterion": plan.criterion,
                 "layers": layer_ranges(plan.dropped),
@@ -174,7 +192,6 @@ class PlansResult(Shown):
             }
             for index, plan in enumerate(self.plans.plans)
         ]
-        return DataFrame(rows)
 
     def figure(self) -> "Figure":
         """Draw the angular distances and the cut of the chosen plan."""
@@ -183,23 +200,20 @@ class PlansResult(Shown):
         return draw_distances(self.profile, self.chosen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult(Shown):
     """Quality against the fraction of layers dropped."""
 
     folder: Path
     sweep: Sweep
 
-    @property
-    def table(self) -> "DataFrame":
+    def _rows(self) -> list[dict[str, Any]]:
         """Return one row per cut, the source first."""
-        from pandas import DataFrame
-
         from factory.pipeline.sweep import share_kept
 
         source = self.sweep.source
         cuts = [(point.drop, layer_ranges(point.plan.dropped), point.best) for point in self.sweep.points]
-        rows = [
+        return [
             {
                 "dropped": drop,
                 "layers": layers,
@@ -209,7 +223,6 @@ class SweepResult(Shown):
             }
             for drop, layers, evaluation in [(0.0, "", source), *cuts]
         ]
-        return DataFrame(rows)
 
     def figure(self) -> "Figure":
         """Draw loss and task scores against the fraction dropped."""
@@ -218,8 +231,8 @@ class SweepResult(Shown):
         return draw_sweep(self.sweep)
 
 
-@dataclass(frozen=True)
-class PruneResult(Shown):
+@dataclass(frozen=True, repr=False)
+class PruneResult(Smaller):
     """A model without the chosen layers."""
 
     folder: Path
@@ -227,28 +240,19 @@ class PruneResult(Shown):
     plan: PruningPlan
     reused: bool  # the folder already held this result
 
-    @property
-    def table(self) -> "DataFrame":
+    def _rows(self) -> list[dict[str, Any]]:
         """Return layers and parameters of source and result."""
-        from pandas import DataFrame
-
         kept, total = len(self.plan.kept), self.plan.num_layers
         before, after = self.pruning.source_parameters, self.pruning.result_parameters
-        return DataFrame({"": ["layers", "parameters"], "source": [total, before], "result": [kept, after]})
+        return [
+            {"": "layers", "source": total, "result": kept},
+            {"": "parameters", "source": before, "result": after},
+        ]
 
-    @cached_property
-    def model(self) -> Any:
-        """Load the smaller model with transformers, on the best device."""
-        from factory.model.loading import load_model
-
-        return load_model(self.folder)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Load the tokenizer."""
-        from factory.model.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.folder)
+    @property
+    def model_folder(self) -> Path:
+        """Return the folder of the smaller model."""
+        return self.folder
 
     def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
         """Write the model for llama.cpp and Ollama; see `BuildResult.export_gguf`."""
@@ -270,7 +274,7 @@ def _export_gguf(folder: Path, kind: str, converter: Path | None) -> Path:
     return exported.path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PreviewResult(Shown):
     """The effects and needs of a build; nothing was downloaded."""
 
@@ -278,12 +282,6 @@ class PreviewResult(Shown):
     config: BuildConfig
     numbers: Preview
 
-    @property
-    def table(self) -> "DataFrame":
+    def _rows(self) -> list[dict[str, Any]]:
         """Return sizes before and after, and what the build needs."""
-        from dataclasses import asdict
-
-        from pandas import DataFrame
-
-        values = asdict(self.numbers)
-        return DataFrame({"": list(values), "value": [str(value) for value in values.values()]})
+        return [{"": name, "value": str(value)} for name, value in vars(self.numbers).items()]

@@ -10,70 +10,74 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
-from factory.config.settings import BuildConfig, load_recipe
-from factory.errors import DataError, HubError, StoreError, VerificationError
+from factory.config.references import EMBEDDED, ModelReference
+from factory.config.settings import BuildConfig
+from factory.errors import DataError, HubError, StoreError, UnknownModelError, VerificationError
 from factory.evaluation.task_files import is_task_file
 from factory.text.text import Texts, column_in
 
 DATA_OPTIONS = {"measure": "calibration-data", "heal": "heal-data", "evaluate": "eval-data"}
 
 
-def read_build(reference: str) -> Build:
+def read_build(reference: ModelReference) -> Build:
     """Read the `build.json` of a build.
 
     Args:
-        reference: Folder of a build or of a published model, or `owner/name[@revision]`.
+        reference: Folder of a build or of a published model, or a repository.
 
     Raises:
-        UnknownModelError: The reference is neither a folder nor a repository name.
+        UnknownModelError: The reference is an alias or a file.
         HubError: The repository cannot be reached, or has no `build.json`.
         StoreError: The `build.json` cannot be read by this version.
     """
-    folder = local_path(reference)
-    path = folder / Build.file_name if folder.is_dir() else _download(reference)
+    folder = reference.path
+    if folder and folder.is_dir():
+        path = folder / Build.file_name
+    elif reference.repo_id:
+        path = _download(reference.repo_id, reference.revision)
+    else:
+        raise UnknownModelError(
+            f"{reference.text!r} is not a build", hint="give a build folder, or the repository of a build"
+        )
     try:
         check_size(path.stat().st_size)
         value: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{folder} has no {Build.file_name}", hint="pass a build folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(reference, error) from error
+        raise _damaged(reference.text, error) from error
     try:
         build = Build.model_validate(value)
         BuildConfig.model_validate(build.config)
     except ValidationError as error:
         by = value.get("factory_version") if isinstance(value, dict) else None
         raise StoreError(
-            f"{Build.file_name} of {reference} was written by factory {by or '(unknown version)'}, and "
+            f"{Build.file_name} of {reference.text} was written by factory {by or '(unknown version)'}, and "
             f"{__version__} cannot read it: {first_problem(error)}",
             hint=f"use factory {by}" if by else "it was not written by `factory build`",
         ) from error
     if not {"source", build.shipped} <= build.evaluations.keys():
         raise StoreError(
-            f"{Build.file_name} of {reference} lacks the evaluation of its source or its result",
+            f"{Build.file_name} of {reference.text} lacks the evaluation of its source or its result",
             hint="it was not written by `factory build`",
         )
     return build
 
 
-def _damaged(reference: str, error: Exception) -> StoreError:
-    return StoreError(f"{Build.file_name} of {reference} is damaged: {error}", hint="try another revision")
+def _damaged(name: str, error: Exception) -> StoreError:
+    return StoreError(f"{Build.file_name} of {name} is damaged: {error}", hint="try another revision")
 
 
-def _download(reference: str) -> Path:
+def _download(repo_id: str, revision: str | None) -> Path:
     """Download the `build.json` of a repository at one commit."""
     from huggingface_hub import hf_hub_download
 
     from factory.hub.client import hub_api, patiently
     from factory.hub.errors import hub_errors
 
-    repo_id, _, revision = reference.partition("@")
-    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
-        raise unknown_model(reference)
-    with hub_errors(repo_id, revision=revision or None):
+    with hub_errors(repo_id, revision=revision):
         api = hub_api()
-        commit = patiently(lambda: api.resolve_revision(repo_id, revision=revision or None).resolved)
+        commit = patiently(lambda: api.resolve_revision(repo_id, revision=revision).resolved)
         found = api.get_paths_info(repo_id, Build.file_name, revision=commit)
         if not found:
             raise HubError(
@@ -83,7 +87,7 @@ def _download(reference: str) -> Path:
         try:
             check_size(getattr(found[0], "size", 0))  # before it is downloaded
         except ValueError as error:
-            raise _damaged(reference, error) from error
+            raise _damaged(repo_id, error) from error
         return Path(hf_hub_download(repo_id, Build.file_name, revision=commit))
 
 
@@ -96,7 +100,7 @@ def source_reference(build: Build) -> str:
     source = build.source
     if source.repo_id:
         return f"{source.repo_id}@{source.commit}"
-    if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
+    if build.reference == EMBEDDED:
         return build.reference
     raise VerificationError(
         f"{build.name} was made from a local folder, {source.name!r}, which only its author has",

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from factory.errors import UNTRUSTED, CheckpointError
 
@@ -23,6 +24,7 @@ LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 # No model has larger files. The largest known index, of 70,000 tensors, takes a third of its limit; the
 # largest tokenizer.json a seventh.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
+CONFIG = "config.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = {"README.md": 2**24, WEIGHTS_INDEX: 2**26}
 MAX_OTHER_JSON_BYTES = 2**24  # of any other JSON
@@ -165,6 +167,50 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
                 f"{name} has {count:,} brackets, colons and commas; no model needs more than {maximum:,}",
                 hint=UNTRUSTED,
             )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read and check config.json."""
+    check_json(path.parent, [path.name])
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, ensure_ascii=False).encode("utf-8")  # JSON can contain lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {error}", hint="download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{path.name} has no model_type", hint="give a model that transformers can load"
+        )
+    _check_values(config, name=path.name)
+    # A path on its author's disk: the configuration is recorded and published.
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _check_values(config: dict[str, Any], *, name: str) -> None:
+    """Refuse values that later steps could not handle."""
+    architectures = config.get("architectures")
+    nested = config.get("text_config")
+    wrong = []
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(item, str) for item in architectures)
+    ):
+        wrong.append(("architectures", architectures))
+    if nested is not None and not isinstance(nested, dict):
+        wrong.append(("text_config", nested))
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        for field in ("num_hidden_layers", "vocab_size"):
+            value = part.get(field)
+            if value is not None and (type(value) is not int or value < 1):
+                wrong.append((field, value))
+        if type(part.get("num_nextn_predict_layers") or 0) is not int:
+            wrong.append(("num_nextn_predict_layers", part["num_nextn_predict_layers"]))
+    if "device_map" in config:  # transformers would use it as a loading option
+        wrong.append(("device_map", config["device_map"]))
+    if wrong:
+        field, value = wrong[0]
+        raise CheckpointError(
+            f"{name} has {field} {str(value)[:60]!r}", hint="give a model that transformers can load"
+        )
 
 
 def is_legal(name: str, size_bytes: int) -> bool:

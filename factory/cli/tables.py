@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,15 +93,21 @@ def _host(shown: Preview) -> str:
     return f"; host: about {size(shown.host_needed)}{total}"
 
 
+def _table(columns: Sequence[str], *, left: Collection[str]) -> Table:
+    """Return an empty table whose columns other than `left` hold numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
 def result_tables(build: Build) -> tuple[Table, Table]:
     """Return quality and size of the models side by side, as on the card."""
     tables = []
     for head, *rows in (quality_table(build), size_table(build)):
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for index, name in enumerate(head):
-            # The card explains the change below its table.
-            title = "change vs source" if name == "change" else name
-            table.add_column(title, justify="right" if index else "left")
+        # The card explains the change below its table.
+        columns = ["change vs source" if name == "change" else name for name in head]
+        table = _table(columns, left=columns[:1])
         for row in rows:
             table.add_row(*row)
         tables.append(table)
@@ -158,9 +164,8 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
 
 def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]) -> None:
     """Show one line per build of a build file."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("build", "dropped", "parameters", "loss before", "loss after"):
-        table.add_column(column, justify="left" if column in ("build", "dropped") else "right")
+    columns = ("build", "dropped", "parameters", "loss before", "loss after")
+    table = _table(columns, left=columns[:2])
     for folder, made in rows:
         if isinstance(made, FactoryError):
             table.add_row(printable(str(folder)), "failed: " + printable(made.message))
@@ -178,14 +183,10 @@ def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]
 
 def show_plans(out: Console, plans: Plans, *, command: str) -> None:
     """Show what each criterion would drop, what that costs, and the recommendation."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("criterion")
-    table.add_column("dropped")
-    columns = ["angular distance"]
+    columns = ["criterion", "dropped", "angular distance"]
     if plans.losses:
         columns += ["loss, unhealed", "behind the best", "search passes"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = _table(columns, left=columns[:2])
     for index, plan in enumerate(plans.plans):
         mark = " ←" if plan.criterion == plans.chosen and len(plans.plans) > 1 else ""
         row = [plan.criterion + mark, layer_ranges(plan.dropped)]
@@ -215,13 +216,11 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
 
 def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     """Show one line per cut, and the largest cut before the cliff."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     healed = any(point.healed for point in sweep.points)
     loss_names = _loss_names(sweep.source)
     names = ["dropped", "layers", *loss_names, *(f"healed {name}" for name in loss_names if healed)]
     names += [task.name for task in sweep.source.tasks]
-    for name in [*names, "kept"]:
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    table = _table([*names, "kept"], left=["layers"])
     blank = [""] * len(loss_names) * healed
     table.add_row("0", "", *_losses(sweep.source), *blank, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
@@ -326,9 +325,7 @@ def _moved(change: float) -> str:
 
 def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence[Path]) -> None:
     """Show the finished stages and the builds that use them."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column, justify in (("stage", "left"), ("key", "left"), ("size", "right"), ("took", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = _table(("stage", "key", "size", "took"), left=("stage", "key"))
     for stage in stages:
         table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
     out.print(table)
@@ -364,9 +361,8 @@ def show_verified(out: Console, found: Sequence[Verified]) -> None:
 
 def show_jobs(out: Console, jobs: Sequence[dict[str, Any]]) -> None:
     """Show one line per job."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("job", "build", "hardware", "stage", "submitted", "ran"):
-        table.add_column(column, justify="right" if column == "ran" else "left")
+    *left, last = ("job", "build", "hardware", "stage", "submitted", "ran")
+    table = _table((*left, last), left=left)
     for job in jobs:
         ran = "" if job["seconds"] is None else duration(job["seconds"])
         submitted = (job["created_at"] or "")[:16].replace("T", " ")

@@ -3,8 +3,10 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from typing import Self
 
 from factory.config.choices import STANDARD_LIBRARY
 from factory.errors import DataError, UnknownModelError
@@ -18,7 +20,8 @@ DATA_NOTATION = (
     "name is optional)"
 )
 DEFAULT_COLUMN = "text"
-WILD = frozenset("*?")
+WILD = frozenset("*?")  # what marks a pattern in a reference: a Hub data set may have [split]
+GLOB = WILD | {"["}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # non-ASCII letters could imitate another name
 HUB_DATA = re.compile(
     rf"(?P<repo>{HUB_NAME.pattern})(:(?P<config>[^#@\[]*))?(\[(?P<split>[\w.-]+)\])?"
@@ -26,6 +29,7 @@ HUB_DATA = re.compile(
     re.ASCII,
 )
 OF_THE_HUB = re.compile(r"[:\[@]")  # what begins a configuration, split or revision
+EMBEDDED = "demo"  # the only alias that is not a repository
 NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
 
@@ -44,16 +48,31 @@ def local_path(reference: str) -> Path:
     return path
 
 
-def check_model(reference: str) -> None:
-    """Accept an alias, a folder or file that exists, or `owner/name[@revision]`.
+@dataclass(frozen=True)
+class ModelReference:
+    """A recognised reference to a model: its alias, its path, or its repository is set."""
 
-    Raises:
-        UnknownModelError: The reference is none of them; the hint suggests the nearest alias.
-    """
-    if reference in aliases() or local_path(reference).exists():  # a file is refused where it is read
-        return
-    if not HUB_NAME.fullmatch(reference.partition("@")[0]) or reference.startswith("."):
-        raise unknown_model(reference)
+    text: str
+    alias: str | None = None
+    path: Path | None = None  # a folder, or a file, which is refused where it is read
+    repo_id: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Recognise an alias, a folder or file that exists, or `owner/name[@revision]`.
+
+        Raises:
+            UnknownModelError: The text is none of them; the hint suggests the nearest alias.
+        """
+        if text in aliases():
+            return cls(text, alias=text)
+        if (path := local_path(text)).exists():
+            return cls(text, path=path)
+        repo_id, _, revision = text.partition("@")
+        if not HUB_NAME.fullmatch(repo_id) or text.startswith("."):
+            raise unknown_model(text)
+        return cls(text, repo_id=repo_id, revision=revision or None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -90,6 +109,30 @@ def local_data(reference: str) -> tuple[Path, str | None] | None:
     if local_path(path).exists() or WILD & set(path):
         return local_path(path), column or None
     return None
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """What a local name stands for: one path, or the files below a folder that match a pattern."""
+
+    paths: tuple[Path, ...]
+    root: Path  # the path itself, or the folder that the pattern searches
+    pattern: str = ""
+
+    @classmethod
+    def find(cls, text: str) -> Self | None:
+        """Return the path, or the files that match the pattern; None if there is nothing."""
+        if (path := local_path(text)).exists():
+            return cls((path,), path)
+        parts = path.parts
+        wild = next((index for index, part in enumerate(parts) if GLOB & set(part)), len(parts))
+        root, pattern = Path(*parts[:wild]), "/".join(parts[wild:])
+        if not pattern or not root.is_dir():
+            return None
+        # Unlike Path.glob, this skips hidden files.
+        found = (root / name for name in glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
+        paths = tuple(sorted(file for file in found if file.is_file()))
+        return cls(paths, root, pattern) if paths else None
 
 
 def data_files(path: Path) -> list[Path]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -39,7 +40,7 @@ from factory.config.options import (
     unknown_option,
     without_none,
 )
-from factory.config.references import check_data, check_model
+from factory.config.references import ModelReference, check_data
 from factory.errors import FactoryError, UsageError
 
 LENGTHS = tuple(f"{section}.sequence_length" for section in ("measure", "plan", "heal", "evaluate"))
@@ -142,6 +143,11 @@ class Request:
         """Return whether an option must be given."""
         return cls.default(name) is MISSING
 
+    @cached_property
+    def reference(self) -> ModelReference:
+        """Return the recognised model."""
+        return ModelReference.read(self.model)
+
     @property
     def given(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, by name."""
@@ -172,7 +178,7 @@ class Request:
             UnknownModelError: The model is not an alias, a folder or a repository name.
             DataError: A text does not exist or has an unsupported format.
         """
-        check_model(self.model)
+        assert self.reference  # refuses a model that is not recognised
         for name in self.reads:
             is_read = name != "heal_data" or reads_healing_text(self)
             if is_read and (given := getattr(self, name)) is not None:

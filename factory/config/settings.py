@@ -116,8 +116,7 @@ class Recipe(Settings):
     """A known model, its repository on the Hub, and settings for it."""
 
     alias: str
-    repo_id: str | None = None
-    source: Literal["hub", "embedded"] = "hub"
+    repo_id: str | None = None  # None: the embedded model
     note: str | None = None  # advice before the first build: gates, custom code
     provenance: str  # origin of each figure below
     license: str | None = None  # of the embedded model

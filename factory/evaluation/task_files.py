@@ -1,6 +1,7 @@
 """Inspect lm-eval task files without running them: what they name, and which Python they would run."""
 
-from collections.abc import Iterator
+import os.path
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -9,14 +10,13 @@ from typing import Any
 
 import yaml
 
-from factory.config.references import local_path
+from factory.config.references import LocalFiles
 from factory.errors import UsageError
 from factory.hub.front_matter import NOT_YAML, BoundedLoader
 
 TASK_SUFFIXES = (".yaml", ".yml")
 OF_THE_LIBRARIES = ("lm_eval", "factory")  # packages whose Python runs anyway
 TASK_LINE = "an lm-eval YAML has a line `task: NAME`"
-WILD = frozenset("*?[")
 
 
 def is_task_file(task: str) -> bool:
@@ -98,8 +98,14 @@ class TaskFile:
     name: str  # of the task or group
     definitions: tuple[Path, ...]  # the file, and for a group those of its members
     parts: tuple[Path, ...]  # definitions, their includes, and the Python files that they name
+    data: Mapping[Path, Mapping[str, LocalFiles]]  # definition or include → name in it → local questions
     code: tuple[str, ...]  # Python that they run: "doc_to_text: words.shown (mine/words.py)"
     missing: tuple[str, ...]  # members of a group that no file in its folder defines
+
+
+def task_files(tasks: Iterable[str]) -> dict[str, TaskFile]:
+    """Read the task files among tasks; see `read_task_file`."""
+    return {task: read_task_file(Path(task)) for task in tasks if is_task_file(task)}
 
 
 def read_task_file(path: Path) -> TaskFile:
@@ -128,6 +134,7 @@ def read_task_file(path: Path) -> TaskFile:
         definition.name,
         tuple(one.path for one in definitions),
         tuple(dict.fromkeys([*chains, *python])),
+        {part: found for part, value in chains.items() if (found := _data(value))},
         tuple(
             dict.fromkeys(
                 [*foreign, *(metric for one in definitions for metric in _fetched_metrics(one.settings))]
@@ -143,7 +150,7 @@ def _defined(path: Path) -> _Definition:
 
 def _chain(path: Path, seen: tuple[Path, ...], *, by: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the files that one includes, then the file itself; cycles, which lm-eval refuses, are cut."""
-    if not local_path(str(path)).is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # unlike Path.is_file, takes any name
         raise UsageError(
             f"task file {by}{str(path)[:200]!r} does not exist", hint="pass a task name or a YAML file"
         )
@@ -237,43 +244,16 @@ def _fetched_metrics(settings: dict[str, Any]) -> Iterator[str]:
             yield f"metric: {name} (fetched by the library evaluate)"
 
 
-def local_data(part: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the local paths from which an lm-eval file takes questions, by their text in the file.
-
-    Returns:
-        The file or folder of each path, or all matches of a pattern.
-    """
-    if part.suffix not in TASK_SUFFIXES:
-        return {}
-    try:
-        value: Any = yaml.load(part.read_text(encoding="utf-8"), Loader=_Lenient)
-    except UNREADABLE:  # lm-eval cannot read it either
-        return {}
-    value = value if isinstance(value, dict) else {}
+def _data(value: Mapping[str, Any]) -> dict[str, LocalFiles]:
+    """Return the local paths and patterns from which an lm-eval file takes questions, by their text in it."""
     options = value.get("dataset_kwargs")
     named = [options.get(key) for key in ("data_files", "data_dir")] if isinstance(options, dict) else []
     if "/" in str(value.get("dataset_path", "")):  # without a slash it is a format: json
         named.append(value["dataset_path"])
     if ".yaml:" in str(value.get("use_prompt", "")):
         named.append(str(value["use_prompt"]).rpartition(":")[0])
-    found = {text: _matched(text) for _, text in _leaves(named) if isinstance(text, str)}
-    return {text: paths for text, paths in found.items() if paths}
-
-
-def root_of(text: str) -> tuple[Path, str]:
-    """Split a pattern into the folder it searches and the rest; a plain path is its own root."""
-    parts = Path(text).parts
-    wild = next((index for index, part in enumerate(parts) if WILD & set(part)), len(parts))
-    return Path(*parts[:wild]), "/".join(parts[wild:])
-
-
-def _matched(text: str) -> tuple[Path, ...]:
-    if (path := local_path(text)).exists():
-        return (path,)
-    root, pattern = root_of(text)
-    if not pattern or not local_path(str(root)).is_dir():
-        return ()
-    return tuple(sorted(path for path in local_path(str(root)).glob(pattern) if path.is_file()))
+    texts = (text for _, text in _leaves(named) if isinstance(text, str))
+    return {text: found for text in texts if (found := LocalFiles.find(text))}
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

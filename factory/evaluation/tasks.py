@@ -7,7 +7,7 @@ from pathlib import Path
 
 from factory.config.settings import EvaluateSettings
 from factory.errors import UsageError
-from factory.evaluation.task_files import TASK_SUFFIXES, is_task_file, local_data, read_task_file
+from factory.evaluation.task_files import TASK_SUFFIXES, is_task_file, read_task_file, task_files
 from factory.resources import DEMO_TASKS
 from factory.store.files import sha256_of_file
 from factory.text.standard_library import fingerprint
@@ -42,18 +42,23 @@ def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> 
         UsageError: A task file is missing, names no task or runs Python without permission, two tasks have
             one name, or lm-eval does not know a name.
     """
+    files = task_files(settings.tasks)
     unknown = []
     named: dict[str, str] = {}
     for task in settings.tasks:
-        name = _accepted(Path(task), run_code=run_code) if is_task_file(task) else task
+        found = files.get(task)
+        if found and found.code and not run_code:
+            raise UsageError(
+                f"task file {task!r} runs Python: {', '.join(found.code)}",
+                hint="read it first; `run_task_code` runs it with your permissions",
+            )
+        name = found.name if found else task
         if name in named:
             raise UsageError(
                 f"`tasks` names {name!r} twice: {named[name]} and {task}", hint="remove one of them"
             )
         named[name] = task
-        if is_task_file(task):
-            continue
-        if not _is_embedded(task) and task not in KNOWN_TASKS:
+        if not found and not _is_embedded(task) and task not in KNOWN_TASKS:
             unknown.append(task)
     if unknown and search:
         from lm_eval.tasks import TaskManager
@@ -62,17 +67,6 @@ def check_tasks(settings: EvaluateSettings, *, search: bool, run_code: bool) -> 
         for task in unknown:
             if task not in known:
                 raise UsageError(f"lm-eval has no task {task!r}", hint="`lm-eval ls tasks` lists them all")
-
-
-def _accepted(path: Path, *, run_code: bool) -> str:
-    """Return the name of a task file, refusing Python without permission."""
-    found = read_task_file(path)
-    if found.code and not run_code:
-        raise UsageError(
-            f"task file {str(path)!r} runs Python: {', '.join(found.code)}",
-            hint="read it first; `run_task_code` runs it with your permissions",
-        )
-    return found.name
 
 
 def check_backend(settings: EvaluateSettings) -> None:
@@ -96,7 +90,7 @@ def _parts(task: Path) -> Iterator[str]:
     found = read_task_file(task)
     folders = sorted({part.parent for part in found.parts if part.suffix == ".py"})
     beside = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in BESIDE_PYTHON]
-    data = [path for part in found.parts for paths in local_data(part).values() for path in paths]
+    data = [path for named in found.data.values() for files in named.values() for path in files.paths]
     inside = [file for path in data for file in (path, *sorted(path.rglob("*")))]
     left = MAX_BYTES
     for path in dict.fromkeys(path for path in (*found.parts, *beside, *inside) if path.is_file()):

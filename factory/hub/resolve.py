@@ -10,72 +10,67 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 
 from factory.artifacts import Source, canonical_json
 from factory.checkpoint.auxiliary import (
+    CONFIG,
     WEIGHTS_INDEX,
     auxiliary_files,
     check_json,
     check_sizes,
     is_auxiliary,
     names_in,
+    read_config,
 )
 from factory.checkpoint.gguf_header import is_gguf, made_from
 from factory.checkpoint.read import WEIGHTS, is_shard_name, read_checkpoint, sha256_of_files
-from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
+from factory.config.references import ModelReference
 from factory.config.settings import load_recipe
 from factory.errors import CheckpointError, FactoryError, UnknownModelError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import UNREACHABLE, hub_errors
 from factory.hub.inspect import (
-    CONFIG,
     TOKENIZER_CONFIG,
-    _check_names,
-    _has_chat_template,
-    _needs_code,
-    _read_config,
-    _some,
-    _source,
+    check_names,
+    describe,
+    has_chat_template,
+    needs_code,
+    some,
 )
 from factory.hub.remote_header import read_remote_headers
 from factory.hub.source_card import README, folder_name, read_card
 from factory.resources import DEMO_MODEL
 
 
-def resolve_model(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """Resolve an alias, a repository or a folder; see `resolve`."""
-    if reference not in aliases():
-        return resolve(reference, trust_remote_code=trust_remote_code)
-    recipe = load_recipe(reference)
-    if recipe.source == "embedded":
-        return resolve(str(DEMO_MODEL)).model_copy(update={"name": recipe.alias, "license": recipe.license})
-    assert recipe.repo_id is not None
-    return resolve(recipe.repo_id, trust_remote_code=trust_remote_code)
-
-
 def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
-    """Resolve a folder or repository from its configuration and safetensors headers, without weights.
+    """Recognise and resolve a reference; see `resolve_model`."""
+    return resolve_model(ModelReference.read(reference), trust_remote_code=trust_remote_code)
+
+
+def resolve_model(model: ModelReference, *, trust_remote_code: bool = False) -> Source:
+    """Resolve a model from its configuration and safetensors headers, without weights.
 
     Args:
-        reference: A folder, or `owner/name[@revision]`.
         trust_remote_code: Accept a model type that only code of its own repository knows, at a pinned commit.
 
     Raises:
-        UnknownModelError: The reference is not a folder and not a repository name.
+        UnknownModelError: The path is no folder.
         HubError: The repository or revision does not exist, or cannot be accessed or reached.
         CheckpointError: Weights are missing or in an unsupported format.
         ModelError: The factory cannot work on this model.
     """
-    folder = local_path(reference)
-    if folder.is_dir():
-        return _resolve_folder(folder, trust_remote_code=trust_remote_code)
-    if folder.is_file():
-        raise _a_file(folder)
-    repo_id, _, revision = reference.partition("@")
-    if not HUB_NAME.fullmatch(repo_id) or repo_id.startswith("."):
-        raise unknown_model(reference)
-    with hub_errors(repo_id, revision=revision or None):
+    if model.path:
+        if not model.path.is_dir():
+            raise _a_file(model.path)
+        return _resolve_folder(model.path, trust_remote_code=trust_remote_code)
+    repo_id, revision = model.repo_id, model.revision
+    if model.alias:
+        recipe = load_recipe(model.alias)
+        if recipe.repo_id is None:
+            embedded = _resolve_folder(DEMO_MODEL)
+            return embedded.model_copy(update={"name": recipe.alias, "license": recipe.license})
+        repo_id = recipe.repo_id
+    assert repo_id is not None
+    with hub_errors(repo_id, revision=revision):
         return patiently(
-            lambda: _resolve_repository(
-                repo_id, revision=revision or None, trust_remote_code=trust_remote_code
-            )
+            lambda: _resolve_repository(repo_id, revision=revision, trust_remote_code=trust_remote_code)
         )
 
 
@@ -93,27 +88,28 @@ def _a_file(path: Path) -> FactoryError:
 
 def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     """Resolve a folder, whose commit is a hash of the model's files without the card."""
+    card = read_card(folder)
     names = names_in(folder)
-    _check_names(names, where=str(folder), card=read_card(folder))
+    check_names(names, where=str(folder), card=card)
     sizes = {name: (folder / name).stat().st_size for name in names}
     needed = sorted(needed_files(sizes, ()))
     check_sizes({name: sizes[name] for name in needed})
     auxiliary_files(folder)  # refuses links that point elsewhere
     check_json(folder, needed)
-    config = _read_config(folder / CONFIG)
-    remote_code = _needs_code(config, trusted=trust_remote_code)
+    config = read_config(folder / CONFIG)
+    remote_code = needs_code(config, trusted=trust_remote_code)
     tensors = read_checkpoint(folder)
     weights = sorted({tensor.file.name for tensor in tensors.values()})
     hashed = sha256_of_files(folder, sorted(needed_files(sizes, weights, code=remote_code) - {README}))
-    source = _source(
+    source = describe(
         name=folder_name(folder),
         repo_id=None,
         commit=sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40],
         config=config,
         tensors=tensors,
         size_bytes=sum((folder / name).stat().st_size for name in weights),
-        card=read_card(folder),
-        has_chat_template=_has_chat_template(names, folder / TOKENIZER_CONFIG),
+        card=card,
+        has_chat_template=has_chat_template(names, folder / TOKENIZER_CONFIG),
         remote_code=remote_code,
     )
     return source.model_copy(update={"folder": folder.resolve()})
@@ -134,17 +130,17 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
     sizes = {name: file.size or 0 for name, file in files_of(info).items()}
     card = dict(info.card_data.to_dict()) if info.card_data else {}  # type: ignore[no-untyped-call]
-    _check_names(sizes, where=repo_id, card=card)
+    check_names(sizes, where=repo_id, card=card)
     check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
-    config = _read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
+    config = read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
     pin = None if revision == commit else f"{repo_id}@{commit}"
-    remote_code = _needs_code(config, trusted=trust_remote_code, pin=pin)
+    remote_code = needs_code(config, trusted=trust_remote_code, pin=pin)
     weights = weight_files(repo_id, commit=commit, names=sizes)
     tokenizer_config = Path(TOKENIZER_CONFIG)
     if TOKENIZER_CONFIG in sizes:
         tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
     cached_names = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
-    source = _source(
+    source = describe(
         name=repo_id.split("/")[1],
         repo_id=repo_id,
         commit=commit,
@@ -154,7 +150,7 @@ def _resolve_repository(repo_id: str, *, revision: str | None, trust_remote_code
         ),
         size_bytes=sum(sizes[name] for name in weights),
         card=card,
-        has_chat_template=_has_chat_template(sizes, tokenizer_config),
+        has_chat_template=has_chat_template(sizes, tokenizer_config),
         remote_code=remote_code,
     )
     return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in cached_names)})
@@ -181,7 +177,7 @@ def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[s
     missing = [name for name in weights if name not in names]
     if missing or not weights:
         raise CheckpointError(
-            f"{repo_id} lacks {_some(missing) or 'weights'}, named in its {WEIGHTS_INDEX}",
+            f"{repo_id} lacks {some(missing) or 'weights'}, named in its {WEIGHTS_INDEX}",
             hint="the upload is incomplete: choose another revision",
         )
     return weights
@@ -209,7 +205,7 @@ def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
     """Return the cache's folder of a commit, if a pull has completed it."""
     try:
         sizes = {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
-        _check_names(sizes, where=repo_id)
+        check_names(sizes, where=repo_id)
         weights = weight_files(repo_id, commit=commit, names=sizes)
         allowed = sorted(needed_files(sizes, weights, code=code))
         return Path(

@@ -10,16 +10,16 @@ from pathlib import Path
 from factory.artifacts import canonical_json
 from factory.config.request import BuildRequest, file_text
 from factory.errors import DiskSpaceError, UsageError
-from factory.evaluation.tasks import check_tasks, task_identity
+from factory.evaluation.tasks import task_identity
 from factory.hub.push import full_name
 from factory.jobs.hardware import OF_PEAK, Flavor, check_fits, flavor, parse_timeout
 from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
 from factory.jobs.uploads import carried
 from factory.pipeline.build import STAGES
-from factory.pipeline.prepare import Settled, check_weights_load, settle_all
+from factory.pipeline.prepare import Settled, check_weights_load, open_inputs, settle_all
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter
-from factory.pipeline.texts import check_texts, known_lengths, open_texts
+from factory.pipeline.texts import check_texts, known_lengths
 from factory.text.text import Texts, text_identity
 from factory.units import duration
 
@@ -102,11 +102,10 @@ def _checked(
     for one in settled:
         request, config = one.request, one.config
         with request.located(), _not_here():
-            check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+            texts, note = open_inputs(one)
             if config.evaluate.backend == "vllm" and not found.has_gpu:
                 raise UsageError(f"`eval_backend=vllm` on {found.name}, which has no GPU", hint=NEEDS_GPU)
-            texts = open_texts(config)
-            for message in (*texts.remarks, *check_texts(texts)):
+            for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
                 reporter.note(message)
             identities.append(_identity(one, texts))
             check_weights_load(one.source, config, STAGES)

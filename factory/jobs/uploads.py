@@ -4,18 +4,17 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from factory.config import references
 from factory.config.options import reads_healing_text
-from factory.config.references import local_path
+from factory.config.references import LocalFiles, aliases, local_data
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
-from factory.evaluation.task_files import is_task_file, local_data, read_task_file, root_of
+from factory.evaluation.task_files import task_files
 from factory.jobs.submit import MOUNT
 
 OF_SUBMITTING = ("on", "timeout", "state")  # options of the job, not of its build
@@ -58,18 +57,13 @@ def carried(
 
 def _carried(reference: str, files: Files, *, upload: bool, bucket: str) -> str:
     """Return a reference for the job; what is local is uploaded."""
-    path = references.local_path(reference)
-    if reference in references.aliases():
-        return reference
-    if path.exists():
-        _check_upload(path, upload=upload, bucket=bucket)
-        return _take(path, files)
-    if (local := references.local_data(reference)) is None:
+    if reference in aliases() or (local := local_data(reference)) is None:
         return reference
     path, column = local
     _check_upload(path, upload=upload, bucket=bucket)
-    paths = [path] if path.exists() else references.data_files(path)
-    return _taken(str(path), paths, files) + (f"#{column}" if column else "")
+    found = LocalFiles.find(str(path))
+    assert found is not None  # the request has been checked
+    return _taken(found, files) + (f"#{column}" if column else "")
 
 
 def _take(path: Path, files: Files) -> str:
@@ -81,19 +75,19 @@ def _take(path: Path, files: Files) -> str:
 
 def _tasks(tasks: Sequence[str], files: Files, *, upload: bool, bucket: str) -> list[str]:
     """Return the tasks for the job; a task file is uploaded with all files that it names, in place."""
-    names = [*tasks]
-    for index, name in enumerate(names):
-        if not is_task_file(name):
-            continue
-        task, *parts = [_plain(part) for part in (Path(name), *read_task_file(Path(name)).parts)]
+    renamed = {}
+    for name, found in task_files(tasks).items():
         _check_upload(Path(name), upload=upload, bucket=bucket)
+        for data in (each for named in found.data.values() for each in named.values()):
+            for path in data.paths:
+                _check_upload(path, upload=upload, bucket=bucket)
+        parts = {_plain(part): found.data.get(part, {}) for part in found.parts}
         root = Path(os.path.commonpath([part.parent for part in parts]))
         place = _place(root)
-        for part in parts:
-            inside = part.relative_to(root).as_posix()
-            files[f"{place}/{inside}"] = _part(part, files, upload=upload, bucket=bucket)
-        names[index] = f"{MOUNT}/{place}/{task.relative_to(root).as_posix()}"
-    return names
+        for part, named in parts.items():
+            files[f"{place}/{part.relative_to(root).as_posix()}"] = _part(part, named, files)
+        renamed[name] = f"{MOUNT}/{place}/{_plain(Path(name)).relative_to(root).as_posix()}"
+    return [renamed.get(task, task) for task in tasks]
 
 
 def _plain(path: Path) -> Path:
@@ -101,27 +95,23 @@ def _plain(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def _part(part: Path, files: Files, *, upload: bool, bucket: str) -> Path | bytes:
-    """Return a file of a task, with local data renamed to their paths in the job."""
-    named = local_data(part)
+def _part(part: Path, named: Mapping[str, LocalFiles], files: Files) -> Path | bytes:
+    """Return a file of a task, with the local data that it names renamed to their paths in the job."""
     if not named:
         return part
     text = part.read_text(encoding="utf-8")
-    for data, paths in named.items():
-        for path in paths:
-            _check_upload(path, upload=upload, bucket=bucket)
-        text = re.sub(rf"(?<![\w./-]){re.escape(data)}(?![\w./-])", _taken(data, paths, files), text)
+    for name, data in named.items():
+        text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])", _taken(data, files), text)
     return text.encode()
 
 
-def _taken(data: str, paths: Sequence[Path], files: Files) -> str:
-    """Upload local data that a task file names, and return the path or pattern in the job."""
-    root, pattern = root_of(data)
-    if not pattern or local_path(data).exists():
-        return _take(paths[0], files)
-    place = _place(local_path(str(root)))
-    files |= {f"{place}/{path.relative_to(local_path(str(root))).as_posix()}": path for path in paths}
-    return f"{MOUNT}/{place}/{pattern}"
+def _taken(data: LocalFiles, files: Files) -> str:
+    """Add local files to the uploads, and return their path or pattern in the job."""
+    if not data.pattern:
+        return _take(data.root, files)
+    place = _place(data.root)
+    files |= {f"{place}/{path.relative_to(data.root).as_posix()}": path for path in data.paths}
+    return f"{MOUNT}/{place}/{data.pattern}"
 
 
 def _check_upload(path: Path, *, upload: bool, bucket: str) -> None:

@@ -2,12 +2,20 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from factory.checkpoint.auxiliary import CONFIG
 from factory.checkpoint.header import DTYPE_BITS, TensorInfo
-from factory.errors import UnsupportedArchitectureError, UnsupportedFieldError
+from factory.errors import (
+    UNTRUSTED,
+    CheckpointError,
+    ModelError,
+    UnsupportedArchitectureError,
+    UnsupportedFieldError,
+)
 from factory.model import config_fields as fields
 from factory.model.config_fields import packing
 from factory.model.config_proof import num_layers_of, text_config, values_of, verify_structure
@@ -18,6 +26,19 @@ BESIDE = re.compile(
     r"[._](absmax|quant_map|quant_state\..*|SCB|weight_format|qzeros|g_idx|zero_point|shape|scales?|scale_inv)$"
 )
 WORDS = ("U8", "I32")  # types that hold several weights each
+MAX_LAYERS = 10_000
+# safetensors' name of a type → transformers'
+DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "I32": "int32",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,17 @@ class DecoderStack:
     model_type: str
     num_layers: int
     tensor_prefix: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a checkpoint holds, in numbers."""
+
+    num_parameters: int
+    layer_parameters: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
+    vocab_size: int
+    dtype: str  # of most weights, by transformers' name
 
 
 def locate(config: dict[str, Any], tensor_names: Iterable[str]) -> DecoderStack:
@@ -156,3 +188,74 @@ def num_weights(tensor: TensorInfo, config: Mapping[str, Any]) -> int:
     bits = settings.get("bits") if isinstance(settings, Mapping) else None
     each = DTYPE_BITS[tensor.dtype] // (bits if bits in (2, 4, 8) else 4) if tensor.dtype in WORDS else 1
     return tensor.num_elements * each
+
+
+def sizes_of(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> Sizes:
+    """Count a model from its config.json and its headers.
+
+    Raises:
+        UnsupportedArchitectureError: The model is not a decoder, or has no single stack of layers.
+        CheckpointError: The weights do not match the configuration.
+        ModelError: The size of the vocabulary is unknown.
+    """
+    stack = locate(config, tensors)
+    _check_weights(config, tensors, stack)
+    layers = _by_layer(tensors, stack)
+    types: Counter[str] = Counter()
+    for tensor in tensors.values():
+        types[tensor.dtype] += tensor.num_elements
+    (most, _), *_ = types.most_common(1)
+    return Sizes(
+        num_parameters=max(1, sum(num_weights(t, config) for t in tensors.values())),
+        layer_parameters=tuple(sum(num_weights(t, config) for t in layer) for layer in layers),
+        layer_bytes=tuple(sum(t.size_bytes for t in layer) for layer in layers),
+        vocab_size=_vocab_size(config),
+        dtype=DTYPES.get(most, most.lower()),
+    )
+
+
+def _by_layer(tensors: Mapping[str, TensorInfo], stack: DecoderStack) -> list[list[TensorInfo]]:
+    """Return the tensors of each decoder layer."""
+    prefix, num_layers = stack.tensor_prefix, stack.num_layers
+    if num_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{CONFIG} says {num_layers:,} layers; no model has more than {MAX_LAYERS:,}", hint=UNTRUSTED
+        )
+    layers: dict[str, list[TensorInfo]] = {str(index): [] for index in range(num_layers)}
+    for name, tensor in tensors.items():
+        index, dot, _ = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and dot and index in layers:
+            layers[index].append(tensor)
+    return list(layers.values())
+
+
+def _check_weights(config: dict[str, Any], tensors: Mapping[str, TensorInfo], stack: DecoderStack) -> None:
+    """Refuse weights that do not match the configuration: more layers, or embeddings of another width."""
+    prefix, num_layers = stack.tensor_prefix, stack.num_layers
+    part = config.get("text_config") or config
+    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    numbers = [int(index) for index in found if re.fullmatch("[0-9]{1,9}", index)]
+    on_disk = 1 + max(numbers, default=-1)
+    if on_disk > num_layers + (part.get("num_nextn_predict_layers") or 0):
+        raise CheckpointError(
+            f"the weights have {on_disk} layers, {CONFIG} says {num_layers}",
+            hint="they belong to two different models; download both again",
+        )
+    width = part.get("word_embed_proj_dim") or part.get("hidden_size")  # OPT's embedding may be narrower
+    name = f"{prefix.removesuffix('layers.')}embed_tokens.weight"
+    tensor = tensors.get(name)
+    # Packed weights are narrower than the model.
+    if tensor and width and tensor.dtype in ("BF16", "F16", "F32") and tensor.shape[-1:] != (width,):
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}, {CONFIG} says hidden_size {width}",
+            hint="they belong to two different models; download both again",
+        )
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int:
+    if (stated := fields.vocab_size(config)) is not None:
+        return stated
+    size = getattr(text_config(dict(config)), "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    raise ModelError(f"{CONFIG} has no vocab_size", hint="give a text model that transformers can load")

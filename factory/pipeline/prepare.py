@@ -29,6 +29,7 @@ from factory.pipeline.run import Reporter, Run
 from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
 from factory.store.stage import HEAL, PRUNE, STAGES
 from factory.store.store import Store, default_home
+from factory.text.text import Texts
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def resolve_source(request: Request, reporter: Reporter) -> Source:
     from factory.hub.resolve import resolve_model
     from factory.hub.source_card import README, unread_card
 
-    source = resolve_model(request.model, trust_remote_code=request.trust_remote_code)
+    source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code)
     if source.folder and (reason := unread_card(source.folder)):
         reporter.note(f"cannot read {source.folder / README}, so the licence is unknown: {reason}")
     return source
@@ -209,7 +210,7 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     """Settle a request to reproduce a finished build."""
     from dataclasses import replace
 
-    found = read_build(request.model)
+    found = read_build(request.reference)
     source = resolve_source(replace(request, model=source_reference(found)), reporter)
     check_same_source(found, source)
     one_each = {"measure": request.calibration_data, "heal": request.heal_data}
@@ -247,12 +248,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     home = (request.home or default_home()).absolute()
     store = Store(home, _bucket(request, reporter, dry_run=dry_run))
     check_backend(config.evaluate)
-    check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
-    check_question_form(source, config)
-    texts = open_texts(config)
-    note = check_kinds(source, texts)
-    if settled.repeats:
-        check_same_texts(settled.repeats, texts)
+    texts, note = open_inputs(settled)
     for message in texts.remarks:
         reporter.note(message)
     run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
@@ -279,6 +275,22 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
         **known_lengths(texts, left),
     )
     return Prepared(settled, run, left, shown)
+
+
+def open_inputs(settled: Settled) -> tuple[Texts, str | None]:
+    """Check tasks, and open and check the texts, without a look at the machine that will run them.
+
+    Returns:
+        The texts, and a note if healing will read another kind of text than the source was made for.
+    """
+    request, source, config = settled.request, settled.source, settled.config
+    check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
+    check_question_form(source, config)
+    texts = open_texts(config)
+    note = check_kinds(source, texts)
+    if settled.repeats:
+        check_same_texts(settled.repeats, texts)
+    return texts, note
 
 
 def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str]) -> None:

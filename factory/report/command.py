@@ -10,13 +10,12 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, first_problem
 from factory.config.objectives import DEFAULT_OBJECTIVE
-from factory.config.references import aliases
+from factory.config.references import EMBEDDED, aliases
 from factory.config.request import BuildRequest
 from factory.config.settings import BuildConfig, settle
 from factory.errors import StoreError
 from factory.report.markdown import plain
 
-EMBEDDED = "demo"  # the only alias that is not a repository
 SECTIONS = ("measure", "plan", "heal", "evaluate")
 WITH_LENGTH = ("measure", "heal", "evaluate")  # sections whose sequence length is one option
 IMPLIED = {("measure", "exact_length"), ("plan", "layers")}  # set by --sequence-length and --layers

@@ -58,6 +58,7 @@ def test_a_build_is_made_shown_and_loaded_again(tmp_path: Path, monkeypatch: pyt
     assert list(made.evaluations) == ["source", "pruned"]
     assert list(made.table["source"])[:1] != []
     assert "<table" in made._repr_html_()
+    assert repr(made).splitlines()[0].split()[:2] == ["measure", "source"]
     assert made.figure().get_axes()
     assert made.model.config.num_hidden_layers == 24 - len(made.plan.dropped)
     assert made.tokenizer("def")["input_ids"]

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from factory.config.references import aliases
+from factory.config.references import EMBEDDED, aliases
 from factory.config.settings import load_recipe
 from factory.errors import UnknownModelError
 from factory.resources import RECIPES
@@ -68,7 +68,7 @@ def test_no_two_recipes_share_a_repository_and_only_the_demo_has_none() -> None:
     counts = Counter(recipe.repo_id.lower() for recipe in recipes if recipe.repo_id)
     assert max(counts.values()) == 1
     assert [recipe.alias for recipe in recipes if recipe.repo_id is None] == ["demo"]
-    assert [recipe.alias for recipe in recipes if recipe.source == "embedded"] == ["demo"]
+    assert [recipe.alias for recipe in recipes if recipe.repo_id is None] == [EMBEDDED]
 
 
 def test_a_repository_is_named_in_full() -> None:

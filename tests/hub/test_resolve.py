@@ -8,8 +8,8 @@ import pytest
 
 from factory.checkpoint.header import TensorInfo
 from factory.errors import CheckpointError
-from factory.hub.inspect import _by_layer
 from factory.hub.resolve import resolve
+from factory.model.architecture import DecoderStack, _by_layer
 from tests.builders.models import save_llama
 
 
@@ -135,10 +135,10 @@ def test_a_file_name_that_is_no_line_is_refused(tmp_path: Path, name: str) -> No
 def test_each_layer_has_its_tensors_and_too_many_are_refused() -> None:
     names = [f"layers.{index}.{part}" for index in (0, 1, 10) for part in "ab"] + ["x.layers.0.a"]
     tensors = {name: TensorInfo(name, "F32", (1,), Path("x"), 0, 4) for name in names}
-    layers = _by_layer(tensors, prefix="layers.", num_layers=2)
+    layers = _by_layer(tensors, DecoderStack("llama", 2, "layers."))
     assert [[tensor.name for tensor in layer] for layer in layers] == [names[:2], names[2:4]]
     with pytest.raises(CheckpointError, match="10,001 layers"):
-        _by_layer(tensors, prefix="layers.", num_layers=10_001)
+        _by_layer(tensors, DecoderStack("llama", 10_001, "layers."))
 
 
 def test_a_name_has_no_control_characters(tmp_path: Path) -> None:

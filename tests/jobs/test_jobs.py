@@ -420,6 +420,8 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(
         assert f"{alone[0]} without --on" in refused(commands, rich, folder, *BUILD, *alone)
     told = refused(commands, rich, folder, "build", "acme/tiny", "--reproduce", "--on", "cpu-basic")
     assert "--on with --reproduce" in told
+    told = refused(commands, rich, folder, *BUILD, *ON, "--apply-chat-template")
+    assert "--apply-chat-template: tiny has no chat template" in told
     assert not rich.storage.buckets
 
 

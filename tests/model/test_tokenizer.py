@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from factory.config.settings import BuildConfig, HealSettings, MeasureSettings, PlanSettings
 from factory.errors import ModelError
 from factory.healing.data import data_sets
-from factory.hub.inspect import _vocab_size
 from factory.hub.resolve import resolve
 from factory.model.tokenizer import Encoder, load_encoder, load_tokenizer
 from factory.pipeline.texts import check_tokens
@@ -122,7 +121,7 @@ def test_the_rows_of_an_embedding_may_be_left_to_the_configuration_s_class(tmp_p
     del config["vocab_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_encoder(tmp_path).vocab_size == 32_000
-    assert _vocab_size(config) == 32_000
+    assert resolve(str(tmp_path)).vocab_size == 32_000
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:

@@ -209,20 +209,45 @@ def heal_sharded(
         return heal_it(folder, into, progress=progress, objective=objective, dropped=dropped), held
 
 
-@pytest.mark.parametrize(("objective", "dropped"), [("sft", ()), ("distill", (1,))])
+DROPPED: dict[str, tuple[int, ...]] = {"sft": (), "distill": (1,)}  # by objective
+
+
+def heal_sharded_by_each(folder: Path, *, progress: Progress) -> dict[str, tuple[Adapter, list[int]]]:
+    """Heal by one objective after the other: starting the processes takes longer than either."""
+    return {
+        objective: heal_sharded(
+            folder, folder / objective, progress=progress, objective=objective, dropped=dropped
+        )
+        for objective, dropped in DROPPED.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def experts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts in some of its layers, the text, and folders for what is made of them."""
+    experts = tmp_path_factory.mktemp("sharded")
+    for name in (*DROPPED, *(f"{objective} alone" for objective in DROPPED)):
+        (experts / name).mkdir()
+    save_family(experts / "model", "qwen3_moe", mlp_only_layers=[0, 3])
+    shutil.copy(folder / "text.txt", experts)
+    return experts
+
+
+@pytest.fixture(scope="module")
+def sharded(experts: Path) -> dict[str, tuple[Adapter, list[int]]]:
+    """What two processes make that divide the model between them, by objective."""
+    return spread(partial(heal_sharded_by_each, experts), processes=2, case="fsdp", progress=ignore)
+
+
+@pytest.mark.parametrize("objective", DROPPED)
 def test_a_sharded_model_is_healed_as_a_whole_one_is(
-    folder: Path, tmp_path: Path, objective: str, dropped: Sequence[int]
+    experts: Path, sharded: dict[str, tuple[Adapter, list[int]]], objective: str
 ) -> None:
-    for name in ("alone", "sharded"):
-        (tmp_path / name).mkdir()
-    save_family(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 3])  # experts, and layers without
-    shutil.copy(folder / "text.txt", tmp_path)
-    how = {"objective": objective, "dropped": dropped}
-    work = partial(heal_sharded, tmp_path, tmp_path / "sharded", **how)
-    adapter, held = spread(work, processes=2, case="fsdp", progress=ignore)
+    adapter, held = sharded[objective]
     assert adapter.experts
     assert adapter.target_modules
-    check_same_adapter(adapter, heal_it(tmp_path, tmp_path / "alone", progress=ignore, **how))
+    how = {"objective": objective, "dropped": DROPPED[objective]}
+    check_same_adapter(adapter, heal_it(experts, experts / f"{objective} alone", progress=ignore, **how))
     assert held[0] == pytest.approx(held[1] / 2, rel=0.01)
 
 

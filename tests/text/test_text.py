@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from factory.artifacts import DataSource
-from factory.config.references import check_model
+from factory.config.references import ModelReference
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UnknownModelError
 from factory.pipeline.texts import check_texts, open_texts
@@ -142,7 +142,7 @@ def test_what_can_be_no_path_is_refused_as_model_and_as_data(reference: str) -> 
     with pytest.raises(DataError):
         open_text(reference, split="train")
     with pytest.raises(UnknownModelError):
-        check_model(reference)
+        ModelReference.read(reference)
 
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path: Path) -> None:
