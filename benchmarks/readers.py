@@ -2,10 +2,10 @@
 
     python benchmarks/readers.py OTHER/bin/python [...]
 
-Each interpreter has transformers (and torch), mlx-lm or CTranslate2. Writes a tiny random model of each
-family as the transformers here saves it, prunes it, and compares logits in 32 bits, on a text longer than the
-windows, with those of the transformers here. "a → b": a with the new form of config.json alone, b as the
-factory writes it. An error is given by its class.
+Each interpreter has transformers (and torch), mlx-lm, CTranslate2 or optimum-onnx. Writes a tiny random model
+of each family as the transformers here saves it, prunes it, and compares logits in 32 bits, on a text longer
+than the windows, with those of the transformers here. "a → b": a with the new form of config.json alone, b as
+the factory writes it. An error is given by its class.
 """
 
 import argparse
@@ -46,11 +46,22 @@ elif find_spec("ctranslate2"):
         TransformersConverter(folder).convert(f"{folder}/ctranslate2", force=True)
         model = ctranslate2.Generator(f"{folder}/ctranslate2", compute_type="float32")
         return model.forward_batch(tokens.tolist())
+elif find_spec("optimum"):
+    import torch, transformers
+    from optimum.onnxruntime import ORTModelForCausalLM
+    transformers.logging.set_verbosity_error()
+    name = f"optimum-onnx {version('optimum-onnx')} (transformers {transformers.__version__})"
+    def logits(folder):
+        model = ORTModelForCausalLM.from_pretrained(folder, export=True)
+        ids = torch.from_numpy(tokens)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
 else:
     import torch, transformers
     transformers.logging.set_verbosity_error()
     name = f"transformers {transformers.__version__}"
     def logits(folder):
+        if Path(folder, "tokenizer.json").is_file():  # without, there are tokens alone
+            transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         with torch.no_grad():
             return model.float().eval()(torch.from_numpy(tokens)).logits.numpy()
@@ -60,6 +71,7 @@ for folder in sys.argv[2:]:
         np.save(f"{folder}/logits.npy", np.array(logits(folder)))
     except Exception as error:  # whatever the reader raises is its result
         errors[folder] = type(error).__name__
+        print(folder, type(error).__name__, str(error).strip().splitlines()[:1], file=sys.stderr)
 print(json.dumps({"name": name, "errors": errors}))
 """
 NUM_TOKENS = 48  # several windows

@@ -2,12 +2,12 @@
 
     python benchmarks/runtimes.py [OTHER/bin/python ...] [--model FOLDER ...] [--families "Llama;Gemma 3"]
 
-Each interpreter has transformers 4, mlx-lm or CTranslate2, as for `readers.py`; llama.cpp is the one of the
-llama-cpp-python beside this program, from a GGUF by `factory export`. Compares logits in 32 bits with the
-transformers here, on a text of several windows: of the whole model with both forms of config.json, of a cut
-that keeps the period of its layers, and of one that does not. A cell is the largest difference of logits and
-the share of next tokens that are the same; "told" where the verdict says wrong, "unknown" where it says
-nothing. Exits with 1 if a cell is wrong although the verdict says right.
+Each interpreter has transformers 4, mlx-lm, CTranslate2 or optimum-onnx, as for `readers.py`; llama.cpp is
+the one of the llama-cpp-python beside this program, from a GGUF by `factory export`. Compares logits in 32
+bits with the transformers here, on a text of several windows: of the whole model with both forms of
+config.json, of a cut that keeps the period of its layers, and of one that does not. A cell is the largest
+difference of logits and the share of next tokens that are the same; "told" where the verdict says wrong,
+"unknown" where it says nothing. Exits with 1 if a cell is wrong although the verdict says right.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from factory.artifacts import PruningPlan, Verdict
+from factory.checkpoint.auxiliary import copy_auxiliary_files
 from factory.errors import FactoryError
 from factory.hub.resolve import resolve
 from factory.pruning.config_forms import with_older_forms
@@ -44,11 +45,15 @@ CUTS = ("whole", "keeps the period", "free")
 TINY: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "Llama": ((4, 5), (3, 7)),
     "Llama, llama3": ((4, 5), (3, 7)),
+    "Llama, linear": ((4, 5), (3, 7)),
+    "Llama, yarn": ((4, 5), (3, 7)),
+    "Mistral": ((4, 5), (3, 7)),
     "Mistral with a window": ((4, 5), (3, 7)),
     "Qwen2": ((4, 5), (3, 7)),
     "Qwen3": ((4, 5), (3, 7)),
     "Qwen3-MoE": ((4, 5), (3, 7)),
     "Phi-3": ((4, 5), (3, 7)),
+    "Phi-3, longrope": ((4, 5), (3, 7)),
     "SmolLM3": ((4, 5, 6, 7), (3, 5)),
     "OLMo 2": ((4, 5), (3, 7)),
     "OLMo 3": ((4, 5, 6, 7), (3, 5)),
@@ -108,6 +113,7 @@ def cut_all(source_folder: Path, cuts: Sequence[tuple[int, ...]], *, name: str, 
                   folder=folder)  # fmt: skip
         else:
             shutil.copytree(source_folder, folder)
+            copy_auxiliary_files(source_folder, folder)
             (folder / "config.json").write_text(json.dumps(with_older_forms(source.config)))
         cases.append(Case(name, cut, folder, source.config, dropped, tokens))
     return cases
@@ -153,7 +159,7 @@ def cell(case: Case, reader: str) -> tuple[str, bool]:
 def verdict_of(case: Case, reader: str) -> Verdict | None:
     """Return what the table says of a reader; None for a version that it does not name."""
     keys = {"transformers 4": "transformers-4", "mlx-lm": "mlx", "CTranslate2": "ctranslate2",
-            "llama.cpp": "llama.cpp"}  # fmt: skip
+            "optimum-onnx": "onnx", "llama.cpp": "llama.cpp"}  # fmt: skip
     key = next((key for name, key in keys.items() if reader.startswith(name)), None)
     return next((one for one in verdicts(case.config, case.dropped) if one.runtime == key), None)
 

@@ -108,7 +108,7 @@ KEYS: dict[str, tuple[Callable[[Run], object], str]] = {
     "loss": (lambda run: plan(run, criterion="loss"), "6d1fe1b2f4a7fb3b"),
     "greedy": (lambda run: plan(run, criterion="greedy"), "971ca5aecbf18716"),
     "compare": (lambda run: choosing.compare_stage(run, SOURCE, [(1,), (2,)]), "4470563b28b1fd11"),
-    "prune": (lambda run: stages.prune_stage(run, SOURCE, PLAN), "dfef9587435e7bc1"),
+    "prune": (lambda run: stages.prune_stage(run, SOURCE, PLAN), "64314756f3c97db9"),
     "heal by sft": (lambda run: heal(run, objective="sft"), "cba49682a26cf2bd"),
     "heal by distill": (lambda run: heal(run, objective="distill", bits=16), "cf68b5b34cea26b5"),
     "merge": (lambda run: stages.merge_stage(run, CHECKPOINT, an_adapter()), "c5e2c9e2a8eb4098"),

@@ -123,5 +123,5 @@ def _describe(source: Source, plan: PruningPlan, made: Checkpoint) -> Pruning:
         result_bytes=made.size_bytes,
         files=made.files,
         verified=made.verified,
-        runtimes=verdicts(source.config, plan.dropped),
+        runtimes=verdicts(source.config, plan.dropped, folder=made.folder),
     )

@@ -53,7 +53,7 @@ def describe_build(
         merge_base=made.result.merge_base,
         merge_losses=made.result.merge_losses,
         guard_losses=made.healed.guard_losses if made.healed else None,
-        runtimes=verdicts(made.source.config, made.plan.dropped),
+        runtimes=verdicts(made.source.config, made.plan.dropped, folder=made.result.folder),
         source_parameters=made.source.num_parameters,
         result_parameters=made.result.num_parameters,
         source_bytes=made.source.size_bytes,

@@ -21,6 +21,9 @@ AUXILIARY = (
 TEMPLATES = "additional_chat_templates"
 # Keys of tokenizer_config.json that transformers writes but does not need.
 LOCAL_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+# The class and the list of tokens that transformers 4 knows by other names, under which 5 reads them as well.
+CLASS, OLDER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+EXTRA_TOKENS, OLDER_EXTRA_TOKENS = "extra_special_tokens", "additional_special_tokens"
 # No model has larger files. The largest known index, of 70,000 tensors, takes a third of its limit; the
 # largest tokenizer.json a seventh.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")
@@ -93,7 +96,8 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
     """Copy what `auxiliary_files` finds, and return the names, sorted.
 
     Not copied: code (`*.py`), the card, other weights, leftovers of training, and in a tokenizer's settings
-    the paths of the machine that saved it.
+    the paths of the machine that saved it. What transformers 5 renamed there gets its older name, which both
+    versions read.
 
     Raises:
         CheckpointError: A file is a link to somewhere else.
@@ -103,19 +107,25 @@ def copy_auxiliary_files(source_folder: Path, folder: Path) -> list[str]:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(target, folder / name)
     if "tokenizer_config.json" in found:
-        _drop_local_paths(folder / "tokenizer_config.json")
+        _renew_settings(folder / "tokenizer_config.json")
     return sorted(found)
 
 
-def _drop_local_paths(path: Path) -> None:
-    """Remove local paths from a tokenizer's settings; without any, leave the file as it is."""
+def _renew_settings(path: Path) -> None:
+    """Remove local paths from a tokenizer's settings, and use older names; leave other files as they are."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return  # loading the tokenizer reports the damage
-    if isinstance(settings, dict) and LOCAL_PATHS & settings.keys():
-        rest = {key: value for key, value in settings.items() if key not in LOCAL_PATHS}
-        path.write_text(json.dumps(rest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not isinstance(settings, dict):
+        return
+    renewed = {key: value for key, value in settings.items() if key not in LOCAL_PATHS}
+    if renewed.get("tokenizer_class") == CLASS:
+        renewed["tokenizer_class"] = OLDER_CLASS
+    if isinstance(renewed.get(EXTRA_TOKENS), list) and OLDER_EXTRA_TOKENS not in renewed:
+        renewed[OLDER_EXTRA_TOKENS] = renewed.pop(EXTRA_TOKENS)
+    if renewed != settings:
+        path.write_text(json.dumps(renewed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_hub_cache(target: Path, folder: Path) -> bool:

@@ -42,7 +42,11 @@ def make_plans(
         sink=profile.sink,
         chosen=chosen,
         reason=reason,
-        runtimes=verdicts(source.config, next(p.dropped for p in plans if p.criterion == chosen)),
+        runtimes=verdicts(
+            source.config,
+            next(p.dropped for p in plans if p.criterion == chosen),
+            folder=source.folder,
+        ),
     )
 
 

@@ -37,14 +37,15 @@ def runtimes_note(verdicts: Sequence[Verdict]) -> str | None:
         return None
     short = {one.runtime: one.title.partition(" (")[0] for one in verdicts}
     right = ["transformers 5", *(_with_bound(one, short) for one in verdicts if one.runs)]
-    wrong: dict[str, list[str]] = {}
-    for one in verdicts:
-        if one.runs is False:
-            wrong.setdefault(one.reason or "", []).append(short[one.runtime])
-    unknown = [short[one.runtime] for one in verdicts if one.runs is None]
+    others: dict[tuple[str, str | None], list[str]] = {}
+    for one in sorted(verdicts, key=lambda one: one.runs is None):
+        if not one.runs:
+            how = "not tried" if one.runs is None else "wrongly"
+            others.setdefault((how, one.reason), []).append(short[one.runtime])
     parts = [f"runs right in {', '.join(right)}"]
-    parts += [f"wrongly in {', '.join(names)}: {reason}" for reason, names in wrong.items()]
-    return "; ".join([*parts, *([f"not tried in {', '.join(unknown)}"] if unknown else [])])
+    for (how, reason), names in others.items():
+        parts.append(f"{how} in {', '.join(names)}" + (f": {reason}" if reason else ""))
+    return "; ".join(parts)
 
 
 def _with_bound(one: Verdict, short: dict[str, str]) -> str:

@@ -52,7 +52,7 @@ def add_tokenizer(writer: "GGUFWriter", folder: Path, *, num_rows: int) -> None:
         writer.add_add_space_prefix(_adds_space(tokenizer))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_name_of_split(parts, folder))
+        writer.add_tokenizer_pre(_name_of_split(parts))
         writer.add_token_merges([" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _pairs(model)])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -65,27 +65,47 @@ def check_tokenizer_of(folder: Path) -> None:
     Raises:
         ModelError: As for `add_tokenizer`.
     """
-    parts = _parts(load_tokenizer(folder), folder)
-    if not parts["model"].get("byte_fallback"):
-        _name_of_split(parts, folder)
+    _parts(load_tokenizer(folder), folder)
+
+
+def is_known(folder: Path) -> bool:
+    """Return whether llama.cpp is known to have the tokenizer of a folder, by its tokenizer.json alone.
+
+    Without that file, or with a damaged one, nothing speaks against it.
+    """
+    try:
+        parts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return _what_is_unknown(parts) is None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return True  # loading the tokenizer reports the damage
 
 
 def _parts(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Return the contents of tokenizer.json."""
+    """Return the contents of tokenizer.json.
+
+    Raises:
+        ModelError: llama.cpp is not known to have this tokenizer.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts: dict[str, Any] = json.loads(backend.to_str()) if backend else {"model": {"type": "Python code"}}
-    if parts["model"]["type"] != "BPE":
-        raise _unknown(folder, f"its vocabulary is of type {parts['model']['type']}, not BPE")
-    if not parts["model"]["merges"]:
-        raise _unknown(folder, "it merges nothing")
+    if unknown := _what_is_unknown(parts):
+        raise ModelError(
+            f"the tokenizer of {folder} is none that llama.cpp is known to have: {unknown}",
+            hint="give llama.cpp's own converter with `converter`; newer versions know more tokenizers",
+        )
     return parts
 
 
-def _unknown(folder: Path, what: str) -> ModelError:
-    return ModelError(
-        f"the tokenizer of {folder} is none that llama.cpp is known to have: {what}",
-        hint="give llama.cpp's own converter with `converter`; newer versions know more tokenizers",
-    )
+def _what_is_unknown(parts: Mapping[str, Any]) -> str | None:
+    """Return which part of a tokenizer.json llama.cpp is not known to have; None without any."""
+    model = parts["model"]
+    if model["type"] != "BPE":
+        return f"its vocabulary is of type {model['type']}, not BPE"
+    if not model["merges"]:
+        return "it merges nothing"
+    if model.get("byte_fallback") or _name_of_split(parts):
+        return None
+    return f"it splits texts by {(' then '.join(_split(parts)) or 'not at all')[:200]}"
 
 
 def _vocabulary(parts: Mapping[str, Any], *, num_rows: int) -> tuple[list[str], list[int]]:
@@ -126,16 +146,20 @@ def _adds_space(tokenizer: Any) -> bool:
     return bool(bare) and bare[0].startswith(SPACE)
 
 
-def _name_of_split(parts: Mapping[str, Any], folder: Path) -> str:
+def _name_of_split(parts: Mapping[str, Any]) -> str | None:
     """Return llama.cpp's name of the way in which texts are split into words before merging."""
+    prefixed = any(step.get("add_prefix_space") for step in _steps(parts))
+    return None if prefixed else SPLITS.get((_split(parts), bool(parts["model"].get("ignore_merges"))))
+
+
+def _steps(parts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     step = parts.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step])
-    found = tuple(name for name in map(_name_of_step, steps) if name)
-    name = SPLITS.get((found, bool(parts["model"].get("ignore_merges"))))
-    if name is None or any(one.get("add_prefix_space") for one in steps):
-        shown = " then ".join(found) or "not at all"
-        raise _unknown(folder, f"it splits texts by {shown[:200]}")
-    return name
+    steps: list[Mapping[str, Any]] = step.get("pretokenizers", [step])
+    return steps
+
+
+def _split(parts: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in map(_name_of_step, _steps(parts)) if name)
 
 
 def _name_of_step(step: Mapping[str, Any]) -> str:

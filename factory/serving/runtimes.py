@@ -14,6 +14,7 @@ older names that `factory/pruning/config_forms.py` writes.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from pathlib import Path
 from typing import Any
 
 from factory.artifacts import Verdict
@@ -109,6 +110,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     ),
     "onnx": Runtime("ONNX (optimum-onnx)", "0.1.0", _each("llama gemma3 gemma3_text")),
 }
+OWN_TOKENIZERS = "llama.cpp"  # others take tokenizer.json
 ORDINALS = {2: "2nd", 4: "4th", 6: "6th"}
 FULL = {"full_attention", "global"}
 
@@ -167,16 +169,29 @@ def _values(config: Mapping[str, Any], kinds_differ: bool) -> Mapping[str, Any]:
     return values_of(text_config(dict(config)))
 
 
-def verdicts(config: Mapping[str, Any], dropped: Collection[int]) -> tuple[Verdict, ...]:
+def verdicts(
+    config: Mapping[str, Any], dropped: Collection[int], *, folder: Path | None = None
+) -> tuple[Verdict, ...]:
     """Say of each runtime whether it runs this model right without these layers.
 
     Args:
         config: Contents of the source's config.json.
         dropped: 0-based layers that are cut out.
+        folder: One with the source's tokenizer, which is looked at; None: it is not here.
     """
     source = _decoder(config)
     kept = [layer for layer in range(source.num_layers) if layer not in dropped]
-    return tuple(_verdict(name, source, kept) for name in RUNTIMES)
+    found = (_verdict(name, source, kept) for name in RUNTIMES)
+    return tuple(_without_tokenizer(one, folder) for one in found)
+
+
+def _without_tokenizer(one: Verdict, folder: Path | None) -> Verdict:
+    """Return a verdict that says right only if the runtime is known to have the tokenizer."""
+    from factory.serving.gguf_tokenizer import is_known
+
+    if one.runtime != OWN_TOKENIZERS or not one.runs or folder is None or is_known(folder):
+        return one
+    return one.model_copy(update={"runs": None, "reason": "its tokenizer was not tried there"})
 
 
 def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
@@ -189,7 +204,7 @@ def _verdict(name: str, source: _Decoder, kept: Sequence[int]) -> Verdict:
         return Verdict(**of, by_code=by_code, runs=runs, reason=reason)
 
     if rule is None:
-        return verdict(None, "nothing is known for this family")
+        return verdict(None)
     if rule.not_source:
         return verdict(False, f"{rule.not_source}, the source included")
     if why := _mistake(rule, source, range(source.num_layers)):
@@ -263,7 +278,8 @@ def _named(source: _Decoder, runtimes: Collection[str]) -> list[str]:
         if name not in right:
             found = _verdict(name, source, whole)
             raise UsageError(
-                f"`for_runtimes={name}`: {RUNTIMES[name].title} and {source.model_type}: {found.reason}",
+                f"`for_runtimes={name}`: {RUNTIMES[name].title} and {source.model_type}: "
+                f"{found.reason or 'nothing is known for this family'}",
                 hint=f"known to run this family: {', '.join(right) or 'transformers alone'}",
             )
     return list(runtimes)

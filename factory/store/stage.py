@@ -76,7 +76,7 @@ COMPARE: "Stage[CutLosses]" = Stage(
     reads_text=True,
     loads_source=True,
 )
-PRUNE: "Stage[Checkpoint]" = Stage("prune", version=4, makes="Checkpoint")
+PRUNE: "Stage[Checkpoint]" = Stage("prune", version=5, makes="Checkpoint")
 HEAL: "Stage[Adapter]" = Stage(
     "heal",
     version=9,

@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from factory.checkpoint.auxiliary import copy_auxiliary_files, is_auxiliary
 from factory.checkpoint.header import DTYPE_BITS, TensorInfo, read_header
@@ -636,6 +639,27 @@ def test_tokenizer_settings_without_paths_are_copied_byte_for_byte(tmp_path: Pat
     (source / "tokenizer_config.json").write_bytes(b'{ "bos_token":"x"}')
     copy_auxiliary_files(source, target)
     assert (target / "tokenizer_config.json").read_bytes() == b'{ "bos_token":"x"}'
+
+
+def test_a_tokenizer_of_transformers_5_is_named_as_4_knows_it_and_stays_the_same(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    backend = Tokenizer(WordLevel({"<u>": 0, "a": 1, "<x>": 2}, unk_token="<u>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<u>", extra_special_tokens=["<x>"])
+    fast.save_pretrained(source)
+    saved = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (saved["tokenizer_class"], saved["extra_special_tokens"]) == ("TokenizersBackend", ["<x>"])
+    copy_auxiliary_files(source, target)
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<x>"]
+    assert "extra_special_tokens" not in settings  # transformers 4 wants names for them
+    for folder in (source, target):
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        read = AutoTokenizer.from_pretrained(folder)
+        assert type(read) is type(fast)
+        assert read.all_special_ids == [0, 2]
+        assert read("<x>a b").input_ids == fast("<x>a b").input_ids
 
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:

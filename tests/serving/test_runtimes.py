@@ -1,12 +1,16 @@
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from factory.config import choices
 from factory.errors import ModelError, UsageError
+from factory.report.notes import runtimes_note
 from factory.serving.runtimes import RUNTIMES, limit, verdicts
+from tests.builders.models import merging_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -148,6 +152,23 @@ def test_a_program_that_looks_for_a_layer_of_each_kind_needs_one() -> None:
     assert found["mlx"].reason == "it needs a layer of each kind"
     assert runs(config, (0, 1))["mlx"]
     assert "0.5.0 reads the list" in (found["llama.cpp"].reason or "")
+
+
+def test_a_tokenizer_that_llama_cpp_is_not_known_to_have_leaves_it_open(tmp_path: Path) -> None:
+    config = a_config("llama", 12)
+    own = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("[a-z]+"), "isolated"), pre_tokenizers.ByteLevel()]
+    )
+    for pre, known in ((pre_tokenizers.ByteLevel(add_prefix_space=False), True), (own, None)):
+        merging_tokenizer(pre=pre).save_pretrained(tmp_path)
+        found = {v.runtime: v for v in verdicts(config, (3,), folder=tmp_path)}
+        assert found.pop("llama.cpp").runs is known
+        assert all(v.runs for v in found.values())
+    assert "llama.cpp: its tokenizer was not tried there" in str(
+        runtimes_note(verdicts(config, (3,), folder=tmp_path))
+    )
+    (tmp_path / "tokenizer.json").write_text('{"model": [')
+    assert verdicts(config, (3,), folder=tmp_path) == verdicts(config, (3,))
 
 
 def test_the_names_that_can_be_given_are_those_of_the_table() -> None:
