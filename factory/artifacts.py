@@ -80,6 +80,30 @@ class Artifact(BaseModel):
             raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=AGAIN) from error
 
 
+class Origin(BaseModel):
+    """A model on the Hub, or a folder, at the version that was used."""
+
+    model_config = FROZEN
+
+    name: str
+    repo_id: str | None = None  # None for a folder
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash
+
+    @property
+    def title(self) -> str:
+        """Return the repository, or a folder's name."""
+        return self.repo_id or self.name
+
+
+class Lineage(BaseModel):
+    """What a source was merged from before anything else."""
+
+    model_config = FROZEN
+
+    adapter: Origin
+    base: Origin
+
+
 class Source(Artifact):
     """A resolved model, described before any weight is read.
 
@@ -90,8 +114,10 @@ class Source(Artifact):
     file_name = "source.json"
 
     name: str  # short: "Mistral-7B-v0.1"
-    repo_id: str | None = None  # None for a folder
-    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash
+    repo_id: str | None = None  # None for a folder, and for an adapter that is merged into its base
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash; an adapter: with its base's
+    lineage: Lineage | None = None  # of an adapter
+    unmerged: "Unmerged | None" = Field(default=None, exclude=True, repr=False)  # what `lineage` names
     folder: Path | None = Field(default=None, exclude=True)  # None until the weights are here
     model_type: str
     architecture: str  # "MistralForCausalLM"
@@ -115,6 +141,11 @@ class Source(Artifact):
     remote_code: bool = False  # transformers lacks this model type: the source's code, at `commit`, is run
 
     @property
+    def is_on_hub(self) -> bool:
+        """Return whether the model, or the adapter that it is merged from, is a repository on the Hub."""
+        return bool(self.repo_id or (self.lineage and self.lineage.adapter.repo_id))
+
+    @property
     def licenses(self) -> tuple[str, ...]:
         """Return each licence that the card names; all of them apply."""
         return (self.license,) if isinstance(self.license, str) else self.license or ()
@@ -130,6 +161,20 @@ class Source(Artifact):
         if self.folder is None:
             raise StoreError(f"{self.name} has not been pulled", hint="this is a bug; please report it")
         return self.folder
+
+
+class Unmerged(BaseModel):
+    """An adapter and its base, from which a source is to be merged."""
+
+    model_config = FROZEN
+
+    config: dict[str, Any]  # adapter_config.json, of plain LoRA
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # of the adapter, as in `Source`
+    base: Source
+    folder: Path | None = None  # of the adapter; None until its files are here
+
+
+Source.model_rebuild()
 
 
 class DataSource(Artifact):
@@ -599,6 +644,7 @@ class Pruning(Artifact):
     source_name: str
     repo_id: str | None  # None for a folder
     commit: str  # a folder: its content hash
+    lineage: Lineage | None = None  # of an adapter
     license: str | tuple[str, ...] | None
     num_layers: int  # before
     dropped: tuple[int, ...]  # 0-based, ascending

@@ -74,7 +74,9 @@ def write_recipe(build: Build, folder: Path) -> None:
     source, healing = build.source, build.adapter
     texts = {"measure": _text(build.calibration)} | ({"heal": _text(healing.data)} if healing else {})
     recipe = {
-        "source": {"repo_id": source.repo_id, "commit": source.commit},
+        "source": source.lineage.model_dump()
+        if source.lineage
+        else {"repo_id": source.repo_id, "commit": source.commit},
         **{key: value for key, value in build.config.items() if key != "reference"},
         "texts": texts | {"evaluate": [_text(loss.data) for loss in build.evaluations["source"].losses]},
         "dropped": list(build.dropped),

@@ -94,14 +94,21 @@ def source_reference(build: Build) -> str:
         VerificationError: The source was a folder.
     """
     source = build.source
-    if source.repo_id:
-        return f"{source.repo_id}@{source.commit}"
+    origin = source.lineage.adapter if source.lineage else source
+    if origin.repo_id:
+        return f"{origin.repo_id}@{origin.commit}"
     if build.reference in aliases() and load_recipe(build.reference).source == "embedded":
         return build.reference
     raise VerificationError(
         f"{build.name} was made from a local folder, {source.name!r}, which only its author has",
         hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
     )
+
+
+def base_reference(build: Build) -> str | None:
+    """Return a reference to the base that the build's adapter was merged into; None without an adapter."""
+    base = build.source.lineage.base if build.source.lineage else None
+    return f"{base.repo_id}@{base.commit}" if base and base.repo_id else None
 
 
 def check_same_source(build: Build, found: Source) -> None:

@@ -233,7 +233,7 @@ def _defaults(
     else:
         measure, heal = MeasureSettings(), heal_settings_for(source.num_parameters, max_length=longest)
         # A folder gets no tasks by default, since their data is on the Hub.
-        evaluate = EvaluateSettings() if source.repo_id else EvaluateSettings(tasks=())
+        evaluate = EvaluateSettings() if source.is_on_hub else EvaluateSettings(tasks=())
     sections = {
         "measure": measure.model_dump(),
         "plan": PlanSettings().model_dump(),

@@ -105,6 +105,12 @@ def _checked(
             check_tasks(config.evaluate, search=False, run_code=request.run_task_code)
             if config.evaluate.backend == "vllm" and not found.has_gpu:
                 raise UsageError(f"`eval_backend=vllm` on {found.name}, which has no GPU", hint=NEEDS_GPU)
+            if (parts := one.source.unmerged) and parts.base.repo_id is None:
+                raise UsageError(
+                    f"the base of the adapter {one.source.name} is a folder on this machine, where no job "
+                    "can read it",
+                    hint="let the adapter name a base on the Hub, or build without `on`",
+                )
             texts = open_texts(config)
             for message in (*texts.remarks, *check_texts(texts)):
                 reporter.note(message)

@@ -63,6 +63,6 @@ def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile,
     if request.save:
         output_folder(request.save)
     if measures:
-        source = pull_and_trust(source, reporter)
+        source = pull_and_trust(source, reporter, home=run.store.home, in_use=run.in_use)
         check_tokens(source, run.texts, run.config, note=reporter.note)
     return make_plans(run, source, criteria, profile=profile)

@@ -87,6 +87,8 @@ def needs(
 def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:
     """Return the bytes written, at the end or while the trainer's checkpoints exist."""
     writes = sum(stage in pending for stage in ("prune", "merge")) * bytes_after
+    if source.unmerged:  # the source itself is written too
+        writes += source.size_bytes
     if "heal" not in pending or not config.heal_enabled:
         return writes + KEPT_BYTES
     heal = config.heal

@@ -113,10 +113,11 @@ def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
 
 def _reference(build: Build) -> str:
     """Return the alias as typed, since it implies settings, or the repository with its commit."""
-    repo_id = build.source.repo_id
+    origin = build.source.lineage.adapter if build.source.lineage else build.source
+    repo_id = origin.repo_id
     if build.reference in aliases() and (repo_id or build.reference == EMBEDDED):
         return build.reference
-    return f"{repo_id}@{build.source.commit}" if repo_id else f"./{build.reference}"
+    return f"{repo_id}@{origin.commit}" if repo_id else f"./{build.reference}"
 
 
 def without_option(build: Build) -> str:

@@ -40,6 +40,7 @@ from tests.builders.builds import (
     demo_healed,
     fitted_seam,
     healing_discarded,
+    of_an_adapter,
     on_two_texts,
     perplexities,
     served_elsewhere,
@@ -169,6 +170,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, served_elsewhere(), has_healing_figure=False))
     others.append(partial(render, demo_healed(), ggufs=(a_gguf(),), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    others.append(partial(render, of_an_adapter(), has_healing_figure=False))
     for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
     fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
@@ -450,6 +452,19 @@ def test_what_a_folder_descends_from_is_on_the_card() -> None:
     assert (fields["base_model"], fields["base_model_relation"]) == (["org/base", "org/other"], "finetune")
     said = "the source was itself derived from [org/base](https://huggingface.co/org/base), [org/"
     assert said in render(with_a_full_card(), has_healing_figure=False)
+
+
+def test_a_build_of_an_adapter_names_it_and_its_base_with_both_versions() -> None:
+    card = render(of_an_adapter(), has_healing_figure=False)
+    adapter = f"[me/tuned](https://huggingface.co/me/tuned) (commit `{'ad' * 6}`)"
+    assert (
+        f"`tuned` is a LoRA adapter, {adapter}, merged into its base, `base`, before anything else." in card
+    )
+    assert f"| adapter | me/tuned, commit `{'ad' * 20}` |" in card
+    assert f"| base of the adapter | base, content hash `{'ba' * 20}` |" in card
+    assert f"factory build me/tuned@{'ad' * 20}" in card
+    assert "base_model: me/tuned" in card
+    assert "itself derived" not in card
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:
