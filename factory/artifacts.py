@@ -257,6 +257,29 @@ class DistanceProfile(Artifact):
         return None if math.isnan(distance) else distance
 
 
+class SizeGoal(BaseModel):
+    """A size that was asked for instead of a fraction, and the number of layers that was found for it.
+
+    Sizes of the result are upper bounds: it keeps the largest layers that the number allows.
+    """
+
+    model_config = FROZEN
+
+    target: int | None = None  # parameters
+    fits: int | None = None  # bytes
+    context: int | None = None  # tokens, with `fits`
+    num_dropped: int
+    parameters: int  # of the result
+    weight_bytes: int
+    cache_bytes: int = 0  # of `context` tokens
+    overhead_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the memory for weights, cache and overhead."""
+        return self.weight_bytes + self.cache_bytes + self.overhead_bytes
+
+
 class PruningPlan(Artifact):
     """The layers to drop, the criterion that chose them, and the runner-up."""
 
@@ -334,6 +357,8 @@ class Plans(Artifact):
     chosen: str  # criterion
     reason: str
     runtimes: tuple[Verdict, ...] = ()  # of the chosen plan
+    goal: SizeGoal | None = None
+    parameters: int | None = None  # left by the chosen plan; None in plans of earlier versions
 
 
 class Checkpoint(Artifact):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from factory.artifacts import Source
+from factory.artifacts import SizeGoal, Source
 from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT, Objective
@@ -91,6 +91,7 @@ class BuildConfig(Settings):
 
     reference: str  # as typed: alias, repo[@revision] or folder
     drop: float = Field(gt=0, lt=1)
+    size: SizeGoal | None = None  # from which `drop` follows
     seed: int = Field(default=0, ge=0, lt=2**32)
     heal_enabled: bool = True
     merge_base: Literal["auto", "bf16", "nf4"] = "auto"  # weights that the adapter is added to

@@ -33,6 +33,7 @@ def make_plans(
     cuts = [plan.dropped for plan in plans]
     losses = compare_stage(run, source, cuts, sink=profile.sink) if len(plans) > 1 else None
     chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one requested")
+    dropped = next(plan.dropped for plan in plans if plan.criterion == chosen)
     return profile, Plans(
         source_name=source.name,
         source_commit=source.commit,
@@ -42,7 +43,9 @@ def make_plans(
         sink=profile.sink,
         chosen=chosen,
         reason=reason,
-        runtimes=verdicts(source.config, next(p.dropped for p in plans if p.criterion == chosen)),
+        runtimes=verdicts(source.config, dropped),
+        goal=run.config.size,
+        parameters=source.num_parameters - sum(source.layer_parameters[layer] for layer in dropped),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from factory.artifacts import Build, Source, canonical_json, layer_ranges
+from factory.artifacts import Build, SizeGoal, Source, canonical_json, layer_ranges
 from factory.builds.folder import check_out
 from factory.builds.publish import check_publishable
 from factory.builds.reproduce import (
@@ -29,6 +29,7 @@ from factory.pipeline.build import pending
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
+from factory.pruning.sizes import find_goal
 from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
 from factory.store.store import Store, default_home
 
@@ -82,18 +83,19 @@ def settle_all(requests: Sequence[BuildRequest], reporter: Reporter) -> list[Set
 
 
 def begin(
-    request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float, measures: bool = True
+    request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float | None, measures: bool = True
 ) -> tuple[Source, Run]:
     """Return what `plan` and `sweep` begin with: the source, and a run with checked texts and tasks.
 
     Args:
-        drop: Smallest fraction of the layers to drop.
+        drop: Smallest fraction of the layers to drop; None: from the size that a plan's request names.
         measures: Whether text and weights are read at all.
     """
     source = resolve_source(request, reporter)
-    config = settle(request, source, drop=drop)
+    goal = find_goal(request, source) if isinstance(request, PlanRequest) else None
+    config = _with_goal(settle(request, source, drop=_fraction(goal, source) or drop), goal)
     criterion = request.criterion or config.plan.criterion
-    drops = request.drop if isinstance(request, SweepRequest) else [drop]
+    drops = request.drop if isinstance(request, SweepRequest) else [config.drop]
     check_runtimes(source, config, drops=drops, criterion=criterion)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
@@ -230,17 +232,26 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
         settled = _settled_again(request, reporter)
     else:
         source = resolve_source(request, reporter)
-        drop = request.drop
+        goal = find_goal(request, source)
+        drop = _fraction(goal, source) or request.drop
         if request.layers:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
-        config = settle(request, source, drop=drop)
+        config = _with_goal(settle(request, source, drop=drop), goal)
         check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
         reporter.note(note)
     return settled
+
+
+def _fraction(goal: SizeGoal | None, source: Source) -> float | None:
+    return goal.num_dropped / source.num_layers if goal else None
+
+
+def _with_goal(config: BuildConfig, goal: SizeGoal | None) -> BuildConfig:
+    return config.model_copy(update={"size": goal}) if goal else config
 
 
 def _check_stages(names: Sequence[str]) -> None:
@@ -357,7 +368,7 @@ def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> Stag
 def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
     """Return where the build is tracked, under a unique name, since folder names may repeat."""
     out = settled.out.absolute()
-    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json")]
+    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json", exclude={"size"})]
     suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
     return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs", reporter.note)

@@ -19,6 +19,7 @@ from factory.artifacts import (
     PartScore,
     PruningPlan,
     SeamFit,
+    SizeGoal,
     Source,
     Speed,
     SpeedComparison,
@@ -544,6 +545,13 @@ def of_an_adapter() -> Build:
     changes = {"name": "tuned", "repo_id": None, "lineage": lineage, "base_models": ("me/tuned",)}
     source = build.source.model_copy(update=changes)
     return build.model_copy(update={"reference": "me/tuned", "source": source})
+
+
+def sized(**goal: Any) -> Build:
+    """A build whose number of layers follows from a size."""
+    build = unhealed()
+    found = SizeGoal(num_dropped=9, parameters=5_278_724_096, weight_bytes=10_557_448_192, **goal)
+    return build.model_copy(update={"config": build.config | {"size": found.model_dump()}})
 
 
 def with_a_full_card() -> Build:

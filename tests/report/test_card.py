@@ -44,6 +44,7 @@ from tests.builders.builds import (
     on_two_texts,
     perplexities,
     served_elsewhere,
+    sized,
     unhealed,
     with_a_full_card,
     without_measurable_loss,
@@ -171,6 +172,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, demo_healed(), ggufs=(a_gguf(),), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
     others.append(partial(render, of_an_adapter(), has_healing_figure=False))
+    others.append(partial(render, sized(target=6 * 10**9), has_healing_figure=False))
     for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
     fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
@@ -465,6 +467,16 @@ def test_a_build_of_an_adapter_names_it_and_its_base_with_both_versions() -> Non
     assert f"factory build me/tuned@{'ad' * 20}" in card
     assert "base_model: me/tuned" in card
     assert "itself derived" not in card
+
+
+def test_the_size_that_was_asked_for_is_on_the_card_with_what_came_of_it() -> None:
+    card = render(sized(target=6 * 10**9), has_healing_figure=False)
+    assert "| size asked for | for at most 6.00 B parameters, 9 layers must go, which leaves 5.28 B |" in card
+    memory = {"fits": 16 * 10**9, "context": 8192, "cache_bytes": 10**9, "overhead_bytes": 2 * 10**9}
+    card = render(sized(**memory), has_healing_figure=False)
+    assert "to fit in 16.0 GB with 8,192 tokens, 9 layers must go, which leaves at most 13.6 GB" in card
+    assert "weights 10.6 GB, cache 1.0 GB, overhead 2.0 GB" in card
+    assert "factory build mistral-7b --drop" in card
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:
