@@ -188,11 +188,19 @@ class DataSource(Artifact):
     split: str | None = None
     part: str | None = None  # "1 of 2": its other documents serve another use
     is_chat: bool = False  # conversations, in the form of the model's chat template
+    mixed: tuple["Share", ...] = ()  # texts that it is a mix of
 
     @property
     def is_file(self) -> bool:
         """Return whether this is a local file, of whose origin nothing is known."""
+        if self.mixed:
+            return any(one.data.is_file for one in self.mixed)
         return not self.hub_id and not self.name.startswith("stdlib:")
+
+    @property
+    def texts(self) -> "tuple[DataSource, ...]":
+        """Return the texts that it is a mix of, or itself."""
+        return tuple(one.data for one in self.mixed) or (self,)
 
     @property
     def corpus(self) -> str:
@@ -200,6 +208,18 @@ class DataSource(Artifact):
         if self.hub_id or self.is_file:
             return self.hub_id or self.version
         return self.name if self.name == "stdlib:prose" else "stdlib"
+
+
+class Share(BaseModel):
+    """A text in a mix, and its share: there is this much of it for each 1 of a text with the share 1."""
+
+    model_config = FROZEN
+
+    data: DataSource
+    share: float = Field(gt=0, allow_inf_nan=False)
+
+
+DataSource.model_rebuild()
 
 
 class DistanceProfile(Artifact):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import HUB_NAME, aliases, local_path, unknown_model
+from factory.config.references import HUB_NAME, aliases, local_path, unknown_model, with_share
 from factory.config.settings import BuildConfig, load_recipe
 from factory.errors import DataError, HubError, StoreError, VerificationError
 from factory.evaluation.task_files import is_task_file
@@ -153,10 +153,13 @@ def same_settings(
             _pinned(data, given.get(index), option=DATA_OPTIONS[use], name=build.name)
             for index, data in enumerate(texts)
         ]
-        values[use]["data"] = pinned if use == "evaluate" else pinned[0]
+        values[use]["data"] = pinned[0] if use == "measure" else pinned
+    if build.adapter and (shares := build.adapter.data.mixed):
+        pairs = zip(values["heal"]["data"], shares, strict=True)
+        values["heal"]["data"] = [with_share(data, one.share) for data, one in pairs]
     if "heal" not in used:  # in the settings, but never read
         _check_number(build, [], len(files["heal"]), option=DATA_OPTIONS["heal"])
-        values["heal"]["data"] = values["measure"]["data"]
+        values["heal"]["data"] = [values["measure"]["data"]]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
     elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
@@ -181,7 +184,7 @@ def _check_number(build: Build, texts: Sequence[DataSource], num_given: int, *, 
 def _used(build: Build) -> dict[str, list[DataSource]]:
     used = {"measure": [build.calibration]}
     used["evaluate"] = [loss.data for loss in build.evaluations["source"].losses]
-    return used | ({"heal": [build.adapter.data]} if build.adapter else {})
+    return used | ({"heal": list(build.adapter.data.texts)} if build.adapter else {})
 
 
 def _is_file(data: DataSource) -> bool:
@@ -207,7 +210,7 @@ def check_same_texts(build: Build, texts: Texts) -> None:
     Raises:
         DataError: A text differs, or has another version or other documents.
     """
-    opened = {"measure": [texts.calibration], "heal": [texts.healing], "evaluate": texts.evaluations}
+    opened = {"measure": [texts.calibration], "heal": texts.healings, "evaluate": texts.evaluations}
     pairs = [
         (use, data, text.data)
         for use, used in _used(build).items()

@@ -68,7 +68,7 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
-        f"({count(tokens)}) of {heal.data}, {heal.objective}, "
+        f"({count(tokens)}) of {' and '.join(heal.data)}, {heal.objective}, "
         f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
         else "no training"

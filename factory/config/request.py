@@ -41,7 +41,7 @@ from factory.config.options import (
     unknown_option,
     without_none,
 )
-from factory.config.references import check_data, check_model
+from factory.config.references import check_data, check_model, share_of
 from factory.errors import FactoryError, UsageError
 
 DEFAULT_CONTEXT = 8192
@@ -186,9 +186,10 @@ class Request:
             is_read = name != "heal_data" or reads_healing_text(self)
             if is_read and (given := getattr(self, name)) is not None:
                 with self.located(name):
+                    several = "" if isinstance(given, str) else f"give `{name}` once for each text"
                     for reference in (given,) if isinstance(given, str) else given:
-                        several = "give `eval_data` once for each text" if name == "eval_data" else ""
-                        check_data(reference, several=several)
+                        data = share_of(reference)[0] if name == "heal_data" else reference
+                        check_data(data, several=several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +276,9 @@ class Evaluating(Measuring):
     heal: Annotated[ObjectiveName | None, Option(
         f"Training objective. {summaries()}", HEALING, default=DEFAULT_OBJECTIVE.name,
         bare=DEFAULT_OBJECTIVE.name, sets=("heal.objective",))] = None
-    heal_data: Annotated[Text | None, Option(
-        "Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)] = None
+    heal_data: Annotated[References | None, Option(
+        "Text to heal on (repeatable); several are mixed, DATA*2 with twice the share", HEALING,
+        sets=("heal.data",), metavar="DATA", repeats=True)] = None
     heal_steps: Annotated[One | None, Option(
         "Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",))] = None
     eval_data: Annotated[References | None, Option(

@@ -26,6 +26,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def one_or_several(value: Any) -> Any:
+    """Read one text, as earlier builds recorded it, or several."""
+    return (value,) if isinstance(value, str) else value
+
+
 class MeasureSettings(Settings):
     """Settings for measuring angular distances."""
 
@@ -51,7 +56,7 @@ class PlanSettings(Settings):
 class HealSettings(Settings):
     """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
 
-    data: str = "allenai/c4:en"
+    data: tuple[str, ...] = Field(default=("allenai/c4:en",), min_length=1)  # several: each as DATA*SHARE
     objective: ObjectiveName = SFT.name
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # adapted layers; seam: from the one before the cut onwards
@@ -67,6 +72,8 @@ class HealSettings(Settings):
     batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences per optimiser step
     sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
 
+    _several = field_validator("data", mode="before")(one_or_several)
+
 
 class EvaluateSettings(Settings):
     """Settings for comparing the three models."""
@@ -80,10 +87,7 @@ class EvaluateSettings(Settings):
     backend: Literal["hf", "vllm"] = "hf"  # answers the tasks; the loss always comes from transformers
     apply_chat_template: bool = False  # to the questions of the tasks
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value  # earlier builds had one text
+    _several = field_validator("data", mode="before")(one_or_several)
 
 
 class BuildConfig(Settings):

@@ -19,6 +19,7 @@ from factory.builds.reproduce import (
     source_reference,
 )
 from factory.config.criteria import CRITERIA
+from factory.config.references import share_of
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
@@ -269,9 +270,11 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     again = replace(request, model=source_reference(found))
     source = resolve_source(again, reporter, base=base_reference(found))
     check_same_source(found, source)
-    one_each = {"measure": request.calibration_data, "heal": request.heal_data}
-    files: dict[str, tuple[str, ...]] = {use: (file,) if file else () for use, file in one_each.items()}
-    files["evaluate"] = request.eval_data or ()
+    files = {
+        "measure": (request.calibration_data,) if request.calibration_data else (),
+        "heal": tuple(share_of(data)[0] for data in request.heal_data or ()),  # the shares are the build's
+        "evaluate": request.eval_data or (),
+    }
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
     return Settled(request, source, config, out, repeats=found)

@@ -177,7 +177,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
     source = build.source
     used = [build.calibration]
     if build.adapter and build.shipped == "healed":
-        used.append(build.adapter.data)
+        used += build.adapter.data.texts
     fields: dict[str, Any] = {
         "license": _one_or_all(source.licenses),
         "license_name": source.license_name,

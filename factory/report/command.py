@@ -53,10 +53,10 @@ def reproduction_command(build: Build) -> Markup:
 
 
 def _flags(name: tuple[str, str], value: Any) -> list[str]:
-    """Return an option with its value, once for each text to evaluate on."""
+    """Return an option with its value, once for each text."""
     if isinstance(value, bool):
         return [FLAGS[name]]
-    if name == ("evaluate", "data"):
+    if name[1] == "data" and isinstance(value, list):
         return [f"{FLAGS[name]} {shlex.quote(plain(text))}" for text in value]
     text = (",".join(value) or "none") if isinstance(value, list) else str(value)
     return [f"{FLAGS[name]} {shlex.quote(plain(text))}"]

@@ -125,6 +125,9 @@ def origin_name(origin: Origin) -> Markup:
 
 def text_name(data: DataSource) -> Markup:
     """Return the name of a text: a link for a Hub data set, a description for Python's own sources."""
+    if data.mixed:
+        parts = [f"{one.share:g} part{'s' * (one.share != 1)} of {text_name(one.data)}" for one in data.mixed]
+        return Markup(f"a mix, by length, of {', '.join(parts[:-1])} and {parts[-1]}")
     split = f", {data.split} split" if data.split else ""
     if data.part:
         split += (

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from factory.artifacts import Build, DataSource, Publication
+from factory.artifacts import Build, DataSource, Publication, Share
 from factory.builds.folder import read_if_same
 from factory.cli.build import build as command_line_build
 from factory.cli.main import cli
@@ -477,6 +477,22 @@ def test_the_size_that_was_asked_for_is_on_the_card_with_what_came_of_it() -> No
     assert "to fit in 16.0 GB with 8,192 tokens, 9 layers must go, which leaves at most 13.6 GB" in card
     assert "weights 10.6 GB, cache 1.0 GB, overhead 2.0 GB" in card
     assert "factory build mistral-7b --drop" in card
+
+
+def test_a_mix_is_on_the_card_with_the_share_and_version_of_each_text() -> None:
+    build = chat_with_other_licence()
+    assert build.adapter
+    hub = DataSource(name="org/chats", version="c0" * 20, hub_id="org/chats", split="train", is_chat=True)
+    file = DataSource(name="own.jsonl", version="f1" * 32, is_chat=True)
+    parts = (Share(data=hub, share=2), Share(data=file, share=1))
+    data = DataSource(name="org/chats*2 + own.jsonl", version="00" * 32, is_chat=True, mixed=parts)
+    adapter = build.adapter.model_copy(update={"data": data})
+    card = render(build.model_copy(update={"adapter": adapter}), has_healing_figure=False)
+    link = "[org/chats](https://huggingface.co/datasets/org/chats), train split"
+    assert f"on a mix, by length, of 2 parts of {link} and 1 part of own.jsonl." in card
+    assert f"| healing text, share 2 | {link}, version `{'c0' * 20}` |" in card
+    assert f"| healing text, share 1 | own.jsonl, version `{'f1' * 32}` |" in card
+    assert "- org/chats\n" in card  # among the data sets of the front matter
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:
