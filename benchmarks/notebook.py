@@ -19,8 +19,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 NOTICE = "<!-- Written by benchmarks/notebook.py, which runs the notebook. -->"
 INTRODUCTION = """# A smaller model in a notebook
 
-The functions of `factory` take the options of the command line by name. Everything here runs on a CPU, without
-a network, on the demo model that comes with the program, in a few minutes.
+The functions of `factory` take the options of the command line by name. Everything here runs on a CPU and
+without a network, on the demo model that comes with the program, in a few minutes.
 [The notebook](notebook.ipynb) is stored with its outputs."""
 
 

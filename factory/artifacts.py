@@ -80,6 +80,30 @@ class Artifact(BaseModel):
             raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=AGAIN) from error
 
 
+class Origin(BaseModel):
+    """A model on the Hub, or a folder, at the version that was used."""
+
+    model_config = FROZEN
+
+    name: str
+    repo_id: str | None = None  # None for a folder
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash
+
+    @property
+    def title(self) -> str:
+        """Return the repository, or a folder's name."""
+        return self.repo_id or self.name
+
+
+class Lineage(BaseModel):
+    """What a source was merged from before anything else."""
+
+    model_config = FROZEN
+
+    adapter: Origin
+    base: Origin
+
+
 class Source(Artifact):
     """A resolved model, described before any weight is read.
 
@@ -90,8 +114,10 @@ class Source(Artifact):
     file_name = "source.json"
 
     name: str  # short: "Mistral-7B-v0.1"
-    repo_id: str | None = None  # None for a folder
-    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash
+    repo_id: str | None = None  # None for a folder, and for an adapter that is merged into its base
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")  # a folder: its content hash; an adapter: with its base's
+    lineage: Lineage | None = None  # of an adapter
+    unmerged: "Unmerged | None" = Field(default=None, exclude=True, repr=False)  # what `lineage` names
     folder: Path | None = Field(default=None, exclude=True)  # None until the weights are here
     model_type: str
     architecture: str  # "MistralForCausalLM"
@@ -115,6 +141,11 @@ class Source(Artifact):
     remote_code: bool = False  # transformers lacks this model type: the source's code, at `commit`, is run
 
     @property
+    def is_on_hub(self) -> bool:
+        """Return whether the model, or the adapter that it is merged from, is a repository on the Hub."""
+        return bool(self.repo_id or (self.lineage and self.lineage.adapter.repo_id))
+
+    @property
     def licenses(self) -> tuple[str, ...]:
         """Return each licence that the card names; all of them apply."""
         return (self.license,) if isinstance(self.license, str) else self.license or ()
@@ -132,6 +163,20 @@ class Source(Artifact):
         return self.folder
 
 
+class Unmerged(BaseModel):
+    """An adapter and its base, from which a source is to be merged."""
+
+    model_config = FROZEN
+
+    config: dict[str, Any]  # adapter_config.json, of plain LoRA
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # of the adapter, as in `Source`
+    base: Source
+    folder: Path | None = None  # of the adapter; None until its files are here
+
+
+Source.model_rebuild()
+
+
 class DataSource(Artifact):
     """Origin and version of a text that was used, without paths."""
 
@@ -143,11 +188,19 @@ class DataSource(Artifact):
     split: str | None = None
     part: str | None = None  # "1 of 2": its other documents serve another use
     is_chat: bool = False  # conversations, in the form of the model's chat template
+    mixed: tuple["Share", ...] = ()  # texts that it is a mix of
 
     @property
     def is_file(self) -> bool:
         """Return whether this is a local file, of whose origin nothing is known."""
+        if self.mixed:
+            return any(one.data.is_file for one in self.mixed)
         return not self.hub_id and not self.name.startswith("stdlib:")
+
+    @property
+    def texts(self) -> "tuple[DataSource, ...]":
+        """Return the texts that it is a mix of, or itself."""
+        return tuple(one.data for one in self.mixed) or (self,)
 
     @property
     def corpus(self) -> str:
@@ -155,6 +208,18 @@ class DataSource(Artifact):
         if self.hub_id or self.is_file:
             return self.hub_id or self.version
         return self.name if self.name == "stdlib:prose" else "stdlib"
+
+
+class Share(BaseModel):
+    """A text in a mix, and its share: there is this much of it for each 1 of a text with the share 1."""
+
+    model_config = FROZEN
+
+    data: DataSource
+    share: float = Field(gt=0, allow_inf_nan=False)
+
+
+DataSource.model_rebuild()
 
 
 class DistanceProfile(Artifact):
@@ -210,6 +275,29 @@ class DistanceProfile(Artifact):
             return None
         distance = self.mean[layers[0]][layers[-1] + 1]
         return None if math.isnan(distance) else distance
+
+
+class SizeGoal(BaseModel):
+    """A size that was asked for instead of a fraction, and the number of layers that was found for it.
+
+    Sizes of the result are upper bounds: it keeps the largest layers that the number allows.
+    """
+
+    model_config = FROZEN
+
+    target: int | None = None  # parameters
+    fits: int | None = None  # bytes
+    context: int | None = None  # tokens, with `fits`
+    num_dropped: int
+    parameters: int  # of the result
+    weight_bytes: int
+    cache_bytes: int = 0  # of `context` tokens
+    overhead_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the memory for weights, cache and overhead."""
+        return self.weight_bytes + self.cache_bytes + self.overhead_bytes
 
 
 class PruningPlan(Artifact):
@@ -289,6 +377,8 @@ class Plans(Artifact):
     chosen: str  # criterion
     reason: str
     runtimes: tuple[Verdict, ...] = ()  # of the chosen plan
+    goal: SizeGoal | None = None
+    parameters: int | None = None  # left by the chosen plan; None in plans of earlier versions
 
 
 class Checkpoint(Artifact):
@@ -599,6 +689,7 @@ class Pruning(Artifact):
     source_name: str
     repo_id: str | None  # None for a folder
     commit: str  # a folder: its content hash
+    lineage: Lineage | None = None  # of an adapter
     license: str | tuple[str, ...] | None
     num_layers: int  # before
     dropped: tuple[int, ...]  # 0-based, ascending

@@ -132,7 +132,7 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
     try:
         source = settled.source
         if prepared.pending:
-            source = pull_and_trust(source, reporter)
+            source = pull_and_trust(source, reporter, home=run.store.home, in_use=run.in_use)
             check_tokens(source, run.texts, run.config, note=reporter.note)
         record = run_stages(run, source, out=out, require_healing=request.require_healing)
     finally:

@@ -114,6 +114,7 @@ def _describe(source: Source, plan: PruningPlan, made: Checkpoint) -> Pruning:
         source_name=source.name,
         repo_id=source.repo_id,
         commit=source.commit,
+        lineage=source.lineage,
         license=source.license,
         num_layers=plan.num_layers,
         dropped=plan.dropped,

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from factory import __version__
 from factory.artifacts import Build, Comparison, DataSource, Made
-from factory.config.references import local_path
+from factory.config.references import local_path, with_share
 from factory.config.settings import BuildConfig, build_name
 from factory.serving.runtimes import verdicts
 from factory.store.stage import STAGES
@@ -72,9 +72,11 @@ def describe_build(
 def write_recipe(build: Build, folder: Path) -> None:
     """Write the settings of a build in readable form, with the versions of its source and texts."""
     source, healing = build.source, build.adapter
-    texts = {"measure": _text(build.calibration)} | ({"heal": _text(healing.data)} if healing else {})
+    texts = {"measure": _text(build.calibration)} | ({"heal": _healing(healing.data)} if healing else {})
     recipe = {
-        "source": {"repo_id": source.repo_id, "commit": source.commit},
+        "source": source.lineage.model_dump()
+        if source.lineage
+        else {"repo_id": source.repo_id, "commit": source.commit},
         **{key: value for key, value in build.config.items() if key != "reference"},
         "texts": texts | {"evaluate": [_text(loss.data) for loss in build.evaluations["source"].losses]},
         "dropped": list(build.dropped),
@@ -83,6 +85,10 @@ def write_recipe(build: Build, folder: Path) -> None:
     head = "# What this model was made of and how; `factory build REPOSITORY --reproduce` makes it again.\n"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     (folder / RECIPE).write_text(head + text, encoding="utf-8")
+
+
+def _healing(data: DataSource) -> Any:
+    return [_text(one.data) | {"share": one.share} for one in data.mixed] or _text(data)
 
 
 def _text(data: DataSource) -> dict[str, str]:
@@ -94,7 +100,9 @@ def _config_without_paths(config: BuildConfig, texts: "Texts", made: Made) -> di
     values: dict[str, Any] = json.loads(config.model_dump_json())
     values["reference"] = _without_path(config.reference, made.source.name, made.source.repo_id)
     values["measure"]["data"] = texts.calibration.data.name
-    values["heal"]["data"] = texts.healing.data.name
+    values["heal"]["data"] = [
+        with_share(one.data.name, one.share) for one in texts.healing.data.mixed
+    ] or texts.healing.data.name
     values["evaluate"]["data"] = [text.data.name for text in texts.evaluations]
     values["evaluate"]["tasks"] = [Path(task).name for task in config.evaluate.tasks]
     return values

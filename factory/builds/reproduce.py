@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from factory import __version__
 from factory.artifacts import Build, DataSource, Source, check_size, first_problem, layer_ranges
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import EMBEDDED, ModelReference
+from factory.config.references import EMBEDDED, ModelReference, with_share
 from factory.config.settings import BuildConfig
 from factory.errors import DataError, HubError, StoreError, UnknownModelError, VerificationError
 from factory.evaluation.task_files import is_task_file
@@ -98,14 +98,21 @@ def source_reference(build: Build) -> str:
         VerificationError: The source was a folder.
     """
     source = build.source
-    if source.repo_id:
-        return f"{source.repo_id}@{source.commit}"
+    origin = source.lineage.adapter if source.lineage else source
+    if origin.repo_id:
+        return f"{origin.repo_id}@{origin.commit}"
     if build.reference == EMBEDDED:
         return build.reference
     raise VerificationError(
         f"{build.name} was made from a local folder, {source.name!r}, which only its author has",
         hint=f"with that folder: factory build FOLDER --drop {build.config['drop']:g} and its other settings",
     )
+
+
+def base_reference(build: Build) -> str | None:
+    """Return a reference to the base that the build's adapter was merged into; None without an adapter."""
+    base = build.source.lineage.base if build.source.lineage else None
+    return f"{base.repo_id}@{base.commit}" if base and base.repo_id else None
 
 
 def check_same_source(build: Build, found: Source) -> None:
@@ -150,10 +157,13 @@ def same_settings(
             _pinned(data, given.get(index), option=DATA_OPTIONS[use], name=build.name)
             for index, data in enumerate(texts)
         ]
-        values[use]["data"] = pinned if use == "evaluate" else pinned[0]
+        values[use]["data"] = pinned[0] if use == "measure" else pinned
+    if build.adapter and (shares := build.adapter.data.mixed):
+        pairs = zip(values["heal"]["data"], shares, strict=True)
+        values["heal"]["data"] = [with_share(data, one.share) for data, one in pairs]
     if "heal" not in used:  # in the settings, but never read
         _check_number(build, [], len(files["heal"]), option=DATA_OPTIONS["heal"])
-        values["heal"]["data"] = values["measure"]["data"]
+        values["heal"]["data"] = [values["measure"]["data"]]
     if tasks is not None:
         values["evaluate"]["tasks"] = tasks
     elif task_files := [task for task in values["evaluate"]["tasks"] if is_task_file(task)]:
@@ -178,7 +188,7 @@ def _check_number(build: Build, texts: Sequence[DataSource], num_given: int, *, 
 def _used(build: Build) -> dict[str, list[DataSource]]:
     used = {"measure": [build.calibration]}
     used["evaluate"] = [loss.data for loss in build.evaluations["source"].losses]
-    return used | ({"heal": [build.adapter.data]} if build.adapter else {})
+    return used | ({"heal": list(build.adapter.data.texts)} if build.adapter else {})
 
 
 def _is_file(data: DataSource) -> bool:
@@ -204,7 +214,7 @@ def check_same_texts(build: Build, texts: Texts) -> None:
     Raises:
         DataError: A text differs, or has another version or other documents.
     """
-    opened = {"measure": [texts.calibration], "heal": [texts.healing], "evaluate": texts.evaluations}
+    opened = {"measure": [texts.calibration], "heal": texts.healings, "evaluate": texts.evaluations}
     pairs = [
         (use, data, text.data)
         for use, used in _used(build).items()

@@ -132,6 +132,11 @@ def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
 
 def _source_folder(build: Build, source: Path | None) -> Path:
     """Return the folder of the source, checked by its content hash if the build records one."""
+    if build.source.lineage:
+        raise UsageError(
+            f"{build.name} was made from an adapter, which the page cannot load",
+            hint="merge the adapter into its base, and build from the folder of the merged model",
+        )
     if source is None and build.reference != "demo":
         raise UsageError(
             f"{build.name} was made from a folder, {build.source.name!r}, and builds do not record paths",

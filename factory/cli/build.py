@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def build(model: str, dry_run: bool, print_config: bool, as_json: bool, **values: Any) -> None:
     """Make MODEL smaller and evaluate the result.
 
-    MODEL is an alias, a Hub repository owner/name[@revision], a folder, or a build file. DATA is a .jsonl,
+    MODEL is an alias, a Hub repository owner/name[@revision], a folder, or a build file; a repository or
+    folder may hold a LoRA adapter, which is first merged into its base. DATA is a .jsonl,
     .json, .csv, .parquet, .txt or .md file, a folder or 'pattern*' of files, either with #column, or a Hub
     data set owner/name:config[split]#column@revision, of which only the name is required. The same command
     resumes an interrupted build, and reuses every finished stage.

@@ -56,6 +56,7 @@ def _expected(prepared: "PreparedPrune") -> dict[str, Any]:
     return {
         "source": source.repo_id or source.name,
         "commit": source.commit,
+        **({"lineage": source.lineage.model_dump()} if source.lineage else {}),
         "num_layers": plan.num_layers,
         "dropped": plan.dropped,
         "kept": plan.kept,

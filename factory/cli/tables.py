@@ -18,7 +18,7 @@ from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
-from factory.report.notes import gguf_note, notes, runtimes_note
+from factory.report.notes import gguf_note, goal_note, notes, runtimes_note
 from factory.report.tables import loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
@@ -34,6 +34,7 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
             "layers",
             f"dropping {n} of {total} ({n / total:.0%}); {total - n} kept (the last layer is never dropped)",
         ),
+        *([("size", goal_note(config.size))] if config.size else []),
         ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
         ("weights", f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}"),
         *_stage_rows(config),
@@ -67,7 +68,7 @@ def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:
     tokens = heal.num_steps * heal.batch_size * heal.sequence_length
     healing = (
         f"{heal.num_steps:,} steps of {heal.batch_size} × {heal.sequence_length} tokens "
-        f"({count(tokens)}) of {heal.data}, {heal.objective}, "
+        f"({count(tokens)}) of {' and '.join(heal.data)}, {heal.objective}, "
         f"LoRA rank {heal.rank} over {heal.bits}-bit weights, learning rate {heal.learning_rate:g}"
         if config.heal_enabled
         else "no training"
@@ -210,6 +211,8 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
         )
     chosen = next(plan for plan in plans.plans if plan.criterion == plans.chosen)
     found = notes(chosen, num_samples=plans.num_samples, sink=plans.sink, losses=plans.losses)
+    if plans.goal:
+        found.insert(0, goal_note(plans.goal, parameters=plans.parameters))
     _show_notes(out, found, runtimes=plans.runtimes)
     out.print(Text.assemble(("  build it    ", "dim"), printable(command)), soft_wrap=True)
 

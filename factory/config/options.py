@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
@@ -18,6 +19,13 @@ CUT, MEASURING, HEALING, EVALUATION, PUBLISHING, RENTING, RUNNING = GROUPS = (
     *("What to cut", "Measuring", "Healing", "Evaluation", "Publishing", "Rented hardware"),
     "This run",
 )
+PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+BYTES = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+MAX_AMOUNT = 10**18
 LAYERS_HINT = "`layers=3,7,21-24` drops six layers, counted from 0"
 
 
@@ -123,6 +131,28 @@ def read_fractions(value: Any) -> Any:
     return tuple(sorted({read_fraction(part.strip() if isinstance(part, str) else part) for part in parts}))
 
 
+def read_parameters(value: Any) -> Any:
+    """Read a number of parameters, the value of `target`: "6B", "350M", 6000000000."""
+    return _amount(value, "target", PARAMETERS, hint="`target=6B` leaves at most six billion parameters")
+
+
+def read_bytes(value: Any) -> Any:
+    """Read a size in bytes, the value of `fits`: "8GB", "7.5 GiB"."""
+    return _amount(
+        value, "fits", BYTES, hint="`fits=8GB` is for a device with 8 GB of memory, 8GiB for 8 GiB"
+    )
+
+
+def _amount(value: Any, option: str, units: Mapping[str, int], *, hint: str) -> Any:
+    if type(value) not in (str, int, float):
+        return value  # pydantic refuses the type
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([a-z]{0,3})\s*", str(value), re.IGNORECASE)
+    number = int(Decimal(match[1]) * units.get(match[2].lower(), 0)) if match else 0
+    if not 0 < number < MAX_AMOUNT:
+        raise UsageError(f"`{option}={str(value)[:60]}` is not a size", hint=hint)
+    return number
+
+
 def read_path(value: Any) -> Any:
     """Read a path; an empty one, which would mean the current folder, stays an invalid value."""
     return Path(value) if isinstance(value, str) and value.strip() else value
@@ -138,6 +168,8 @@ References = Annotated[tuple[Text, ...], MinLen(1), Reads(read_references, str |
 Timeout = Annotated[str, Reads(lambda value: str(value) if type(value) is int else value, str | int)]
 Between = Annotated[float, Gt(0), Lt(1)]
 Fraction = Annotated[Between, Reads(read_fraction, Between)]
+Parameters = Annotated[Annotated[int, Ge(1)], Reads(read_parameters, str | int)]
+Bytes = Annotated[Annotated[int, Ge(1)], Reads(read_bytes, str | int)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]
 One = Annotated[int, Ge(1), Le(MAX_COUNT)]
 Two = Annotated[int, Ge(2), Le(MAX_COUNT)]

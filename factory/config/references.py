@@ -1,6 +1,7 @@
 """Recognise what the user types: aliases, folders, files and Hub names, with the standard library alone."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ HUB_DATA = re.compile(
 )
 OF_THE_HUB = re.compile(r"[:\[@]")  # what begins a configuration, split or revision
 EMBEDDED = "demo"  # the only alias that is not a repository
+NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+|inf|nan)\s*", re.IGNORECASE)
 NOWHERE = Path("/dev/null/nowhere")  # below a file, so it never exists
 
 
@@ -164,6 +166,42 @@ def check_files(path: Path, files: Sequence[Path]) -> None:
             raise DataError(f"data {str(file)!r} has an unsupported format", hint=f"give {DATA_NOTATION}")
     if not any(file.stat().st_size for file in files):
         raise DataError(f"data {str(path)!r} is empty", hint='a .jsonl has one {"text": …} per line')
+
+
+def share_of(reference: str) -> tuple[str, float]:
+    """Return a reference to a text without its share of a mix, and the share: "a.jsonl*2" → ("a.jsonl", 2).
+
+    Raises:
+        DataError: The share is not a positive number.
+    """
+    data, star, written = reference.rpartition("*")
+    if not (star and data) or local_path(reference).exists():
+        return reference, 1.0
+    if NUMBER.fullmatch(written):
+        share = float(written)
+    elif not written or not _has_share(reference, data) or data_files(local_path(reference)):
+        return reference, 1.0  # a pattern of files
+    else:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise DataError(
+            f"data {reference[:200]!r}: the share {written[:60]!r} is not a positive number",
+            hint="`heal_data=a.jsonl*2` with `heal_data=b.jsonl` takes two parts of a and one of b: give it "
+            "once for each text",
+        )
+    return data, share
+
+
+def _has_share(reference: str, data: str) -> bool:
+    """Return whether what is before the last star looks like a text, and not like a pattern's beginning."""
+    if data_format(data.rpartition("#")[0] or data) or data in STANDARD_LIBRARY:
+        return True
+    return bool(HUB_DATA.fullmatch(data)) and not data_format(reference)
+
+
+def with_share(data: str, share: float) -> str:
+    """Return a reference as `share_of` reads it."""
+    return data if share == 1 else f"{data}*{share:g}"
 
 
 def check_data(reference: str, *, several: str = "") -> None:

@@ -22,6 +22,7 @@ from factory.config.options import (
     PUBLISHING,
     RENTING,
     RUNNING,
+    Bytes,
     Eight,
     Fraction,
     Fractions,
@@ -30,6 +31,7 @@ from factory.config.options import (
     Names,
     One,
     Option,
+    Parameters,
     References,
     Runtimes,
     Text,
@@ -40,9 +42,10 @@ from factory.config.options import (
     unknown_option,
     without_none,
 )
-from factory.config.references import ModelReference, check_data
+from factory.config.references import ModelReference, check_data, share_of
 from factory.errors import FactoryError, UsageError
 
+DEFAULT_CONTEXT = 8192
 LENGTHS = tuple(f"{section}.sequence_length" for section in ("measure", "plan", "heal", "evaluate"))
 # fmt: off
 ForRuntimes = Annotated[Runtimes | None, Option(
@@ -50,6 +53,12 @@ ForRuntimes = Annotated[Runtimes | None, Option(
     sets=("plan.runtimes",), metavar="A,B")]
 Criterion = Annotated[CriterionName | None, Option(
     "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",))]
+Target = Annotated[Parameters | None, Option(
+    "Parameters of the result at most, instead of a fraction", CUT, metavar="6B")]
+Fits = Annotated[Bytes | None, Option(
+    "Memory that weights, cache and overhead must fit in, instead of a fraction", CUT, metavar="8GB")]
+Context = Annotated[Eight | None, Option(
+    "Tokens whose cache must fit too, with --fits", CUT, default=f"{DEFAULT_CONTEXT:,}")]
 # fmt: on
 REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
@@ -183,9 +192,10 @@ class Request:
             is_read = name != "heal_data" or reads_healing_text(self)
             if is_read and (given := getattr(self, name)) is not None:
                 with self.located(name):
+                    several = "" if isinstance(given, str) else f"give `{name}` once for each text"
                     for reference in (given,) if isinstance(given, str) else given:
-                        several = "give `eval_data` once for each text" if name == "eval_data" else ""
-                        check_data(reference, several=several)
+                        data = share_of(reference)[0] if name == "heal_data" else reference
+                        check_data(data, several=several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,12 +226,36 @@ class Measuring(Request):
     # fmt: on
 
 
+def check_amount(request: Any, names: Sequence[str]) -> None:
+    """Refuse a request unless exactly one of these options says how much to drop.
+
+    Raises:
+        UsageError: None or several are given, or a context without a size that it is for.
+    """
+    given = [name for name in names if getattr(request, name) is not None]
+    if len(given) > 1:
+        problem = "both choose layers" if "layers" in given else "each says how much to drop"
+        raise UsageError(f"`{given[0]}` with `{given[1]}`: {problem}", hint="remove one of them")
+    if not given:
+        layers = ", `layers=3,7` those two" if "layers" in names else ""
+        raise UsageError(
+            "`drop` is missing",
+            hint=f"`drop=0.3` drops three of ten layers{layers}; or give a size: `target=6B`, `fits=8GB`",
+        )
+    if request.context is not None and request.fits is None:
+        raise UsageError("`context` without `fits`", hint="add `fits`, or remove `context`")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest(Measuring):
     """Options of `plan`."""
 
     # fmt: off
-    drop: Annotated[Fraction, Option("Fraction of the decoder layers to drop", CUT, sets=("drop",))]
+    drop: Annotated[Fraction | None, Option(
+        "Fraction of the decoder layers to drop", CUT, sets=("drop",))] = None
+    target: Target = None
+    fits: Fits = None
+    context: Context = None
     criterion: Annotated[CriterionName | Literal["all"], Option(
         "Criterion for choosing layers; all: compare every one, with the loss of each cut", CUT,
         default=DEFAULT_CRITERION.name)] = DEFAULT_CRITERION.name
@@ -231,6 +265,11 @@ class PlanRequest(Measuring):
     save: Annotated[Location | None, Option(
         "Folder for the plans and the figure", RUNNING, metavar="FOLDER")] = None
     # fmt: on
+
+    def check(self) -> None:
+        """Check as the base class does, and that exactly one option says how much to drop."""
+        super().check()
+        check_amount(self, ("drop", "target", "fits"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +282,9 @@ class Evaluating(Measuring):
     heal: Annotated[ObjectiveName | None, Option(
         f"Training objective. {summaries()}", HEALING, default=DEFAULT_OBJECTIVE.name,
         bare=DEFAULT_OBJECTIVE.name, sets=("heal.objective",))] = None
-    heal_data: Annotated[Text | None, Option(
-        "Text to heal on", HEALING, sets=("heal.data",), metavar="DATA", repeats=True)] = None
+    heal_data: Annotated[References | None, Option(
+        "Text to heal on (repeatable); several are mixed, DATA*2 with twice the share", HEALING,
+        sets=("heal.data",), metavar="DATA", repeats=True)] = None
     heal_steps: Annotated[One | None, Option(
         "Optimiser steps", HEALING, default="by the size of the model", sets=("heal.num_steps",))] = None
     eval_data: Annotated[References | None, Option(
@@ -312,6 +352,9 @@ class BuildRequest(Evaluating):
     layers: Annotated[Layers | None, Option(
         "Layers to drop, counted from 0, instead of a fraction", CUT, sets=("plan.layers",),
         metavar="3,7,21-24")] = None
+    target: Target = None
+    fits: Fits = None
+    context: Context = None
     criterion: Criterion = None
     for_runtimes: ForRuntimes = None
     reproduce: Annotated[bool, Option(
@@ -398,13 +441,10 @@ class BuildRequest(Evaluating):
                         f"`{name}` with `reproduce`, which repeats a build unchanged",
                         hint="remove one of them",
                     )
-        elif self.layers and (self.drop or self.criterion):
-            other = "drop" if self.drop else "criterion"
-            raise UsageError(f"`layers` with `{other}`: both choose layers", hint="remove one of them")
-        elif not self.layers and self.drop is None:
-            raise UsageError(
-                "`drop` is missing", hint="`drop=0.3` drops three of ten layers, `layers=3,7` those two"
-            )
+            return
+        check_amount(self, ("layers", "drop", "target", "fits"))
+        if self.layers and self.criterion:
+            raise UsageError("`layers` with `criterion`: both choose layers", hint="remove one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from factory.artifacts import Source
+from factory.artifacts import SizeGoal, Source
 from factory.config.choices import MAX_COUNT, CriterionName, HealStart, ObjectiveName
 from factory.config.criteria import DEFAULT_CRITERION
 from factory.config.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, SFT, Objective
@@ -24,6 +24,11 @@ class Settings(BaseModel):
     """Base of all settings; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def one_or_several(value: Any) -> Any:
+    """Read one text, as earlier builds recorded it, or several."""
+    return (value,) if isinstance(value, str) else value
 
 
 class MeasureSettings(Settings):
@@ -51,7 +56,7 @@ class PlanSettings(Settings):
 class HealSettings(Settings):
     """QLoRA healing; the defaults are the paper's (arXiv 2403.17887, appendix A)."""
 
-    data: str = "allenai/c4:en"
+    data: tuple[str, ...] = Field(default=("allenai/c4:en",), min_length=1)  # several: each as DATA*SHARE
     objective: ObjectiveName = SFT.name
     modules: Literal["ffn", "all-linear"] = "ffn"
     layers: Literal["all", "seam"] = "all"  # adapted layers; seam: from the one before the cut onwards
@@ -69,6 +74,8 @@ class HealSettings(Settings):
     batch_size: int = Field(default=16, ge=1, le=MAX_COUNT)  # sequences per optimiser step
     sequence_length: int = Field(default=2048, ge=8, le=MAX_COUNT)  # tokens
 
+    _several = field_validator("data", mode="before")(one_or_several)
+
 
 class EvaluateSettings(Settings):
     """Settings for comparing the three models."""
@@ -82,10 +89,7 @@ class EvaluateSettings(Settings):
     backend: Literal["hf", "vllm"] = "hf"  # answers the tasks; the loss always comes from transformers
     apply_chat_template: bool = False  # to the questions of the tasks
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value  # earlier builds had one text
+    _several = field_validator("data", mode="before")(one_or_several)
 
 
 class BuildConfig(Settings):
@@ -93,6 +97,7 @@ class BuildConfig(Settings):
 
     reference: str  # as typed: alias, repo[@revision] or folder
     drop: float = Field(gt=0, lt=1)
+    size: SizeGoal | None = None  # from which `drop` follows
     seed: int = Field(default=0, ge=0, lt=2**32)
     heal_enabled: bool = True
     merge_base: Literal["auto", "bf16", "nf4"] = "auto"  # weights that the adapter is added to
@@ -239,7 +244,7 @@ def _defaults(
     else:
         measure = MeasureSettings()
         # A folder gets no tasks by default, since their data is on the Hub.
-        evaluate = EvaluateSettings() if source.repo_id else EvaluateSettings(tasks=())
+        evaluate = EvaluateSettings() if source.is_on_hub else EvaluateSettings(tasks=())
     sections = {
         "measure": measure.model_dump(),
         "plan": PlanSettings().model_dump(),

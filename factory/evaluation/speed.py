@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from factory.artifacts import Speed, SpeedComparison
-from factory.model.devices import best_device, compute_dtype, device_name
+from factory.model.devices import best_device, compute_dtype, device_name, tensor_bytes
 from factory.model.loading import load_model
 
 
@@ -89,32 +89,13 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
 def _footprint(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> tuple[int, float]:
     """Return the bytes of weights and full cache, and the cache's growth in bytes per new token."""
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    before = _tensor_bytes(output.past_key_values)
+    before = tensor_bytes(output.past_key_values)
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(dim=-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    after = _tensor_bytes(output.past_key_values)
+    after = tensor_bytes(output.past_key_values)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return weights + after, (after - before) / new_tokens
-
-
-def _tensor_bytes(cache: Any) -> int:
-    """Return the bytes of all tensors in a cache of any kind: keys, values, recurrent states."""
-    left, seen, size_bytes = [cache], set(), 0
-    while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            size_bytes += value.nbytes
-        elif isinstance(value, dict):
-            left += value.values()
-        elif isinstance(value, list | tuple):
-            left += value
-        elif hasattr(value, "__dict__") and not isinstance(value, type):
-            left += vars(value).values()
-    return size_bytes
 
 
 @torch.inference_mode()

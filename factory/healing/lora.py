@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from factory.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from factory.errors import UnsupportedArchitectureError
 from factory.model.config_fields import packing, packing_method
 from factory.model.config_proof import on_meta
@@ -19,8 +20,6 @@ from factory.model.experts import adaptable_experts, fused_experts
 from factory.model.layers import decoder_layers
 from factory.model.tokenizer import Answered, as_row, of_row
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # before the name of the module in the model
 GUARD = "guard.json"  # held-out sequences, stored beside the adapter
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 TOKEN_MIXERS = ("att", "mixer", "mamba", "conv", "temporal", "lstm")  # in names of modules

@@ -1,6 +1,5 @@
 """Merge a LoRA adapter into the weights it was trained for, tensor by tensor on disk."""
 
-import json
 import math
 import os
 import shutil
@@ -18,12 +17,19 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from factory.artifacts import Adapter, Checkpoint
+from factory.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_PREFIX,
+    adapted_modules,
+    read_adapter_config,
+)
 from factory.checkpoint.auxiliary import copy_auxiliary_files
 from factory.checkpoint.header import TensorInfo, read_header
 from factory.checkpoint.read import read_blocks, read_checkpoint, read_tensor_bytes
 from factory.checkpoint.write import Progress, write_checkpoint
 from factory.errors import CheckpointError, OverflowedError, VerificationError
-from factory.healing.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, read_guard
+from factory.healing.lora import read_guard
 from factory.model.experts import Part, adapted_parameters, stored_parts
 from factory.model.loading import load_model, quantized_modules, skeleton, transposed_modules
 from factory.model.losses import token_loss
@@ -33,18 +39,8 @@ Base = Literal["auto", "bf16", "nf4"]
 CANDIDATES: tuple[Base, ...] = ("bf16", "nf4")
 BASE_NAMES = {"bf16": "source weights", "nf4": "NF4 weights, unpacked"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# Fields that the merge reads, or that only affect training. Any other field that is set is refused by
-# name, so that a future variant of LoRA is not merged as if it were plain.
-KNOWN_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
-}  # fmt: skip
 ROWS = 128  # rows of a weight read, updated and written at once, which fit in the processor's cache
 WORKERS = min(4, os.cpu_count() or 1)  # threads that update rows while others are read and written
-# Other initialisations also change the base weights, so that B·A does not match those on disk.
-PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -153,14 +149,30 @@ def _loss(folder: Path, guard: list[list[int]]) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _merge(
-    pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
-) -> Checkpoint:
-    """Merge tensor by tensor: sums in fp32, results in the dtype on disk."""
-    tensors = read_checkpoint(pruned.folder)
-    model = skeleton(pruned.folder)
+def merge_into(
+    weights: Path, adapter: Path, *, folder: Path, base: Base = "bf16", progress: Progress | None = None
+) -> dict[str, str]:
+    """Write a checkpoint with an adapter added into `folder`, tensor by tensor: sums in fp32.
+
+    Args:
+        weights: Folder of the checkpoint.
+        adapter: Folder of the adapter in peft's format.
+        folder: Existing folder; receives weights and config.json, in the dtypes of `weights`.
+        base: "bf16" for the weights on disk, in whatever dtype; "nf4" for these rounded to NF4.
+        progress: Callback that receives (bytes done, total bytes).
+
+    Returns:
+        The sha256 of each weight file by name.
+
+    Raises:
+        CheckpointError: The adapter's files are damaged, or it is more than plain LoRA; names the reason.
+        OverflowedError: A value is not finite.
+        VerificationError: The adapter does not fit the weights.
+    """
+    tensors = read_checkpoint(weights)
+    model = skeleton(weights)
     parts = stored_parts(model, tensors)
-    updates = read_updates(adapter.folder, parts, model=model)
+    updates = read_updates(adapter, parts, model=model)
     rounded = {}  # stored name → whether it is transposed
     if base == "nf4":
         transposed = transposed_modules(model)
@@ -178,8 +190,15 @@ def _merge(
     with _one_thread():
         files = write_checkpoint(tensors.items(), folder=folder, transform=transform, progress=progress)
     _load_factor.cache_clear()
+    shutil.copyfile(weights / "config.json", folder / "config.json")
+    return files
+
+
+def _merge(
+    pruned: Checkpoint, adapter: Adapter, *, folder: Path, base: Base, progress: Progress | None
+) -> Checkpoint:
+    files = merge_into(pruned.folder, adapter.folder, folder=folder, base=base, progress=progress)
     copy_auxiliary_files(pruned.folder, folder)
-    shutil.copyfile(pruned.folder / "config.json", folder / "config.json")
     return Checkpoint(
         folder=folder,
         num_layers=pruned.num_layers,
@@ -204,27 +223,43 @@ def _one_thread() -> Iterator[None]:
 def read_updates(
     adapter_folder: Path, parts: Mapping[str, list[Part]], *, model: Any
 ) -> dict[str, list[Update]]:
-    """Return updates by the name of their stored tensor, checked against the checkpoint.
-
-    A tensor has one update, or one for each expert that it fuses, in order.
-
-    Args:
-        adapter_folder: Folder of the adapter in peft's format.
-        parts: Parts of the checkpoint, from `stored_parts`.
-        model: The checkpoint's model, without values.
+    """Return what the files of an adapter change; see `find_updates`.
 
     Raises:
         CheckpointError: The files are damaged, or more than plain LoRA.
         VerificationError: An update has no tensor, or does not fit its shape.
     """
-    config = _read_config(adapter_folder / ADAPTER_CONFIG)
-    stored = read_header(adapter_folder / ADAPTER_WEIGHTS)
+    config = read_adapter_config(adapter_folder / ADAPTER_CONFIG)
+    return find_updates(config, read_header(adapter_folder / ADAPTER_WEIGHTS), parts, model=model)
+
+
+def find_updates(
+    config: Mapping[str, Any],
+    stored: Mapping[str, TensorInfo],
+    parts: Mapping[str, list[Part]],
+    *,
+    model: Any,
+) -> dict[str, list[Update]]:
+    """Return updates by the name of their stored tensor, checked against the checkpoint.
+
+    A tensor has one update, or one for each expert that it fuses, in order.
+
+    Args:
+        config: The adapter's settings, from `read_adapter_config`.
+        stored: The adapter's tensors.
+        parts: Parts of the checkpoint, from `stored_parts`.
+        model: The checkpoint's model, without values.
+
+    Raises:
+        CheckpointError: The adapter has other tensors than those of LoRA.
+        VerificationError: An update has no tensor, or does not fit its shape.
+    """
     experts = adapted_parameters(model, config.get("target_parameters") or ())
     # Not taken from the adapter: over 4-bit weights peft reports false for these too, since bitsandbytes
     # transposes the matrix.
     transposed = transposed_modules(model)
     updates: dict[str, list[Update]] = {}
-    for module in _module_names(stored):
+    for module in adapted_modules(stored):
         name = experts.get(module, f"{module}.weight")
         if name not in parts:
             raise VerificationError(
@@ -237,8 +272,6 @@ def read_updates(
             update = Update(part, a, b, scale, name.rpartition(".")[0] in transposed)
             _check_fits(update, rank=rank)
             updates.setdefault(part.tensor.name, []).append(update)
-    if not updates:
-        raise CheckpointError(f"{ADAPTER_WEIGHTS} has no LoRA tensors", hint="run the healing again")
     return updates
 
 
@@ -267,7 +300,7 @@ def merged_values(
         if not all(math.isfinite(value) for value in torch.aminmax(merged)):
             raise OverflowedError(
                 f"merging makes {tensor.name!r} infinite or NaN",
-                hint="the training diverged; heal with a lower learning rate",
+                hint="the adapter's training diverged; train it again with a lower learning rate",
             )
         values: memoryview = merged.view(-1).view(torch.uint8).numpy().data
         return values
@@ -304,44 +337,6 @@ def _load_factor(tensor: TensorInfo) -> torch.Tensor:
 def _load(tensor: TensorInfo) -> torch.Tensor:
     values = read_tensor_bytes(tensor)
     return torch.frombuffer(values, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}", hint="run the healing again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is not a LoRA configuration", hint="only LoRA adapters can be merged")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise CheckpointError(f"{path} lacks r or lora_alpha", hint="run the healing again")
-    unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
-    if config.get("bias", "none") != "none":
-        unsupported.append(f"bias={config['bias']}")
-    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
-        unsupported.append(f"init_lora_weights={config['init_lora_weights']}")
-    if unsupported:
-        raise CheckpointError(
-            f"the adapter uses {', '.join(unsupported)}, which cannot be merged here",
-            hint="train plain LoRA, or merge with peft's merge_and_unload",
-        )
-    return config
-
-
-def _module_names(stored: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names of the adapted modules; every stored tensor must be half of a LoRA pair."""
-    modules = []
-    for name in stored:
-        module, side, _ = name.rpartition(".lora_A.weight")
-        pair = {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
-        if side and module.startswith(PEFT_PREFIX) and pair <= stored.keys():
-            modules.append(module.removeprefix(PEFT_PREFIX))
-        elif not name.endswith(".lora_B.weight") or name.replace(".lora_B.", ".lora_A.") not in stored:
-            raise CheckpointError(
-                f"the adapter contains {name!r}, which is not half of a LoRA pair",
-                hint="train plain LoRA on linear layers only",
-            )
-    return modules
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:

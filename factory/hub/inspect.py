@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from factory.artifacts import Source
+from factory.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from factory.checkpoint.auxiliary import CONFIG, WEIGHTS_INDEX
 from factory.checkpoint.header import TensorInfo
 from factory.checkpoint.read import WEIGHTS
@@ -14,7 +15,6 @@ from factory.hub.source_card import base_models_of, languages_of, licenses_of, s
 from factory.model.architecture import sizes_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 Progress = Callable[[int, int], None]
 
@@ -31,9 +31,10 @@ def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] |
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
-        if ADAPTER in names:
+        if ADAPTER_CONFIG in names:
             raise CheckpointError(
-                f"{where} is an adapter, not a model", hint="give the model it was made for"
+                f"{where} is an adapter itself, not a model",
+                hint="merge the adapters into one model first, and give that",
             )
         if pickles:
             raise CheckpointError(
@@ -52,11 +53,36 @@ def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] |
         )
     if CONFIG not in names:
         raise CheckpointError(f"{where} has no {CONFIG}", hint="give a model that transformers can load")
-    if ADAPTER in names:
+    if ADAPTER_CONFIG in names:
         raise CheckpointError(
-            f"{where} has an adapter ({ADAPTER}) beside its weights, which transformers would attach to them",
-            hint=f"merge the adapter into the weights, or give a copy without {ADAPTER}",
+            f"{where} has an adapter ({ADAPTER_CONFIG}) beside its weights, which transformers would attach "
+            "to them",
+            hint=f"merge the adapter into the weights, or give a copy without {ADAPTER_CONFIG}",
         )
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Return whether a repository or folder holds an adapter and no whole weights beside it."""
+    return ADAPTER_CONFIG in names and not {WEIGHTS, WEIGHTS_INDEX} & set(names)
+
+
+def check_adapter_names(names: Collection[str], *, where: str) -> None:
+    """Refuse an adapter without weights in safetensors.
+
+    Raises:
+        CheckpointError: They are missing, or pickled.
+    """
+    if ADAPTER_WEIGHTS in names:
+        return
+    pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
+    if "adapter_model.bin" in pickles:
+        raise CheckpointError(
+            f"{where} is an adapter with pickled weights (adapter_model.bin), which can run code when read",
+            hint="save it again with peft's save_pretrained, which writes safetensors",
+        )
+    raise CheckpointError(
+        f"{where} is an adapter without {ADAPTER_WEIGHTS}", hint="the upload is incomplete: give a whole one"
+    )
 
 
 def some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Download the files of a resolved source, and verify their checksums."""
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,11 +14,13 @@ from huggingface_hub.utils.sha import git_hash
 from huggingface_hub.utils.tqdm import tqdm
 
 from factory.artifacts import Source
+from factory.checkpoint.adapter import needed_of_adapter
 from factory.checkpoint.auxiliary import check_json
 from factory.errors import HubError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import AGAIN, UNREACHABLE, endpoint, hub_errors
 from factory.hub.resolve import needed_files, weight_files
+from factory.hub.source_card import README
 from factory.store.files import sha256_of_file
 
 Progress = Callable[[int, int], None]
@@ -40,7 +42,7 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         progress: Called with the bytes done and the total bytes.
 
     Returns:
-        The source with `folder` set.
+        The source with `folder` set; of an adapter, the folders of its parts.
 
     Raises:
         HubError: The Hub cannot be reached or accessed, or a file has the wrong checksum; that file is
@@ -48,34 +50,67 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
         CheckpointError: A JSON file has more parts than any model's.
         DiskSpaceError: The disk is full.
     """
+    if unmerged := source.unmerged:
+        origin = source.lineage.adapter if source.lineage else None
+        folder = unmerged.folder
+        if folder is None and origin and origin.repo_id:
+            folder = _fetched(origin.repo_id, commit=origin.commit, needed=_needed_of_adapter)
+        base = pull(unmerged.base, progress=progress)
+        return source.model_copy(
+            update={"unmerged": unmerged.model_copy(update={"base": base, "folder": folder})}
+        )
     repo_id = source.repo_id
     if repo_id is None:
         return source
-    with hub_errors(repo_id, revision=source.commit):
+
+    def needed(sizes: Mapping[str, int]) -> set[str]:
+        weights = weight_files(repo_id, commit=source.commit, names=sizes)
+        return needed_files(sizes, weights, code=source.remote_code)
+
+    folder = _fetched(repo_id, commit=source.commit, needed=needed, progress=progress)
+    return source.model_copy(update={"folder": folder})
+
+
+def _needed_of_adapter(sizes: Mapping[str, int]) -> set[str]:
+    return needed_of_adapter(sizes) | ({README} & sizes.keys())
+
+
+def _fetched(
+    repo_id: str,
+    *,
+    commit: str,
+    needed: Callable[[Mapping[str, int]], set[str]],
+    progress: Progress | None = None,
+) -> Path:
+    """Download the needed files of a repository into the Hub's cache, and return their folder.
+
+    Args:
+        needed: Function that chooses among the names of the files, with their sizes in bytes.
+    """
+    with hub_errors(repo_id, revision=commit):
         api = hub_api()
-        files = patiently(lambda: _repository_files(api, repo_id, commit=source.commit))
-        weights = weight_files(repo_id, commit=source.commit, names=files)
+        files = patiently(lambda: _repository_files(api, repo_id, commit=commit))
         sizes = {name: file.size or 0 for name, file in files.items()}
-        needed = sorted(needed_files(sizes, weights, code=source.remote_code))
-        total = sum(sizes[name] for name in needed)
+        names = sorted(needed(sizes))
+        total = sum(sizes[name] for name in names)
         folder = Path(
             patiently(  # a retry resumes: complete files are not downloaded again
                 lambda: snapshot_download(
                     repo_id,
-                    revision=source.commit,
-                    allow_patterns=needed,
+                    revision=commit,
+                    allow_patterns=names,
                     tqdm_class=_counting_bar(progress, total=total) if progress else None,
                 )
             )
         )
-    _check_all_came(folder, needed, repo_id=repo_id)
-    for name in needed:
+    _check_all_came(folder, names, repo_id=repo_id)
+    for name in names:
         _verify(folder / name, files[name], repo_id=repo_id)
         _remove_begun(folder / name)
-    check_json(folder, needed)
+    check_json(folder, names)
     if progress:
         progress(total, total)
-    return source.model_copy(update={"folder": folder})
+    return folder
 
 
 def _repository_files(api: HfApi, repo_id: str, *, commit: str) -> dict[str, RepoSibling]:

@@ -105,6 +105,12 @@ def _checked(
             texts, note = open_inputs(one)
             if config.evaluate.backend == "vllm" and not found.has_gpu:
                 raise UsageError(f"`eval_backend=vllm` on {found.name}, which has no GPU", hint=NEEDS_GPU)
+            if (parts := one.source.unmerged) and parts.base.repo_id is None:
+                raise UsageError(
+                    f"the base of the adapter {one.source.name} is a folder on this machine, where no job "
+                    "can read it",
+                    hint="let the adapter name a base on the Hub, or build without `on`",
+                )
             for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
                 reporter.note(message)
             identities.append(_identity(one, texts))
@@ -128,7 +134,7 @@ def _identity(settled: Settled, texts: Texts) -> str:
     config, push_to = settled.config, settled.request.push_to
     used = [texts.calibration, *texts.evaluations, *([texts.healing] if config.has_adapter else [])]
     made_by = config.model_dump(
-        mode="json", exclude={"reference", *(() if config.has_adapter else ("heal", "merge_base"))}
+        mode="json", exclude={"reference", "size", *(() if config.has_adapter else ("heal", "merge_base"))}
     )
     for part in ("measure", "heal", "evaluate"):
         made_by.get(part, {}).pop("data", None)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from factory.config.options import reads_healing_text
-from factory.config.references import LocalFiles, aliases, local_data
+from factory.config.references import LocalFiles, aliases, local_data, share_of, with_share
 from factory.config.request import BuildRequest
 from factory.errors import UsageError
 from factory.evaluation.task_files import task_files
@@ -43,10 +43,11 @@ def carried(
         for key in [key for key in FILES if key in values]:
             several = isinstance(values[key], list)
             with request.located(key.replace("-", "_")):
-                taken = [
-                    _carried(str(value), files, upload=upload, bucket=bucket)
-                    for value in (values[key] if several else [values[key]])
-                ]
+                taken = []
+                for value in values[key] if several else [values[key]]:
+                    data, share = share_of(str(value)) if key == "heal-data" else (str(value), 1.0)
+                    place = _carried(data, files, upload=upload, bucket=bucket)
+                    taken.append(with_share(place, share))
             values[key] = taken if several else taken[0]
         if request.tasks:
             with request.located("tasks"):

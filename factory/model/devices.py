@@ -1,5 +1,7 @@
 """Choose devices and data types, and check whether a model fits."""
 
+from typing import Any
+
 import torch
 
 SHARE_FOR_WEIGHTS = 0.9  # of a GPU's free memory
@@ -47,3 +49,22 @@ def trains_on_one(
     bytes_each = compute_dtype(device).itemsize
     packed = (FOUR_BIT_BYTES if four_bit else bytes_each) * (num_parameters - num_unpacked)
     return packed + bytes_each * num_unpacked < SHARE_FOR_TRAINED * free_bytes
+
+
+def tensor_bytes(cache: Any) -> int:
+    """Return the bytes of all tensors in a cache of any kind: keys, values, recurrent states."""
+    left, seen, size_bytes = [cache], set(), 0
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            size_bytes += value.nbytes
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            left += vars(value).values()
+    return size_bytes

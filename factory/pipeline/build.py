@@ -20,7 +20,7 @@ from factory.pipeline.stages import (
 )
 from factory.store import stage
 
-STAGES = (*stage.STAGES, "card")
+STAGES = (*(name for name in stage.STAGES if name != stage.ASSEMBLE.name), "card")
 
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:

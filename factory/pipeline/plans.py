@@ -33,6 +33,7 @@ def make_plans(
     cuts = [plan.dropped for plan in plans]
     losses = compare_stage(run, source, cuts, sink=profile.sink) if len(plans) > 1 else None
     chosen, reason = choose(plans, losses) if losses else (criteria[0], "the only one requested")
+    dropped = next(plan.dropped for plan in plans if plan.criterion == chosen)
     return profile, Plans(
         source_name=source.name,
         source_commit=source.commit,
@@ -42,11 +43,9 @@ def make_plans(
         sink=profile.sink,
         chosen=chosen,
         reason=reason,
-        runtimes=verdicts(
-            source.config,
-            next(p.dropped for p in plans if p.criterion == chosen),
-            folder=source.folder,
-        ),
+        runtimes=verdicts(source.config, dropped, folder=source.folder),
+        goal=run.config.size,
+        parameters=source.num_parameters - sum(source.layer_parameters[layer] for layer in dropped),
     )
 
 
@@ -67,6 +66,6 @@ def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile,
     if request.save:
         output_folder(request.save)
     if measures:
-        source = pull_and_trust(source, reporter)
+        source = pull_and_trust(source, reporter, home=run.store.home, in_use=run.in_use)
         check_tokens(source, run.texts, run.config, note=reporter.note)
     return make_plans(run, source, criteria, profile=profile)

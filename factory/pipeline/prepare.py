@@ -5,11 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from factory.artifacts import Build, Source, canonical_json, layer_ranges
+from factory.artifacts import Build, SizeGoal, Source, canonical_json, layer_ranges
 from factory.builds.folder import check_out
 from factory.builds.publish import check_publishable
 from factory.builds.reproduce import (
+    base_reference,
     check_same_source,
     check_same_texts,
     read_build,
@@ -17,6 +19,7 @@ from factory.builds.reproduce import (
     source_reference,
 )
 from factory.config.criteria import CRITERIA
+from factory.config.references import share_of
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
@@ -27,7 +30,8 @@ from factory.pipeline.build import pending
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
-from factory.store.stage import HEAL, PRUNE, STAGES
+from factory.pruning.sizes import find_goal
+from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
 from factory.store.store import Store, default_home
 from factory.text.text import Texts
 
@@ -81,18 +85,19 @@ def settle_all(requests: Sequence[BuildRequest], reporter: Reporter) -> list[Set
 
 
 def begin(
-    request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float, measures: bool = True
+    request: PlanRequest | SweepRequest, reporter: Reporter, *, drop: float | None, measures: bool = True
 ) -> tuple[Source, Run]:
     """Return what `plan` and `sweep` begin with: the source, and a run with checked texts and tasks.
 
     Args:
-        drop: Smallest fraction of the layers to drop.
+        drop: Smallest fraction of the layers to drop; None: from the size that a plan's request names.
         measures: Whether text and weights are read at all.
     """
     source = resolve_source(request, reporter)
-    config = settle(request, source, drop=drop)
+    goal = find_goal(request, source) if isinstance(request, PlanRequest) else None
+    config = _with_goal(settle(request, source, drop=_fraction(goal, source) or drop), goal)
     criterion = request.criterion or config.plan.criterion
-    drops = request.drop if isinstance(request, SweepRequest) else [drop]
+    drops = request.drop if isinstance(request, SweepRequest) else [config.drop]
     check_runtimes(source, config, drops=drops, criterion=criterion)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
@@ -150,29 +155,72 @@ def check_question_form(source: Source, config: BuildConfig) -> None:
         )
 
 
-def resolve_source(request: Request, reporter: Reporter) -> Source:
-    """Resolve the source that a request names, on the Hub if need be, without reading weights."""
+def resolve_source(request: Request, reporter: Reporter, *, base: str | None = None) -> Source:
+    """Resolve the source that a request names, on the Hub if need be, without reading weights.
+
+    Args:
+        base: Reference to an adapter's base; None: the one that the adapter names.
+    """
     from factory.hub.resolve import resolve_model
     from factory.hub.source_card import README, unread_card
 
-    source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code)
+    source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code, base=base)
+    if source.unmerged:
+        from factory.healing.assemble import check_adapter
+
+        check_adapter(source)
     if source.folder and (reason := unread_card(source.folder)):
         reporter.note(f"cannot read {source.folder / README}, so the licence is unknown: {reason}")
     return source
 
 
-def pull_and_trust(source: Source, reporter: Reporter) -> Source:
-    """Download the source's weights, and register its code with transformers if it is trusted."""
+def pull_and_trust(
+    source: Source, reporter: Reporter, *, home: Path, in_use: list[IO[bytes] | None]
+) -> Source:
+    """Download the source's weights, and register its code with transformers if it is trusted.
+
+    An adapter is merged into its base, once for all builds.
+
+    Args:
+        home: Folder of the stages.
+        in_use: Receives an open file that keeps `factory gc` away from merged weights until it is closed.
+    """
     from factory.hub.pull import pull
     from factory.hub.remote_code import register
 
     if source.folder is None:
         reporter.started("pull")
         source = pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
-        reporter.finished("pull", f"{source.repo_id} at {source.commit[:12]}", 0.0, False)
+        origins = [source.lineage.adapter, source.lineage.base] if source.lineage else [source]
+        names = [f"{one.repo_id or one.name} at {one.commit[:12]}" for one in origins]
+        reporter.finished("pull", " and ".join(names), 0.0, False)
     if source.remote_code:
         register(source)
-    return source
+    return _assembled(source, reporter, home=home, in_use=in_use) if source.unmerged else source
+
+
+def _assembled(source: Source, reporter: Reporter, *, home: Path, in_use: list[IO[bytes] | None]) -> Source:
+    """Merge a pulled adapter into its base, unless an earlier run did."""
+    assert source.lineage
+    origins = {"adapter": source.lineage.adapter, "base": source.lineage.base}
+    name = ASSEMBLE.name
+    spec = StageSpec(name, ASSEMBLE.version, {}, {part: one.commit for part, one in origins.items()})
+
+    def work(folder: Path) -> dict[str, str]:
+        from factory.healing.assemble import assemble
+
+        reporter.started(name)
+        made = assemble(
+            source, folder=folder, progress=lambda done, total: reporter.progressed(name, done, total, "")
+        )
+        made.write(folder)
+        return made.files
+
+    result = Store(home).make(spec, work, on_wait=lambda: reporter.waiting(name))
+    in_use.append(result.in_use)
+    summary = f"{origins['adapter'].title} merged into {origins['base'].title}"
+    reporter.finished(name, summary, result.seconds, result.reused)
+    return source.model_copy(update={"folder": result.folder, "unmerged": None})
 
 
 def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
@@ -186,17 +234,26 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
         settled = _settled_again(request, reporter)
     else:
         source = resolve_source(request, reporter)
-        drop = request.drop
+        goal = find_goal(request, source)
+        drop = _fraction(goal, source) or request.drop
         if request.layers:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
-        config = settle(request, source, drop=drop)
+        config = _with_goal(settle(request, source, drop=drop), goal)
         check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
         reporter.note(note)
     return settled
+
+
+def _fraction(goal: SizeGoal | None, source: Source) -> float | None:
+    return goal.num_dropped / source.num_layers if goal else None
+
+
+def _with_goal(config: BuildConfig, goal: SizeGoal | None) -> BuildConfig:
+    return config.model_copy(update={"size": goal}) if goal else config
 
 
 def _check_stages(names: Sequence[str]) -> None:
@@ -211,11 +268,14 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     from dataclasses import replace
 
     found = read_build(request.reference)
-    source = resolve_source(replace(request, model=source_reference(found)), reporter)
+    again = replace(request, model=source_reference(found))
+    source = resolve_source(again, reporter, base=base_reference(found))
     check_same_source(found, source)
-    one_each = {"measure": request.calibration_data, "heal": request.heal_data}
-    files: dict[str, tuple[str, ...]] = {use: (file,) if file else () for use, file in one_each.items()}
-    files["evaluate"] = request.eval_data or ()
+    files = {
+        "measure": (request.calibration_data,) if request.calibration_data else (),
+        "heal": tuple(share_of(data)[0] for data in request.heal_data or ()),  # the shares are the build's
+        "evaluate": request.eval_data or (),
+    }
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
     return Settled(request, source, config, out, repeats=found)
@@ -323,7 +383,7 @@ def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> Stag
 def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
     """Return where the build is tracked, under a unique name, since folder names may repeat."""
     out = settled.out.absolute()
-    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json")]
+    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json", exclude={"size"})]
     suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
     return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs", reporter.note)

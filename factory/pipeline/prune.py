@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from factory.artifacts import Pruning, PruningPlan, Source
 from factory.builds.garbage import register
@@ -46,12 +47,16 @@ def prepare_prune(request: PruneRequest, reporter: Reporter, *, dry_run: bool = 
         from factory.model.completeness import check_source
 
         if source.remote_code and not dry_run:
-            source = pull_and_trust(source, reporter)
+            source = pull_and_trust(source, reporter, home=_home(request), in_use=[])
         check_source(source)
         if not (source.remote_code and dry_run):
             prune_config(source.config, kept=plan.kept)
         check_disk(source, plan, out=request.out)
     return PreparedPrune(request, source, plan, logits)
+
+
+def _home(request: PruneRequest) -> Path:
+    return (request.home or default_home()).absolute()
 
 
 def make_pruned(prepared: PreparedPrune, reporter: Reporter) -> tuple[Pruning, bool]:
@@ -61,17 +66,18 @@ def make_pruned(prepared: PreparedPrune, reporter: Reporter) -> tuple[Pruning, b
         The record, and whether the result already existed.
     """
     request, plan = prepared.request, prepared.plan
-    home = (request.home or default_home()).absolute()
+    home = _home(request)
     with laying_out(request.out, on_wait=lambda: reporter.waiting("prune")):
         # Another run may have finished it in the meantime.
         found = find(prepared.source, plan, out=request.out, logits=prepared.logits, force=request.force)
         register(home, request.out, {})  # so that `factory gc` finds what a kill leaves
-        return found or _made(prepared, reporter), found is not None
+        return found or _made(prepared, reporter, home=home), found is not None
 
 
-def _made(prepared: PreparedPrune, reporter: Reporter) -> Pruning:
+def _made(prepared: PreparedPrune, reporter: Reporter, *, home: Path) -> Pruning:
     """Download the source if need be, then write the pruned model."""
-    source = pull_and_trust(prepared.source, reporter)
+    in_use: list[IO[bytes] | None] = []  # closed, like any file, when nothing refers to it
+    source = pull_and_trust(prepared.source, reporter, home=home, in_use=in_use)
     start = time.monotonic()
     reporter.started("prune")
     pruning = remove_layers(

@@ -16,12 +16,11 @@ from factory.artifacts import Source
 from factory.config.objectives import LIGHTEST_OBJECTIVE, OBJECTIVES
 from factory.config.settings import BuildConfig, num_dropped
 from factory.errors import MachineError
+from factory.pruning.sizes import CONTEXT_BYTES, SLACK
 from factory.units import size
 
 LIBRARIES_BYTES = 500_000_000  # host memory: Python, torch, transformers, trl and lm-eval, without a model
 ON_GPU_BYTES = 3_500_000_000  # host memory when on a GPU: CUDA's libraries and a shard in transit
-CONTEXT_BYTES = 600_000_000  # GPU memory of CUDA itself
-GPU_SLACK = 1.1  # cache, activations and fragmentation
 KEPT_BYTES = 1_500_000  # figures, card, tokenizer twice, losses and answers
 CHECKPOINTS = 2  # trainer checkpoints kept; a third exists for a moment
 SAVES = 10  # trainer checkpoints per run
@@ -76,7 +75,7 @@ def needs(
         return Needs(0, 0, 0)
     models = source.num_parameters + parameters_after  # side by side for the speed comparison
     if on_gpu:
-        gpu = int(GPU_SLACK * max(2 * models, *_on_gpu(source, config, pending))) + CONTEXT_BYTES
+        gpu = int(SLACK * max(2 * models, *_on_gpu(source, config, pending))) + CONTEXT_BYTES
         host = ON_GPU_BYTES
     else:
         gpu = 0
@@ -87,6 +86,8 @@ def needs(
 def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_after: int) -> int:
     """Return the bytes written, at the end or while the trainer's checkpoints exist."""
     writes = sum(stage in pending for stage in ("prune", "merge")) * bytes_after
+    if source.unmerged:  # the source itself is written too
+        writes += source.size_bytes
     if "heal" not in pending or not config.heal_enabled:
         return writes + KEPT_BYTES
     heal = config.heal

@@ -56,9 +56,10 @@ def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
     """Make and measure every cut, then write the result and its figure."""
     from factory.report.figures import sweep_figure
 
-    source = pull_and_trust(prepared.source, reporter)
-    check_tokens(source, prepared.run.texts, prepared.run.config, note=reporter.note)
-    found = sweep(prepared.run, source, prepared.drops)
+    run = prepared.run
+    source = pull_and_trust(prepared.source, reporter, home=run.store.home, in_use=run.in_use)
+    check_tokens(source, run.texts, run.config, note=reporter.note)
+    found = sweep(run, source, prepared.drops)
     found.write(prepared.out)
     sweep_figure(found, path_stem=prepared.out / "sweep")
     return found

@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 
 from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import local_data
+from factory.config.references import local_data, share_of
 from factory.config.settings import BuildConfig
 from factory.errors import DataError
 from factory.store.stage import STAGES
 from factory.text.overlap import Contents, Hashes, distinct, keep_apart, look
-from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, open_text
+from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, mixed, open_text
 
 FEW = 32  # documents read of a data set on the Hub, to see whether it can be read and how long they are
 SPARE = 1_000  # documents
@@ -43,23 +43,26 @@ def open_texts(
         if evaluates or (measures and (_is_here(data) or data == config.measure.data))
     ]
     calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
-    healing = open_text(config.heal.data, split="train") if heals else NOTHING
+    names, shares = zip(*map(share_of, config.heal.data), strict=True)
+    healings = [open_text(name, split="train") for name in names] if heals else [NOTHING]
     # The most that an evaluation can read if half of a data set is excluded, and some to spare.
     maximum = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
     look_at = partial(_hashes, maximum=maximum)
     evaluations, remarks = distinct(evaluations, look=look_at)
     _check_names(evaluations)
-    whole = (calibration, healing, *evaluations)
-    others: tuple[Text, ...] = (calibration, healing)
+    whole = (calibration, *healings, *evaluations)
+    others: tuple[Text, ...] = (calibration, *healings)
     separated: list[Text] = []
     for evaluation in evaluations or [NOTHING]:
         apart = keep_apart(evaluation, others, look=look_at)
         others = apart.others
         separated.append(apart.evaluation)
         remarks += apart.remarks
-    measured, healed = others
+    measured, *sources = others
     first, *also = separated
-    return Texts(measured, healed, first, remarks=tuple(remarks), whole=whole, also=tuple(also))
+    several = tuple(sources) if len(sources) > 1 else ()
+    healed = mixed(sources, shares) if several else sources[0]
+    return Texts(measured, healed, first, tuple(remarks), whole, tuple(also), several)
 
 
 def _is_here(data: str) -> bool:
@@ -118,7 +121,7 @@ def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Cal
         )
     for text, length in (
         (texts.calibration, None),
-        (texts.healing, config.heal.sequence_length),
+        *((healing, config.heal.sequence_length) for healing in texts.healings),
         *((evaluation, config.evaluate.sequence_length) for evaluation in texts.evaluations),
     ):
         if text.data.is_chat:
@@ -185,9 +188,9 @@ def known_lengths(texts: Texts, pending: Sequence[str]) -> Known:
     """Return facts about the documents if pending stages read them; `check_texts` has read them already."""
     if not reads_text(pending):
         return {}
-    calibration, _, *evaluations = texts.whole
+    evaluations = texts.whole[-len(texts.evaluations) :]
     return {
-        "calibration": contents(calibration),
+        "calibration": contents(texts.whole[0]),
         "evaluations": tuple(contents(evaluation) for evaluation in evaluations),
     }
 

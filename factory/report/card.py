@@ -21,7 +21,7 @@ from factory.config.settings import SLOWER
 from factory.errors import StoreError
 from factory.report.command import reproduction_command, settings_of, without_option
 from factory.report.markdown import HUB, clean, filters, markdown
-from factory.report.notes import tie_note
+from factory.report.notes import goal_note, tie_note
 from factory.report.tables import (
     comparison,
     data_rows,
@@ -120,6 +120,7 @@ def render(
             if build.adapter and build.adapter.objective
             else None,
             choice=_choice(build.plan),
+            goal=goal_note(config.size, parameters=build.result_parameters) if config.size else None,
             ties=tie_note(build.plan, num_samples=build.profile_samples),
             front_matter=Markup(yaml.safe_dump(front_matter(build, repo_id=repo_id), **YAML_STYLE)),
             title=_title(build, repo_id=repo_id),
@@ -176,7 +177,7 @@ def front_matter(build: Build, *, repo_id: str | None) -> dict[str, Any]:
     source = build.source
     used = [build.calibration]
     if build.adapter and build.shipped == "healed":
-        used.append(build.adapter.data)
+        used += build.adapter.data.texts
     fields: dict[str, Any] = {
         "license": _one_or_all(source.licenses),
         "license_name": source.license_name,

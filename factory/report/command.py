@@ -52,10 +52,10 @@ def reproduction_command(build: Build) -> Markup:
 
 
 def _flags(name: tuple[str, str], value: Any) -> list[str]:
-    """Return an option with its value, once for each text to evaluate on."""
+    """Return an option with its value, once for each text."""
     if isinstance(value, bool):
         return [FLAGS[name]]
-    if name == ("evaluate", "data"):
+    if name[1] == "data" and isinstance(value, list):
         return [f"{FLAGS[name]} {shlex.quote(plain(text))}" for text in value]
     text = (",".join(value) or "none") if isinstance(value, list) else str(value)
     return [f"{FLAGS[name]} {shlex.quote(plain(text))}"]
@@ -112,10 +112,11 @@ def settings_of(build: Build) -> tuple[BuildConfig, dict[str, Any]]:
 
 def _reference(build: Build) -> str:
     """Return the alias as typed, since it implies settings, or the repository with its commit."""
-    repo_id = build.source.repo_id
+    origin = build.source.lineage.adapter if build.source.lineage else build.source
+    repo_id = origin.repo_id
     if build.reference in aliases() and (repo_id or build.reference == EMBEDDED):
         return build.reference
-    return f"{repo_id}@{build.source.commit}" if repo_id else f"./{build.reference}"
+    return f"{repo_id}@{origin.commit}" if repo_id else f"./{build.reference}"
 
 
 def without_option(build: Build) -> str:

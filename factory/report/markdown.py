@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from factory.artifacts import DataSource, layer_ranges
+from factory.artifacts import DataSource, Origin, layer_ranges
 from factory.report.notes import gguf_note
 from factory.report.summaries import describe_seam
 from factory.units import count_in_words, rough_duration, size
@@ -32,6 +32,7 @@ def filters() -> dict[str, Any]:
         "hub_url": lambda repo_id: Markup(f"{HUB}/{quote(plain(repo_id))}"),
         "layers": layer_ranges,
         "number": number,
+        "origin": origin_name,
         "p_value": p_value,
         "percent": percent,
         "python": lambda text: Markup(json.dumps(plain(text), ensure_ascii=False)),
@@ -114,8 +115,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def origin_name(origin: Origin) -> Markup:
+    """Return a link to a repository with its commit, or the name of a folder."""
+    if origin.repo_id is None:
+        return code(origin.name)
+    link = f"[{markdown(origin.repo_id)}]({HUB}/{quote(plain(origin.repo_id))})"
+    return Markup(f"{link} (commit {code(origin.commit[:12])})")
+
+
 def text_name(data: DataSource) -> Markup:
     """Return the name of a text: a link for a Hub data set, a description for Python's own sources."""
+    if data.mixed:
+        parts = [f"{one.share:g} part{'s' * (one.share != 1)} of {text_name(one.data)}" for one in data.mixed]
+        return Markup(f"a mix, by length, of {', '.join(parts[:-1])} and {parts[-1]}")
     split = f", {data.split} split" if data.split else ""
     if data.part:
         split += (

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from factory.artifacts import CutLosses, Gguf, PruningPlan, Verdict, layer_ranges
+from factory.artifacts import CutLosses, Gguf, PruningPlan, SizeGoal, Verdict, layer_ranges
+from factory.units import count, size
 
 SHOWN = 4  # blocks that tie
 
@@ -11,8 +12,8 @@ def tie_note(plan: PruningPlan, *, num_samples: int) -> str | None:
     """Return which blocks the distances cannot tell from the chosen one; None if there are none."""
     if not plan.ties:
         return None
-    size = len(plan.dropped)
-    shown = [layer_ranges(range(start, start + size)) for start in plan.ties[:SHOWN]]
+    length = len(plan.dropped)
+    shown = [layer_ranges(range(start, start + length)) for start in plan.ties[:SHOWN]]
     if hidden := len(plan.ties) - len(shown):
         shown.append(f"{hidden} more blocks")
     *names, last = [layer_ranges(plan.dropped), *shown]
@@ -61,6 +62,23 @@ def gguf_note(one: Gguf) -> str:
         f"verified against transformers: largest logit difference {one.check.largest:.2g}, "
         f"{one.check.same_next:.0%} of next tokens agree, at {one.check.num_positions} positions of texts "
         f"of up to {one.check.longest:,} tokens{bound}"
+    )
+
+
+def goal_note(goal: SizeGoal, *, parameters: int | None = None) -> str:
+    """Return what size was asked for, and what the cut that was found for it leaves.
+
+    Args:
+        parameters: Parameters that are left; None before the layers are chosen, which can differ in size.
+    """
+    n = f"{goal.num_dropped} layer{'s' if goal.num_dropped > 1 else ''}"
+    if goal.target is not None:
+        left = f"at most {count(goal.parameters)}" if parameters is None else count(parameters)
+        return f"for at most {count(goal.target)} parameters, {n} must go, which leaves {left}"
+    return (
+        f"to fit in {size(goal.fits or 0)} with {goal.context:,} tokens, {n} must go, which leaves at most "
+        f"{size(goal.total_bytes)}: weights {size(goal.weight_bytes)}, cache {size(goal.cache_bytes)}, "
+        f"overhead {size(goal.overhead_bytes)}"
     )
 
 

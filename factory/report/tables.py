@@ -72,7 +72,7 @@ def likeness(build: Build, data: DataSource) -> str:
     """
     assert build.adapter is not None, "without healing there is no healing text"
     healing = build.adapter.data
-    if data.corpus == healing.corpus:
+    if data.corpus in {text.corpus for text in healing.texts}:
         return "like"
     return "other than" if data.is_file and healing.is_file else "unlike"
 
@@ -295,7 +295,10 @@ def data_rows(build: Build) -> list[tuple[str, DataSource]]:
     """Return each text with its use."""
     used = [("calibration text", build.calibration)]
     if build.adapter:
-        used.append(("healing text", build.adapter.data))
+        healing = build.adapter.data
+        used += [(f"healing text, share {one.share:g}", one.data) for one in healing.mixed] or [
+            ("healing text", healing)
+        ]
     evaluation = build.evaluations[build.shipped]
     used += [("evaluation text", loss.data) for loss in evaluation.losses]
     return [*used, *((f"{score.label} questions", data) for score in evaluation.tasks for data in score.data)]

@@ -48,6 +48,7 @@ class Stage(Generic[A]):
         return artifact
 
 
+ASSEMBLE: "Stage[Checkpoint]" = Stage("assemble", version=1, makes="Checkpoint", can_rerun=False)
 MEASURE: "Stage[DistanceProfile]" = Stage(
     "measure",
     version=5,
@@ -106,7 +107,8 @@ SPEED: "Stage[SpeedComparison]" = Stage(
 )
 # In the order of a build.
 STAGES: Mapping[str, Stage[Any]] = {
-    stage.name: stage for stage in (MEASURE, PLAN, SEARCH, COMPARE, PRUNE, HEAL, MERGE, EVALUATE, SPEED)
+    stage.name: stage
+    for stage in (ASSEMBLE, MEASURE, PLAN, SEARCH, COMPARE, PRUNE, HEAL, MERGE, EVALUATE, SPEED)
 }
 MADE_BY = {"pruned": PRUNE.name, "healed": MERGE.name}  # model → the stage that wrote it
 

@@ -1,14 +1,16 @@
 """Open the texts to measure, heal and evaluate on: a file, a Hub data set or Python's standard library."""
 
+import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
-from factory.artifacts import DataSource
+from factory.artifacts import DataSource, Share
 from factory.config.choices import Split
-from factory.config.references import check_data, data_format, local_data
+from factory.config.references import check_data, data_format, local_data, with_share
+from factory.errors import DataError
 from factory.text.files import open_files
 from factory.text.hub_data import find_data_set, hub_rows
 from factory.text.standard_library import Part, documents, fingerprint
@@ -16,6 +18,9 @@ from factory.text.standard_library import Part, documents, fingerprint
 SHUFFLE_BUFFER = 10_000  # documents held in memory
 PASSAGE_CHARACTERS = 3000  # approximate length of the passages that source files are split into
 PROSE_CHARACTERS = 1000  # the same of the prose, so that a second text adds little to the demo's time
+
+
+OVER = object()  # no more rows
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,67 @@ def _passages(source: str, *, length: int) -> Iterator[str]:
         yield passage
 
 
+def mixed(texts: Sequence[Text], shares: Sequence[float]) -> Text:
+    """Return one text of several, with as many characters of each as its share.
+
+    The next document is always one of the text that is furthest behind its share, so that every beginning of
+    the mix holds the shares, too. A text that ends begins again until each has been read to its end.
+
+    Raises:
+        DataError: A text is given twice, or conversations and plain text are mixed.
+    """
+    names = [text.data.name for text in texts]
+    if twice := next(
+        (text for index, text in enumerate(texts) if text.data in [t.data for t in texts[:index]]), None
+    ):
+        raise DataError(
+            f"`heal_data` names {twice.data.name} twice",
+            hint="give each text once, with the sum of the shares",
+        )
+    kinds = {text.data.is_chat: text.data.name for text in texts}
+    if len(kinds) > 1:
+        raise DataError(
+            f"`heal_data` mixes conversations ({kinds[True]}) and plain text ({kinds[False]})",
+            hint="give texts of one kind",
+        )
+    parts = tuple(Share(data=text.data, share=share) for text, share in zip(texts, shares, strict=True))
+    identities = [f"{text_identity(one.data)}*{one.share!r}" for one in parts]
+    data = DataSource(
+        name=" + ".join(with_share(name, share) for name, share in zip(names, shares, strict=True)),
+        version=hashlib.sha256("\n".join(identities).encode()).hexdigest(),
+        is_chat=texts[0].data.is_chat,
+        mixed=parts,
+    )
+    return Text(data, partial(_mixed_rows, tuple(texts), tuple(shares)))
+
+
+def _mixed_rows(texts: Sequence[Text], shares: Sequence[float]) -> Iterator[str | None]:
+    rows = [text.rows() for text in texts]
+    taken, given, ended = [0] * len(texts), [0] * len(texts), [False] * len(texts)
+    while True:
+        behind = min(range(len(texts)), key=lambda index: taken[index] / shares[index])
+        row = next(rows[behind], OVER)
+        if isinstance(row, str):
+            taken[behind] += len(row)
+            given[behind] += 1
+        elif row is OVER:
+            if not given[behind]:
+                raise DataError(
+                    f"{texts[behind].data.name} has no documents left to mix in",
+                    hint="remove it from `heal_data`, or give more of it",
+                )
+            ended[behind] = True
+            if all(ended):
+                return
+            rows[behind] = texts[behind].rows()
+            continue
+        yield row  # type: ignore[misc]  # not OVER
+
+
 def text_identity(data: DataSource) -> str:
     """Return what identifies the documents, including a data set's split and a file's format."""
+    if data.mixed:
+        return f"mix@{data.version}"
     part = f", part {data.part}" if data.part else ""
     if data.is_chat:
         part += f", as trl {version('trl')} marks answers"
@@ -120,6 +184,12 @@ class Texts:
     remarks: tuple[str, ...] = ()  # on documents that were in two of them
     whole: tuple[Text, ...] = ()  # all of them as opened, before they were separated
     also: tuple[Text, ...] = ()  # evaluated besides `evaluation`
+    sources: tuple[Text, ...] = ()  # that `healing` is mixed of, if there are several
+
+    @property
+    def healings(self) -> tuple[Text, ...]:
+        """Return the texts to heal on."""
+        return self.sources or (self.healing,)
 
     @property
     def evaluations(self) -> tuple[Text, ...]:

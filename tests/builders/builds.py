@@ -13,10 +13,13 @@ from factory.artifacts import (
     Evaluation,
     FittedSeam,
     Gguf,
+    Lineage,
     LossPoint,
+    Origin,
     PartScore,
     PruningPlan,
     SeamFit,
+    SizeGoal,
     Source,
     Speed,
     SpeedComparison,
@@ -530,6 +533,25 @@ def chosen_by(criterion: str) -> Build:
     return build.model_copy(
         update={"plan": build.plan.model_copy(update=nothing | changes), "config": config}
     )
+
+
+def of_an_adapter() -> Build:
+    """A build of an adapter on the Hub, whose base was a folder."""
+    build = unhealed()
+    lineage = Lineage(
+        adapter=Origin(name="tuned", repo_id="me/tuned", commit="ad" * 20),
+        base=Origin(name="base", commit="ba" * 20),
+    )
+    changes = {"name": "tuned", "repo_id": None, "lineage": lineage, "base_models": ("me/tuned",)}
+    source = build.source.model_copy(update=changes)
+    return build.model_copy(update={"reference": "me/tuned", "source": source})
+
+
+def sized(**goal: Any) -> Build:
+    """A build whose number of layers follows from a size."""
+    build = unhealed()
+    found = SizeGoal(num_dropped=9, parameters=5_278_724_096, weight_bytes=10_557_448_192, **goal)
+    return build.model_copy(update={"config": build.config | {"size": found.model_dump()}})
 
 
 def with_a_full_card() -> Build:

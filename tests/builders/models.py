@@ -113,3 +113,14 @@ def nearest_nf4(weight: torch.Tensor) -> torch.Tensor:
     scale = blocks.abs().amax(dim=1, keepdim=True)
     nearest = NF4[(blocks / scale).unsqueeze(-1).sub(NF4).abs().argmin(dim=-1)]
     return (nearest * scale).view(weight.shape)
+
+
+def save_lora(folder: Path, base: Path, **settings: Any) -> Path:
+    """Write a random LoRA adapter of a model in peft's format, which names its base by this path."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **plain | settings)).save_pretrained(folder)
+    return folder

@@ -108,7 +108,7 @@ def test_a_pattern_of_files_and_a_column_go_with_the_job(tmp_path: Path) -> None
         }
     )
     (build,), files = carried([request], upload=True, bucket=BUCKET)
-    folder = build["heal-data"].removeprefix(f"{MOUNT}/").removesuffix("/*.csv#body")
+    folder = build["heal-data"][0].removeprefix(f"{MOUNT}/").removesuffix("/*.csv#body")
     assert {f"{folder}/a.csv", f"{folder}/b.csv"} < set(files)
     (alone,) = set(files) - {f"{folder}/a.csv", f"{folder}/b.csv"}
     assert build["eval-data"] == [f"{MOUNT}/{alone}#title", "acme/text[test]#body"]

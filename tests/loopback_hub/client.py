@@ -37,6 +37,18 @@ def pull(source):
     pulled = factory.hub.pull.pull(source, progress=lambda done, total: seen.append((done, total)))
     return {"folder": str(pulled.folder), "progress": seen}
 
+def parts_of_adapter(reference):
+    source = factory.hub.pull.pull(factory.hub.resolve.resolve(reference))
+    parts = source.unmerged
+    return {
+        "lineage": source.lineage.model_dump(),
+        "repo_id": source.repo_id,
+        "license": source.license,
+        "base_models": source.base_models,
+        "commit": source.commit,
+        "folders": [str(parts.folder), str(parts.base.folder)],
+    }
+
 def resolve(reference, **options):
     source = factory.hub.resolve.resolve(reference, **options)
     return json.loads(source.model_dump_json()) | {"tensors": source.tensors}

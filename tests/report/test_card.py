@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from factory.artifacts import Build, DataSource, Publication
+from factory.artifacts import Build, DataSource, Publication, Share
 from factory.builds.folder import read_if_same
 from factory.cli.build import build as command_line_build
 from factory.cli.main import cli
@@ -40,9 +40,11 @@ from tests.builders.builds import (
     demo_healed,
     fitted_seam,
     healing_discarded,
+    of_an_adapter,
     on_two_texts,
     perplexities,
     served_elsewhere,
+    sized,
     unhealed,
     with_a_full_card,
     without_measurable_loss,
@@ -169,6 +171,8 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, served_elsewhere(), has_healing_figure=False))
     others.append(partial(render, demo_healed(), ggufs=(a_gguf(),), has_healing_figure=False))
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
+    others.append(partial(render, of_an_adapter(), has_healing_figure=False))
+    others.append(partial(render, sized(target=6 * 10**9), has_healing_figure=False))
     for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
     fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
@@ -450,6 +454,45 @@ def test_what_a_folder_descends_from_is_on_the_card() -> None:
     assert (fields["base_model"], fields["base_model_relation"]) == (["org/base", "org/other"], "finetune")
     said = "the source was itself derived from [org/base](https://huggingface.co/org/base), [org/"
     assert said in render(with_a_full_card(), has_healing_figure=False)
+
+
+def test_a_build_of_an_adapter_names_it_and_its_base_with_both_versions() -> None:
+    card = render(of_an_adapter(), has_healing_figure=False)
+    adapter = f"[me/tuned](https://huggingface.co/me/tuned) (commit `{'ad' * 6}`)"
+    assert (
+        f"`tuned` is a LoRA adapter, {adapter}, merged into its base, `base`, before anything else." in card
+    )
+    assert f"| adapter | me/tuned, commit `{'ad' * 20}` |" in card
+    assert f"| base of the adapter | base, content hash `{'ba' * 20}` |" in card
+    assert f"factory build me/tuned@{'ad' * 20}" in card
+    assert "base_model: me/tuned" in card
+    assert "itself derived" not in card
+
+
+def test_the_size_that_was_asked_for_is_on_the_card_with_what_came_of_it() -> None:
+    card = render(sized(target=6 * 10**9), has_healing_figure=False)
+    assert "| size asked for | for at most 6.00 B parameters, 9 layers must go, which leaves 5.28 B |" in card
+    memory = {"fits": 16 * 10**9, "context": 8192, "cache_bytes": 10**9, "overhead_bytes": 2 * 10**9}
+    card = render(sized(**memory), has_healing_figure=False)
+    assert "to fit in 16.0 GB with 8,192 tokens, 9 layers must go, which leaves at most 13.6 GB" in card
+    assert "weights 10.6 GB, cache 1.0 GB, overhead 2.0 GB" in card
+    assert "factory build mistral-7b --drop" in card
+
+
+def test_a_mix_is_on_the_card_with_the_share_and_version_of_each_text() -> None:
+    build = chat_with_other_licence()
+    assert build.adapter
+    hub = DataSource(name="org/chats", version="c0" * 20, hub_id="org/chats", split="train", is_chat=True)
+    file = DataSource(name="own.jsonl", version="f1" * 32, is_chat=True)
+    parts = (Share(data=hub, share=2), Share(data=file, share=1))
+    data = DataSource(name="org/chats*2 + own.jsonl", version="00" * 32, is_chat=True, mixed=parts)
+    adapter = build.adapter.model_copy(update={"data": data})
+    card = render(build.model_copy(update={"adapter": adapter}), has_healing_figure=False)
+    link = "[org/chats](https://huggingface.co/datasets/org/chats), train split"
+    assert f"on a mix, by length, of 2 parts of {link} and 1 part of own.jsonl." in card
+    assert f"| healing text, share 2 | {link}, version `{'c0' * 20}` |" in card
+    assert f"| healing text, share 1 | own.jsonl, version `{'f1' * 32}` |" in card
+    assert "- org/chats\n" in card  # among the data sets of the front matter
 
 
 def test_a_relative_licence_link_is_made_absolute_at_the_commit() -> None:

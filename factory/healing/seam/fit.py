@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
 from factory.artifacts import Adapter, Checkpoint, FittedSeam, SeamFit
+from factory.checkpoint.adapter import ADAPTER_WEIGHTS, PEFT_PREFIX
 from factory.config.settings import HealSettings
 from factory.errors import DataError, HealingError, UnsupportedArchitectureError
 from factory.healing.data import divide
-from factory.healing.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, save_guard
+from factory.healing.lora import save_guard
 from factory.healing.seam.regression import RIDGES, Factors, Moments, low_rank
 from factory.healing.seam.writers import Writer, find_writer, fitted, states_of
 from factory.model.config_proof import find_layers
