@@ -209,6 +209,15 @@ class DataSource(Artifact):
             return self.hub_id or self.version
         return self.name if self.name == "stdlib:prose" else "stdlib"
 
+    def likeness(self, healing: "DataSource") -> str:
+        """Return how this text is to the healing text: "like", of one corpus; "unlike", of two; or neither.
+
+        Of two local files nobody knows whether they come from one corpus: each is "other than" the other.
+        """
+        if self.corpus in {text.corpus for text in healing.texts}:
+            return "like"
+        return "other than" if self.is_file and healing.is_file else "unlike"
+
 
 class Share(BaseModel):
     """A text in a mix, and its share: there is this much of it for each 1 of a text with the share 1."""
@@ -623,6 +632,27 @@ class SpeedComparison(Artifact):
     result: Speed
 
 
+class Decision(BaseModel):
+    """What decides whether the healed model ships: what healing changed, in nats per token.
+
+    Attributes:
+        gain: By how much it lowered the loss on the held-out part of the healing text.
+        harm: The most by which it raised the loss on a text unlike that one; 0 if on none.
+        text: The text of the harm; None without harm.
+    """
+
+    model_config = FROZEN
+
+    gain: float
+    harm: float = 0.0
+    text: DataSource | None = None
+
+    @property
+    def ships(self) -> bool:
+        """Return whether the gain is one, and outweighs the harm."""
+        return self.gain > self.harm
+
+
 @dataclass(frozen=True)
 class Made:
     """All results of the stages; a build keeps those for which it has a field of the same name."""
@@ -635,6 +665,7 @@ class Made:
     healed: Checkpoint | None
     result: Checkpoint  # what ships: one of the two
     shipped: str  # its name, "healed" or "pruned"
+    decision: Decision | None  # None without healing
     evaluations: dict[str, Evaluation]
     speed: SpeedComparison
 
@@ -658,6 +689,7 @@ class Build(Artifact):
     merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-out set of healing
     guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that set
     shipped: str  # "healed" or "pruned"
+    decision: Decision | None = None  # None without healing, and of builds before it was recorded
     runtimes: tuple[Verdict, ...] = ()  # whether each runs this cut right
     source_parameters: int
     result_parameters: int

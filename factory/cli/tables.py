@@ -299,6 +299,11 @@ def _healed(build: Build, found: dict[str, Any]) -> str:
     is_fit = build.adapter.objective is None
     if build.shipped == "pruned":
         healing = "the fitted seam" if is_fit else "healing"
+        if (made := build.decision) and made.text and made.gain > 0:
+            return (
+                f"{healing} raised the loss on {made.text.name}, unlike the healing text, by "
+                f"{made.harm:.3f}, more than it gained on that ({made.gain:.3f}), so the pruned model ships"
+            )
         return f"{healing} did not lower the loss on held-out healing text, so the pruned model ships"
     change, gap = found["taken_back"], found["added"]
     share = f" ({change / gap:.0%} of it)" if 0 < change <= gap else ""

@@ -385,7 +385,7 @@ class BuildRequest(Evaluating):
         "Weights to merge the adapter into: the source's (bf16), NF4's, or the better of both (auto)",
         HEALING, default="auto", sets=("merge_base",))] = None
     require_healing: Annotated[bool, Option(
-        "Fail if healing does not lower the held-out loss", HEALING)] = False
+        "Fail if healing does not lower the held-out loss, or does more harm elsewhere", HEALING)] = False
     push_to: Annotated[Text | None, Option(
         "Hub repository owner/name to publish to when done", PUBLISHING, metavar="REPO", repeats=True)] = None
     public: Annotated[bool, Option("Publish to a public repository", PUBLISHING, repeats=True)] = False

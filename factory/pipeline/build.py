@@ -7,6 +7,7 @@ from factory.artifacts import Build, Checkpoint, Made, Source
 from factory.builds.garbage import register
 from factory.builds.swap import laying_out
 from factory.errors import HealingError
+from factory.evaluation.decision import decide
 from factory.pipeline.choosing import measure_stage, plan_stage, refuse_wrong_backend
 from factory.pipeline.run import Missing, Run
 from factory.pipeline.stages import (
@@ -54,19 +55,24 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
     adapter = heal_stage(run, source, plan, pruned) if run.config.has_adapter else None
     healed = merge_stage(run, pruned, adapter) if adapter else None
     if healed and healed.guard_losses and require_healing and not healed.helped:
-        raise HealingError(
-            "healing changed the held-out loss from {unhealed:.4f} to {healed:.4f}".format(
-                **healed.guard_losses
-            )
-            + ", but `require_healing` is on",
-            hint=f"try more `heal_steps` or another `heal_lr`; the adapter is in {run.folders['heal']}",
+        raise _not_helped(
+            "changed the held-out loss from {unhealed:.4f} to {healed:.4f}".format(**healed.guard_losses), run
         )
     models: dict[str, Source | Checkpoint] = {"source": source, "pruned": pruned}
     if healed and healed.is_finite:
         models["healed"] = healed
     evaluations = {name: evaluate_stage(run, name, model) for name, model in models.items()}
-    # Healing that did not lower the loss on text it had not seen is kept in the store but not shipped.
-    result, shipped = (healed, "healed") if healed and healed.helped else (pruned, "pruned")
+    known = healed.guard_losses if healed else None
+    decision = decide(adapter, known, evaluations) if adapter and known else None
+    if decision and decision.text and not decision.ships and require_healing:
+        raise _not_helped(
+            f"lowered the held-out loss by {decision.gain:.4f}, and raised that on "
+            f"{decision.text.name} by {decision.harm:.4f}",
+            run,
+        )
+    # Healing that did more harm than good on text it had not seen is kept in the store but not shipped.
+    ships = healed if decision and decision.ships else None
+    result, shipped = (ships, "healed") if ships else (pruned, "pruned")
     return Made(
         source=source,
         profile=profile,
@@ -76,8 +82,16 @@ def make_models(run: Run, source: Source, *, require_healing: bool = False) -> M
         healed=healed,
         result=result,
         shipped=shipped,
+        decision=decision,
         evaluations=evaluations,
         speed=speed_stage(run, source, result, shipped),
+    )
+
+
+def _not_helped(what: str, run: Run) -> HealingError:
+    return HealingError(
+        f"healing {what}, but `require_healing` is on",
+        hint=f"try more `heal_steps` or another `heal_lr`; the adapter is in {run.folders['heal']}",
     )
 
 

@@ -137,6 +137,7 @@ def render(
                 for s in build.evaluations["source"].tasks
             ),
             losses=loss_findings(build),
+            decision=build.decision,
             slower=SLOWER,
             precision=precision(build),
             sizes=size_table(build),

@@ -55,7 +55,7 @@ def loss_rows(build: Build, names: Sequence[str], index: int) -> tuple[Row, Row,
     on = ""
     if num_texts(build) > 1:
         on = f" on {losses[0].data.name}" + (
-            f" ({likeness(build, losses[0].data).split()[0]})" if build.adapter else ""
+            f" ({losses[0].data.likeness(build.adapter.data).split()[0]})" if build.adapter else ""
         )
     change = _change(loss_comparison(build, build.shipped, index))
     return (
@@ -63,18 +63,6 @@ def loss_rows(build: Build, names: Sequence[str], index: int) -> tuple[Row, Row,
         Row(f"Loss / log V{on} ↓", [number(loss.normalized) for loss in losses]),
         Row(f"Perplexity{on} ↓", [number(loss.perplexity, digits=2) for loss in losses]),
     )
-
-
-def likeness(build: Build, data: DataSource) -> str:
-    """Return how a text and the healing text are alike: "like", of one corpus; "unlike", of two; or neither.
-
-    Of two local files nobody knows whether they come from one corpus: each is "other than" the other.
-    """
-    assert build.adapter is not None, "without healing there is no healing text"
-    healing = build.adapter.data
-    if data.corpus in {text.corpus for text in healing.texts}:
-        return "like"
-    return "other than" if data.is_file and healing.is_file else "unlike"
 
 
 def loss_comparison(build: Build, name: str, index: int) -> Comparison | None:
@@ -95,7 +83,7 @@ def loss_findings(build: Build) -> list[dict[str, Any]]:
         findings.append(
             {
                 "data": source.data,
-                "like": likeness(build, source.data) if build.adapter else None,
+                "like": source.data.likeness(build.adapter.data) if build.adapter else None,
                 "source": source,
                 "shipped": shipped,
                 "comparison": loss_comparison(build, build.shipped, index),
@@ -113,7 +101,7 @@ def _harm(build: Build, index: int) -> float | None:
     if build.adapter is None or build.shipped != "healed" or index >= len(build.healing):
         return None
     compared = build.healing[index]
-    is_like = likeness(build, build.evaluations["source"].losses[index].data) == "like"
+    is_like = build.evaluations["source"].losses[index].data.likeness(build.adapter.data) == "like"
     return compared.difference if not is_like and compared.significant and compared.difference > 0 else None
 
 

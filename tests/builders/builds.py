@@ -9,6 +9,7 @@ from factory.artifacts import (
     Build,
     Comparison,
     DataSource,
+    Decision,
     DistanceProfile,
     Evaluation,
     FittedSeam,
@@ -297,6 +298,14 @@ def on_two_texts(*, prose: tuple[float, float, float] = (3.9127, 6.1052, 5.6188)
             "healing": loss_comparisons(evaluations["pruned"], evaluations["healed"]),
         }
     )
+
+
+def healing_harmful() -> Build:
+    """Healing lowered the loss on its own text by less than it raised that on prose."""
+    build = on_two_texts(prose=(3.9, 5.6, 6.1))
+    prose = build.evaluations["source"].losses[1].data
+    decision = Decision(gain=0.2, harm=0.5, text=prose)
+    return build.model_copy(update={"shipped": "pruned", "decision": decision})
 
 
 def chat_with_other_licence() -> Build:
@@ -621,4 +630,6 @@ def served_elsewhere() -> Build:
     build = demo_healed()
     heal = {**build.config["heal"], "next_token_weight": 0.3}
     known = verdicts({"model_type": "mistral", "num_hidden_layers": 10, "sliding_window": 4096}, (5, 6, 7))
-    return build.model_copy(update={"config": {**build.config, "heal": heal}, "runtimes": known})
+    open_question = known[0].model_copy(update={"runs": None, "reason": "its tokenizer was not tried"})
+    runtimes = (*known, open_question)
+    return build.model_copy(update={"config": {**build.config, "heal": heal}, "runtimes": runtimes})

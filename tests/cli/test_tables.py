@@ -17,6 +17,7 @@ from tests.builders.builds import (
     a_comparison,
     chat_with_other_licence,
     healing_discarded,
+    healing_harmful,
     on_two_texts,
     perplexities,
 )
@@ -94,6 +95,17 @@ def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
     assert verdict(build).endswith(
         "; healing did not lower the loss on held-out healing text, so the pruned model ships."
     )
+
+
+def test_a_heal_that_did_more_harm_than_good_names_the_text() -> None:
+    build = healing_harmful()
+    told = (
+        "raised the loss on stdlib:prose, unlike the healing text, by 0.500, more than it gained on that "
+        "(0.200), so the pruned model ships"
+    )
+    assert f"healing {told}" in verdict(build)
+    card = render(build, has_healing_figure=False)
+    assert "(`stdlib:prose`), which is unlike the healing text, by 0.500 nats per token" in card
 
 
 def test_the_verdict_tells_recovery_on_the_like_text_from_that_on_the_unlike_one() -> None:

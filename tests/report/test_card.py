@@ -40,6 +40,7 @@ from tests.builders.builds import (
     demo_healed,
     fitted_seam,
     healing_discarded,
+    healing_harmful,
     of_an_adapter,
     on_two_texts,
     perplexities,
@@ -179,6 +180,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, fitted, has_healing_figure=False))
     for shipped in ("healed", "pruned"):
         others.append(partial(render, fitted_seam(shipped=shipped), has_healing_figure=False))
+    others.append(partial(render, healing_harmful(), has_healing_figure=False))
     cards = [*CARDS.values(), *others]
     head, *sections = re.split(r"(?m)^(?=## \w)", template)
     names = "".join(re.findall(r"{% set .*\n", head))  # of what every section may use
