@@ -1,4 +1,4 @@
-"""Record which stages finished builds use, and remove those that no build uses."""
+"""Record which stages finished builds use, list both, and remove stages that no build uses."""
 
 import hashlib
 import json
@@ -6,16 +6,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from factory.artifacts import Build
 from factory.builds.swap import leftovers, lock_of, whole_beside
-from factory.errors import StoreError
+from factory.errors import FactoryError, StoreError
 from factory.store.capacity import folder_bytes
 from factory.store.files import OLD, write_atomically
 from factory.store.locks import is_held, unless_locked, writing
 from factory.store.stage import KEY, STAGES
-from factory.store.store import MANIFEST
+from factory.store.store import MANIFEST, Store
 
 RECENT_SECONDS = 24 * 3600
 
@@ -31,10 +33,55 @@ def register(home: Path, build: Path, keys: Mapping[str, str]) -> None:
         write_atomically(roots / f"{name}.json", json.dumps(root))
 
 
-def registered_builds(home: Path) -> list[Path]:
-    """Return registered build folders that still exist."""
-    folders = [Path(root["build"]) for root in _roots(home)]
-    return [folder for folder in folders if (folder / "build.json").is_file()]
+def registered_builds(home: Path) -> dict[Path, list[str]]:
+    """Return registered build folders that still exist, each with the keys of its stages."""
+    found = {Path(root["build"]): root["keys"] for root in _roots(home)}
+    return {folder: keys for folder, keys in found.items() if (folder / "build.json").is_file()}
+
+
+def contents(store: Store) -> dict[str, Any]:
+    """Return the builds and the finished stages of a store, as `factory ls --json` prints them.
+
+    Sizes are in bytes; times are when something was made, in UTC. A build that cannot be read has no model.
+    """
+    builds = registered_builds(store.home)
+    stages = []
+    for manifest in store.stages():
+        folder = manifest["folder"]
+        stages.append(
+            {name: manifest[name] for name in ("stage", "key", "seconds", "size_bytes")}
+            | {
+                "folder": str(folder),
+                "made": _made(folder / MANIFEST),
+                "builds": [str(build) for build, keys in builds.items() if manifest["key"] in keys],
+            }
+        )
+    return {
+        "home": str(store.home),
+        "builds": [_described(folder) for folder in builds],
+        "stages": stages,
+        "size_bytes": sum(stage["size_bytes"] for stage in stages),
+        "unused_bytes": sum(stage["size_bytes"] for stage in stages if not stage["builds"]),
+    }
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    try:
+        build = Build.read(folder)
+    except FactoryError:  # by another version, or damaged: `factory show` says which
+        build = None
+    return {
+        "folder": str(folder),
+        "model": build and (build.source.repo_id or build.source.name),
+        "dropped": build and list(build.dropped),
+        "num_layers": build and build.plan.num_layers,
+        "made": _made(folder / Build.file_name),
+        "size_bytes": folder_bytes(folder),
+    }
+
+
+def _made(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
 def collect_garbage(home: Path, *, recent: bool = False, dry_run: bool = False) -> Iterator[tuple[Path, int]]:

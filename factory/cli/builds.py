@@ -89,7 +89,8 @@ def export(folder: Path, kind: str, converter: Path | None, as_json: bool) -> No
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("folder", type=Place(), metavar="BUILD")
-def show(folder: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the build's record as JSON.")
+def show(folder: Path, as_json: bool) -> None:
     """Show the result of a finished build again."""
     from factory.artifacts import Build, DistanceProfile
     from factory.cli.console import console
@@ -97,10 +98,14 @@ def show(folder: Path) -> None:
     from factory.report.figures import terminal_heatmap
 
     found = Build.read(build_folder(folder))
-    screen = console()
-    profile = DistanceProfile.read(folder)
-    screen.print(terminal_heatmap(profile, found.plan, width=min(screen.width, 100)), soft_wrap=True)
-    show_result(screen, found, folder=folder, url=None)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        screen = console()
+        profile = DistanceProfile.read(folder)
+        heatmap = terminal_heatmap(profile, found.plan, width=min(screen.width, 100))
+        screen.print(heatmap, soft_wrap=True)
+        show_result(screen, found, folder=folder, url=None)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -213,22 +218,27 @@ def card(folder: Path) -> None:
 
 @click.command("ls", cls=Command, context_settings=CONTEXT)
 @home_option
-def list_stages(home: Path | None) -> None:
-    """List finished stages and their builds."""
-    from factory.builds.garbage import registered_builds
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def list_stages(home: Path | None, as_json: bool) -> None:
+    """List builds, finished stages and their sizes."""
+    from factory.builds.garbage import contents
     from factory.cli.console import console
-    from factory.cli.tables import show_stages
+    from factory.cli.tables import show_contents
     from factory.store.store import Store, default_home
 
-    store = Store((home or default_home()).absolute())
-    show_stages(console(), list(store.stages()), registered_builds(store.home))
+    found = contents(Store((home or default_home()).absolute()))
+    if as_json:
+        print_json(found)
+    else:
+        show_contents(console(), found)
 
 
 @click.command("gc", cls=Command, context_settings=CONTEXT)
 @home_option
 @click.option("--dry-run", is_flag=True, help="List what would be removed and stop.")
 @click.option("--all", "recent", is_flag=True, help="Include what was made or used within the last day.")
-def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the folders as JSON.")
+def collect_garbage(home: Path | None, dry_run: bool, recent: bool, as_json: bool) -> None:
     """Remove stages that no build uses.
 
     What killed runs left behind is removed as well. Anything less than a day old is kept, unless --all is
@@ -240,8 +250,13 @@ def collect_garbage(home: Path | None, dry_run: bool, recent: bool) -> None:
     from factory.units import size
 
     home = (home or default_home()).absolute()
-    freed = 0
+    folders: list[dict[str, Any]] = []
     for folder, size_bytes in garbage.collect_garbage(home, recent=recent, dry_run=dry_run):
-        freed += size_bytes
-        click.echo(printable(f"{'would remove' if dry_run else 'removed'} {folder}"))
-    click.echo(f"{size(freed)} {'could be' if dry_run else ''} freed".replace("  ", " "))
+        folders.append({"folder": str(folder), "size_bytes": size_bytes})
+        if not as_json:
+            click.echo(printable(f"{'would remove' if dry_run else 'removed'} {folder}"))
+    freed = sum(one["size_bytes"] for one in folders)
+    if as_json:
+        print_json({"dry_run": dry_run, "folders": folders, "freed_bytes": freed})
+    else:
+        click.echo(f"{size(freed)} could be freed" if dry_run else f"{size(freed)} freed")

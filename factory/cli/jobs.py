@@ -113,7 +113,6 @@ def jobs_group(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand:
         return
     from factory.cli.console import console
-    from factory.cli.tables import show_jobs
     from factory.jobs.submit import jobs_of, user_name
 
     found = jobs_of(user_name())
@@ -161,3 +160,17 @@ def cancel(job: str) -> None:
 def _check_id(job: str) -> None:
     if not job.isalnum():
         raise UsageError(f"{job!r} is not a job id", hint="`factory jobs` lists yours")
+
+
+def show_jobs(out: "Console", jobs: Sequence[dict[str, Any]]) -> None:
+    """Show one line per job."""
+    from factory.cli.tables import new_table
+    from factory.units import duration
+
+    *left, last = ("job", "build", "hardware", "stage", "submitted", "ran")
+    table = new_table((*left, last), left=left)
+    for job in jobs:
+        ran = "" if job["seconds"] is None else duration(job["seconds"])
+        submitted = (job["created_at"] or "")[:16].replace("T", " ")
+        table.add_row(job["id"], job["name"] or "", str(job["hardware"]), job["stage"], submitted, ran)
+    out.print(table if jobs else "no jobs; `factory build MODEL --on HARDWARE` submits one")

@@ -2,7 +2,8 @@
 
 import math
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def _host(shown: Preview) -> str:
     return f"; host: about {size(shown.host_needed)}{total}"
 
 
-def _table(columns: Sequence[str], *, left: Collection[str]) -> Table:
+def new_table(columns: Sequence[str], *, left: Collection[str]) -> Table:
     """Return an empty table whose columns other than `left` hold numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
@@ -108,7 +109,7 @@ def result_tables(build: Build) -> tuple[Table, Table]:
     for head, *rows in (quality_table(build), size_table(build)):
         # The card explains the change below its table.
         columns = ["change vs source" if name == "change" else name for name in head]
-        table = _table(columns, left=columns[:1])
+        table = new_table(columns, left=columns[:1])
         for row in rows:
             table.add_row(*row)
         tables.append(table)
@@ -166,7 +167,7 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
 def show_summary(out: Console, rows: Sequence[tuple[Path, Build | FactoryError]]) -> None:
     """Show one line per build of a build file."""
     columns = ("build", "dropped", "parameters", "loss before", "loss after")
-    table = _table(columns, left=columns[:2])
+    table = new_table(columns, left=columns[:2])
     for folder, made in rows:
         if isinstance(made, FactoryError):
             table.add_row(printable(str(folder)), "failed: " + printable(made.message))
@@ -187,7 +188,7 @@ def show_plans(out: Console, plans: Plans, *, command: str) -> None:
     columns = ["criterion", "dropped", "angular distance"]
     if plans.losses:
         columns += ["loss, unhealed", "behind the best", "search passes"]
-    table = _table(columns, left=columns[:2])
+    table = new_table(columns, left=columns[:2])
     for index, plan in enumerate(plans.plans):
         mark = " ←" if plan.criterion == plans.chosen and len(plans.plans) > 1 else ""
         row = [plan.criterion + mark, layer_ranges(plan.dropped)]
@@ -223,7 +224,7 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     loss_names = _loss_names(sweep.source)
     names = ["dropped", "layers", *loss_names, *(f"healed {name}" for name in loss_names if healed)]
     names += [task.name for task in sweep.source.tasks]
-    table = _table([*names, "kept"], left=["layers"])
+    table = new_table([*names, "kept"], left=["layers"])
     blank = [""] * len(loss_names) * healed
     table.add_row("0", "", *_losses(sweep.source), *blank, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
@@ -331,14 +332,52 @@ def _moved(change: float) -> str:
     return f"{'raised' if change > 0 else 'lowered'} the loss by {abs(change):.3f}"
 
 
-def show_stages(out: Console, stages: Sequence[dict[str, Any]], builds: Sequence[Path]) -> None:
-    """Show the finished stages and the builds that use them."""
-    table = _table(("stage", "key", "size", "took"), left=("stage", "key"))
-    for stage in stages:
-        table.add_row(stage["stage"], stage["key"], size(stage["size_bytes"]), duration(stage["seconds"]))
+def show_contents(out: Console, found: Mapping[str, Any]) -> None:
+    """Show a store's builds and stages, and what they take; see `builds.garbage.contents`."""
+    builds = found["builds"]
+    if builds:
+        columns = ("build", "model", "dropped", "made", "size")
+        table = new_table(columns, left=columns[:-1])
+        for build in builds:
+            model = build["model"] or "cannot be read"
+            dropped = f"{len(build['dropped'])} of {build['num_layers']}" if build["model"] else ""
+            table.add_row(
+                printable(_near(build["folder"])),
+                printable(model),
+                dropped,
+                _date(build["made"]),
+                size(build["size_bytes"]),
+            )
+        out.print(table)
+        out.print()
+    names = ("stage", "key", "made", "took", "size", "builds")
+    table = new_table(names, left=("stage", "key", "made", "builds"))
+    for stage in found["stages"]:
+        users = ", ".join(map(_near, stage["builds"])) or "none"
+        table.add_row(
+            stage["stage"],
+            stage["key"],
+            _date(stage["made"]),
+            duration(stage["seconds"]),
+            size(stage["size_bytes"]),
+            printable(users),
+        )
     out.print(table)
-    for build in builds:
-        out.print(printable(f"build  {build}"), soft_wrap=True)
+    total = f"{len(found['stages'])} stages in {found['home']}: {size(found['size_bytes'])}"
+    if found["unused_bytes"]:
+        total += f"; {size(found['unused_bytes'])} of it of no build, which `factory gc` removes after a day"
+    say(out, f"\n{printable(total)}")
+
+
+def _near(folder: str) -> str:
+    """Return a folder as seen from the current one, where it lies below it."""
+    path = Path(folder)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _date(made: str) -> str:
+    """Return a time in UTC as the local date and minute."""
+    return datetime.fromisoformat(made).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def show_exported(out: Console, exported: "Exported") -> None:
@@ -365,14 +404,3 @@ def show_verified(out: Console, found: Sequence[Verified]) -> None:
         place = one.folder.name if one.name != "build" else str(one.folder)
         line = f"{mark} {one.name:<{STAGE_WIDTH}} {place:<16}  {state}"
         out.print(printable(line), soft_wrap=True)
-
-
-def show_jobs(out: Console, jobs: Sequence[dict[str, Any]]) -> None:
-    """Show one line per job."""
-    *left, last = ("job", "build", "hardware", "stage", "submitted", "ran")
-    table = _table((*left, last), left=left)
-    for job in jobs:
-        ran = "" if job["seconds"] is None else duration(job["seconds"])
-        submitted = (job["created_at"] or "")[:16].replace("T", " ")
-        table.add_row(job["id"], job["name"] or "", str(job["hardware"]), job["stage"], submitted, ran)
-    out.print(table if jobs else "no jobs; `factory build MODEL --on HARDWARE` submits one")

@@ -2,14 +2,13 @@
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from factory.artifacts import DataSource
 from factory.cli.console import console, printable, say
-from factory.cli.tables import result_tables, show_stages, verdict
+from factory.cli.tables import result_tables, show_contents, verdict
 from factory.report.card import render
 from factory.report.tables import quality_table, size_table
 from factory.units import count, count_in_words, duration, rough_duration, size
@@ -85,8 +84,17 @@ def test_a_perplexity_is_shown_as_a_number_with_the_way_it_should_go(
 
 
 def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
-    show_stages(console(), [], [Path("mine\nbuild  /not/there\x1b[2J")])
-    assert capsys.readouterr().out.splitlines()[-1] == "build  minebuild  /not/there[2J"
+    made = {"folder": "/not/mine\n/there\x1b[2J", "made": "2026-11-29T12:03:00+00:00", "size_bytes": 5}
+    build = made | {"model": "acme/tiny", "dropped": [5, 6], "num_layers": 10}
+    unread = made | {"model": None, "dropped": None, "num_layers": None}
+    stage = made | {"stage": "prune", "key": "f00d", "seconds": 2.0, "size_bytes": 9, "builds": []}
+    found = {"home": "/store", "size_bytes": 9, "unused_bytes": 9}
+    screen = Console(width=120, color_system=None)
+    show_contents(screen, found | {"builds": [build, unread], "stages": [stage]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:5] == ["/not/mine/there[2J", "acme/tiny", "2", "of", "10"]
+    assert "cannot be read" in lines[2]
+    assert lines[-1].startswith("1 stages in /store: 9 bytes; 9 bytes of it of no build")
 
 
 def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:

@@ -277,7 +277,7 @@ def test_a_build_can_lie_in_a_folder_whose_name_is_no_text(tmp_path: Path, name:
     (build / "build.json").write_text("{}")
     store = Store(tmp_path / "home")
     register(store.home, build, {})
-    assert registered_builds(store.home) == [build]
+    assert list(registered_builds(store.home)) == [build]
 
 
 def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_garbage_is_what_no_build_uses(tmp_path: Path) -> None:
     register(store.home, build, {"prune": used.key})
     assert garbage(store) == []  # younger than a day
     assert sorted(garbage(store, recent=True)) == sorted([unused.folder, partial])
-    assert registered_builds(store.home) == [build]
+    assert list(registered_builds(store.home)) == [build]
     (build / "build.json").unlink()  # the user deleted the build
     assert used.folder in garbage(store, recent=True)
 
@@ -306,7 +306,7 @@ def test_garbage_is_nothing_of_a_build_that_was_killed_between_its_two_names(tmp
         for file in ("build.json", "profile.json"):
             (tmp_path / name / file).write_text("{}")
     assert garbage(store, recent=True) == []
-    assert registered_builds(store.home) == []
+    assert registered_builds(store.home) == {}
     restore(build)
     assert (build / "build.json").is_file()
     assert garbage(store, recent=True) == [tmp_path / ".build.partial"]

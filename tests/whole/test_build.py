@@ -264,6 +264,13 @@ def test_show_prints_the_map_and_the_table(forks: Forks, built: Path) -> None:
 
 def test_ls_and_gc_know_what_the_builds_use(forks: Forks, built: Path) -> None:
     assert "evaluate" in forked(forks, "ls", home=built).stdout
+    found = json.loads(forked(forks, "ls", "--json", home=built).stdout)
+    (build,) = [one for one in found["builds"] if Path(one["folder"]).name == BUILD.name]
+    assert (build["model"], build["num_layers"]) == ("demo", 24)
+    assert sum(stage["size_bytes"] for stage in found["stages"]) == found["size_bytes"]
+    assert any(build["folder"] in stage["builds"] for stage in found["stages"])
+    assert json.loads(forked(forks, "show", "--json", str(BUILD), home=built).stdout)["name"] == BUILD.name
+    assert json.loads(forked(forks, "gc", "--dry-run", "--json", home=built).stdout)["freed_bytes"] == 0
     assert forked(forks, "gc", "--dry-run", home=built).stdout == "0 bytes could be freed\n"
 
 
