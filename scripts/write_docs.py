@@ -31,9 +31,9 @@ CLI_HEAD = f"""{NOTICE}
 # Command line
 
 Every command with its options, as `--help` prints them. The exit code is 0 on success, 1 if something
-failed, 2 for a usage error, 130 after Ctrl-C, and 141 if the reader of the output left before everything was
-printed. Errors are two lines on standard error: what is wrong, and what to do about it. With `--json`, the
-result goes to standard output and progress to standard error.
+failed, 2 for a usage error, 70 for a fault of the program, 130 after Ctrl-C, and 141 if the reader of the
+output left before everything was printed. Errors are two lines on standard error: what is wrong, and what to
+do about it. With `--json`, the result goes to standard output and progress to standard error.
 
 `eval "$(_FACTORY_COMPLETE=bash_source factory)"` completes commands and options in bash; in zsh, write
 `zsh_source` instead of `bash_source`.

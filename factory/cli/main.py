@@ -28,6 +28,7 @@ from factory.store.capacity import READ_ONLY, no_memory, no_room
 ONLY_PRINT = ("plan", "show", "ls", "doctor", "schema", "jobs")  # commands without another result
 LONG = re.compile(r"\S{400,}")  # longer than any word of our own
 NAME = "factory"
+FAULT = 70  # exit code of an error that nobody foresaw, as EX_SOFTWARE of sysexits.h
 OWNER = "(installed here)"  # not a valid account name, so that `hf` finds no updates
 
 
@@ -106,15 +107,32 @@ def main() -> None:
         _fail(as_flags(error.message), as_flags(error.hint), code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command resumes from here", code=130)
-    except Exception as error:  # libraries wrap a full disk or memory in errors of their own
+    except Exception as error:  # noqa: BLE001 - libraries wrap a full disk or memory in errors of their own
         if full := no_memory(error):
             _fail(full, "free some memory; the same command resumes from here", code=1)
         if isinstance(error, OSError) and error.errno in READ_ONLY and error.filename:
             place = os.fsdecode(error.filename)
             _fail(f"{place}: {error.strerror}", "make it readable and writable, or give another path", code=1)
         if (reason := no_room(error)) is None:
-            raise
+            _fail_unforeseen(error)
         _fail(f"{reason}: {str(error).splitlines()[0]}", "free some space and repeat the command", code=1)
+
+
+def _fail_unforeseen(error: Exception) -> NoReturn:
+    """Report an error of the program itself in two lines, and keep its traceback in a file."""
+    from factory.cli.doctor import write_crash
+    from factory.store.store import default_home
+
+    what = " ".join(str(error).split())[:300]
+    try:
+        path = write_crash(error, default_home())
+    except OSError:
+        raise error from None
+    _fail(
+        f"a fault of the program: {type(error).__name__}{f': {what}' if what else ''}",
+        f"the same command resumes from here; if it fails again, report it with {path}",
+        code=FAULT,
+    )
 
 
 def _hush_libraries() -> None:
@@ -176,7 +194,7 @@ def _typed_as() -> str:
     return "hf factory" if Path(sys.argv[0]).stem == "hf-factory" else "factory"
 
 
-def _fail(message: str, hint: str, *, code: int) -> None:
+def _fail(message: str, hint: str, *, code: int) -> NoReturn:
     """Print one line with the error and one with the hint, and exit."""
     red, dim, end = ("\033[31m", "\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "", "")
     error, advice = _broken("error: ", _printable(message)), _broken("hint: ", _printable(hint))

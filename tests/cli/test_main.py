@@ -263,6 +263,28 @@ logging.getLogger("bitsandbytes").error("no library")
     assert done.stderr == "no library\n"
 
 
+FAULTY = """
+import factory.builds.garbage as garbage
+def contents(store):
+    return {}["missing"]
+garbage.contents = contents
+"""
+
+
+def test_a_fault_of_the_program_is_two_lines_and_a_file_for_the_report(tmp_path: Path) -> None:
+    own = {"PATH": "/usr/bin:/bin", "FACTORY_HOME": str(tmp_path / "home")}
+    done = fork_once(own, "ls", folder=tmp_path, before=FAULTY)
+    error, hint = done.stderr.splitlines()
+    assert (done.code, error) == (70, "error: a fault of the program: KeyError: 'missing'")
+    (path,) = (tmp_path / "home" / "logs").iterdir()
+    assert hint.endswith(str(path))
+    kept = path.read_text()
+    assert kept.splitlines()[0].endswith("ls")
+    assert "Traceback" in kept
+    assert "KeyError: 'missing'" in kept
+    assert "transformers 5." in kept
+
+
 def test_an_empty_store_lists_and_collects_nothing(tmp_path: Path) -> None:
     assert run("ls", home=tmp_path).code == 0
     done = run("gc", home=tmp_path)
