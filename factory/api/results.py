@@ -148,13 +148,10 @@ class BuildResult(Smaller):
             LicenseError: The source's licence forbids sharing derived models.
         """
         from factory.api.progress import Bars
-        from factory.builds.publish import check_publishable, publish_with_notes
+        from factory.builds.publish import publish_with_notes
 
-        note = Bars().note
-        if limits := check_publishable(self.record.source, accepted=accept_license):
-            note(limits)
-        options.setdefault("message", f"Publish {self.record.name}")
-        return publish_with_notes(self.folder, repository, note=note, private=private, **options)
+        how = {"private": private, "accept_license": accept_license, **options}
+        return publish_with_notes(self.folder, repository, note=Bars().note, **how)
 
     def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
         """Write the model for llama.cpp and Ollama, verified in llama.cpp where it is installed.
