@@ -1,7 +1,7 @@
 """Run the notebook of the documentation again: the Python interface on the embedded demo model.
 
 Writes docs/notebook.ipynb with the outputs of this run, and docs/notebook.md, the page made from it. Needs
-nbclient, nbconvert and ipykernel.
+the extra `notebook`.
 
     python benchmarks/notebook.py [--steps 20]
 """
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 NOTICE = "<!-- Written by benchmarks/notebook.py, which runs the notebook. -->"
 INTRODUCTION = """# A smaller model in a notebook
 
-The functions of `factory` take the options of the command line by name. Everything here runs on a CPU and
+The functions of `factory` take the options of the command line by name. Everything here runs on a CPU,
 without a network, on the demo model that comes with the program, in a few minutes.
 [The notebook](notebook.ipynb) is stored with its outputs."""
 
@@ -34,7 +34,7 @@ def cells(steps: int) -> list[nbformat.NotebookNode]:
     return [
         new_markdown_cell(INTRODUCTION),
         new_markdown_cell("What would a build do and need? Nothing is downloaded or computed."),
-        new_code_cell("import factory\n\nfactory.preview('demo', drop=0.3)"),
+        new_code_cell("import factory\n\nfactory.preview('demo', drop=0.25)"),
         new_markdown_cell("Which layers could go? Every criterion answers, and nothing is cut yet."),
         new_code_cell(
             "plans = factory.plan('demo', drop=0.3, criterion='all', samples=64, plan_documents=8)\nplans"
@@ -45,8 +45,8 @@ def cells(steps: int) -> list[nbformat.NotebookNode]:
         ),
         new_code_cell(f"small = factory.build('demo', drop=0.3, heal_steps={steps}, {quick})\nsmall"),
         new_code_cell("small.plan.dropped, small.evaluations['healed'].loss.nats"),
-        new_markdown_cell("The table is a DataFrame."),
-        new_code_cell("small.table.set_index('measure')[['source', 'healed (this model)']].head(3)"),
+        new_markdown_cell("Every table is a DataFrame, and every number behind it an attribute."),
+        new_code_cell("plans.table.sort_values('loss, unhealed').head(2)['criterion'].tolist()"),
         new_markdown_cell("The result is a model like any other."),
         new_code_cell(
             "inputs = small.tokenizer('def main(', return_tensors='pt')\n"
@@ -87,8 +87,9 @@ def main() -> None:
     without_progress(notebook)
     nbformat.write(notebook, DOCS / "notebook.ipynb")
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": "notebook"})
-    for name, content in resources["outputs"].items():
-        (DOCS / name).write_bytes(content)
+    ((name, image),) = resources["outputs"].items()
+    (DOCS / "notebook.png").write_bytes(image)
+    page = page.replace(f"![png]({name})", "![The angular distances and the chosen cut](notebook.png)")
     (DOCS / "notebook.md").write_text(f"{NOTICE}\n\n{page.strip()}\n", encoding="utf-8")
 
 

@@ -17,7 +17,9 @@ LONGEST_FIRST = (
     "healing/test_heal", "pipeline/test_preview", "spaces/test_space", "builds/test_reproduce",
     "builds/test_publish", "hub/test_remote_code", "hub/test_pull_and_push", "pipeline/test_sweep",
     "builds/test_pruned_folder", "cli/test_main", "cli/test_streams", "whole/test_families",
-    "report/test_card",
+    "report/test_card", "healing/test_distill", "healing/test_trainers", "healing/test_seam",
+    "serving/test_runtimes", "model/test_architecture", "evaluation/test_evaluate", "pruning/test_search",
+    "pruning/test_measure",
 )  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it, and so do children

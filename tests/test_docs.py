@@ -1,6 +1,8 @@
 """The documentation: generated pages are current, links lead somewhere, quoted messages exist."""
 
 import ast
+import base64
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -112,3 +114,19 @@ def test_a_printed_table_of_architectures_becomes_the_outcomes(tmp_path: Path) -
         "transformers": "9.9.9",
         "outcomes": [["llama", "exact", ""], ["blt", "refused", "no layers (a hint)"]],
     }
+
+
+def test_the_page_of_the_notebook_shows_each_of_its_cells_as_it_ran() -> None:
+    text = (ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    used = "\n".join("".join(cell["source"]) for cell in cells)
+    assert {"preview", "plan", "build"} <= set(re.findall(r"factory\.(\w+)\(", used))
+    for cell in cells:
+        assert f"```python\n{''.join(cell['source'])}\n```" in page
+        assert cell["outputs"]
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+    (image,) = re.findall(r'"image/png": "([^"]+)"', text)
+    assert base64.b64decode(image.replace("\\n", "")) == (ROOT / "docs" / "notebook.png").read_bytes()
+    assert len(text) < 150_000
+    assert not re.search(r"/(tmp|home|root|work)/", page)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin
 from factory.api.progress import Bars
 from factory.api.results import BuildResult, PlansResult, PreviewResult, PruneResult, SweepResult
 from factory.artifacts import Build
+from factory.config.references import build_folder
 from factory.config.request import BuildRequest, PlanRequest, PruneRequest, Request, SweepRequest
 from factory.errors import UsageError
 from factory.pipeline.prepare import Prepared, load_questions, prepare
@@ -147,7 +148,6 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
             request.push_to,
             note=reporter.note,
             private=not request.public,
-            message=f"Publish {record.name}",
         )
     compared = comparison(settled.repeats, record, reference=request.model) if settled.repeats else None
     return BuildResult(out, record, publication, compared)
@@ -215,7 +215,5 @@ def load(folder: str | Path) -> BuildResult:
     Raises:
         UsageError: The folder is not a build folder.
     """
-    path = Path(folder)
-    if not (path / Build.file_name).is_file() or not (path / "model").is_dir():
-        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
+    path = build_folder(Path(folder))
     return BuildResult(path, Build.read(path))

@@ -19,10 +19,12 @@ from factory.artifacts import (
 )
 from factory.config.settings import BuildConfig
 from factory.pipeline.preview import Preview
+from factory.units import count, duration, size
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from factory.report.figures import Drawing
 
 
 class Shown:
@@ -109,7 +111,7 @@ class BuildResult(Smaller):
         (_, *head), *rows = quality_table(self.record)
         return [dict(zip(("measure", *head), row, strict=True)) for row in rows]
 
-    def figure(self) -> "Figure":
+    def figure(self) -> "Drawing":
         """Draw the angular distances and the cut."""
         from factory.report.figures import draw_distances
 
@@ -146,13 +148,10 @@ class BuildResult(Smaller):
             LicenseError: The source's licence forbids sharing derived models.
         """
         from factory.api.progress import Bars
-        from factory.builds.publish import check_publishable, publish_with_notes
+        from factory.builds.publish import publish_with_notes
 
-        note = Bars().note
-        if limits := check_publishable(self.record.source, accepted=accept_license):
-            note(limits)
-        options.setdefault("message", f"Publish {self.record.name}")
-        return publish_with_notes(self.folder, repository, note=note, private=private, **options)
+        how = {"private": private, "accept_license": accept_license, **options}
+        return publish_with_notes(self.folder, repository, note=Bars().note, **how)
 
     def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
         """Write the model for llama.cpp and Ollama, verified in llama.cpp where it is installed.
@@ -193,7 +192,7 @@ class PlansResult(Shown):
             for index, plan in enumerate(self.plans.plans)
         ]
 
-    def figure(self) -> "Figure":
+    def figure(self) -> "Drawing":
         """Draw the angular distances and the cut of the chosen plan."""
         from factory.report.figures import draw_distances
 
@@ -224,7 +223,7 @@ class SweepResult(Shown):
             for drop, layers, evaluation in [(0.0, "", source), *cuts]
         ]
 
-    def figure(self) -> "Figure":
+    def figure(self) -> "Drawing":
         """Draw loss and task scores against the fraction dropped."""
         from factory.report.figures import draw_sweep
 
@@ -284,4 +283,15 @@ class PreviewResult(Shown):
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return sizes before and after, and what the build needs."""
-        return [{"": name, "value": str(value)} for name, value in vars(self.numbers).items()]
+        shown = self.numbers
+        values = {
+            "layers": f"{shown.num_layers} → {shown.num_layers - shown.num_dropped}",
+            "parameters": f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}",
+            "weights": f"{size(shown.bytes_before)} → about {size(shown.bytes_after)}",
+            "stages to run": ", ".join(shown.pending) or "none",
+            "download": size(shown.download_bytes),
+            "disk": f"{size(shown.disk_needed)} needed, {size(shown.disk_free)} free",
+            "memory": f"about {size(shown.memory_needed)} of {size(shown.memory_total)}, {shown.device}",
+            "time": f"about {duration(shown.seconds)}",
+        }
+        return [{"": name, "value": value} for name, value in values.items()]

@@ -46,14 +46,28 @@ def publish(
 
 
 def publish_with_notes(
-    folder: Path, repository: str | None, *, note: Callable[[str], None], **options: Any
+    folder: Path,
+    repository: str | None,
+    *,
+    note: Callable[[str], None],
+    accept_license: bool | None = None,
+    message: str | None = None,
+    **options: Any,
 ) -> Publication:
-    """Publish a finished build, and note if it was published already or if its card was edited.
+    """Publish a finished build, and note what its licence asks and what differs from a first publication.
 
     Args:
         note: Receives each note.
+        accept_license: See `check_publishable`; None if that has been called.
+        message: Commit message; None names the build and its weights.
         options: Passed on to `publish`.
     """
+    from factory.hub.push import label
+
+    build = Build.read(folder)
+    if accept_license is not None and (limits := check_publishable(build.source, accepted=accept_license)):
+        note(limits)
+    options["message"] = message or f"Publish {label(build)}"
     before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     publication, is_edited = publish(folder, repository, **options)
     if publication == before:

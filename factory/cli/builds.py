@@ -1,16 +1,14 @@
 """Commands on finished builds: show, verify, push, export, space, card, ls, gc."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from factory.cli.click_options import CONTEXT, Command, Place, Whole, build_folder, home_option
+from factory.cli.click_options import CONTEXT, Command, Place, Whole, home_option
 from factory.cli.console import print_json, remark
+from factory.config.references import build_folder
 from factory.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 USUAL_NAME = "~/"  # stands for --deploy without a name; not a valid repository name
 license_option = click.option(
@@ -35,15 +33,9 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     BUILD is published in one commit. OWNER/NAME defaults to the source's name and the fraction, under your
     account. A new repository is private unless --public is given; an existing one keeps its visibility.
     """
-    from factory.artifacts import Build
-    from factory.builds.publish import check_publishable, publish_with_notes
-    from factory.hub.push import label
+    from factory.builds.publish import publish_with_notes
 
-    build = Build.read(build_folder(folder))
-    message = options.pop("message") or f"Publish {label(build)}"
-    if note := check_publishable(build.source, accepted=options.pop("accept_license")):
-        remark(note)
-    click.echo(publish_with_notes(folder, repository, note=remark, message=message, **options).url)
+    click.echo(publish_with_notes(build_folder(folder), repository, note=remark, **options).url)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

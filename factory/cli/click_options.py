@@ -180,10 +180,3 @@ class Number(click.FloatRange):
 
     def _describe_range(self) -> str:
         return ""
-
-
-def build_folder(folder: Path) -> Path:
-    """Return a build folder, or refuse any other folder."""
-    if not (folder / "build.json").is_file() or not (folder / "model").is_dir():
-        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
-    return folder

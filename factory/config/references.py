@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from factory.config.choices import STANDARD_LIBRARY
-from factory.errors import DataError, UnknownModelError
+from factory.errors import DataError, UnknownModelError, UsageError
 from factory.resources import RECIPES
 
 DATA_FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
@@ -75,6 +75,13 @@ class ModelReference:
         if not HUB_NAME.fullmatch(repo_id) or text.startswith("."):
             raise unknown_model(text)
         return cls(text, repo_id=repo_id, revision=revision or None)
+
+
+def build_folder(folder: Path) -> Path:
+    """Return a build folder, or refuse any other folder."""
+    if not (folder / "build.json").is_file() or not (folder / "model").is_dir():
+        raise UsageError(f"{str(folder)!r} is not a build folder", hint="give one that `factory build` made")
+    return folder
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

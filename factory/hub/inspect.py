@@ -1,7 +1,10 @@
 """Describe a model from its file names, configuration and headers."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from factory.artifacts import Source
@@ -89,6 +92,20 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+@cache
+def known_types() -> Collection[str]:
+    """Return the model types that transformers knows.
+
+    Reads its list alone: the package takes a second to import, and a build that only reuses stages needs no
+    more of it.
+    """
+    package = find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    listed = run_path(str(Path(package.origin).parent / "models" / "auto" / "auto_mappings.py"))
+    return frozenset(listed["CONFIG_MAPPING_NAMES"])
+
+
 def needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None) -> bool:
     """Return whether only code in the model's own repository knows its model type.
 
@@ -100,11 +117,8 @@ def needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None)
         UnsupportedArchitectureError: The model type is unknown, or its code is not trusted.
         UsageError: The code is trusted without a commit.
     """
-    # Not `transformers.CONFIG_MAPPING`: it imports torch, which a build that reuses all stages never needs.
-    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
-
     model_type = config["model_type"]
-    if model_type in CONFIG_MAPPING_NAMES:
+    if model_type in known_types():
         return False
     if not config.get("auto_map"):
         raise UnsupportedArchitectureError(

@@ -193,7 +193,7 @@ def test_a_second_build_reuses_every_stage_and_imports_nothing_heavy(built: Path
         "import sys; from factory.cli.main import main\n"
         f"sys.argv = ['factory', *{DEMO!r}]\n"
         "main()\n"
-        "print(sorted({'torch', 'trl', 'peft', 'datasets', 'lm_eval'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets', 'lm_eval'} & set(sys.modules)))"
     )
     before = (built / BUILD / "build.json").read_bytes()
     done = subprocess.run(
