@@ -252,7 +252,7 @@ def limit(
         near = list(islice(filter(possible, nearest), 2))
         raise ModelError(
             f"no {'block of ' * in_one_block}{count} layers can be dropped so that this model runs right in "
-            f"{', '.join(runtimes)}",
+            f"{'every runtime' if 'all' in runtimes else ', '.join(runtimes)}",
             hint=(
                 f"drop {' or '.join(map(str, sorted(near)))} of its {source.num_layers} layers"
                 if near

@@ -164,7 +164,7 @@ def test_a_tokenizer_that_llama_cpp_is_not_known_to_have_leaves_it_open(tmp_path
         found = {v.runtime: v for v in verdicts(config, (3,), folder=tmp_path)}
         assert found.pop("llama.cpp").runs is known
         assert all(v.runs for v in found.values())
-    assert "llama.cpp: its tokenizer was not tried there" in str(
+    assert "not known in llama.cpp: its tokenizer was not tried there" in str(
         runtimes_note(verdicts(config, (3,), folder=tmp_path))
     )
     (tmp_path / "tokenizer.json").write_text('{"model": [')
