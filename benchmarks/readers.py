@@ -37,7 +37,10 @@ if find_spec("mlx_lm"):
     import mlx.core as mx
     from mlx_lm.utils import load_model
     name = f"mlx-lm {version('mlx-lm')}"
-    logits = lambda folder: load_model(Path(folder))[0](mx.array(tokens)).astype(mx.float32)
+    def logits(folder):
+        model = load_model(Path(folder))[0]
+        model.set_dtype(mx.float32)
+        return model(mx.array(tokens))
 elif find_spec("ctranslate2"):
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
@@ -66,15 +69,16 @@ else:
         with torch.no_grad():
             return model.float().eval()(torch.from_numpy(tokens)).logits.numpy()
 errors = {}
-for folder in sys.argv[2:]:
+for folder in sys.argv[3:]:
     try:
-        np.save(f"{folder}/logits.npy", np.array(logits(folder)))
+        np.save(f"{folder}/logits.npy", np.array(logits(folder))[:, -int(sys.argv[2]):])
     except Exception as error:  # whatever the reader raises is its result
         errors[folder] = type(error).__name__
         print(folder, type(error).__name__, str(error).strip().splitlines()[:1], file=sys.stderr)
 print(json.dumps({"name": name, "errors": errors}))
 """
 NUM_TOKENS = 48  # several windows
+NUM_ROWS = 64  # of logits, at the end of a text
 TINY: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 12, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 128,
@@ -160,9 +164,9 @@ def prune_both(source_folder: Path, dropped: tuple[int, ...], *, new_form: Path,
 
 
 def read(python: str, folders: list[Path], *, tokens: Path) -> tuple[str, dict[Path, Any]]:
-    """Return a reader's name, and of each folder its logits [1, s, V] or the class of its error."""
+    """Return a reader's name, and of each folder its last logits [1, s, V] or the class of its error."""
     done = subprocess.run(
-        [python, "-c", READER, tokens, *folders], stdout=subprocess.PIPE, text=True, check=True
+        [python, "-c", READER, tokens, str(NUM_ROWS), *folders], stdout=subprocess.PIPE, text=True, check=True
     )
     report = json.loads(done.stdout.splitlines()[-1])
     errors = report["errors"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from readers import FAMILIES as SOURCES
-from readers import read, write_source
+from readers import NUM_ROWS, read, write_source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ from factory.serving.gguf_write import Facts, check_convertible, write_gguf
 from factory.serving.runtimes import verdicts
 
 NUM_TOKENS = 48  # several windows of the tiny models
-BEYOND = 64  # tokens after the window of a real model
+BEYOND = NUM_ROWS  # tokens after the window of a real model
 WRONG = 0.02  # deviations; rounding stays below, mixed-up layers far above
 CUTS = ("whole", "keeps the period", "free")
 # Family of readers.py → the layers of two cuts of its 12.
@@ -134,7 +134,7 @@ def ask_llama(case: Case) -> Any:
         check_convertible(case.folder)
         # Not by the family: llama.cpp asks a model named Phi-3 for the tokens of Phi-3.
         write_gguf(case.folder, path, kind="F16", facts=Facts("tiny"))
-        return llama.ask(path, texts=[], runs=[(tokens, range(len(tokens)))]).logits[0][None]
+        return llama.ask(path, texts=[], runs=[(tokens, range(len(tokens))[-NUM_ROWS:])]).logits[0][None]
     except FactoryError as error:
         sys.stderr.write(f"{case.name}, {case.cut}: {error}\n")
         return type(error).__name__
@@ -182,7 +182,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pythons", nargs="*", metavar="PYTHON")
-    parser.add_argument("--families", type=lambda text: text.split(";"), default=list(TINY))
+    parser.add_argument("--families", type=lambda text: text.split(";") if text else [], default=list(TINY))
     parser.add_argument("--model", type=Path, nargs="+", default=[], metavar="FOLDER")
     arguments = parser.parse_args()
     missed = 0

@@ -203,7 +203,8 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
     first, first_kind = (place / f"{path.stem}.F16.gguf", "F16") if checks else (draft, kind)
     check = None
     try:
-        with _step(reporter, "write", f"{first_kind} by {converter.name if converter else 'gguf'}"):
+        rounded = "" if kind == first_kind else f", to compare before it is rounded to {kind}"
+        with _step(reporter, "write", f"{first_kind} by {converter.name if converter else 'gguf'}{rounded}"):
             if converter:
                 convert(target.model, first, kind=first_kind, converter=converter)
             else:

@@ -98,7 +98,7 @@ def read_runtimes(value: Any) -> Any:
         if name not in ("all", *RUNTIMES):
             raise UsageError(
                 f"`for_runtimes`: {name[:60]!r} is not a runtime that is known",
-                hint=f"known are {', '.join(RUNTIMES)}, and all",
+                hint=f"known are {', '.join(RUNTIMES)}, and all; Ollama and LM Studio are llama.cpp",
             )
     return tuple(dict.fromkeys(names))
 

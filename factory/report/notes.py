@@ -41,7 +41,8 @@ def runtimes_note(verdicts: Sequence[Verdict]) -> str | None:
     others: dict[tuple[str, str | None], list[str]] = {}
     for one in sorted(verdicts, key=lambda one: one.runs is None):
         if not one.runs:
-            how = "not tried" if one.runs is None else "wrongly"
+            unknown = "not known" if one.reason else "not tried"
+            how = unknown if one.runs is None else "wrongly"
             others.setdefault((how, one.reason), []).append(short[one.runtime])
     parts = [f"runs right in {', '.join(right)}"]
     for (how, reason), names in others.items():

@@ -6,9 +6,9 @@ from the number of layers, which they take for the model's name. After a cut, su
 another kind than they were trained with, and answers wrongly without a word.
 
 The table holds what was run or, where that is said, read in a runtime's code; `benchmarks/runtimes.py` runs
-transformers 4, mlx-lm, CTranslate2 and llama.cpp again, and compares what they compute with the verdicts.
-Runtime and family are looked up; whether a cut is right follows from the numbers, and from the period and the
-older names that `factory/pruning/config_forms.py` writes.
+transformers 4, mlx-lm, CTranslate2, optimum-onnx and llama.cpp again, and compares what they compute with the
+verdicts. Runtime and family are looked up; whether a cut is right follows from the numbers, and from the
+period and the older names that `factory/pruning/config_forms.py` writes.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -50,6 +50,7 @@ class Runtime:
 
 
 PLAIN = Rule()
+FROZEN_ROPE = Rule(other_ropes=("dynamic", "longrope"))  # an export keeps those of short texts
 SIXTH, FOURTH, SECOND = Rule(period=6), Rule(period=4), Rule(period=2)
 
 
@@ -108,7 +109,13 @@ RUNTIMES: Mapping[str, Runtime] = {
         | _each("qwen2 qwen3", Rule(windowless=True))
         | _each("gemma3 gemma3_text"),
     ),
-    "onnx": Runtime("ONNX (optimum-onnx)", "0.1.0", _each("llama gemma3 gemma3_text")),
+    "onnx": Runtime(
+        "ONNX (optimum-onnx)",
+        "0.1.0",
+        _each("llama mistral qwen2 qwen3 qwen3_moe smollm3 gemma gpt_neox gpt_oss", FROZEN_ROPE)
+        | _each("gemma3 gemma3_text")
+        | _each("olmo3 cohere2 exaone4 glm4", Rule(not_source="it does not export this family")),
+    ),
 }
 OWN_TOKENIZERS = "llama.cpp"  # others take tokenizer.json
 ORDINALS = {2: "2nd", 4: "4th", 6: "6th"}
@@ -252,7 +259,7 @@ def limit(
         near = list(islice(filter(possible, nearest), 2))
         raise ModelError(
             f"no {'block of ' * in_one_block}{count} layers can be dropped so that this model runs right in "
-            f"{', '.join(runtimes)}",
+            f"{'every runtime' if 'all' in runtimes else ', '.join(runtimes)}",
             hint=(
                 f"drop {' or '.join(map(str, sorted(near)))} of its {source.num_layers} layers"
                 if near

@@ -629,7 +629,7 @@ def served_elsewhere() -> Build:
     """A build of a family with a window, healed with a share of the next-token loss."""
     build = demo_healed()
     heal = {**build.config["heal"], "next_token_weight": 0.3}
-    known = verdicts({"model_type": "mistral", "num_hidden_layers": 10, "sliding_window": 4096}, (5, 6, 7))
-    open_question = known[0].model_copy(update={"runs": None, "reason": "its tokenizer was not tried"})
-    runtimes = (*known, open_question)
-    return build.model_copy(update={"config": {**build.config, "heal": heal}, "runtimes": runtimes})
+    config = {"model_type": "mistral", "num_hidden_layers": 10, "sliding_window": 4096}
+    doubted, *known = verdicts(config, (5, 6, 7))
+    doubted = doubted.model_copy(update={"runs": None, "reason": "its tokenizer was not tried there"})
+    return build.model_copy(update={"config": {**build.config, "heal": heal}, "runtimes": (doubted, *known)})

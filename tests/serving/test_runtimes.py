@@ -60,6 +60,11 @@ def test_a_scaling_of_positions_that_a_runtime_computes_otherwise_is_told(form: 
     assert found.reason == "it computes positions scaled by llama3 otherwise, in the source too"
 
 
+def test_a_scaling_that_depends_on_the_length_of_the_text_is_told_where_an_export_freezes_it() -> None:
+    config = a_config("llama", 12, rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert [name for name, right in runs(config, (1, 5)).items() if not right] == ["onnx"]
+
+
 def test_a_family_that_was_not_tried_is_not_known() -> None:
     assert set(runs(a_config("falcon", 12), (1,)).values()) == {None}
 
@@ -123,7 +128,7 @@ def test_a_limit_without_a_cut_names_the_sizes_that_have_one() -> None:
 
 def test_a_runtime_that_is_not_known_to_run_the_family_is_no_limit() -> None:
     with pytest.raises(UsageError, match="nothing is known for this family") as caught:
-        limit(a_config("qwen3", 12), runtimes=("onnx",), count=3)
+        limit(a_config("qwen3", 12), runtimes=("vllm",), count=3)
     assert "known to run this family: transformers-4, llama.cpp, mlx" in (caught.value.hint or "")
 
 
@@ -164,7 +169,7 @@ def test_a_tokenizer_that_llama_cpp_is_not_known_to_have_leaves_it_open(tmp_path
         found = {v.runtime: v for v in verdicts(config, (3,), folder=tmp_path)}
         assert found.pop("llama.cpp").runs is known
         assert all(v.runs for v in found.values())
-    assert "llama.cpp: its tokenizer was not tried there" in str(
+    assert "not known in llama.cpp: its tokenizer was not tried there" in str(
         runtimes_note(verdicts(config, (3,), folder=tmp_path))
     )
     (tmp_path / "tokenizer.json").write_text('{"model": [')
