@@ -221,7 +221,7 @@ def prune(model: str, *, reporter: Reporter | None = None, **options: Any) -> Pr
 
 @takes(BuildRequest)
 def preview(model: str, *, reporter: Reporter | None = None, **options: Any) -> PreviewResult:
-    """Show what `build` with the same options would do and need; nothing is downloaded.
+    """Show what `build` with the same options would do and need; no weights are downloaded.
 
     Args:
         options: see above

@@ -19,7 +19,7 @@ from factory.pipeline.build import STAGES
 from factory.pipeline.prepare import Settled, check_weights_load, settle_all
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter
-from factory.pipeline.texts import check_texts, known_lengths, open_texts
+from factory.pipeline.texts import check_rendering, check_texts, known_lengths, open_texts
 from factory.text.text import Texts, text_identity
 from factory.units import duration
 
@@ -114,6 +114,7 @@ def _checked(
             texts = open_texts(config)
             for message in (*texts.remarks, *check_texts(texts)):
                 reporter.note(message)
+            check_rendering(one.source, texts)
             identities.append(_identity(one, texts))
             check_weights_load(one.source, config, STAGES)
             shown = preview(

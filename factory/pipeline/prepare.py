@@ -29,7 +29,14 @@ from factory.hub.bucket import StageBucket
 from factory.pipeline.build import pending
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
-from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
+from factory.pipeline.texts import (
+    check_kinds,
+    check_rendering,
+    check_texts,
+    known_lengths,
+    open_texts,
+    reads_text,
+)
 from factory.pruning.sizes import find_goal
 from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
 from factory.store.store import Store, default_home
@@ -323,6 +330,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     if reads_text(left):
         for message in check_texts(texts):
             reporter.note(message)
+        check_rendering(source, texts)
     if note and HEAL.name in left:
         reporter.note(note)
     if left or request.processes:
