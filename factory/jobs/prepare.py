@@ -136,7 +136,8 @@ def _identity(settled: Settled, texts: Texts) -> str:
     config, push_to = settled.config, settled.request.push_to
     used = [texts.calibration, *texts.evaluations, *([texts.healing] if config.has_adapter else [])]
     made_by = config.model_dump(
-        mode="json", exclude={"reference", "size", *(() if config.has_adapter else ("heal", "merge_base"))}
+        mode="json",
+        exclude={"reference", "size", "budget", *(() if config.has_adapter else ("heal", "merge_base"))},
     )
     for part in ("measure", "heal", "evaluate"):
         made_by.get(part, {}).pop("data", None)
