@@ -201,7 +201,7 @@ def prune(request: PruneRequest, reporter: Reporter) -> PruneResult:
 
 @takes(BuildRequest)
 def preview(request: BuildRequest, reporter: Reporter) -> PreviewResult:
-    """Show what `build` with the same options would do and need; nothing is downloaded."""
+    """Show what `build` with the same options would do and need; no weights are downloaded."""
     (prepared,) = prepare([request], reporter, dry_run=True)
     return PreviewResult(prepared.settled.source, prepared.settled.config, prepared.preview)
 

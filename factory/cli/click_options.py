@@ -140,7 +140,7 @@ def _metavar(kind: Any) -> str | None:
 
 def _type(kind: Any) -> Any:
     """Return the click type for the type of an option."""
-    if kind in (kinds.Fraction, kinds.Parameters, kinds.Bytes):
+    if kind in (kinds.Fraction, kinds.Parameters, kinds.Bytes, kinds.Duration):
         return str
     if kind == kinds.Location:
         return Place()

@@ -91,7 +91,7 @@ class StageLines:
         self.bars = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
             console=out,

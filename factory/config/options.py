@@ -25,6 +25,7 @@ BYTES = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", start=1)
     for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
+SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 MAX_AMOUNT = 10**18
 LAYERS_HINT = "`layers=3,7,21-24` drops six layers, counted from 0"
 
@@ -143,6 +144,17 @@ def read_bytes(value: Any) -> Any:
     )
 
 
+def read_duration(value: Any) -> Any:
+    """Read a duration with its unit, the value of `budget`, as seconds: "30min", "2h", "90 s"."""
+    if type(value) is not str:
+        return value  # pydantic refuses the type
+    match = re.fullmatch(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(s|m|min|h|d)\s*", value)
+    seconds = int(float(match[1]) * SECONDS[match[2]]) if match else 0
+    if seconds < 1:
+        raise UsageError(f"`budget={value[:60]}` is not a duration", hint="`budget=30min`, 2h or 1d")
+    return seconds
+
+
 def _amount(value: Any, option: str, units: Mapping[str, int], *, hint: str) -> Any:
     if type(value) not in (str, int, float):
         return value  # pydantic refuses the type
@@ -170,6 +182,7 @@ Between = Annotated[float, Gt(0), Lt(1)]
 Fraction = Annotated[Between, Reads(read_fraction, Between)]
 Parameters = Annotated[Annotated[int, Ge(1)], Reads(read_parameters, str | int)]
 Bytes = Annotated[Annotated[int, Ge(1)], Reads(read_bytes, str | int)]
+Duration = Annotated[Annotated[int, Ge(1)], Reads(read_duration, str)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]
 One = Annotated[int, Ge(1), Le(MAX_COUNT)]
 Two = Annotated[int, Ge(2), Le(MAX_COUNT)]

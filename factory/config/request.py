@@ -23,6 +23,7 @@ from factory.config.options import (
     RENTING,
     RUNNING,
     Bytes,
+    Duration,
     Eight,
     Fraction,
     Fractions,
@@ -408,6 +409,9 @@ class BuildRequest(Evaluating):
         repeats=True)] = None
     out: Annotated[Location | None, Option(
         "Folder for the build", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True)] = None
+    budget: Annotated[Duration | None, Option(
+        "Time for the build: fewer steps, documents and samples, by the estimate", RUNNING,
+        default="as many as are usual", sets=("budget",), metavar="30min")] = None
     report_to: Annotated[Tracker | None, Option(
         "Experiment tracker for healing", RUNNING, default="trackio, if installed")] = None
     rerun: Annotated[Names, Option(
@@ -418,7 +422,7 @@ class BuildRequest(Evaluating):
         """Check as the base class does, and which options exclude or need each other."""
         super().check()
         self._check_cut()
-        for one, other in (("no_heal", "require_healing"), ("on", "state"), ("on", "home")):
+        for one, other in (("no_heal", "require_healing"), ("on", "state"), ("on", "home"), ("on", "budget")):
             if getattr(self, one) and getattr(self, other):
                 raise UsageError(f"`{other}` cannot be combined with `{one}`", hint="remove one of them")
         for name, needed in (("public", "push_to"), ("timeout", "on"), ("detach", "on"), ("upload", "on")):

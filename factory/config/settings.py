@@ -98,6 +98,7 @@ class BuildConfig(Settings):
     reference: str  # as typed: alias, repo[@revision] or folder
     drop: float = Field(gt=0, lt=1)
     size: SizeGoal | None = None  # from which `drop` follows
+    budget: int | None = None  # seconds that the build was to take, from which amounts follow
     seed: int = Field(default=0, ge=0, lt=2**32)
     heal_enabled: bool = True
     merge_base: Literal["auto", "bf16", "nf4"] = "auto"  # weights that the adapter is added to
@@ -209,9 +210,7 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
     for path, value in asked.items():
         section, _, name = path.rpartition(".")
         (fields[section] if section else fields)[name] = value
-    steps, warmup = fields["heal"]["num_steps"], fields["heal"]["warmup_steps"]
-    if steps < 2 * warmup:  # the peak rate must be reached even with fewer steps than the recipe's
-        fields["heal"]["warmup_steps"] = max(steps // 10, min(warmup, 1))
+    fields["heal"]["warmup_steps"] = warmup_for(fields["heal"]["num_steps"], fields["heal"]["warmup_steps"])
     config = BuildConfig.model_validate({"reference": request.model, **fields})
     if config.merge_base == "nf4" and config.heal_enabled and config.heal.bits == 16:
         raise UsageError(
@@ -219,6 +218,11 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
             hint="add `heal_bits=4` to heal over NF4, or remove `merge_base`",
         )
     return config
+
+
+def warmup_for(num_steps: int, usual: int) -> int:
+    """Return the steps of warm-up, so that the peak rate is reached even with fewer steps than usual."""
+    return usual if num_steps >= 2 * usual else max(num_steps // 10, min(usual, 1))
 
 
 def _refuse_settings_of_another_objective(asked: Mapping[str, Any], chosen: Objective) -> None:

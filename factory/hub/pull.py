@@ -71,6 +71,19 @@ def pull(source: Source, *, progress: Progress | None = None) -> Source:
     return source.model_copy(update={"folder": folder})
 
 
+def tokenizer_folder(source: Source) -> Path | None:
+    """Return a folder with a source's configuration and tokenizer; on the Hub, only these are downloaded.
+
+    None for an adapter, whose tokenizer is not beside a configuration until it is merged.
+
+    Raises:
+        HubError: As for `pull`.
+    """
+    if source.repo_id is None or source.folder is not None:
+        return source.folder
+    return _fetched(source.repo_id, commit=source.commit, needed=lambda sizes: needed_files(sizes, ()))
+
+
 def _needed_of_adapter(sizes: Mapping[str, int]) -> set[str]:
     return needed_of_adapter(sizes) | ({README} & sizes.keys())
 

@@ -401,8 +401,9 @@ def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:
             check_names(sizes, where=repo_id)
             weights = weight_files(repo_id, commit=commit, names=sizes)
             allowed = sorted(needed_files(sizes, weights, code=code))
-        return Path(
+        folder = Path(
             snapshot_download(repo_id, revision=commit, allow_patterns=allowed, local_files_only=True)
         )
+        return folder if all((folder / name).is_file() for name in allowed) else None
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         return None

@@ -19,7 +19,7 @@ from factory.pipeline.build import STAGES
 from factory.pipeline.prepare import Settled, check_weights_load, open_inputs, settle_all
 from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter
-from factory.pipeline.texts import check_texts, known_lengths
+from factory.pipeline.texts import check_rendering, check_texts, known_lengths
 from factory.text.text import Texts, text_identity
 from factory.units import duration
 
@@ -113,6 +113,7 @@ def _checked(
                 )
             for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
                 reporter.note(message)
+            check_rendering(one.source, texts)
             identities.append(_identity(one, texts))
             check_weights_load(one.source, config, STAGES)
             shown = preview(
@@ -134,7 +135,8 @@ def _identity(settled: Settled, texts: Texts) -> str:
     config, push_to = settled.config, settled.request.push_to
     used = [texts.calibration, *texts.evaluations, *([texts.healing] if config.has_adapter else [])]
     made_by = config.model_dump(
-        mode="json", exclude={"reference", "size", *(() if config.has_adapter else ("heal", "merge_base"))}
+        mode="json",
+        exclude={"reference", "size", "budget", *(() if config.has_adapter else ("heal", "merge_base"))},
     )
     for part in ("measure", "heal", "evaluate"):
         made_by.get(part, {}).pop("data", None)

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -26,14 +26,25 @@ from factory.config.tracking import Tracking, choose_tracker
 from factory.errors import UsageError
 from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket
+from factory.pipeline.build import STAGES as STAGE_NAMES
 from factory.pipeline.build import pending
-from factory.pipeline.preview import Preview, preview
+from factory.pipeline.preview import LEAST, Preview, preview, scaled, share_within, this_machine
 from factory.pipeline.run import Reporter, Run
-from factory.pipeline.texts import check_kinds, check_texts, known_lengths, open_texts, reads_text
+from factory.pipeline.texts import (
+    check_kinds,
+    check_rendering,
+    check_texts,
+    known_lengths,
+    open_texts,
+    reads_text,
+)
 from factory.pruning.sizes import find_goal
+from factory.store.files import write_atomically
+from factory.store.locks import writing
 from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
 from factory.store.store import Store, default_home
 from factory.text.text import Texts
+from factory.units import duration
 
 
 @dataclass(frozen=True)
@@ -265,8 +276,6 @@ def _check_stages(names: Sequence[str]) -> None:
 
 def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     """Settle a request to reproduce a finished build."""
-    from dataclasses import replace
-
     found = read_build(request.reference)
     again = replace(request, model=source_reference(found))
     source = resolve_source(again, reporter, base=base_reference(found))
@@ -309,6 +318,9 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     store = Store(home, _bucket(request, reporter, dry_run=dry_run))
     check_backend(config.evaluate)
     texts, note = open_inputs(settled)
+    if request.budget:
+        settled = _within_budget(settled, texts, home=home, reporter=reporter, dry_run=dry_run)
+        config = settled.config
     for message in texts.remarks:
         reporter.note(message)
     run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
@@ -319,6 +331,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     if reads_text(left):
         for message in check_texts(texts):
             reporter.note(message)
+        check_rendering(source, texts)
     if note and HEAL.name in left:
         reporter.note(note)
     if left or request.processes:
@@ -353,6 +366,52 @@ def open_inputs(settled: Settled) -> tuple[Texts, str | None]:
     return texts, note
 
 
+def _within_budget(
+    settled: Settled, texts: Texts, *, home: Path, reporter: Reporter, dry_run: bool
+) -> Settled:
+    """Reduce the work to what the estimate says is within the budget.
+
+    The pace that is measured differs from run to run, so what follows from it is kept: the same command
+    goes on with the same settings.
+    """
+    from factory.parallel.launch import num_processes
+
+    request, source, config = settled.request, settled.source, settled.config
+    asked = [source.commit, config.model_dump(mode="json", exclude={"size"})]
+    name = hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]
+    path = home / "budgets" / f"{name}.json"
+    kept = [option for option in LEAST if getattr(request, option) is not None]
+    share = _kept_share(path)
+    if share is None:
+        processes = num_processes(request.processes)
+        share = share_within(
+            source,
+            config,
+            budget=request.budget or 0,
+            machine=this_machine(source, processes=processes, works=True),
+            pending=STAGE_NAMES,
+            kept=kept,
+            **known_lengths(texts, STAGE_NAMES),
+        )
+        if not dry_run:
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, f"{share!r}\n")
+    reporter.note(
+        f"`budget` of {duration(request.budget or 0)}: "
+        + ("the usual amounts are within it" if share == 1 else f"{share:.2%} of the usual amounts")
+    )
+    return replace(settled, config=scaled(config, share, kept=kept))
+
+
+def _kept_share(path: Path) -> float | None:
+    try:
+        share = float(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return share if 0 <= share <= 1 else None
+
+
 def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str]) -> None:
     """Check, from headers alone, that the weights are complete and that transformers can load them here."""
     if PRUNE.name in stages:
@@ -383,7 +442,11 @@ def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> Stag
 def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
     """Return where the build is tracked, under a unique name, since folder names may repeat."""
     out = settled.out.absolute()
-    decides = [str(out), settled.source.commit, settled.config.model_dump(mode="json", exclude={"size"})]
+    decides = [
+        str(out),
+        settled.source.commit,
+        settled.config.model_dump(mode="json", exclude={"size", "budget"}),
+    ]
     suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
     return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs", reporter.note)

@@ -1,13 +1,16 @@
 """Preview what a build will do and need, before any heavy work."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from factory.artifacts import Source
 from factory.config.objectives import OBJECTIVES
-from factory.config.settings import BuildConfig, num_dropped
+from factory.config.settings import BuildConfig, num_dropped, warmup_for
+from factory.errors import UsageError
 from factory.hub.pull import cache_demand
 from factory.pipeline.requirements import (
     Needs,
@@ -22,6 +25,7 @@ from factory.pipeline.requirements import (
 from factory.store.capacity import Demand, check_room, demands
 from factory.store.locks import HOME
 from factory.text.overlap import Contents
+from factory.units import duration
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a model and opening the text
@@ -36,6 +40,9 @@ TASK_SIZES = {
 }
 OTHER_TASK = (8_000, 120)
 BYTES_PER_TOKEN = 4.0  # of UTF-8 text, roughly: 4.4 for English, 3 for Chinese and for code
+PROBE_SECONDS = 0.3  # a busy machine lets no single product of a tiny model through undisturbed
+# Of a budget's settings: fewer say nothing.
+LEAST = {"samples": 64, "heal_steps": 20, "eval_documents": 16, "limit": 20}
 MAX_WIDTH = 8192  # of the test product: wider ones run no faster and fill memory
 
 
@@ -107,7 +114,7 @@ def preview(
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     is_here = machine is None
-    machine = machine or _this_machine(source, processes=processes, works=bool(pending))
+    machine = machine or this_machine(source, processes=processes, works=bool(pending))
     device = machine.device
     needed = needs(
         source,
@@ -168,6 +175,86 @@ def preview(
         if needed.gpu and machine.memory_bytes:
             check_healing(source, config, gpu_total=machine.memory_bytes * sharers)
     return result
+
+
+def scaled(config: BuildConfig, share: float, *, kept: Collection[str] = ()) -> BuildConfig:
+    """Return settings for a share of the usual work, but no less than `LEAST`.
+
+    Args:
+        share: In (0, 1].
+        kept: Options that were given, and stay as they are.
+    """
+    if share == 1:
+        return config
+    measure, heal, evaluate = config.measure, config.heal, config.evaluate
+
+    def part(name: str, usual: int) -> int:
+        return usual if name in kept else max(int(share * usual), min(LEAST[name], usual))
+
+    changes: dict[str, Any] = {}
+    if measure.num_samples is None:
+        most = part("samples", measure.max_samples)
+        changes["measure"] = measure.model_copy(update={"max_samples": most})
+    else:
+        changes["measure"] = measure.model_copy(update={"num_samples": part("samples", measure.num_samples)})
+    steps = part("heal_steps", heal.num_steps)
+    warmup = warmup_for(steps, heal.warmup_steps)
+    changes["heal"] = heal.model_copy(update={"num_steps": steps, "warmup_steps": warmup})
+    largest = max((TASK_SIZES.get(task, OTHER_TASK)[0] for task in evaluate.tasks), default=0)
+    limit = part("limit", evaluate.limit or max(largest // 4, 1)) if evaluate.tasks else None
+    documents = part("eval_documents", evaluate.num_documents)
+    changes["evaluate"] = evaluate.model_copy(update={"num_documents": documents, "limit": limit})
+    if "limit" in kept:
+        changes["evaluate"] = changes["evaluate"].model_copy(update={"limit": evaluate.limit})
+    return config.model_copy(update=changes)
+
+
+def share_within(
+    source: Source,
+    config: BuildConfig,
+    *,
+    budget: float,
+    machine: Machine,
+    pending: Sequence[str],
+    kept: Collection[str] = (),
+    calibration: Contents | None = None,
+    evaluations: Sequence[Contents] = (),
+) -> float:
+    """Return the largest share of the usual work whose estimate is within a budget, for `scaled`.
+
+    Args:
+        budget: Seconds.
+
+    Raises:
+        UsageError: Not even the least work is.
+    """
+    n = num_dropped(config.drop, source.num_layers)
+    after = source.num_parameters - n * sum(source.layer_parameters) // source.num_layers
+
+    def seconds(share: float) -> float:
+        return _seconds(
+            scaled(config, share, kept=kept),
+            pending,
+            before=source.num_parameters,
+            after=after,
+            machine=machine,
+            calibration=calibration,
+            evaluations=evaluations,
+        )
+
+    if seconds(1) <= budget:
+        return 1
+    least = seconds(0)
+    if least > budget:
+        raise UsageError(
+            f"`budget` of {duration(budget)}: even the least work takes about {duration(least)} here",
+            hint=f"give `budget={math.ceil(least / 60)}min`, or a shorter `sequence_length` or fewer `tasks`",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if seconds(middle) <= budget else (low, middle)
+    return low
 
 
 def _copies(size_bytes: int, *, home: Path, out: Path | None) -> list[tuple[Path, str, int]]:
@@ -245,7 +332,8 @@ def _seconds(
     return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
 
 
-def _this_machine(source: Source, *, processes: int, works: bool) -> Machine:
+def this_machine(source: Source, *, processes: int, works: bool) -> Machine:
+    """Return this machine, with its pace as measured if there is work."""
     device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
     if processes > 1:
         rate *= 1 if _is_cpu(device) else processes  # processes on a CPU share its cores
@@ -265,8 +353,9 @@ def _measured(source: Source) -> tuple[str, int, float]:
     rows = 512 if device.type == "cpu" else 4096
     left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))
     right = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(device))
-    times = []
-    for _ in range(30):  # the best of many: others may be using the machine
+    times: list[float] = []
+    end = time.perf_counter() + PROBE_SECONDS
+    while len(times) < 30 or time.perf_counter() < end:  # the best of many: others may use the machine
         start = time.perf_counter()
         (left @ right).sum().item()
         times.append(time.perf_counter() - start)

@@ -98,6 +98,25 @@ def check_kinds(source: Source, texts: Texts) -> str | None:
     return None
 
 
+def check_rendering(source: Source, texts: Texts) -> None:
+    """Render the first conversations of each text by the source's chat template, before weights are here.
+
+    Raises:
+        DataError: The chat template fails.
+        ModelError: The tokenizer cannot be loaded, or the embedding lacks a token.
+    """
+    chats = [text for text in texts.whole if text.data.is_chat]
+    if not chats:
+        return
+    from factory.hub.pull import tokenizer_folder
+    from factory.model.tokenizer import load_encoder
+
+    if folder := tokenizer_folder(source):
+        encoder = load_encoder(folder)
+        for text in chats:
+            encoder.encode(list(islice(text.documents(), FEW)))
+
+
 def check_tokens(source: Source, texts: Texts, config: BuildConfig, *, note: Callable[[str], None]) -> None:
     """Refuse local texts with a token that the source's embedding lacks; Hub data fails when it is read.
 

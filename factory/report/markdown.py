@@ -80,8 +80,8 @@ def row(cells: Sequence[str]) -> Markup:
 
 
 def _unbroken(cell: str) -> str:
-    """Put no-break spaces around ±, before × and %, and within an interval."""
-    cell = re.sub(r" (?=[±×%])|(?<=±) ", NO_BREAK, cell)
+    """Put no-break spaces around ±, before ×, and within an interval."""
+    cell = re.sub(r" (?=[±×])|(?<=±) ", NO_BREAK, cell)
     return re.sub(r"\([+−]?[\d.]+ to [+−]?[\d.]+\)", lambda found: found[0].replace(" ", NO_BREAK), cell)
 
 
@@ -111,8 +111,8 @@ def with_error(value: float, stderr: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share in percent: 0.785 → "79 %"."""
-    return f"{100 * share:.0f} %"
+    """Format a share in percent: 0.785 → "79%"."""
+    return f"{100 * share:.0f}%"
 
 
 def origin_name(origin: Origin) -> Markup:
@@ -149,6 +149,6 @@ def ratio(after: float, before: float) -> str:
 
 
 def rate(tokens_per_second: float, spread: float) -> str:
-    """Format tokens per second with its relative spread: "2,210 ± 2 %"."""
+    """Format tokens per second with its relative spread: "2,210 ± 2%"."""
     digits = 0 if tokens_per_second >= 100 else 1
-    return f"{tokens_per_second:,.{digits}f} ± {100 * spread:.0f} %"
+    return f"{tokens_per_second:,.{digits}f} ± {100 * spread:.0f}%"

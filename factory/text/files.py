@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from factory.artifacts import DataSource
 from factory.config.references import DATA_NOTATION, DEFAULT_COLUMN, check_files, data_files, data_format
 from factory.errors import DataError
 from factory.store.files import sha256_of_file
-from factory.text.records import CHAT, NULL, STRING, choose_column, document_of, is_chat_type, kind_of
+from factory.text.records import CHAT, NAMES, NULL, STRING, choose_column, document_of, is_chat_type, kind_of
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 BEGINNING = 2**20  # characters in which the separator must occur; otherwise blank lines separate
@@ -29,6 +30,8 @@ SHOWING = 100  # rows that show what a column holds, if the first ones hold noth
 OTHER_SEPARATORS = frozenset(";\t|")  # of files that are called CSV nevertheless
 ANSWER_HINT = 'an answer is a message with the role "assistant", or from "gpt"'
 MISSING = object()
+NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?%?", re.IGNORECASE)
+NUMBERS = "numbers"  # kind of a column
 ROW_HINT = 'write one {"text": …} or {"messages": […]} per line'
 Read = partial[Iterator[str | None]]  # pickled for other processes
 
@@ -85,9 +88,13 @@ def _read(path: Path, column: str, is_chat: bool) -> Iterator[str | None]:
         yield row
     if empty and is_chat and number:
         raise DataError(f"{path} contains no answer in {number:,} conversations", hint=ANSWER_HINT)
+    if empty and number:
+        raise DataError(
+            f"{path} contains no text: its {number:,} rows are empty",
+            hint=f"column {column!r} is blank in every row: name another, {path}#COLUMN, or fill it",
+        )
     if empty:
-        rows_without = f": its {number:,} rows are empty" if number else ""
-        raise DataError(f"{path} contains no text{rows_without}", hint=f"give {DATA_NOTATION}")
+        raise DataError(f"{path} contains no text", hint=f"give {DATA_NOTATION}")
 
 
 def _documents(files: Sequence[Path], column: str, is_chat: bool) -> Iterator[str | None]:
@@ -147,13 +154,19 @@ def _kinds(path: Path) -> dict[str, str]:
 
             return {field.name: _kind_of_type(field.type) for field in parquet.ParquetFile(path).schema_arrow}
         kinds: dict[str, str] = {}
-        for _, row in islice(_rows(path), SHOWING):
+        rows = [row for _, row in islice(_rows(path), SHOWING)]
+        for row in rows:
             kinds |= {name: kind_of(row[name]) for name in row if kinds.get(name, NULL) == NULL}
-            if NULL not in kinds.values():
-                break
+        if data_format(path.name).startswith(".csv"):  # whose cells are all texts
+            kinds |= dict.fromkeys(filter(lambda name: _are_numbers(rows, name), kinds), NUMBERS)
     if kinds.get(DEFAULT_COLUMN) == NULL:
         kinds[DEFAULT_COLUMN] = STRING
     return kinds
+
+
+def _are_numbers(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    cells = [row[column].strip() for row in rows if isinstance(row.get(column), str) and row[column].strip()]
+    return bool(cells) and all(map(NUMBER.fullmatch, cells))
 
 
 def _kind_of_type(kind: Any) -> str:
@@ -190,12 +203,47 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _csv_rows(file, path)
             return
         first = next((line for line in file if line.strip()), "") if not kind.startswith(".jsonl") else ""
+        if first.lstrip().startswith("{"):
+            following = []
+            for line in file:
+                following.append(line)
+                if line.strip():
+                    break
+            if not (following and following[-1].strip() and _is_json(first)):
+                following += file
+                _refuse_one_object("".join([first, *following]), path)
+            yield from _lines(chain([first], following, file), path)
+            return
         if first.lstrip().startswith("["):
             items = _parsed(first + file.read(), place=str(path))
             for number, item in enumerate(items, start=1):
                 yield f"item {number}", _row(item, repr(item), place=f"{path}, item {number}")
             return
         yield from _lines(chain([first], file) if first else file, path)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse_one_object(text: str, path: Path) -> None:
+    """Refuse a file that is one JSON object, unless that is a row on a line of its own."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # the lines will say what is wrong
+    lists = [key for key, part in value.items() if kind_of(part) == NAMES[list] and _is_rows(part)]
+    if lists or "\n" in text.strip():
+        hint = f"write only what is under {lists[0][:60]!r}" if lists else "write an array of objects"
+        raise DataError(f"{path} holds one object, not rows", hint=f"{hint}: [{{…}}, {{…}}]")
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _csv_rows(file: IO[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -231,7 +279,9 @@ def _parsed(text: str, *, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {text.strip()[:60]!r}", hint=ROW_HINT) from error
+        broken = text.strip().endswith(("{", "[", ","))
+        hint = f"an object must be on one line: {ROW_HINT}" if broken else ROW_HINT
+        raise DataError(f"{place}: not JSON: {text.strip()[:60]!r}", hint=hint) from error
 
 
 def _row(value: Any, written: str, *, place: str) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ NAMES = {
     float: "a number",
     bool: "a truth",
 }
-ROLES = {"human": "user", "gpt": ASSISTANT}  # ShareGPT's
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "bing", "chatgpt", "bard"), ASSISTANT)  # ShareGPT's
 
 
 def choose_column(

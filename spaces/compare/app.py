@@ -204,7 +204,7 @@ def introduction(pair: Sequence[Model]) -> str:
     less = 1 - pruned.num_parameters / source.num_parameters
     return (
         f"# {source.name} and {pruned.name}\n"
-        f"The second is the first without some of its layers: {less * 100:.0f} % fewer parameters. "
+        f"The second is the first without some of its layers: {less * 100:.0f}% fewer parameters. "
         "Both write at the same time on one device, so each is slower here than alone."
     )
 

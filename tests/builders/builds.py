@@ -563,6 +563,12 @@ def sized(**goal: Any) -> Build:
     return build.model_copy(update={"config": build.config | {"size": found.model_dump()}})
 
 
+def within_budget(seconds: int) -> Build:
+    """A build whose amounts of work follow from a time."""
+    build = unhealed()
+    return build.model_copy(update={"config": build.config | {"budget": seconds}})
+
+
 def with_a_full_card() -> Build:
     build = demo_healed()
     fields = {

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from factory.artifacts import Build, DataSource
+from factory.artifacts import Build, DataSource, Share
 from factory.builds.reproduce import check_same_texts, comparison, same_settings
 from factory.errors import DataError
 from factory.text.text import NOTHING, Text, Texts
 from tests.builders.builds import a_build, demo_healed
 from tests.builders.commands import HEAVY, QUICK
-from tests.builders.models import save_llama
+from tests.builders.models import save_llama, save_lora
 from tests.builders.texts import rhymes
 from tests.forks import Ended, Forks
 from tests.loopback_hub import Hub
@@ -91,6 +91,43 @@ def test_a_build_folder_can_be_repeated_too(world: Hub, commands: Forks, folder:
     done = run(commands, folder, *words)
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["reproduced"] == "the same weights as builds/tiny-drop40, byte for byte"
+
+
+def test_a_build_of_an_adapter_is_repeated_on_the_base_as_it_was(
+    world: Hub, commands: Forks, folder: Path
+) -> None:
+    base = save_llama(folder / "base", num_layers=6)
+    adapter = save_lora(folder / "adapter", base)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "acme/base"}))
+    commits = [world.put_model("acme/tuned", adapter), world.put_model("acme/base", base)]
+    made = run(commands, folder, "build", "acme/tuned", *QUICK, "--push-to", "alice/cut")
+    assert made.code == 0, made.stderr
+    assert "✓ assemble" in made.stdout
+    lineage = Build.read(folder / "builds" / "tuned-drop40").source.lineage
+    assert lineage
+    assert [lineage.adapter.commit, lineage.base.commit] == commits
+    assert "base_model: acme/tuned" in world.files("alice/cut")["README.md"].decode()
+    world.put_model("acme/base", save_llama(folder / "moved", num_layers=6, seed=1))
+    files = ["--calibration-data", "measured.jsonl", "--eval-data", "evaluated.jsonl"]
+    again = run(commands, folder, "build", "alice/cut", "--reproduce", "--dry-run", *files)
+    assert again.code == 0, again.stderr
+    assert "every stage is finished" in again.stdout
+
+
+def test_a_mix_is_repeated_with_its_shares_and_its_data_sets_pinned() -> None:
+    build = demo_healed()
+    hub = DataSource(name="acme/rhymes", version="a0" * 20, hub_id="acme/rhymes", split="train")
+    file = DataSource(name="own.jsonl", version="b0" * 32)
+    parts = (Share(data=hub, share=2), Share(data=file, share=0.5))
+    data = DataSource(name="acme/rhymes*2 + own.jsonl*0.5", version="c0" * 32, mixed=parts)
+    assert build.adapter
+    build = build.model_copy(update={"adapter": build.adapter.model_copy(update={"data": data})})
+    files = {"measure": (), "heal": ("mine.jsonl",), "evaluate": ()}
+    config = same_settings(build, files=files, tasks=())
+    assert config.heal.data == (f"acme/rhymes@{'a0' * 20}*2", "mine.jsonl*0.5")
+    with pytest.raises(DataError, match=r"own\.jsonl .* only its author has"):
+        same_settings(build, files=files | {"heal": ()}, tasks=())
 
 
 def test_what_would_make_it_another_build_is_refused(world: Hub, commands: Forks, folder: Path) -> None:

@@ -96,19 +96,21 @@ def submitted(commands: Forks, folder: Path, *more: str) -> Ended:
     return done
 
 
-def test_a_pattern_of_files_and_a_column_go_with_the_job(tmp_path: Path) -> None:
+def test_a_pattern_of_files_a_column_and_a_share_go_with_the_job(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv", "c.txt"):
         (tmp_path / name).write_text("body,title\nx,y\n")
     request = BuildRequest.read(
         {
             "model": "acme/tiny",
             "drop": 0.4,
-            "heal_data": f"{tmp_path}/*.csv#body",
+            "heal_data": [f"{tmp_path}/*.csv#body*2", "acme/chats*0.5"],
             "eval_data": [f"{tmp_path}/a.csv#title", "acme/text[test]#body"],
         }
     )
     (build,), files = carried([request], upload=True, bucket=BUCKET)
-    folder = build["heal-data"][0].removeprefix(f"{MOUNT}/").removesuffix("/*.csv#body")
+    mine, theirs = build["heal-data"]
+    assert theirs == "acme/chats*0.5"
+    folder = mine.removeprefix(f"{MOUNT}/").removesuffix("/*.csv#body*2")
     assert {f"{folder}/a.csv", f"{folder}/b.csv"} < set(files)
     (alone,) = set(files) - {f"{folder}/a.csv", f"{folder}/b.csv"}
     assert build["eval-data"] == [f"{MOUNT}/{alone}#title", "acme/text[test]#body"]

@@ -1,5 +1,6 @@
 """The preview says the right numbers, and refuses a build that cannot fit the disk."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,16 +9,30 @@ from typing import Any
 import pytest
 
 from benchmarks.needs import measured, rows
+from factory.api.progress import Bars
 from factory.artifacts import Source
-from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.errors import DiskSpaceError, DropError, MachineError
+from factory.config.options import read_duration
+from factory.config.request import BuildRequest
+from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings, settle
+from factory.errors import DiskSpaceError, DropError, MachineError, UsageError
 from factory.hub import pull
 from factory.model.devices import training_processes
 from factory.pipeline.build import STAGES
-from factory.pipeline.preview import BYTES_PER_TOKEN, STAGE_SECONDS, START_SECONDS, Machine, preview
+from factory.pipeline.prepare import prepare
+from factory.pipeline.preview import (
+    BYTES_PER_TOKEN,
+    STAGE_SECONDS,
+    START_SECONDS,
+    Machine,
+    preview,
+    scaled,
+    share_within,
+)
 from factory.pipeline.requirements import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
 from factory.store.capacity import demands
 from factory.text.overlap import NONE, Contents
+from tests.builders.models import save_llama
+from tests.builders.texts import rhymes
 
 SOURCE = Source(
     name="m",
@@ -53,6 +68,71 @@ def test_work_that_is_left_needs_disk_memory_and_time(tmp_path: Path) -> None:
     assert everything.memory_needed == everything.host_needed > (1_200 + 900) * 4
     assert everything.seconds > nearly_done.seconds > 0
     assert everything.device.startswith("CPU")
+
+
+PACE = Machine("CPU", 0, 1e6)  # FLOP/s that make the usual amounts take days
+USUAL = BuildConfig(reference="m", drop=0.3, evaluate=EvaluateSettings(tasks=("boolq",)))
+
+
+def estimated(config: BuildConfig, home: Path) -> float:
+    shown: Any = preview(SOURCE, config, pending=STAGES, home=home, machine=ROOMY)
+    return float(shown.seconds)
+
+
+ROOMY = Machine("CPU", 0, 1e6, disk_bytes=10**12)
+
+
+@pytest.mark.parametrize("minutes", [70, 300, 2_000])
+def test_a_budget_is_met_by_the_estimate_and_used(tmp_path: Path, minutes: int) -> None:
+    budget = 60 * minutes
+    assert estimated(USUAL, tmp_path) > budget
+    share = share_within(SOURCE, USUAL, budget=budget, machine=PACE, pending=STAGES)
+    assert 0.9 * budget < estimated(scaled(USUAL, share), tmp_path) <= budget
+
+
+def test_a_budget_leaves_alone_what_is_within_it_and_what_was_given(tmp_path: Path) -> None:
+    assert share_within(SOURCE, USUAL, budget=10**9, machine=PACE, pending=STAGES) == 1
+    assert scaled(USUAL, 1) == USUAL
+    less = scaled(USUAL, 0.01, kept=["heal_steps", "limit"])
+    assert (less.heal.num_steps, less.evaluate.limit) == (USUAL.heal.num_steps, None)
+    assert (less.evaluate.num_documents, less.measure.max_samples) == (16, 64)
+    assert scaled(USUAL, 0.001).heal.warmup_steps == 2  # of 20
+
+
+def test_a_budget_below_the_least_work_is_refused_with_one_that_is_enough() -> None:
+    with pytest.raises(UsageError, match="even the least work takes about") as refused:
+        share_within(SOURCE, USUAL, budget=60, machine=PACE, pending=STAGES)
+    enough = read_duration(refused.value.hint.partition("`budget=")[2].partition("`")[0])
+    assert share_within(SOURCE, USUAL, budget=enough, machine=PACE, pending=STAGES) < 0.01
+
+
+@pytest.mark.parametrize("typed", ["30", "half an hour", "-3h", "0min", "1e3s", "nan h"])
+def test_a_budget_that_is_no_duration_is_refused(typed: str) -> None:
+    with pytest.raises(UsageError, match="is not a duration"):
+        BuildRequest.read({"model": "owner/name", "drop": 0.3, "budget": typed})
+
+
+def test_the_same_command_goes_on_with_the_amounts_that_were_found_first(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": rhyme}) + "\n" for rhyme in rhymes(40)))
+    asked = {
+        "model": str(save_llama(tmp_path / "tiny")),
+        "drop": 0.3,
+        "home": str(tmp_path / "home"),
+        "budget": "20h",
+        "report_to": "none",
+        **dict.fromkeys(("heal_data", "calibration_data", "eval_data"), str(text)),
+    }
+    request = BuildRequest.read(asked)
+    prepare([request], Bars(), dry_run=True)
+    assert not (tmp_path / "home").exists()
+    prepare([request], Bars())
+    (kept,) = (tmp_path / "home" / "budgets").iterdir()
+    kept.write_text("0.25\n")
+    (again,) = prepare([request], Bars())
+    usual = settle(request, again.settled.source)
+    assert again.settled.config.heal.num_steps == usual.heal.num_steps // 4
+    assert again.settled.config.budget == 20 * 3600
 
 
 def test_a_model_that_is_not_here_yet_has_to_be_downloaded(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from factory.api.progress import Bars
+from factory.config.request import BuildRequest
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
 from factory.errors import DataError, UsageError
 from factory.hub.resolve import resolve
 from factory.model.tokenizer import load_tokenizer
-from factory.pipeline.prepare import check_question_form
+from factory.pipeline.prepare import check_question_form, prepare
 from factory.pipeline.texts import SPLITS, check_kinds, check_tokens, open_texts, split_otherwise
 from factory.resources import DEMO_MODEL
 from factory.text.text import Texts, text_identity
@@ -84,6 +86,16 @@ def test_a_template_that_fails_is_found_before_the_work(folder: Path) -> None:
     check_tokens(source, opened(folder, healing="chat"), config, note=pytest.fail)
     with pytest.raises(DataError, match="no role critic"):
         check_tokens(source, opened(folder, healing="odd"), config, note=pytest.fail)
+
+
+def test_a_dry_run_renders_the_first_conversations(folder: Path) -> None:
+    save_llama(folder / "tiny", num_layers=4)
+    (folder / "tiny" / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    texts = dict.fromkeys(("heal_data", "calibration_data", "eval_data"), f"{folder}/chat.jsonl")
+    asked = {"model": str(folder / "tiny"), "drop": 0.5, "home": str(folder / "home"), **texts}
+    with pytest.raises(DataError, match="not today"):
+        prepare([BuildRequest.read(asked)], Bars(), dry_run=True)
+    assert not (folder / "home").exists()
 
 
 def test_conversations_without_an_answer_in_a_sequence_are_counted(folder: Path) -> None:

@@ -48,6 +48,7 @@ from tests.builders.builds import (
     sized,
     unhealed,
     with_a_full_card,
+    within_budget,
     without_measurable_loss,
 )
 from tests.loopback_hub import Hub
@@ -174,6 +175,7 @@ def test_a_renamed_name_anywhere_in_the_template_stops_the_rendering(
     others.append(partial(render, with_a_full_card(), has_healing_figure=False))
     others.append(partial(render, of_an_adapter(), has_healing_figure=False))
     others.append(partial(render, sized(target=6 * 10**9), has_healing_figure=False))
+    others.append(partial(render, within_budget(1800), has_healing_figure=False))
     for prose in ((3.9, 3.905, 3.91), (3.9, 6.1, 6.2), (3.9, 6.1, 3.5)):  # the same, harmed, better
         others.append(partial(render, on_two_texts(prose=prose), has_healing_figure=False))
     fitted = on_two_texts().model_copy(update={"adapter": fitted_seam(shipped="healed").adapter})
@@ -479,6 +481,12 @@ def test_the_size_that_was_asked_for_is_on_the_card_with_what_came_of_it() -> No
     assert "to fit in 16.0 GB with 8,192 tokens, 9 layers must go, which leaves at most 13.6 GB" in card
     assert "weights 10.6 GB, cache 1.0 GB, overhead 2.0 GB" in card
     assert "factory build mistral-7b --drop" in card
+
+
+def test_the_time_that_was_asked_for_is_on_the_card_and_not_in_its_command() -> None:
+    card = render(within_budget(1800), has_healing_figure=False)
+    assert "| time asked for | 30 min, to which the amounts of work were fitted by an estimate |" in card
+    assert "--budget" not in card
 
 
 def test_a_mix_is_on_the_card_with_the_share_and_version_of_each_text() -> None:

@@ -111,12 +111,12 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
     "a folder of shards": (
         {
             "d/b.jsonl": jsonl([{"text": "2"}]),
-            "d/a.csv": b"text\n1\n",
+            "d/a.csv": b"text\none\n",
             "d/c/x.txt": b"3",
             "d/README.rst": b"no",
         },
         "d",
-        ["1", "2", "3"],
+        ["one", "2", "3"],
     ),
     "hidden files": ({"d/.x.jsonl": b"{", "d/.c/a.txt": b"no", "d/a.txt": b"yes"}, "d", ["yes"]),
     "a pattern": (
@@ -128,7 +128,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
         "d/train-*.jsonl",
         ["0", "1"],
     ),
-    "a pattern and a column": ({"d/a.csv": b"a,b\n1,2\n"}, "d/*.csv#b", ["2"]),
+    "a pattern and a column": ({"d/a.csv": b"a,b\n1,two\n"}, "d/*.csv#b", ["two"]),
     "an empty shard among others": ({"d/a.txt": b"", "d/b.txt": b"x"}, "d", ["x"]),
     "paragraphs": ({"a.txt": b"one\nmore\n\n\ntwo\n"}, "a.txt", ["one\nmore", "two"]),
     "separators": (
@@ -137,6 +137,9 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
         ["one\n\nmore", "two"],
     ),
     "Markdown": ({"a.md": b"# Title\n\nText\n"}, "a.md", ["# Title\n\nText"]),
+    "one row": ({"a.json": b'{"text": "one"}\n'}, "a.json", ["one"]),
+    "rows after blank lines": ({"a.json": b'\n{"text": "one"}\n\n{"text": "two"}'}, "a.json", ["one", "two"]),
+    "a text beside numbers": ({"a.csv": b"id,body\n1,one\n2,2\n"}, "a.csv", ["one", "2"]),
     "compressed text": ({"a.TXT.gz": gzip.compress(b"one\n\ntwo")}, "a.TXT.gz", ["one", "two"]),
 }
 
@@ -159,6 +162,7 @@ def test_a_layout_gives_its_documents(
 
 
 CHATS = {
+    "ShareGPT, of Bing": jsonl([{"conversations": [SHAREGPT[0], {**SHAREGPT[1], "from": "bing"}]}]),
     "messages": jsonl([{"messages": CHAT, "source": "x"}]),
     "ShareGPT": jsonl([{"conversations": SHAREGPT, "id": "1"}]),
 }
@@ -188,13 +192,43 @@ def test_conversations_without_an_answer_are_skipped_and_counted(tmp_path: Path)
 
 ERRORS: dict[str, tuple[dict[str, bytes], str, str, str]] = {
     "an unknown column": (
-        {"a.csv": b"a,b\n1,2\n"},
+        {"a.csv": b"a,b\nx,y\n"},
         "a.csv#c",
         "has no column 'c'; it has a, b",
         "a.csv#a or ",
     ),
-    "no usual column": ({"a.csv": b"a,b\n1,2\n"}, "a.csv", "has no column 'text'; it has a, b", "a.csv#b"),
+    "no usual column": ({"a.csv": b"a,b\nx,y\n"}, "a.csv", "has no column 'text'; it has a, b", "a.csv#b"),
     "numbers": ({"a.jsonl": b'{"text": 1}\n'}, "a.jsonl", "holds a number in column 'text'", "use another"),
+    "numbers in a CSV file": (
+        {"a.csv": b"text\n1\n\n-2.5e3\n3,000\n".replace(b"3,000", b'"3,000"')},
+        "a.csv",
+        "holds numbers in column 'text'",
+        "use another",
+    ),
+    "one object on one line": (
+        {"a.json": json.dumps({"version": 1, "data": [{"text": "x"}]}).encode()},
+        "a.json",
+        "holds one object, not rows",
+        "only what is under 'data'",
+    ),
+    "one object over several lines": (
+        {"a.json": json.dumps({"text": "x"}, indent=1).encode()},
+        "a.json",
+        "holds one object, not rows",
+        "an array of objects",
+    ),
+    "lines of an object": (
+        {"a.jsonl": json.dumps({"text": "x"}, indent=1).encode()},
+        "a.jsonl",
+        "line 1: not JSON: '{'",
+        "an object must be on one line",
+    ),
+    "blank rows alone": (
+        {"a.jsonl": jsonl([{"text": " ", "body": "x"}] * 2)},
+        "a.jsonl",
+        "its 2 rows are empty",
+        "a.jsonl#COLUMN, or fill it",
+    ),
     "a column of a text": ({"a.txt": b"x"}, "a.txt#text", "has no columns", "a.txt"),
     "no such file": ({}, "a.jsonl", "does not exist", "give a .jsonl"),
     "a column without a name": ({"a.csv": b"text\nx\n"}, "a.csv#", "does not exist", "give a .jsonl"),
@@ -294,6 +328,7 @@ def test_division_by_document_holds_in_every_format(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], ending: str
 ) -> None:
     path = tmp_path_factory.mktemp("data") / f"a{ending}"
+    texts = ["word", *texts]  # numbers alone are refused in a CSV file
     path.write_bytes(texts_as(ending, [*texts]))
     config = BuildConfig(
         reference="m",
