@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from factory.artifacts import Build, Publication
 from factory.builds.publish import publish
-from factory.builds.space import check_loadable
+from factory.builds.space import TERMINAL, check_loadable
 from factory.errors import HubError, UsageError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import endpoint, hub_errors
@@ -93,7 +93,8 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
 
 def space_files(build: Build, publication: Publication) -> dict[str, bytes]:
     """Return the files of a Space: the comparison page, with a README that names the two models."""
-    files = {path.name: path.read_bytes() for path in sorted(SPACE.glob("[!.]*")) if path.is_file()}
+    paths = [path for path in sorted(SPACE.glob("[!.]*")) if path.is_file() and path.name != TERMINAL]
+    files = {path.name: path.read_bytes() for path in paths}
     _, front, body = files[README].decode().split("---\n", 2)
     fields = yaml.safe_load(front) | {
         "title": f"{build.source.name} and {publication.repo_id.split('/')[-1]}",

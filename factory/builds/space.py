@@ -21,6 +21,7 @@ from factory.hub.resolve import resolve
 from factory.resources import DEMO_MODEL, SPACE
 
 HOST = "127.0.0.1"
+TERMINAL = "terminal.py"  # which the Space does not need
 ENDING = ("SIGTERM", "SIGHUP")  # signals treated like Ctrl-C
 SECONDS_TO_END = 5  # before the page's process is killed
 
@@ -72,6 +73,36 @@ def serve(folder: Path, *, source: Path | None, port: int | None, ready: Callabl
         finally:
             if process:
                 _end(process)
+
+
+def talk(folder: Path, *, source: Path | None, max_tokens: int, temperature: float) -> None:
+    """Let the user talk to a build's two models in this terminal until the input ends.
+
+    Args:
+        folder: Build folder.
+        source: Folder of the source, for a build made from a folder.
+        max_tokens: The most tokens of an answer.
+        temperature: Of sampling; 0 takes the likeliest token.
+
+    Raises:
+        UsageError: The source's folder is missing or contains another model.
+        ModelError: The models need their own code, or cannot be loaded.
+        HubError: The source is not in the Hub's cache.
+    """
+    environment = {
+        **os.environ,
+        **pair_environment(folder, source=source),
+        "MAX_NEW_TOKENS": str(max_tokens),
+        "TEMPERATURE": str(temperature),
+        "HF_HUB_OFFLINE": "1",
+    }
+    with _handled(("SIGINT",), lambda _number, _frame: None):  # it stops an answer in the process of its own
+        done = subprocess.run([sys.executable, str(SPACE / TERMINAL)], env=environment, check=False)
+    if done.returncode:
+        raise ModelError(
+            f"the models of {folder} cannot be loaded, or talking to them failed",
+            hint="what the process printed says why",
+        )
 
 
 @contextmanager

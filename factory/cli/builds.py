@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from annotated_types import Ge
 
-from factory.cli.click_options import CONTEXT, Command, Place, Whole, home_option
+from factory.cli.click_options import CONTEXT, Command, Number, Place, Whole, home_option
 from factory.cli.console import print_json, remark
 from factory.config.references import build_folder
 from factory.errors import UsageError
@@ -189,6 +190,35 @@ def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> Non
         message = f"not everyone may read {models}: give the Space a secret HF_TOKEN that may"
         click.echo(f"note: {message}, at {deployed.url}/settings", err=True)
     click.echo(deployed.url)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("folder", type=Place(), metavar="BUILD")
+@click.option("--source", type=Place(), metavar="FOLDER", help="Folder of the source model.")
+@click.option(
+    "--max-tokens",
+    type=Whole(1, 100_000),
+    default=256,
+    metavar="N",
+    help="Most tokens of an answer.  [default: 256]",
+)
+@click.option(
+    "--temperature",
+    type=Number(Ge(0)),
+    default=0.7,
+    metavar="T",
+    help="Of sampling; 0 takes the likeliest token.  [default: 0.7]",
+)
+def chat(folder: Path, **options: Any) -> None:
+    """Talk to source and result in the terminal.
+
+    Both models of BUILD answer each line, one after the other, without a network. A base model continues
+    the line instead.
+    """
+    from factory.builds.space import talk
+
+    build_folder(folder)
+    talk(folder, **options)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -15,7 +15,7 @@ import click
 
 from factory import __version__
 from factory.cli.build import build, schema
-from factory.cli.builds import card, collect_garbage, export, list_stages, push, show, space, verify
+from factory.cli.builds import card, chat, collect_garbage, export, list_stages, push, show, space, verify
 from factory.cli.click_options import CONTEXT, Command, Group
 from factory.cli.console import as_flags, finish, go_on, settle
 from factory.cli.doctor import doctor
@@ -82,7 +82,7 @@ def extension() -> None:
 
 
 COMMANDS = (
-    *(build, plan, sweep, prune, push, export, show, verify, card, space),
+    *(build, plan, sweep, prune, push, export, show, verify, card, chat, space),
     *(list_stages, collect_garbage, doctor, jobs_group, schema, extension),
 )
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from factory.artifacts import Build, Evaluation, Plans, Sweep, TaskScore, Verdict, layer_ranges
 from factory.builds.integrity import Verified
 from factory.cli.console import STAGE_WIDTH, as_flags, printable, say
+from factory.config.references import EMBEDDED
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.preview import Preview
@@ -159,6 +160,8 @@ def show_result(out: Console, build: Build, *, folder: Path, url: str | None) ->
             f"print(pipeline('text-generation', '{model}')('The', max_new_tokens=30)[0]['generated_text'])\"",
         ),
     ]
+    if build.source.lineage is None and (build.source.repo_id or build.reference == EMBEDDED):
+        rows.append(("talk to it", f"factory chat {folder}"))
     rows.append(("published", url) if url else ("publish it", f"factory push {folder}"))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:<12}", "dim"), value), soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ from factory.hub.resolve import resolve
 from factory.resources import DEMO_MODEL
 from tests.builders.builds import demo_healed, healing_discarded
 from tests.builders.models import END, byte_encoder, byte_tokenizer, save_llama
-from tests.compare import CHAT, SPACE, app, pair
+from tests.compare import CHAT, SPACE, app, pair, terminal
 from tests.waiting import HUNG_SECONDS
 
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
@@ -575,3 +576,39 @@ def test_a_page_that_cannot_start_is_an_error(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(FactoryError, match="exited unexpectedly with code 3"):
         serve(build, source=None, port=None, ready=lambda url: None)
+
+
+def talked(models: Any, *lines: str, **sampling: Any) -> str:
+    """What the comparison in a terminal shows for these lines."""
+    out, left = io.StringIO(), iter(lines)
+
+    def ask(prompt: str) -> str:
+        out.write(prompt)
+        line = next(left, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    terminal.talk(models, pair.Sampling(12, 0, **sampling), ask, out)
+    return out.getvalue()
+
+
+def test_in_a_terminal_each_line_goes_to_both_and_the_facts_follow(models: tuple[Any, Any]) -> None:
+    shown = talked(models, "Once upon")
+    for model in models:
+        (reply,) = list(pair.stream([model], ask("Once upon")[:1], GREEDY))[-1]
+        assert f"\n{model.name}:\n{reply.text}\n({reply.num_tokens} tokens" in shown
+    assert "base models" in shown
+
+
+def test_in_a_terminal_chats_remember_until_an_empty_line(chatting: tuple[Any, Any]) -> None:
+    remembered = talked(chatting, "one", "two").split("> ")[2]
+    alone = talked(chatting, "two").split("> ")[1]
+    forgotten = talked(chatting, "one", "", "two").split("> ")[3]
+    text = [re.sub(r"\d+ tokens/s", "", part) for part in (remembered, alone, forgotten)]
+    assert text[2].split("(")[0] == text[1].split("(")[0]
+    assert text[0].split("(")[0] != text[1].split("(")[0]
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    assert "a\x1b[2J\x9b\r\tb\n".translate(terminal.HARMFUL) == "a[2J\tb\n"
