@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from factory.builds.export import Exported
 
 
+LONG_SECONDS = 3600  # from here on the preview names ways to a shorter build
+
+
 def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: str) -> None:
     """Show the preview of a build."""
     n, total = shown.num_dropped, shown.num_layers
@@ -53,14 +56,27 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
                 + _host(shown),
             )
         )
-        stages = " → ".join(dict.fromkeys((shown.pending[0], shown.pending[-1])))
-        rows.append(("time", f"about {duration(shown.seconds)} ({stages})"))
+        rows += time_rows(shown)
     else:
         rows.append(("time", "nothing to do: every stage is finished"))
     out.print(Text(printable(title), style="bold"))
     for name, value in rows:
         say(out, value, label=f"  {name:<12}")
     out.print()
+
+
+def time_rows(shown: Preview) -> list[tuple[str, str]]:
+    """Return the time, by stage where one takes a notable part of it, and two ways out of a long one."""
+    total, parts = shown.seconds, shown.stage_seconds
+    long = {stage: seconds for stage, seconds in parts.items() if seconds >= max(total / 20, 5)}
+    named = [f"{stage} {duration(seconds)}" for stage, seconds in long.items()]
+    if named and len(long) < len(parts):
+        named.append(f"the rest {duration(total - sum(long.values()))}")
+    stages = " → ".join(dict.fromkeys((shown.pending[0], shown.pending[-1])))
+    rows = [("time", f"about {duration(total)} ({stages})" + (f": {', '.join(named)}" if named else ""))]
+    if total > LONG_SECONDS:
+        rows.append(("", "less work: --budget 1h; time and price of a rented machine: --on NAME --dry-run"))
+    return rows
 
 
 def _stage_rows(config: BuildConfig) -> list[tuple[str, str]]:

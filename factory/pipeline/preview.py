@@ -66,7 +66,12 @@ class Preview:
     host_needed: int
     host_total: int
     device: str
-    seconds: float
+    stage_seconds: dict[str, float]  # of the stages still to run
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of the whole build."""
+        return START_SECONDS + sum(self.stage_seconds.values()) if self.stage_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def preview(
         host_needed=needed.host,
         host_total=machine.host_bytes,
         device=device,
-        seconds=_seconds(
+        stage_seconds=_seconds(
             config,
             pending,
             before=source.num_parameters,
@@ -232,7 +237,7 @@ def share_within(
     after = source.num_parameters - n * sum(source.layer_parameters) // source.num_layers
 
     def seconds(share: float) -> float:
-        return _seconds(
+        found = _seconds(
             scaled(config, share, kept=kept),
             pending,
             before=source.num_parameters,
@@ -241,6 +246,7 @@ def share_within(
             calibration=calibration,
             evaluations=evaluations,
         )
+        return START_SECONDS + sum(found.values())
 
     if seconds(1) <= budget:
         return 1
@@ -305,9 +311,8 @@ def _seconds(
     machine: Machine,
     calibration: Contents | None,
     evaluations: Sequence[Contents],
-) -> float:
-    if not pending:
-        return 0.0
+) -> dict[str, float]:
+    """Return the estimated time of each pending stage, without the start of the program."""
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     backward = FORWARD_BACKWARD if _is_cpu(machine.device) else WITH_RECOMPUTATION
     taught = FORWARD * before * OBJECTIVES[heal.objective].teacher_passes
@@ -329,7 +334,7 @@ def _seconds(
         models = before + (2 if config.has_adapter else 1) * after
         work["heal"], work["evaluate"] = 0, evaluated * FORWARD * models
     rate = machine.flops_per_second
-    return START_SECONDS + sum(STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending)
+    return {stage: STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending}
 
 
 def this_machine(source: Source, *, processes: int, works: bool) -> Machine:

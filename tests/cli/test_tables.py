@@ -2,13 +2,15 @@
 
 import io
 import re
+from dataclasses import fields as fields_of
 
 import pytest
 from rich.console import Console
 
 from factory.artifacts import DataSource
 from factory.cli.console import console, printable, say
-from factory.cli.tables import result_tables, show_contents, verdict
+from factory.cli.tables import result_tables, show_contents, time_rows, verdict
+from factory.pipeline.preview import Preview
 from factory.report.card import render
 from factory.report.tables import quality_table, size_table
 from factory.units import count, count_in_words, duration, rough_duration, size
@@ -81,6 +83,21 @@ def test_a_perplexity_is_shown_as_a_number_with_the_way_it_should_go(
     console().print(result_tables(perplexities(False))[0])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "wiki" in line]
     assert line.split()[:6] == ["wiki,", "0-shot,", "word_perplexity", "↓", "410.500", "±"]
+
+
+def test_the_time_is_told_by_stage_and_a_long_one_with_ways_out() -> None:
+    def told(**seconds: float) -> list[str]:
+        fields = dict.fromkeys(field.name for field in fields_of(Preview))
+        shown = Preview(**fields | {"pending": tuple(seconds), "stage_seconds": seconds})  # type: ignore[arg-type]
+        return [value for _, value in time_rows(shown)]
+
+    assert told(measure=1, card=1) == ["about 14.0 s (measure → card)"]
+    (short,) = told(measure=100, heal=900, card=1)
+    assert short == (
+        "about 16 min 53 s (measure → card): measure 1 min 40 s, heal 15 min 0 s, the rest 13.0 s"
+    )
+    _, ways = told(heal=4000)
+    assert "--budget" in ways
 
 
 def test_a_folder_whose_name_has_two_lines_is_listed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
