@@ -31,8 +31,8 @@ MODULES = (
     "torch", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "matplotlib.figure",
     "factory.pruning.measure", "factory.pruning.prune", "factory.healing.heal", "factory.healing.merge",
     "factory.evaluation.evaluate", "tests.builders.brief_speed", "factory.report.card", "factory.hub.pull",
-    "factory.builds.folder", "factory.pipeline.preview", "factory.report.figures", "factory.pipeline.build",
-    "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
+    "factory.builds.folder", "factory.pipeline.costs.preview", "factory.report.figures",
+    "factory.pipeline.build", "matplotlib.backends.backend_svg", "peft.tuners.lora.bnb", "scipy.io",
 )  # fmt: skip
 COMMAND = (
     "build", "tiny", "--drop", "0.4", "--tasks", "none", "--samples", "4", "--eval-documents", "2",

@@ -18,7 +18,7 @@ from factory.artifacts import (
     layer_ranges,
 )
 from factory.config.settings import BuildConfig
-from factory.pipeline.preview import Preview
+from factory.pipeline.costs.preview import Preview
 from factory.units import count, duration, size
 
 if TYPE_CHECKING:

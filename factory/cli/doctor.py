@@ -116,7 +116,7 @@ def _device() -> Iterator[Finding]:
     import torch
 
     from factory.model.devices import best_device, device_name
-    from factory.pipeline.requirements import check_four_bit
+    from factory.pipeline.costs.requirements import check_four_bit
 
     device = best_device()
     name = device_name(device)

@@ -17,7 +17,7 @@ from factory.cli.console import STAGE_WIDTH, as_flags, printable, say
 from factory.config.references import EMBEDDED
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
-from factory.pipeline.preview import Preview
+from factory.pipeline.costs.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
 from factory.report.notes import gguf_note, goal_note, notes, runtimes_note

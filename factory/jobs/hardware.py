@@ -10,7 +10,7 @@ from factory.errors import ModelError, UsageError
 from factory.gpus import peak_flops
 from factory.hub.client import hub_api, patiently
 from factory.hub.errors import hub_errors, no_hub
-from factory.pipeline.preview import Machine
+from factory.pipeline.costs.pace import Machine
 from factory.units import size
 
 CPU_FLOPS = 2e11  # per core, at most: two AVX-512 units at 3 GHz

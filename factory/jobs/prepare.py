@@ -16,8 +16,8 @@ from factory.jobs.hardware import OF_PEAK, Flavor, check_fits, flavor, parse_tim
 from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
 from factory.jobs.uploads import carried
 from factory.pipeline.build import STAGES
+from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.prepare import Settled, check_weights_load, open_inputs, settle_all
-from factory.pipeline.preview import Preview, preview
 from factory.pipeline.run import Reporter
 from factory.pipeline.texts import check_rendering, check_texts, known_lengths
 from factory.text.text import Texts, text_identity

@@ -28,7 +28,8 @@ from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket
 from factory.pipeline.build import STAGES as STAGE_NAMES
 from factory.pipeline.build import pending
-from factory.pipeline.preview import LEAST, Preview, preview, scaled, share_within, this_machine
+from factory.pipeline.costs.budget import within_budget
+from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.texts import (
     check_kinds,
@@ -39,12 +40,9 @@ from factory.pipeline.texts import (
     reads_text,
 )
 from factory.pruning.sizes import find_goal
-from factory.store.files import write_atomically
-from factory.store.locks import writing
 from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
 from factory.store.store import Store, default_home
 from factory.text.text import Texts
-from factory.units import duration
 
 
 @dataclass(frozen=True)
@@ -319,8 +317,18 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     check_backend(config.evaluate)
     texts, note = open_inputs(settled)
     if request.budget:
-        settled = _within_budget(settled, texts, home=home, reporter=reporter, dry_run=dry_run)
-        config = settled.config
+        known = known_lengths(texts, STAGE_NAMES)
+        config = within_budget(
+            request,
+            source,
+            config,
+            stages=STAGE_NAMES,
+            known=known,
+            home=home,
+            reporter=reporter,
+            dry_run=dry_run,
+        )
+        settled = replace(settled, config=config)
     for message in texts.remarks:
         reporter.note(message)
     run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
@@ -364,52 +372,6 @@ def open_inputs(settled: Settled) -> tuple[Texts, str | None]:
     if settled.repeats:
         check_same_texts(settled.repeats, texts)
     return texts, note
-
-
-def _within_budget(
-    settled: Settled, texts: Texts, *, home: Path, reporter: Reporter, dry_run: bool
-) -> Settled:
-    """Reduce the work to what the estimate says is within the budget.
-
-    The pace that is measured differs from run to run, so what follows from it is kept: the same command
-    goes on with the same settings.
-    """
-    from factory.parallel.launch import num_processes
-
-    request, source, config = settled.request, settled.source, settled.config
-    asked = [source.commit, config.model_dump(mode="json", exclude={"size"})]
-    name = hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]
-    path = home / "budgets" / f"{name}.json"
-    kept = [option for option in LEAST if getattr(request, option) is not None]
-    share = _kept_share(path)
-    if share is None:
-        processes = num_processes(request.processes)
-        share = share_within(
-            source,
-            config,
-            budget=request.budget or 0,
-            machine=this_machine(source, processes=processes, works=True),
-            pending=STAGE_NAMES,
-            kept=kept,
-            **known_lengths(texts, STAGE_NAMES),
-        )
-        if not dry_run:
-            with writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, f"{share!r}\n")
-    reporter.note(
-        f"`budget` of {duration(request.budget or 0)}: "
-        + ("the usual amounts are within it" if share == 1 else f"{share:.2%} of the usual amounts")
-    )
-    return replace(settled, config=scaled(config, share, kept=kept))
-
-
-def _kept_share(path: Path) -> float | None:
-    try:
-        share = float(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return share if 0 <= share <= 1 else None
 
 
 def check_weights_load(source: Source, config: BuildConfig, stages: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from factory.artifacts import (
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
-from factory.pipeline.requirements import healing_processes
+from factory.pipeline.costs.requirements import healing_processes
 from factory.pipeline.run import Run
 from factory.report.summaries import describe_healing, describe_merge
 from factory.store.stage import (

@@ -10,7 +10,7 @@ from rich.console import Console
 from factory.artifacts import DataSource
 from factory.cli.console import console, printable, say
 from factory.cli.tables import result_tables, show_contents, time_rows, verdict
-from factory.pipeline.preview import Preview
+from factory.pipeline.costs.preview import Preview
 from factory.report.card import render
 from factory.report.tables import quality_table, size_table
 from factory.units import count, count_in_words, duration, rough_duration, size

@@ -12,7 +12,7 @@ import pytest
 from factory.builds.garbage import collect_garbage
 from factory.errors import ModelError
 from factory.jobs.hardware import Flavor, check_fits, peak_flops
-from factory.pipeline.preview import Machine
+from factory.pipeline.costs.pace import Machine
 from tests.loopback_hub import Hub
 from tests.waiting import HUNG_SECONDS
 

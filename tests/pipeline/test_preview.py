@@ -18,17 +18,18 @@ from factory.errors import DiskSpaceError, DropError, MachineError, UsageError
 from factory.hub import pull
 from factory.model.devices import training_processes
 from factory.pipeline.build import STAGES
-from factory.pipeline.prepare import prepare
-from factory.pipeline.preview import (
-    BYTES_PER_TOKEN,
-    STAGE_SECONDS,
-    START_SECONDS,
-    Machine,
-    preview,
-    scaled,
-    share_within,
+from factory.pipeline.costs.budget import scaled, share_within
+from factory.pipeline.costs.pace import BYTES_PER_TOKEN, STAGE_SECONDS, START_SECONDS, Machine
+from factory.pipeline.costs.preview import preview
+from factory.pipeline.costs.requirements import (
+    Needs,
+    check_healing,
+    check_memory,
+    experts_of,
+    healing_bytes,
+    needs,
 )
-from factory.pipeline.requirements import Needs, check_healing, check_memory, experts_of, healing_bytes, needs
+from factory.pipeline.prepare import prepare
 from factory.store.capacity import demands
 from factory.text.overlap import NONE, Contents
 from tests.builders.models import save_llama
