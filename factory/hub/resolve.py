@@ -71,9 +71,9 @@ NAME_BASE = (
 )
 
 
-def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
+def resolve(reference: str, *, trust_remote_code: bool = False, base: str | None = None) -> Source:
     """Recognise and resolve a reference; see `resolve_model`."""
-    return resolve_model(ModelReference.read(reference), trust_remote_code=trust_remote_code)
+    return resolve_model(ModelReference.read(reference), trust_remote_code=trust_remote_code, base=base)
 
 
 def resolve_model(

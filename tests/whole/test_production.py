@@ -164,7 +164,7 @@ def test_only_what_is_needed_is_pulled(way: Way) -> None:
 
 
 def test_the_bare_command_distils_and_sft_means_the_papers_recipe(xet: Way) -> None:
-    assert "distill, LoRA rank 128" in xet.done.stdout
+    assert "distill, LoRA rank 256" in xet.done.stdout
     before = len(xet.hub.requests)
     done = xet.run(*COMMAND, "--heal", "sft", "--dry-run")
     assert done.code == 0, done.stderr[-3000:]
