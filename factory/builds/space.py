@@ -165,7 +165,7 @@ def _source_folder(build: Build, source: Path | None) -> Path:
     """Return the folder of the source, checked by its content hash if the build records one."""
     if build.source.lineage:
         raise UsageError(
-            f"{build.name} was made from an adapter, which the page cannot load",
+            f"{build.name} was made from an adapter, which cannot be loaded for a comparison",
             hint="merge the adapter into its base, and build from the folder of the merged model",
         )
     if source is None and build.reference != "demo":

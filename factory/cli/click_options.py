@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le
@@ -165,14 +165,20 @@ def _choices(kind: Any) -> list[Any]:
 
 
 class Whole(click.IntRange):
-    """A whole number whose limits the help does not show."""
+    """A whole number whose limits an error names, but not the help."""
 
     def _describe_range(self) -> str:
         return ""
 
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """Name the limits that a number exceeds."""
+        super().fail(_with_limits(message, self), param, ctx)
+
 
 class Number(click.FloatRange):
-    """A number greater than, or at least, a limit."""
+    """A number greater than, or at least, a limit, which an error names, but not the help."""
 
     def __init__(self, limit: Gt | Ge | None) -> None:
         minimum: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
@@ -180,3 +186,23 @@ class Number(click.FloatRange):
 
     def _describe_range(self) -> str:
         return ""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """Name the limit that a number exceeds."""
+        super().fail(_with_limits(message, self), param, ctx)
+
+
+def _with_limits(message: str, kind: click.IntRange | click.FloatRange) -> str:
+    """Return click's message about a number out of its range with the range in words."""
+    number, outside, _ = message.partition(" is not in the range")
+    if not outside:
+        return message
+    if kind.min_open:
+        return f"{number} is not greater than {kind.min}"
+    return (
+        f"{number} is not {kind.min} or more"
+        if kind.max is None
+        else f"{number} is not from {kind.min} to {kind.max}"
+    )

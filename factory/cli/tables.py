@@ -37,7 +37,8 @@ def show_preview(out: Console, shown: Preview, config: BuildConfig, *, title: st
     rows = [
         (
             "layers",
-            f"dropping {n} of {total} ({n / total:.0%}); {total - n} kept (the last layer is never dropped)",
+            f"dropping {n} of {total} ({n / total:.0%}); {total - n} kept"
+            + ("" if config.plan.layers else " (the last layer is never dropped)"),
         ),
         *([("size", goal_note(config.size))] if config.size else []),
         ("parameters", f"{count(shown.parameters_before)} → about {count(shown.parameters_after)}"),
@@ -321,8 +322,8 @@ def _healed(build: Build, found: dict[str, Any]) -> str:
         healing = "the fitted seam" if is_fit else "healing"
         if (made := build.decision) and made.text and made.gain > 0:
             return (
-                f"{healing} raised the loss on {made.text.name}, unlike the healing text, by "
-                f"{made.harm:.3f}, more than it gained on that ({made.gain:.3f}), so the pruned model ships"
+                f"{healing} lowered the loss on held-out healing text by {made.gain:.3f}, but raised it on "
+                f"{made.text.name}, which is unlike that text, by {made.harm:.3f}, so the pruned model ships"
             )
         return f"{healing} did not lower the loss on held-out healing text, so the pruned model ships"
     change, gap = found["taken_back"], found["added"]
@@ -357,6 +358,8 @@ def show_contents(out: Console, found: Mapping[str, Any]) -> None:
     if builds:
         columns = ("build", "model", "dropped", "made", "size")
         table = new_table(columns, left=columns[:-1])
+        for column in table.columns:
+            column.no_wrap, column.overflow = column.header not in columns[:2], "fold"
         for build in builds:
             model = build["model"] or "cannot be read"
             dropped = f"{len(build['dropped'])} of {build['num_layers']}" if build["model"] else ""
@@ -371,6 +374,9 @@ def show_contents(out: Console, found: Mapping[str, Any]) -> None:
         out.print()
     names = ("stage", "key", "made", "took", "size", "builds")
     table = new_table(names, left=("stage", "key", "made", "builds"))
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    table.columns[-1].overflow = "fold"
     for stage in found["stages"]:
         users = ", ".join(map(_near, stage["builds"])) or "none"
         table.add_row(

@@ -145,7 +145,7 @@ def read_bytes(value: Any) -> Any:
 
 
 def read_duration(value: Any) -> Any:
-    """Read a duration with its unit, the value of `budget`, as seconds: "30min", "2h", "90 s"."""
+    """Read a duration, the value of `budget`, in seconds: "30min", "2h", "90 s", or a number of seconds."""
     if type(value) is not str:
         return value  # pydantic refuses the type
     match = re.fullmatch(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(s|m|min|h|d)\s*", value)
@@ -182,7 +182,7 @@ Between = Annotated[float, Gt(0), Lt(1)]
 Fraction = Annotated[Between, Reads(read_fraction, Between)]
 Parameters = Annotated[Annotated[int, Ge(1)], Reads(read_parameters, str | int)]
 Bytes = Annotated[Annotated[int, Ge(1)], Reads(read_bytes, str | int)]
-Duration = Annotated[Annotated[int, Ge(1)], Reads(read_duration, str)]
+Duration = Annotated[Annotated[int, Ge(1)], Reads(read_duration, str | int)]
 Fractions = Annotated[tuple[Fraction, ...], MinLen(1), Reads(read_fractions, str | list[float])]
 One = Annotated[int, Ge(1), Le(MAX_COUNT)]
 Two = Annotated[int, Ge(2), Le(MAX_COUNT)]

@@ -50,7 +50,7 @@ DEFAULT_CONTEXT = 8192
 LENGTHS = tuple(f"{section}.sequence_length" for section in ("measure", "plan", "heal", "evaluate"))
 # fmt: off
 ForRuntimes = Annotated[Runtimes | None, Option(
-    f"Choose only cuts that run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
+    f"Choose only cuts whose layers run right there: {', '.join(RUNTIMES)}, or all", CUT, default="any cut",
     sets=("plan.runtimes",), metavar="A,B")]
 Criterion = Annotated[CriterionName | None, Option(
     "Criterion for choosing layers", CUT, default=DEFAULT_CRITERION.name, sets=("plan.criterion",))]
@@ -59,7 +59,8 @@ Target = Annotated[Parameters | None, Option(
 Fits = Annotated[Bytes | None, Option(
     "Memory that weights, cache and overhead must fit in, instead of a fraction", CUT, metavar="8GB")]
 Context = Annotated[Eight | None, Option(
-    "Tokens whose cache must fit too, with --fits", CUT, default=f"{DEFAULT_CONTEXT:,}")]
+    "Tokens whose cache must fit too, with --fits", CUT,
+    default=f"{DEFAULT_CONTEXT:,}, or as many as the model was made for")]
 # fmt: on
 REPOSITORY = re.compile(r"([\w.-]+/|~/)?[\w.-]+")
 
@@ -410,7 +411,7 @@ class BuildRequest(Evaluating):
     out: Annotated[Location | None, Option(
         "Folder for the build", RUNNING, default="builds/NAME", metavar="FOLDER", repeats=True)] = None
     budget: Annotated[Duration | None, Option(
-        "Time for the build: fewer steps, documents and samples, by the estimate", RUNNING,
+        "Time for the build: fewer steps, documents, samples and questions, by the estimate", RUNNING,
         default="as many as are usual", sets=("budget",), metavar="30min")] = None
     report_to: Annotated[Tracker | None, Option(
         "Experiment tracker for healing", RUNNING, default="trackio, if installed")] = None

@@ -263,6 +263,28 @@ logging.getLogger("bitsandbytes").error("no library")
     assert done.stderr == "no library\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("build", "demo", "--drop", "0.3", "--samples", "1"), "'--samples': 1 is not from 2 to"),
+        (("build", "demo", "--drop", "0.3", "--heal-lr", "0"), "'--heal-lr': 0.0 is not greater than 0"),
+        (("build", "demo", "--drop", "0.3", "--next-token-weight", "-1"), "-1.0 is not 0"),
+        (("chat", ".", "--max-tokens", "0"), "'--max-tokens': 0 is not from 1 to 100000"),
+    ],
+)
+def test_a_number_beyond_a_limit_is_told_the_limit(tmp_path: Path, typed: tuple[str, ...], told: str) -> None:
+    code, message, _ = error_of(*typed, home=tmp_path)
+    assert code == 2
+    assert told in message
+
+
+def test_a_printed_build_file_with_a_budget_can_be_built(tmp_path: Path) -> None:
+    printed = run("build", "demo", "--drop", "0.3", "--budget", "3h", "--print-config", home=tmp_path)
+    (tmp_path / "again.yaml").write_text(printed.stdout)
+    again = run("build", "again.yaml", "--print-config", home=tmp_path)
+    assert (again.code, again.stdout) == (0, printed.stdout), again.stderr
+
+
 FAULTY = """
 import factory.builds.garbage as garbage
 def contents(store):

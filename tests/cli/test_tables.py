@@ -125,8 +125,8 @@ def test_a_heal_that_left_no_model_is_told_as_one_that_did_not_help() -> None:
 def test_a_heal_that_did_more_harm_than_good_names_the_text() -> None:
     build = healing_harmful()
     told = (
-        "raised the loss on stdlib:prose, unlike the healing text, by 0.500, more than it gained on that "
-        "(0.200), so the pruned model ships"
+        "lowered the loss on held-out healing text by 0.200, but raised it on stdlib:prose, which is unlike "
+        "that text, by 0.500, so the pruned model ships"
     )
     assert f"healing {told}" in verdict(build)
     card = render(build, has_healing_figure=False)

@@ -595,9 +595,9 @@ def talked(models: Any, *lines: str, **sampling: Any) -> str:
 
 def test_in_a_terminal_each_line_goes_to_both_and_the_facts_follow(models: tuple[Any, Any]) -> None:
     shown = talked(models, "Once upon")
-    for model in models:
+    for role, model in zip(("source", "result"), models, strict=True):
         (reply,) = list(pair.stream([model], ask("Once upon")[:1], GREEDY))[-1]
-        assert f"\n{model.name}:\n{reply.text}\n({reply.num_tokens} tokens" in shown
+        assert f"\n{role}:\n{reply.text}\n({reply.num_tokens} tokens" in shown
     assert "base models" in shown
 
 

@@ -72,7 +72,11 @@ def within_budget(
                 write_atomically(path, f"{share!r}\n")
     reporter.note(
         f"`budget` of {duration(request.budget or 0)}: "
-        + ("the usual amounts are within it" if share == 1 else f"{share:.2%} of the usual amounts")
+        + (
+            "the usual amounts are within it"
+            if share == 1
+            else f"about {share:.0%} of the usual amounts, but no less than tells anything"
+        )
     )
     return scaled(config, share, kept=kept)
 
