@@ -9,7 +9,7 @@ from factory.checkpoint.adapter import copy_files_beside
 from factory.checkpoint.header import DTYPE_BITS, TensorInfo
 from factory.checkpoint.write import Progress
 from factory.errors import CheckpointError
-from factory.healing.merge import find_updates, merge_into
+from factory.healing.merge import checkpoint_of, find_updates, merge_into
 from factory.model.completeness import check_source
 from factory.model.config_proof import on_meta
 from factory.model.experts import stored_parts
@@ -50,10 +50,4 @@ def assemble(source: Source, *, folder: Path, progress: Progress | None = None) 
     base = unmerged.base.local_folder
     files = merge_into(base, unmerged.folder, folder=folder, progress=progress)
     copy_files_beside(base, unmerged.folder, folder)
-    return Checkpoint(
-        folder=folder,
-        num_layers=source.num_layers,
-        num_parameters=source.num_parameters,
-        size_bytes=sum((folder / name).stat().st_size for name in files),
-        files=files,
-    )
+    return checkpoint_of(files, folder, like=source)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from peft.utils.other import get_pattern_key
 
-from factory.artifacts import Adapter, Checkpoint
+from factory.artifacts import Adapter, Checkpoint, Source
 from factory.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -199,13 +199,17 @@ def _merge(
 ) -> Checkpoint:
     files = merge_into(pruned.folder, adapter.folder, folder=folder, base=base, progress=progress)
     copy_auxiliary_files(pruned.folder, folder)
+    return checkpoint_of(files, folder, like=pruned).model_copy(update={"merge_base": BASE_NAMES[base]})
+
+
+def checkpoint_of(files: dict[str, str], folder: Path, *, like: Source | Checkpoint) -> Checkpoint:
+    """Return the checkpoint of weight files in `folder`, with the layers and parameters of another model."""
     return Checkpoint(
         folder=folder,
-        num_layers=pruned.num_layers,
-        num_parameters=pruned.num_parameters,
+        num_layers=like.num_layers,
+        num_parameters=like.num_parameters,
         size_bytes=sum((folder / name).stat().st_size for name in files),
         files=files,
-        merge_base=BASE_NAMES[base],
     )
 
 

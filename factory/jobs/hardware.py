@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import JobHardwareInfo
 
+from factory.config.options import SECONDS
 from factory.errors import ModelError, UsageError
 from factory.gpus import peak_flops
 from factory.hub.client import hub_api, patiently
@@ -16,7 +17,6 @@ from factory.units import size
 CPU_FLOPS = 2e11  # per core, at most: two AVX-512 units at 3 GHz
 OF_PEAK = 1 / 3  # share of the peak that whole models reach
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
