@@ -36,39 +36,49 @@ SHAPES: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-def random_model(config: PreTrainedConfig, *, four_bit: bool) -> Any:
+def random_model(config: PreTrainedConfig, *, four_bit: bool, to_shard: bool = False) -> Any:
     """Make a model of random weights, one weight after the other on the device, to save memory.
 
     Args:
         four_bit: Quantise each linear layer but the head to NF4 as `load_model` does.
+        to_shard: Keep the weights in the host's memory, in a form that FSDP can shard.
     """
     device = best_device()
+    place = torch.device("cpu") if to_shard else device
     dtype = compute_dtype(device)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for module in list(model.modules()) if four_bit else ():
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear) and name != "lm_head":
-                setattr(module, name, random_four_bit(child, device=device, dtype=dtype))
+                made = random_four_bit(child, device=device, dtype=dtype, to_shard=to_shard)
+                setattr(module, name, made)
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.device.type == "meta":
                 values = torch.empty(weight.shape, device=device, dtype=dtype)
                 values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
-                module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+                module.register_parameter(name, torch.nn.Parameter(values.to(place), requires_grad=False))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=False)
+            module.register_buffer(name, buffer.to(place), persistent=False)
     model.tie_weights()
     return model.eval()
 
 
-def random_four_bit(linear: torch.nn.Linear, *, device: torch.device, dtype: torch.dtype) -> Linear4bit:
+def random_four_bit(
+    linear: torch.nn.Linear, *, device: torch.device, dtype: torch.dtype, to_shard: bool
+) -> Linear4bit:
     """Make an NF4 layer of the same size."""
     made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
+    storage = dtype if to_shard else torch.uint8
     values = torch.empty(linear.weight.shape, device=device, dtype=dtype).normal_(std=0.02)
-    weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made)
-    made.weight = weight.to(device)
+    weight = Params4bit(
+        values, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made,
+        quant_storage=storage,
+    )  # fmt: skip
+    weight = weight.to(device)
+    made.weight = weight.to("cpu") if to_shard else weight
     return made
 
 

@@ -90,18 +90,20 @@ def token_loss(
     """
     kept = read_losses(into)  # of an interrupted run; a document too short for a loss counts as 0, 0
     most = pass_tokens(model)
-    documents = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
+    texts = islice(text.shuffled(ORDER), len(kept), settings.num_documents)
     every = (KEPT_EVERY if most is None else KEPT_EVERY_ON_GPU) * processes.count()
-    while some := list(islice(documents, every)):
-        mine = [
-            list(encoder.windows(ids, length=settings.sequence_length))
-            for ids in encoder.encode(processes.share(some))
-        ]
+    while some := list(islice(texts, every)):
 
         def report(share: float, before: int = len(kept), read: int = len(some)) -> None:
             progress(before + int(share * read), settings.num_documents, "loss")
 
-        kept += processes.gather(_document_losses(model, mine, encoder, most=most, report=report))
+        def losses_of(mine: list[str], report: Callable[[float], None] = report) -> list[tuple[int, float]]:
+            windows = [
+                list(encoder.windows(ids, length=settings.sequence_length)) for ids in encoder.encode(mine)
+            ]
+            return _document_losses(model, windows, encoder, most=most, report=report)
+
+        kept += processes.divide(some, losses_of, cost=len)
         if processes.is_main():
             write_losses(into, kept)
     losses = [(count, nats) for count, nats in kept if count]  # predicted tokens and nats per document

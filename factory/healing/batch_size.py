@@ -40,7 +40,7 @@ def fit_passes(trainer: Any, tell: Callable[[str], None]) -> None:
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = size
     arguments.gradient_accumulation_steps = sequences // size
     trainer._train_batch_size = size
-    if arguments.packing and not checkpointing and len(found) == 1 and found[0][2] <= GRAPH_SHARE:
+    if arguments.packing and not checkpointing and max(share for *_, share in found) <= GRAPH_SHARE:
         length = arguments.max_length
         trainer.graphs = PassGraphs(_trained(trainer), width=size * length, longest=length, tell=tell)
 

@@ -281,11 +281,13 @@ def begin(
         if parameter.requires_grad:
             # TRL casts QLoRA adapters to bf16, in which small weight updates are rounded away.
             parameter.data = parameter.data.float()
-    for module in trainer.model.modules() if trainer.model.device.type == "cuda" else ():
+    for module in trainer.model.modules() if best_device().type == "cuda" else ():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast would only cast it back to 16 bits
     if seam:
         set_start(trainer.model, student.names, seam, load_factors(folder))
+    if not processes.sharded():
+        processes.copy_from_main([p for p in trainer.model.parameters() if p.requires_grad])
     fit_passes(trainer, tracking.warn)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
@@ -298,11 +300,11 @@ def begin(
 
 
 def _student(model: Any, *, dropped: Sequence[int], settings: HealSettings) -> Student:
-    packs = True
-    if not processes.sharded():  # no part of it can run before FSDP has sharded it
+    packs = True  # if FSDP will shard the model: no part of it can run before, so its trainer checks that
+    if not processes.sharded():
         packs = all(processes.gather([use_packed_attention(model) is not None]))
-        if best_device().type == "cuda":  # a fused norm would keep the weight that FSDP shards
-            fuse_norms(model)
+    if best_device().type == "cuda":
+        fuse_norms(model)
     prefix, layers = find_layers(model)
     targets = find_targets(model, settings.modules)
     gone = frozenset(dropped if OBJECTIVES[settings.objective].loads_source else ())
@@ -376,7 +378,6 @@ def _trainer(
         trackio_static_space_id=False,  # publish no copy of the tracked values
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=True,  # experts that received no token
     )
     arguments._n_gpu = 1  # used by this process; otherwise the batch is multiplied by all visible GPUs
     trainer = TRAINERS[settings.objective]

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils.import_utils import is_cuda_stream_capturing
 from trl import SFTTrainer
 
 from factory.config.settings import HealSettings
+from factory.errors import UnsupportedArchitectureError
 from factory.healing.callbacks import rises
 from factory.healing.graphs import PassGraphs
 from factory.healing.head_loss import IGNORED, HeadLoss, backbone_of, head_of
+from factory.healing.packing import use_packed_attention
 from factory.model.layers import Call, bypassed, decoder_layers, record_forms
 from factory.parallel import processes
 
@@ -46,6 +49,10 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         self.vocab_size = self.causal.config.get_text_config().vocab_size
         takes = inspect.signature(self.causal.forward).parameters
         self.one_logit = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        if processes.count() > 1 and not processes.sharded():
+            # Else accelerate wraps it in DDP, which averages gradients within a pass: that can neither
+            # be captured, nor do without a parameter, such as one of an expert that no token reached.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -116,11 +123,39 @@ class HealTrainer(SFTTrainer):  # type: ignore[misc]
         self.passes += 1
         torch.manual_seed(((self.args.seed * 2**20 + self.step) * PASSES + place) % 2**63)
         run = partial(super().training_step, model)
-        return (
-            self.graphs.run(run, inputs, num_items_in_batch)
-            if self.graphs
-            else run(inputs, num_items_in_batch)
-        )
+        if self.graphs:
+            run = partial(self.graphs.run, run)
+        loss = run(inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and not processes.sharded():  # the last pass of a step
+            processes.average(_gradients(self.model))
+        return loss
+
+    def _prepare_for_training(self, *args: Any, **more: Any) -> Any:
+        model, *rest = super()._prepare_for_training(*args, **more)
+        if processes.sharded():
+            self._begin_sharded(model)
+        return model, *rest
+
+    def _begin_sharded(self, model: Any) -> None:
+        """Do what takes a model that can run, which it can only now.
+
+        All but its layers stay whole once they were gathered. The head is called once per chunk of tokens, of
+        which the processes have different numbers, so it must not wait for all processes each time.
+
+        Raises:
+            UnsupportedArchitectureError: Packed documents would see each other.
+        """
+        for module in {*model.modules()}.difference(decoder_layers(self.causal)):
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False, recurse=False)
+                module.set_reshard_after_backward(False, recurse=False)
+        model.eval()
+        if not all(processes.gather([use_packed_attention(model) is not None])):
+            raise UnsupportedArchitectureError(
+                f"{self.causal.config.model_type} cannot be divided among GPUs: "
+                "it reads packed documents as if they were one",
+                hint="use a GPU that holds the whole model, or `no_heal`",
+            )
 
     def _init_training_state(self, *args: Any, **more: Any) -> Any:
         """Look for the best checkpoint beside the last one, as the folder may come from another machine."""
@@ -210,7 +245,7 @@ class DistillTrainer(HealTrainer):
         self.seams = [
             index for index in range(1, len(self.layers)) if index - 1 in dropped and index not in dropped
         ]
-        self.forms = record_forms(self.causal)
+        self.forms = {} if processes.sharded() else record_forms(self.causal)
         # Permanently, not only in the forward pass: checkpointing runs layers again in the backward pass.
         self.bypass = ExitStack()
         self._bypass(self.dropped)
@@ -240,6 +275,12 @@ class DistillTrainer(HealTrainer):
         loss = self._share(loss, labels, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
+    def _begin_sharded(self, model: Any) -> None:
+        self.bypass.close()
+        super()._begin_sharded(model)
+        self.forms = record_forms(self.causal, model)
+        self._bypass(self.dropped)
+
     @torch.no_grad()
     def _teach(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[int, Call]]:
         """Return the teacher's final states, and the inputs of the layers after cuts."""
@@ -257,6 +298,14 @@ class DistillTrainer(HealTrainer):
 
 
 TRAINERS: Mapping[str, type[HealTrainer]] = {"sft": HealTrainer, "distill": DistillTrainer}  # by objective
+
+
+def _gradients(model: Any) -> list[torch.Tensor]:
+    """Return each trained parameter's gradient: zeros where no pass reached it, as in a captured pass."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _divided(inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:

@@ -10,8 +10,13 @@ FOUR_BIT_BYTES = 0.6  # per parameter: NF4, its scales, and the embeddings in 16
 
 
 def best_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this process's GPU if there is one, else the CPU.
+
+    With its number: safetensors takes "cuda" for the first one, whichever is current.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_name(device: torch.device) -> str:

@@ -64,13 +64,17 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def record_forms(model: Any) -> Forms:
-    """Record in a short pass what each layer returns besides the hidden states."""
+def record_forms(model: Any, run: Callable[..., Any] | None = None) -> Forms:
+    """Record in a short pass what each layer returns besides the hidden states.
+
+    Args:
+        run: What runs the layers; by default the model without its head.
+    """
     layers = decoder_layers(model)
     forms: Forms = {}
     ids = torch.ones((1, 2), dtype=torch.long, device=model.device)
     with torch.no_grad(), recorded_calls(layers, {}, forms):
-        model.base_model(input_ids=ids, use_cache=False)
+        (run or model.base_model)(input_ids=ids, use_cache=False)
     return forms
 
 

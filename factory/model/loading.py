@@ -137,14 +137,17 @@ def fuse_norms(model: Any) -> int:
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
             continue
-        fused = partial(
-            torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon
-        )
+        fused = partial(_fused_norm, module, epsilon)
         plain = "forward" not in vars(module) and weight.dtype == model.dtype and not weight.is_meta
         if plain and _agree(module, fused, like=weight):
             module.forward = fused
             count += 1
     return count
+
+
+def _fused_norm(module: Any, epsilon: float, states: torch.Tensor) -> torch.Tensor:
+    weight = module.weight  # at each call: FSDP replaces it
+    return torch.nn.functional.rms_norm(states, weight.shape, weight, epsilon)
 
 
 def _agree(norm: Any, fused: Any, *, like: torch.Tensor) -> bool:

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 import torch
-from packaging.version import Version
 
-from factory.errors import MachineError, UsageError, WorkerError
+from factory.errors import UsageError, WorkerError
 from factory.hub import remote_code
 from factory.parallel import processes
 from factory.resources import ACCELERATE_CONFIGS
 
 JOB, RESULT, LOG = "job.pickle", "result.pickle", "log"
 STOPPING_SECONDS = 10.0
-SHARDING_TORCH = Version("2.13")  # earlier ones shard a group with a module that is never called only once
 PATIENCE = timedelta(days=7)  # dead processes are noticed in other ways; a live one may download for hours
 Progress = Callable[[int, int, str], None]
 Case = Literal["cpu", "gpus", "fsdp"]  # a file of `ACCELERATE_CONFIGS` each
@@ -48,23 +46,6 @@ def num_processes(requested: int | None) -> int:
     return requested
 
 
-def check_sharding(torch_version: str = torch.__version__) -> None:
-    """Refuse to shard a model in training if torch is too old.
-
-    Accelerate shards the last norm together with the head, and TRL multiplies by the head's weights without
-    calling it. Older versions of torch wait for that call, and the second pass finds sharded weights.
-
-    Raises:
-        MachineError: The version is too old.
-    """
-    if Version(torch_version) < SHARDING_TORCH:
-        raise MachineError(
-            f"the model does not fit one GPU, and dividing it takes torch {SHARDING_TORCH}; "
-            f"this is {torch_version}",
-            hint=f"install torch {SHARDING_TORCH} or newer, or use a GPU with more memory",
-        )
-
-
 def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, progress: Progress) -> T:
     """Call `work(progress=…)` in several processes at once, and return the main one's result.
 
@@ -78,14 +59,11 @@ def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, 
         progress: Called with the reports of the main process.
 
     Raises:
-        MachineError: Torch is too old for the case "fsdp".
         WorkerError: A process ended without an error message.
         Exception: The error that `work` raised in the process that failed first.
     """
     if processes == 1:
         return work(progress=progress)
-    if case == "fsdp":
-        check_sharding()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # a worker will share the first GPU
     with tempfile.TemporaryDirectory(prefix="factory-") as name:

@@ -1,16 +1,19 @@
 """Divide work among several processes: find this one's share, and combine the results."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import distributed
 
 from factory.errors import WorkerError
 
 IF_GONE = "out of memory? the same command resumes from here; `processes=1` uses a single process"
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def count() -> int:
@@ -39,6 +42,24 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[start:end]
 
 
+def portion(costs: Sequence[float]) -> list[int]:
+    """Return the places of this process's items, so that all processes have about the same total cost."""
+    costliest = sorted(range(len(costs)), key=lambda place: -costs[place])
+    there_and_back = [*range(count()), *reversed(range(count()))]
+    turns = (there_and_back[turn % len(there_and_back)] for turn in range(len(costs)))
+    return sorted(place for place, turn in zip(costliest, turns, strict=True) if turn == index())
+
+
+def divide(items: Sequence[T], work: Callable[[list[T]], list[R]], *, cost: Callable[[T], float]) -> list[R]:
+    """Return a result of `work` for each item, in their order; each process does a part of about equal cost.
+
+    Every process must call it with the same items, and gets all results.
+    """
+    mine = portion([cost(item) for item in items])
+    results = gather(list(zip(mine, work([items[place] for place in mine]), strict=True)))
+    return [result for _, result in sorted(results, key=lambda found: found[0])]
+
+
 def gather(mine: Sequence[T]) -> list[T]:
     """Combine the results of all processes in the order of their shares; waits for every process."""
     if count() == 1:
@@ -57,6 +78,30 @@ def from_main(value: T) -> T:
     with _talking():
         distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@torch.no_grad()
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, which hold the same shapes in the same order."""
+    _exchange(tensors, distributed.all_reduce, scale=1 / count())
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each tensor by the main process's, of the same shape."""
+    _exchange(tensors, partial(distributed.broadcast, src=0))
+
+
+def _exchange(
+    tensors: Sequence[torch.Tensor], exchange: Callable[[torch.Tensor], object], scale: float = 1
+) -> None:
+    if count() == 1:
+        return
+    whole = torch.cat([tensor.flatten() for tensor in tensors])  # one message instead of hundreds
+    with _talking():
+        exchange(whole)
+    parts = torch.split(whole * scale, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -55,7 +56,7 @@ def measure(
     Reading stops after `settings.num_samples` documents; if that is None, once the nearest block of each of
     `block_sizes` is ahead of every rival by three standard errors of the paired difference, at
     `settings.max_samples`, or at the end of the text. Only sums over the samples are kept; the language-model
-    head is never run. Several processes share each chunk of samples and then hold the same sums.
+    head is never run. Several processes share the samples and then hold the same sums.
 
     Args:
         block_sizes: Numbers of layers in a cut, for each of which the choice must be certain.
@@ -72,20 +73,21 @@ def measure(
     maximum = settings.num_samples or settings.max_samples
     samples = islice(take_samples(text, encoder, settings=settings, seed=seed), sums.count, maximum)
     run = find_executable_batch_size(
-        lambda batch_size, chunk: list(
+        lambda batch_size, some: _each(
+            some,
             measure_batches(
                 model,
-                chunk,
+                some,
                 pad_token_id=encoder.pad_token_id,
                 max_tokens=batch_size * settings.sequence_length,
                 all_tokens=settings.tokens == "all",
                 seed=seed,
-            )
+            ),
         ),
         starting_batch_size=FIRST_BATCH_SIZE,
     )
-    while chunk := list(islice(samples, CHUNK)):
-        sums.add(chunk, processes.gather(run(processes.share(chunk))))
+    for chunk, measured in _measured_chunks(samples, run):
+        sums.add(chunk, measured)
         progress(sums.count, maximum, sums.note() if settings.num_samples is None else "")
         long_enough = not settings.exact_length or sums.longest >= settings.sequence_length
         if settings.num_samples is None and sums.certain() and long_enough:
@@ -96,6 +98,31 @@ def measure(
     if processes.is_main():
         (folder / STATE).unlink(missing_ok=True)
     return sums.profile(source, text, settings=settings)
+
+
+def _measured_chunks(
+    samples: Iterator[Sample], run: Callable[[list[Sample]], list[Measured]]
+) -> Iterator[tuple[list[Sample], list[Measured]]]:
+    """Yield chunks of samples with their results; the next ones are read and tokenised meanwhile.
+
+    Several processes measure a chunk each at once, which are yielded one after the other: where measuring
+    stops does not depend on their number.
+    """
+    number = CHUNK * processes.count()
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(lambda: list(islice(samples, number)))
+        while some := following.result():
+            following = reader.submit(lambda: list(islice(samples, number)))
+            measured = processes.divide(some, run, cost=lambda sample: len(sample[1]))
+            for start in range(0, len(some), CHUNK):
+                yield some[start : start + CHUNK], measured[start : start + CHUNK]
+
+
+def _each(samples: Sequence[Sample], batches: Iterable[Measured]) -> list[Measured]:
+    """Return the results of each sample alone, in their order, from those of `measure_batches`."""
+    alone = [row for batch in batches for row in zip(*(torch.split(part, 1) for part in batch), strict=True)]
+    found = {number: row for (number, _), row in zip(_longest_first(samples), alone, strict=True)}
+    return [found[number] for number, _ in samples]
 
 
 def take_samples(text: Text, encoder: Encoder, *, settings: MeasureSettings, seed: int) -> Iterator[Sample]:
@@ -341,9 +368,13 @@ def _mean_distances(states: Sequence[torch.Tensor], weights: torch.Tensor) -> to
     return total
 
 
+def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
+    return sorted(samples, key=lambda sample: (-len(sample[1]), sample[0]))
+
+
 def _batches(samples: Sequence[Sample], *, max_tokens: int) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: (-len(sample[1]), sample[0])):
+    for sample in _longest_first(samples):
         if batch and (len(batch) + 1) * len(batch[0][1]) > max_tokens:
             yield batch
             batch = []

@@ -20,15 +20,17 @@ from transformers import trainer
 
 from factory.artifacts import Adapter, Checkpoint, DistanceProfile, Evaluation
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.errors import DataError, MachineError, UsageError, WorkerError
+from factory.errors import DataError, UsageError, WorkerError
 from factory.evaluation.answers import read_answers, read_losses
 from factory.evaluation.evaluate import evaluate
+from factory.healing import head_loss
 from factory.healing.heal import heal
 from factory.healing.trainers import TRAINERS
 from factory.hub.resolve import resolve
 from factory.model.devices import trains_on_one
+from factory.model.layers import decoder_layers
 from factory.parallel import processes
-from factory.parallel.launch import check_sharding, num_processes, spread
+from factory.parallel.launch import num_processes, spread
 from factory.pipeline.run import Run
 from factory.pipeline.stages import in_processes
 from factory.pipeline.texts import open_texts
@@ -179,14 +181,15 @@ def check_same_adapter(found: Adapter, expected: Adapter) -> None:
 def heal_sharded(
     folder: Path, into: Path, *, progress: Progress, objective: str, dropped: Sequence[int]
 ) -> tuple[Adapter, list[int]]:
-    """Heal under FSDP, and count the elements of the model that this process holds."""
+    """Heal under FSDP, and count the elements of the layers, and those that this process holds."""
     held: list[int] = []
 
     class Watching(TRAINERS[objective]):  # type: ignore[misc, name-defined]
         def training_step(self, *args: Any, **more: Any) -> Any:
             loss = super().training_step(*args, **more)
-            mine = [p.to_local().numel() for p in self.model.parameters() if isinstance(p, DTensor)]
-            held[:] = [sum(mine), sum(p.numel() for p in self.model.parameters())]
+            weights = list(decoder_layers(self.causal).parameters())
+            mine = [weight.to_local().numel() for weight in weights if isinstance(weight, DTensor)]
+            held[:] = [sum(mine), sum(weight.numel() for weight in weights)]
             return loss
 
         def _save_checkpoint(self, *args: Any, **more: Any) -> None:
@@ -203,6 +206,7 @@ def heal_sharded(
         as_if = lambda self, *args: (prepare(self, *args)[0], DistributedType.MULTI_GPU)  # noqa: E731
         patch.setattr(PartialState, "_prepare_backend", as_if)
         patch.setitem(TRAINERS, objective, Watching)
+        patch.setattr(head_loss, "CHUNK_VALUES", 2**11)  # several calls of the head, not as many in both
         save = trainer.save_fsdp_model
         late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
         patch.setattr(trainer, "save_fsdp_model", late)
@@ -263,12 +267,6 @@ def test_a_model_whose_four_bit_weights_do_not_fit_is_to_be_sharded(monkeypatch:
     assert not trains_in_nf4(13 * 10**9, torch.device("cuda"), num_unpacked=8 * 10**9)
 
 
-def test_a_torch_that_cannot_divide_a_model_in_training_is_refused() -> None:
-    check_sharding("2.13.0+cpu")
-    with pytest.raises(MachineError, match=r"takes torch 2\.13; this is 2\.11\.0\+cu130"):
-        check_sharding("2.11.0+cu130")
-
-
 @pytest.mark.parametrize("case", ["cpu", "gpus", "fsdp"])
 def test_each_shipped_configuration_is_one_that_accelerate_reads(case: str) -> None:
     read = load_config_from_file(str(ACCELERATE_CONFIGS / f"{case}.yaml"))
@@ -315,6 +313,19 @@ def test_shares_put_together_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
                 assert len(mine) in (length // count, length // count + 1)
                 found += mine
             assert found == items
+
+
+def test_portions_are_the_whole_and_cost_about_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [(7 * place) % 31 for place in range(40)]
+    for count in range(1, 6):
+        portions = []
+        for index in range(count):
+            monkeypatch.setattr(processes, "count", lambda count=count: count)
+            monkeypatch.setattr(processes, "index", lambda index=index: index)
+            portions.append(processes.portion(costs))
+        assert sorted(place for portion in portions for place in portion) == list(range(40))
+        totals = [sum(costs[place] for place in portion) for portion in portions]
+        assert max(totals) - min(totals) <= max(costs)
 
 
 def test_more_processes_than_cores_are_refused() -> None:

@@ -167,12 +167,7 @@ def _check_here(config: BuildConfig, pending: Sequence[str], needed: Needs, mach
 
 def _sharers(source: Source, config: BuildConfig, *, processes: int, pruned_parameters: int) -> int:
     """Return the number of GPUs that share one copy of the model in training: 1 if it fits on one GPU."""
-    from factory.parallel.launch import check_sharding
-
     number, divided = healing_processes(
         source, config, processes=processes, pruned_parameters=pruned_parameters
     )
-    if not divided:
-        return 1
-    check_sharding()
-    return number
+    return number if divided else 1
