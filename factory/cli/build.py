@@ -134,7 +134,9 @@ def _make(prepared: "Prepared", reporter: "StageLines", *, as_json: bool) -> tup
     from factory.api.functions import make
     from factory.cli.console import printable
     from factory.cli.tables import show_result
+    from factory.pipeline.costs.time_left import TimeLeft
 
+    reporter.time_left = TimeLeft(prepared.preview.stage_seconds)
     try:
         result = make(prepared, reporter)
     finally:

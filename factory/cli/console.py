@@ -20,7 +20,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from factory.config.request import BuildRequest, PlanRequest, PruneRequest, SweepRequest
-from factory.units import duration
+from factory.pipeline.costs.time_left import TimeLeft
+from factory.units import duration, rough_duration
 
 NAMES = {
     *(
@@ -86,6 +87,8 @@ def say(out: Console, text: Text | str, *, label: Text | str = "") -> None:
 class StageLines:
     """The reporter of a build: one line per stage; on a terminal also a bar and the time left."""
 
+    time_left: TimeLeft | None = None  # of the whole build, if its stages were estimated
+
     def __init__(self, out: Console) -> None:
         self.out = out
         self.bars = Progress(
@@ -93,31 +96,47 @@ class StageLines:
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}{task.fields[build]}"),
             console=out,
             transient=True,
         )
         self.task: TaskID | None = None
-        self.last_line = time.monotonic()
+        self.last_line = self.began = time.monotonic()
 
     def started(self, stage: str) -> None:
         """Show that a stage runs."""
-        self.last_line = time.monotonic()
+        self.last_line = self.began = time.monotonic()
+        if self.time_left:
+            self.time_left.started(stage)
         if self.out.is_terminal:
             self.bars.start()
-            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="")
+            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="", build="")
 
     def progressed(self, stage: str, done: int, total: int, note: str) -> None:
         """Move the bar; without a terminal, print a line now and then."""
         if self.task is not None:
-            self.bars.update(self.task, completed=done, total=total, note=note)
+            of_task = next(task for task in self.bars.tasks if task.id == self.task)
+            build = self._of_build(of_task.time_remaining, note)
+            self.bars.update(self.task, completed=done, total=total, note=note, build=build)
         elif time.monotonic() - self.last_line > PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            self.out.print(f"    {stage:<{STAGE_WIDTH}}  {done:,} of {total:,}  {note}".rstrip())
+            share = done / total if total else 0
+            own = (self.last_line - self.began) * (1 - share) / share if share else None
+            build = self._of_build(own, note)
+            self.out.print(f"    {stage:<{STAGE_WIDTH}}  {done:,} of {total:,}  {note}{build}".rstrip())
+
+    def _of_build(self, remaining: float | None, note: str) -> str:
+        """Return the time left of the whole build, to be read after a note."""
+        if not self.time_left:
+            return ""
+        left = self.time_left.left(elapsed=time.monotonic() - self.began, remaining=remaining)
+        return f"{', ' if note else ''}{rough_duration(left)} for the whole build"
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
         """Print the final line of a stage."""
         self.stop()
+        if self.time_left and not reused:
+            self.time_left.finished(stage, seconds)
         mark, took = ("=", "reused") if reused else ("✓", duration(seconds))
         label = Text.assemble(
             (f"{mark} ", "dim" if reused else "green"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from factory.artifacts import Source, canonical_json
 from factory.config.request import BuildRequest
-from factory.config.settings import BuildConfig, num_dropped, warmup_for
+from factory.config.settings import BuildConfig, warmup_for
 from factory.errors import UsageError
 from factory.pipeline.costs.pace import (
     OTHER_TASK,
@@ -61,7 +61,7 @@ def within_budget(
             source,
             config,
             budget=request.budget or 0,
-            machine=this_machine(source, processes=processes, works=True),
+            machine=this_machine(source, config, processes=processes, works=True, home=home),
             pending=stages,
             kept=kept,
             **known,
@@ -108,15 +108,12 @@ def share_within(
     Raises:
         UsageError: Not even the least work is.
     """
-    n = num_dropped(config.drop, source.num_layers)
-    after = source.num_parameters - n * sum(source.layer_parameters) // source.num_layers
 
     def seconds(share: float) -> float:
         found = stage_seconds(
+            source,
             scaled(config, share, kept=kept),
             pending,
-            before=source.num_parameters,
-            after=after,
             machine=machine,
             calibration=calibration,
             evaluations=evaluations,

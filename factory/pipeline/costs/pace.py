@@ -1,17 +1,21 @@
 """Estimate the time of each stage, from the work in it and the pace of a machine."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from factory.artifacts import Source
+from factory.config.criteria import CRITERIA
 from factory.config.objectives import OBJECTIVES
-from factory.config.settings import BuildConfig
+from factory.config.settings import BuildConfig, num_dropped
+from factory.pipeline.costs.probe import Pace, pace_of
 from factory.pipeline.costs.requirements import host_bytes
 from factory.text.overlap import Contents
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
-STAGE_SECONDS = 2.0  # loading a model and opening the text
+STAGE_SECONDS = 2.0  # loading a small model and opening the text
+LOADED_BYTES = 1e9  # per second
 # FLOP per parameter and token: forward 2, backward to the activations 2, recomputation 2 (GPU only).
 FORWARD, FORWARD_BACKWARD, WITH_RECOMPUTATION = 2, 4, 6
 # Approximate requests of lm-eval's tasks and tokens per request; OTHER_TASK stands in for all others.
@@ -25,6 +29,18 @@ OTHER_TASK = (8_000, 120)
 BYTES_PER_TOKEN = 4.0  # of UTF-8 text, roughly: 4.4 for English, 3 for Chinese and for code
 PROBE_SECONDS = 0.3  # a busy machine lets no single product of a tiny model through undisturbed
 MAX_WIDTH = 8192  # of the test product: wider ones run no faster and fill memory
+HELD_OUT_PASSES = (
+    12  # over the held-out sequences: at about ten checkpoints, before the first step and at the end
+)
+SPEED_ROUNDS, PROMPT, NEW_TOKENS = 6, 256, 32  # of the comparison of speed, with its warm-up
+CPU_MEMORY_BYTES, LAUNCHES_SECONDS = (
+    1e10,
+    1e-3,
+)  # read per second; of a layer's kernels, in a pass over one token
+PRUNED_BYTES, MERGED_BYTES = 7e8, 3e8  # written per second, with checksums
+CHECK_SECONDS = 1.0  # of a small checkpoint
+SEARCHED = 4  # whole passes over a sequence that trying one candidate takes: eight, from the cut on
+FINALISTS = 4  # candidates tried on all sequences
 
 
 @dataclass(frozen=True)
@@ -36,41 +52,109 @@ class Machine:
     flops_per_second: float  # reached by a whole model
     disk_bytes: int = 0  # free, on a machine other than this
     host_bytes: int = 0  # 0: unknown
+    pace: Pace | None = None  # of this model's layers, if they could be timed here
+    processes: int = 1  # that share the work
 
 
 def stage_seconds(
+    source: Source,
     config: BuildConfig,
     pending: Sequence[str],
     *,
-    before: int,
-    after: int,
     machine: Machine,
     calibration: Contents | None,
     evaluations: Sequence[Contents],
 ) -> dict[str, float]:
     """Return the estimated time of each pending stage, without the start of the program."""
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
-    backward = FORWARD_BACKWARD if is_cpu(machine.device) else WITH_RECOMPUTATION
-    taught = FORWARD * before * OBJECTIVES[heal.objective].teacher_passes
+    whole = source.num_layers
+    kept = whole - num_dropped(config.drop, whole)
+    costs = _by_pace if machine.pace else _by_flops
+    cost = costs(source, config, machine)
+    share_kept = kept / whole
+    bytes_after = source.size_bytes - int((1 - share_kept) * sum(source.layer_bytes))
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
     samples, length = _tokens(
         measure.num_samples or measure.max_samples, calibration, unknown=measure.sequence_length
     )
-    measured = samples * min(length, measure.sequence_length)  # the beginning of each document
     known: Sequence[Contents | None] = evaluations or [None] * len(evaluate.data)
     read = [_tokens(evaluate.num_documents, text, unknown=evaluate.sequence_length) for text in known]
     evaluated = sum(number * length for number, length in read) + task_tokens  # every window of each document
+    results = 2 if config.has_adapter else 1
+    steps, step_tokens = heal.num_steps, heal.batch_size * heal.sequence_length
+    held_out = HELD_OUT_PASSES * min(64 * heal.sequence_length, steps * step_tokens // 20)
     work = {
-        "measure": measured * FORWARD * before,
-        "heal": heal.num_steps * heal.batch_size * heal.sequence_length * (backward * after + taught),
-        "evaluate": evaluated * FORWARD * (before + 2 * after),
+        "measure": samples
+        * min(length, measure.sequence_length)
+        * cost.reading(whole),  # each one's beginning
+        "prune": CHECK_SECONDS + bytes_after / PRUNED_BYTES,
+        "merge": CHECK_SECONDS + bytes_after / MERGED_BYTES,
+        "evaluate": evaluated * (cost.reading(whole) + results * cost.reading(kept)),
+        "speed": SPEED_ROUNDS
+        * sum(PROMPT * cost.reading(n) + NEW_TOKENS * cost.decoding(n) for n in (whole, kept)),
     }
-    if not config.heal_enabled:
-        models = before + (2 if config.has_adapter else 1) * after
-        work["heal"], work["evaluate"] = 0, evaluated * FORWARD * models
-    rate = machine.flops_per_second
-    return {stage: STAGE_SECONDS + work.get(stage, 0) / rate for stage in pending}
+    if config.heal_enabled:
+        work["heal"] = steps * (step_tokens * cost.training + cost.update) + held_out * cost.reading(kept)
+    models = {"measure": 1, "heal": 1, "evaluate": 1 + results, "speed": 2}
+    if (criterion := CRITERIA.get(config.plan.criterion)) and criterion.searches:
+        rounds = whole - kept if criterion.scattered else 1
+        read_each = SEARCHED * kept + FINALISTS * config.plan.num_documents  # passes over a sequence
+        work["search"] = rounds * read_each * config.plan.sequence_length * cost.reading(kept)
+        models["search"] = 1
+    loading = STAGE_SECONDS + source.size_bytes / LOADED_BYTES
+    return {stage: models.get(stage, 0) * loading + work.get(stage, 0) for stage in pending}
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds on a machine, all processes together."""
+
+    reading: Callable[[int], float]  # number of layers → a token, in passes of many
+    decoding: Callable[[int], float]  # number of layers → a token after the other
+    training: float  # a token, with the teacher's pass
+    update: float  # of the adapter, in each step
+
+
+def _by_pace(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
+    pace, heal = machine.pace, config.heal
+    assert pace is not None
+    whole = source.num_layers
+    kept = whole - num_dropped(config.drop, whole)
+    sharers = machine.processes if not is_cpu(machine.device) else 1  # processes on a CPU share its cores
+    taught = OBJECTIVES[heal.objective].teacher_passes * whole * pace.layer
+    return _Cost(
+        reading=lambda n: (n * pace.layer + pace.head) / sharers,
+        decoding=_decoding(source, machine),
+        training=(kept * pace.trained_layer + pace.trained_head + taught) / sharers,
+        update=kept * pace.update,
+    )
+
+
+def _by_flops(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
+    backward = FORWARD_BACKWARD if is_cpu(machine.device) else WITH_RECOMPUTATION
+    before, kept = source.num_parameters, source.num_layers - num_dropped(config.drop, source.num_layers)
+    after, rate = _parameters(source, kept), machine.flops_per_second
+    taught = OBJECTIVES[config.heal.objective].teacher_passes * FORWARD * before
+    return _Cost(
+        reading=lambda n: FORWARD * _parameters(source, n) / rate,
+        decoding=_decoding(source, machine),
+        training=(backward * after + taught) / rate,
+        update=0,
+    )
+
+
+def _decoding(source: Source, machine: Machine) -> Callable[[int], float]:
+    """Return the time of a pass over one token, bound by reading all weights or by launching kernels."""
+    if is_cpu(machine.device):
+        return lambda n: 4 * _parameters(source, n) / CPU_MEMORY_BYTES
+    return lambda n: n * LAUNCHES_SECONDS
+
+
+def _parameters(source: Source, num_layers: int) -> int:
+    """Return the number of parameters with so many layers of mean size."""
+    gone = 1 - num_layers / source.num_layers
+    return source.num_parameters - int(gone * sum(source.layer_parameters))
 
 
 def _tokens(num_documents: int, text: Contents | None, *, unknown: int) -> tuple[int, float]:
@@ -81,22 +165,29 @@ def _tokens(num_documents: int, text: Contents | None, *, unknown: int) -> tuple
     return number, text.num_bytes / text.num_documents / BYTES_PER_TOKEN
 
 
-def this_machine(source: Source, *, processes: int, works: bool) -> Machine:
-    """Return this machine, with its pace as measured if there is work."""
-    device, memory_total, rate = _measured(source) if works else ("", 0, 1.0)
+def this_machine(source: Source, config: BuildConfig, *, processes: int, works: bool, home: Path) -> Machine:
+    """Return this machine, with its pace as timed if there is work."""
+    if not works:
+        return Machine("", 0, 1.0, host_bytes=host_bytes())
+    pace = pace_of(source, config, home=home)
+    device, memory_total, rate = _measured(source, products=pace is None)
     if processes > 1:
         rate *= 1 if is_cpu(device) else processes  # processes on a CPU share its cores
         device = f"{device}, {processes} processes"
-    return Machine(device, memory_total, rate, host_bytes=host_bytes())
+    return Machine(device, memory_total, rate, host_bytes=host_bytes(), pace=pace, processes=processes)
 
 
-def _measured(source: Source) -> tuple[str, int, float]:
-    """Return the device, its memory in bytes, and its FLOP/s on products of this model's width."""
+def _measured(source: Source, *, products: bool) -> tuple[str, int, float]:
+    """Return the device, its memory in bytes, and its FLOP/s on products of this model's width, or 1."""
     import torch
 
     from factory.model.devices import best_device, compute_dtype, device_name
 
     device = best_device()
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes()
+    if not products:
+        return device_name(device), memory, 1.0
     text_config = source.config.get("text_config") or source.config
     width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
     rows = 512 if device.type == "cpu" else 4096
@@ -109,10 +200,7 @@ def _measured(source: Source) -> tuple[str, int, float]:
         (left @ right).sum().item()
         times.append(time.perf_counter() - start)
     # Whole models reach about a third of a single product's rate: norms, attention and small kernels.
-    rate = 2 * rows * width * 4 * width / min(times) / 3
-    if device.type == "cuda":
-        return device_name(device), torch.cuda.get_device_properties(device).total_memory, rate
-    return device_name(device), host_bytes(), rate
+    return device_name(device), memory, 2 * rows * width * 4 * width / min(times) / 3
 
 
 def is_cpu(device: str) -> bool:

@@ -84,7 +84,7 @@ def preview(
     bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
     parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
     is_here = machine is None
-    machine = machine or this_machine(source, processes=processes, works=bool(pending))
+    machine = machine or this_machine(source, config, processes=processes, works=bool(pending), home=home)
     device = machine.device
     needed = needs(
         source,
@@ -120,10 +120,9 @@ def preview(
         host_total=machine.host_bytes,
         device=device,
         stage_seconds=stage_seconds(
+            source,
             config,
             pending,
-            before=source.num_parameters,
-            after=parameters_after,
             machine=machine,
             calibration=calibration,
             evaluations=evaluations,
