@@ -130,7 +130,7 @@ class StageLines:
         if not self.time_left:
             return ""
         left = self.time_left.left(elapsed=time.monotonic() - self.began, remaining=remaining)
-        return f"{', ' if note else ''}{rough_duration(left)} for the whole build"
+        return f"{', ' if note else ''}{rough_duration(left)} left in all"
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
         """Print the final line of a stage."""
