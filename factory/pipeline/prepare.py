@@ -26,8 +26,7 @@ from factory.config.tracking import Tracking, choose_tracker
 from factory.errors import UsageError
 from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket
-from factory.pipeline.build import STAGES as STAGE_NAMES
-from factory.pipeline.build import pending
+from factory.pipeline.build import pending, stages_of
 from factory.pipeline.costs.budget import within_budget
 from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
@@ -317,13 +316,13 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     check_backend(config.evaluate)
     texts, note = open_inputs(settled)
     if request.budget:
-        known = known_lengths(texts, STAGE_NAMES)
+        stages = stages_of(config)
         config = within_budget(
             request,
             source,
             config,
-            stages=STAGE_NAMES,
-            known=known,
+            stages=stages,
+            known=known_lengths(texts, stages),
             home=home,
             reporter=reporter,
             dry_run=dry_run,
