@@ -19,6 +19,7 @@ from factory.pipeline.costs.pace import (
     this_machine,
 )
 from factory.pipeline.run import Reporter
+from factory.pruning.sizes import left_about
 from factory.store.files import write_atomically
 from factory.store.locks import writing
 from factory.text.overlap import Contents
@@ -108,8 +109,7 @@ def share_within(
     Raises:
         UsageError: Not even the least work is.
     """
-    n = num_dropped(config.drop, source.num_layers)
-    after = source.num_parameters - n * sum(source.layer_parameters) // source.num_layers
+    after, _ = left_about(source, num_dropped(config.drop, source.num_layers))
 
     def seconds(share: float) -> float:
         found = stage_seconds(
