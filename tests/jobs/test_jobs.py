@@ -122,7 +122,7 @@ def refused(commands: Forks, hub: Hub, folder: Path, *arguments: str, token: str
     login = f"import os; os.environ['HF_TOKEN'] = {token!r}"
     done = commands.run(*arguments, folder=folder, before=login)
     assert done.code in (1, 2), done.stdout
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 2, done.stderr
     assert lines[1].startswith("hint: ")
     assert not hub.storage.jobs
