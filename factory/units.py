@@ -26,13 +26,15 @@ def count_in_words(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: 200 → "3 min 20 s"."""
-    if seconds < 60:
+    """Format a duration: 200 → "3 min 20 s", 1800 → "30 min"."""
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    whole = round(seconds)
+    if whole < 3600:
+        parts = ((whole // 60, "min"), (whole % 60, "s"))
+    else:
+        parts = ((whole // 3600, "h"), (whole % 3600 // 60, "min"))
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
 def rough_duration(seconds: float) -> str:
@@ -41,4 +43,6 @@ def rough_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f}".removesuffix(".0") + " h"

@@ -10,6 +10,7 @@ from factory.checkpoint.write import Progress
 from factory.errors import StoreError
 from factory.hub.pull import cache_demand
 from factory.pruning.prune import Thoroughness, prune
+from factory.pruning.sizes import left_without
 from factory.serving.runtimes import verdicts
 from factory.store.capacity import check_room, demands
 from factory.store.files import sync_files
@@ -76,7 +77,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
     Raises:
         DiskSpaceError: There is too little space; says how much is needed and how much there is.
     """
-    needed = source.size_bytes - sum(source.layer_bytes[layer] for layer in plan.dropped) + SPARE_BYTES
+    needed = left_without(source, plan.dropped)[1] + SPARE_BYTES
     check_room(demands([(out.resolve().parent, "`out`", needed), cache_demand(source)]))
 
 

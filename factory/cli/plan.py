@@ -102,13 +102,13 @@ def sweep(as_json: bool, **values: Any) -> None:
 def _preview(prepared: "PreparedSweep", reporter: "StageLines") -> None:
     """Show the cuts and how much disk they can take."""
     from factory.hub.pull import cache_demand
+    from factory.pruning.sizes import left_about
     from factory.store.capacity import demands
     from factory.store.locks import HOME
     from factory.units import size
 
     source, run = prepared.source, prepared.run
-    layer = sum(source.layer_bytes) / source.num_layers
-    cuts = sum(source.size_bytes - int(n * layer) for n in prepared.sizes)
+    cuts = sum(left_about(source, n)[1] for n in prepared.sizes)
     cuts *= 2 if run.config.heal_enabled else 1
     disk, *others = demands([(run.store.home, HOME, cuts), cache_demand(source)])
     listed = ", ".join(map(str, prepared.sizes))

@@ -52,7 +52,10 @@ def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
 
 def _expected(prepared: "PreparedPrune") -> dict[str, Any]:
     """Return the expected result in numbers."""
+    from factory.pruning.sizes import left_without
+
     source, plan = prepared.source, prepared.plan
+    parameters, num_bytes = left_without(source, plan.dropped)
     return {
         "source": source.repo_id or source.name,
         "commit": source.commit,
@@ -61,9 +64,9 @@ def _expected(prepared: "PreparedPrune") -> dict[str, Any]:
         "dropped": plan.dropped,
         "kept": plan.kept,
         "parameters_before": source.num_parameters,
-        "parameters_after": source.num_parameters - sum(source.layer_parameters[i] for i in plan.dropped),
+        "parameters_after": parameters,
         "bytes_before": source.size_bytes,
-        "bytes_after": source.size_bytes - sum(source.layer_bytes[i] for i in plan.dropped),
+        "bytes_after": num_bytes,
         "verifies": ["names and shapes", "logits" if prepared.logits else "values"],
     }
 

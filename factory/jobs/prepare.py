@@ -15,7 +15,7 @@ from factory.hub.push import full_name
 from factory.jobs.hardware import OF_PEAK, Flavor, check_fits, flavor, parse_timeout
 from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
 from factory.jobs.uploads import carried
-from factory.pipeline.build import STAGES
+from factory.pipeline.build import stages_of
 from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.prepare import Settled, check_weights_load, open_inputs, settle_all
 from factory.pipeline.run import Reporter
@@ -115,14 +115,15 @@ def _checked(
                 reporter.note(message)
             check_rendering(one.source, texts)
             identities.append(_identity(one, texts))
-            check_weights_load(one.source, config, STAGES)
+            stages = stages_of(config)
+            check_weights_load(one.source, config, stages)
             shown = preview(
                 one.source,
                 config,
-                pending=STAGES,
+                pending=stages,
                 home=Path(found.name),
                 machine=found.machine,
-                **known_lengths(texts, STAGES),
+                **known_lengths(texts, stages),
             )
             check_fits(found, shown.memory_needed)
             previews.append(shown)

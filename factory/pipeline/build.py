@@ -6,6 +6,8 @@ from pathlib import Path
 from factory.artifacts import Build, Checkpoint, Made, Source
 from factory.builds.garbage import register
 from factory.builds.swap import laying_out
+from factory.config.criteria import CRITERIA
+from factory.config.settings import BuildConfig
 from factory.errors import HealingError
 from factory.evaluation.decision import decide
 from factory.pipeline.choosing import measure_stage, plan_stage, refuse_wrong_backend
@@ -21,7 +23,14 @@ from factory.pipeline.stages import (
 )
 from factory.store import stage
 
-STAGES = (*(name for name in stage.STAGES if name != stage.ASSEMBLE.name), "card")
+
+def stages_of(config: BuildConfig) -> tuple[str, ...]:
+    """Return the stages that a build with these settings runs, in their order."""
+    searches = not config.plan.layers and CRITERIA[config.plan.criterion].searches
+    skipped = {stage.ASSEMBLE, stage.COMPARE, stage.PLAN if searches else stage.SEARCH}
+    if not config.has_adapter:
+        skipped |= {stage.HEAL, stage.MERGE}
+    return (*(one.name for one in stage.STAGES.values() if one not in skipped), "card")
 
 
 def pending(run: Run, source: Source) -> tuple[str, ...]:
@@ -30,7 +39,8 @@ def pending(run: Run, source: Source) -> tuple[str, ...]:
     try:
         make_models(looking, source)
     except Missing as missing:
-        return STAGES[STAGES.index(missing.stage) :]
+        names = stages_of(run.config)
+        return names[names.index(missing.stage) :]
     return ()
 
 

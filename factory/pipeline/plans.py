@@ -12,6 +12,7 @@ from factory.pipeline.prepare import begin, pull_and_trust
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.texts import check_tokens
 from factory.pruning.profile_files import read_profile
+from factory.pruning.sizes import left_without
 from factory.serving.runtimes import verdicts
 
 
@@ -45,7 +46,7 @@ def make_plans(
         reason=reason,
         runtimes=verdicts(source.config, dropped, folder=source.folder),
         goal=run.config.size,
-        parameters=source.num_parameters - sum(source.layer_parameters[layer] for layer in dropped),
+        parameters=left_without(source, dropped)[0],
     )
 
 

@@ -23,11 +23,11 @@ from factory.config.references import share_of
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
+from factory.config.unread import unread
 from factory.errors import UsageError
 from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket
-from factory.pipeline.build import STAGES as STAGE_NAMES
-from factory.pipeline.build import pending
+from factory.pipeline.build import pending, stages_of
 from factory.pipeline.costs.budget import within_budget
 from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
@@ -120,7 +120,8 @@ def begin(
         check_question_form(source, config)
     texts = open_texts(config, measures=measures, heals=sweeps, evaluates=sweeps)
     note = check_kinds(source, texts)
-    for message in (*texts.remarks, *check_texts(texts), *([note] if note else [])):
+    remarks = (*unread(request, config), *texts.remarks, *check_texts(texts))
+    for message in (*remarks, *([note] if note else [])):
         reporter.note(message)
     run = Run(config, Store((request.home or default_home()).absolute()), reporter, texts)
     if measures:
@@ -252,6 +253,9 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
         check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
+    where = f"{request.origin.file}, line {request.origin.line}: " if request.origin else ""
+    for message in (*unread(request, settled.config), *_not_redone(request, settled.config)):
+        reporter.note(f"{where}{message}")
     if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
         reporter.note(note)
     return settled
@@ -270,6 +274,16 @@ def _check_stages(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise UsageError(f"`rerun={name}` is not a stage", hint=f"stages: {', '.join(known)}")
+
+
+def _not_redone(request: BuildRequest, config: BuildConfig) -> list[str]:
+    """Return a line for each stage to redo that the build does not have."""
+    stages = stages_of(config)
+    return [
+        f"`rerun={name}` has no effect: this build has no such stage"
+        for name in request.rerun
+        if name not in stages
+    ]
 
 
 def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
@@ -317,13 +331,13 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     check_backend(config.evaluate)
     texts, note = open_inputs(settled)
     if request.budget:
-        known = known_lengths(texts, STAGE_NAMES)
+        stages = stages_of(config)
         config = within_budget(
             request,
             source,
             config,
-            stages=STAGE_NAMES,
-            known=known,
+            stages=stages,
+            known=known_lengths(texts, stages),
             home=home,
             reporter=reporter,
             dry_run=dry_run,

@@ -1,6 +1,6 @@
 """Find how many layers to drop for a size: a number of parameters, or the memory of a device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 from factory.artifacts import SizeGoal, Source
@@ -63,6 +63,22 @@ def _within_memory(source: Source, memory: int, *, context: int | None) -> SizeG
     cached = held[n] - sizes["weight_bytes"]
     return SizeGoal(
         fits=memory, context=context, cache_bytes=cached, overhead_bytes=left[n] - held[n], **sizes
+    )
+
+
+def left_without(source: Source, layers: Collection[int]) -> tuple[int, int]:
+    """Return parameters and weight bytes without these 0-based layers."""
+    return (
+        source.num_parameters - sum(source.layer_parameters[layer] for layer in layers),
+        source.size_bytes - sum(source.layer_bytes[layer] for layer in layers),
+    )
+
+
+def left_about(source: Source, n: int) -> tuple[int, int]:
+    """Return parameters and weight bytes without `n` layers of mean size, before it is known which go."""
+    return (
+        source.num_parameters - n * sum(source.layer_parameters) // source.num_layers,
+        source.size_bytes - n * sum(source.layer_bytes) // source.num_layers,
     )
 
 

@@ -45,7 +45,17 @@ def test_sizes(number: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (200, "3 min 20 s"), (18_725, "5 h 12 min")]
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min"),
+        (200, "3 min 20 s"),
+        (1800, "30 min"),
+        (3599.7, "1 h"),
+        (18_725, "5 h 12 min"),
+        (72_000, "20 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -57,10 +67,11 @@ def test_the_card_has_words_for_counts_and_rough_durations() -> None:
         "1 million",
         "7.24 billion",
     ]
-    assert [rough_duration(seconds) for seconds in (4.12, 119, 200, 18_725)] == [
+    assert [rough_duration(seconds) for seconds in (4.12, 119, 200, 18_000, 18_725)] == [
         "4.1 s",
         "119 s",
         "3 min",
+        "5 h",
         "5.2 h",
     ]
 
@@ -93,9 +104,7 @@ def test_the_time_is_told_by_stage_and_a_long_one_with_ways_out() -> None:
 
     assert told(measure=1, card=1) == ["about 14.0 s (measure → card)"]
     (short,) = told(measure=100, heal=900, card=1)
-    assert short == (
-        "about 16 min 53 s (measure → card): measure 1 min 40 s, heal 15 min 0 s, the rest 13.0 s"
-    )
+    assert short == ("about 16 min 53 s (measure → card): measure 1 min 40 s, heal 15 min, the rest 13.0 s")
     _, ways = told(heal=4000)
     assert "--budget" in ways
 

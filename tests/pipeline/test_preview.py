@@ -18,7 +18,7 @@ from factory.errors import DiskSpaceError, DropError, MachineError, UsageError
 from factory.hub import pull
 from factory.hub.resolve import resolve
 from factory.model.devices import training_processes
-from factory.pipeline.build import STAGES
+from factory.pipeline.build import stages_of
 from factory.pipeline.costs.budget import scaled, share_within
 from factory.pipeline.costs.pace import (
     BYTES_PER_TOKEN,
@@ -43,6 +43,7 @@ from factory.text.overlap import NONE, Contents
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
 
+STAGES = stages_of(BuildConfig(reference="m", drop=0.3))
 SOURCE = Source(
     name="m",
     commit="0" * 40,
@@ -77,6 +78,21 @@ def test_work_that_is_left_needs_disk_memory_and_time(tmp_path: Path) -> None:
     assert everything.memory_needed == everything.host_needed > (1_200 + 900) * 4
     assert everything.seconds > nearly_done.seconds > 0
     assert everything.device.startswith("CPU")
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({}, "measure plan prune heal merge evaluate speed card"),
+        ({"heal_enabled": False}, "measure plan prune evaluate speed card"),
+        ({"heal_enabled": False, "heal": {"start": "seam-fit"}}, STAGES),
+        ({"plan": {"criterion": "greedy"}}, "measure search prune heal merge evaluate speed card"),
+        ({"plan": {"criterion": "loss", "layers": [2, 3]}}, STAGES),
+    ],
+)
+def test_only_stages_that_a_build_runs_are_listed(changes: dict[str, Any], runs: str | tuple[str]) -> None:
+    config = BuildConfig.model_validate({"reference": "m", "drop": 0.3, **changes})
+    assert stages_of(config) == (tuple(runs.split()) if isinstance(runs, str) else runs)
 
 
 PACE = Machine("CPU", 0, 1e6)  # FLOP/s that make the usual amounts take days

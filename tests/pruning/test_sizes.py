@@ -15,7 +15,7 @@ from factory.config.request import BuildRequest, PlanRequest
 from factory.errors import DropError, FactoryError, UnsupportedArchitectureError, UsageError
 from factory.hub.resolve import resolve
 from factory.model.devices import tensor_bytes
-from factory.pruning.sizes import cache_bytes, find_goal
+from factory.pruning.sizes import cache_bytes, find_goal, left_about, left_without
 from tests.builders.builds import a_source
 from tests.builders.models import save_llama
 from tests.families import config_of
@@ -62,6 +62,24 @@ def test_equal_layers_reach_the_target_exactly() -> None:
     goal = find_goal(asked(target=1700), source_of([100] * 10))
     assert goal
     assert (goal.num_dropped, goal.parameters, goal.weight_bytes) == (3, 1700, 3400)
+
+
+@given(
+    st.lists(st.integers(1, 10**12), min_size=3, max_size=7).flatmap(
+        lambda layers: st.tuples(st.just(layers), st.permutations(range(len(layers))))
+    )
+)
+def test_what_is_left_without_layers_of_mean_size_is_the_mean_over_all_cuts(
+    drawn: tuple[list[int], list[int]],
+) -> None:
+    layers, order = drawn
+    source, total = source_of(layers), len(layers)
+    for n in range(1, total):
+        cuts = [
+            left_without(source, (order * 2)[start : start + n]) for start in range(total)
+        ]  # each n times
+        for about, exact in zip(left_about(source, n), zip(*cuts, strict=True), strict=True):
+            assert 0 <= about * total - sum(exact) < total  # rounded up, by less than one
 
 
 def test_memory_is_weights_and_cache_and_a_stated_overhead(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from factory.config.objectives import OBJECTIVES
 from factory.config.settings import BuildConfig, num_dropped
 from factory.pipeline.costs.probe import Pace, pace_of
 from factory.pipeline.costs.requirements import host_bytes
+from factory.pruning.sizes import left_about
 from factory.text.overlap import Contents
 
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
@@ -71,8 +72,7 @@ def stage_seconds(
     kept = whole - num_dropped(config.drop, whole)
     costs = _by_pace if machine.pace else _by_flops
     cost = costs(source, config, machine)
-    share_kept = kept / whole
-    bytes_after = source.size_bytes - int((1 - share_kept) * sum(source.layer_bytes))
+    _, bytes_after = left_about(source, whole - kept)
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
     samples, length = _tokens(
@@ -134,10 +134,10 @@ def _by_pace(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
 def _by_flops(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
     backward = FORWARD_BACKWARD if is_cpu(machine.device) else WITH_RECOMPUTATION
     before, kept = source.num_parameters, source.num_layers - num_dropped(config.drop, source.num_layers)
-    after, rate = _parameters(source, kept), machine.flops_per_second
+    after, rate = _kept_parameters(source, kept), machine.flops_per_second
     taught = OBJECTIVES[config.heal.objective].teacher_passes * FORWARD * before
     return _Cost(
-        reading=lambda n: FORWARD * _parameters(source, n) / rate,
+        reading=lambda n: FORWARD * _kept_parameters(source, n) / rate,
         decoding=_decoding(source, machine),
         training=(backward * after + taught) / rate,
         update=0,
@@ -147,14 +147,12 @@ def _by_flops(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
 def _decoding(source: Source, machine: Machine) -> Callable[[int], float]:
     """Return the time of a pass over one token, bound by reading all weights or by launching kernels."""
     if is_cpu(machine.device):
-        return lambda n: 4 * _parameters(source, n) / CPU_MEMORY_BYTES
+        return lambda n: 4 * _kept_parameters(source, n) / CPU_MEMORY_BYTES
     return lambda n: n * LAUNCHES_SECONDS
 
 
-def _parameters(source: Source, num_layers: int) -> int:
-    """Return the number of parameters with so many layers of mean size."""
-    gone = 1 - num_layers / source.num_layers
-    return source.num_parameters - int(gone * sum(source.layer_parameters))
+def _kept_parameters(source: Source, num_layers: int) -> int:
+    return left_about(source, source.num_layers - num_layers)[0]
 
 
 def _tokens(num_documents: int, text: Contents | None, *, unknown: int) -> tuple[int, float]:

@@ -17,6 +17,7 @@ from factory.pipeline.costs.requirements import (
     healing_processes,
     needs,
 )
+from factory.pruning.sizes import left_about
 from factory.store.capacity import Demand, check_room, demands
 from factory.store.locks import HOME
 from factory.text.overlap import Contents
@@ -80,9 +81,7 @@ def preview(
         UnsupportedArchitectureError: The model has no modules that healing could adapt.
     """
     n = num_dropped(config.drop, source.num_layers)
-    share = n / source.num_layers
-    bytes_after = source.size_bytes - int(share * sum(source.layer_bytes))
-    parameters_after = source.num_parameters - int(share * sum(source.layer_parameters))
+    parameters_after, bytes_after = left_about(source, n)
     is_here = machine is None
     machine = machine or this_machine(source, config, processes=processes, works=bool(pending), home=home)
     device = machine.device
