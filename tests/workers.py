@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import distributed
+
 from factory.errors import DataError
 from factory.parallel import processes
 
@@ -18,10 +21,22 @@ def fail_in_the_second(progress: Progress) -> int:
     raise DataError("'x' is no text", hint="give some")
 
 
+def tell_and_report(progress: Progress, tell: Callable[[str], None]) -> int:
+    progress(1, 2, "half")
+    tell(f"slower: {1 + processes.index()}")
+    return processes.count()
+
+
 def vanish(progress: Progress) -> None:
     if not processes.is_main():
         os.kill(os.getpid(), signal.SIGKILL)
     processes.gather([0])
+
+
+def vanish_while_a_library_waits(progress: Progress) -> None:
+    if not processes.is_main():
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.all_reduce(torch.zeros(1))
 
 
 def write_number_and_wait(folder: Path, *, progress: Progress) -> None:

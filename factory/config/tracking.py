@@ -1,15 +1,11 @@
 """Choose the experiment tracker that follows a build's healing, and name its run."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from factory.config.choices import Tracker
 from factory.errors import UsageError
-
-
-def _ignore(_message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -20,13 +16,11 @@ class Tracking:
         tracker: Library that receives the losses.
         run_name: Name that is unique to the build and the same for every attempt at it.
         folder: Parent folder of TensorBoard's event files.
-        warn: Called with one line about what does not work as it could, such as a failing tracker.
     """
 
     tracker: Tracker = "none"
     run_name: str = ""
     folder: Path = Path()
-    warn: Callable[[str], None] = _ignore
 
 
 NO_TRACKING = Tracking()

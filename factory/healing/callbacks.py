@@ -89,8 +89,8 @@ class Report(TrainerCallback):  # type: ignore[misc]
     same run, except in TensorBoard, which shows all attempts of a folder together.
     """
 
-    def __init__(self, tracking: Tracking) -> None:
-        self.tracking, self.callback = tracking, None
+    def __init__(self, tracking: Tracking, tell: Callable[[str], None]) -> None:
+        self.tracking, self.tell, self.callback = tracking, tell, None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with self._guarded():
@@ -136,7 +136,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  no tracker failure may fail the build
             self.callback = None
             reason = next(iter(str(error).splitlines()), repr(error))
-            self.tracking.warn(f"{self.tracking.tracker} failed; healing continues without it: {reason}")
+            self.tell(f"{self.tracking.tracker} failed; healing continues without it: {reason}")
 
 
 class EarlyStop(TrainerCallback):  # type: ignore[misc]

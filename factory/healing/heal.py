@@ -81,6 +81,7 @@ def heal(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    tell: Callable[[str], None] = lambda _: None,
     tracking: Tracking = NO_TRACKING,
     seam: SeamFit | None = None,
 ) -> Adapter:
@@ -97,6 +98,7 @@ def heal(
         source_folder: Folder of the source of `pruned`.
         dropped: Layers of the source that `pruned` lacks.
         progress: Callback that receives steps done, total steps, and loss and speed.
+        tell: Callback that receives one line about what does not work as it could, such as a tracker.
         tracking: Tracker that also receives the losses.
         seam: What `fit_seams` has kept in `folder`, to start from; None: start from no change.
 
@@ -118,6 +120,7 @@ def heal(
         seed=seed,
         folder=folder,
         progress=progress,
+        tell=tell,
         tracking=tracking,
         seam=seam,
     )
@@ -255,6 +258,7 @@ def begin(
     seed: int,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    tell: Callable[[str], None] = lambda _: None,
     tracking: Tracking = NO_TRACKING,
     seam: SeamFit | None = None,
 ) -> tuple[Student, HealTrainer]:
@@ -288,11 +292,11 @@ def begin(
         set_start(trainer.model, student.names, seam, load_factors(folder))
     if not processes.sharded():
         processes.copy_from_main([p for p in trainer.model.parameters() if p.requires_grad])
-    fit_passes(trainer, tracking.warn)
+    fit_passes(trainer, tell)
     trainer.remove_callback(PrinterCallback)  # only the command line prints
     trainer.add_callback(Progress(progress, flops_per_token=4 * student.num_weights))
     if processes.is_main() and tracking.tracker != "none":
-        trainer.add_callback(Report(tracking))
+        trainer.add_callback(Report(tracking, tell))
     trainer.add_callback(EarlyStop())
     if (step := slowed_at(folder)) is not None:
         trainer.add_callback(Slower(step))

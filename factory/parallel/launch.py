@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -46,7 +47,14 @@ def num_processes(requested: int | None) -> int:
     return requested
 
 
-def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, progress: Progress) -> T:
+def spread(
+    work: Callable[..., T],
+    *,
+    processes: int,
+    case: Case | None = None,
+    progress: Progress,
+    tell: Callable[[str], None] | None = None,
+) -> T:
     """Call `work(progress=…)` in several processes at once, and return the main one's result.
 
     With one process, it is called here. Several are started by `accelerate launch` with the file of
@@ -57,18 +65,19 @@ def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, 
         processes: Number of processes.
         case: Configuration file; None: "gpus" if there are any, else "cpu".
         progress: Called with the reports of the main process.
+        tell: If given, `work` also takes a `tell`, and this is called with what the main process tells.
 
     Raises:
         WorkerError: A process ended without an error message.
         Exception: The error that `work` raised in the process that failed first.
     """
     if processes == 1:
-        return work(progress=progress)
+        return work(progress=progress, **({"tell": tell} if tell else {}))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # a worker will share the first GPU
     with tempfile.TemporaryDirectory(prefix="factory-") as name:
         folder = Path(name)
-        (folder / JOB).write_bytes(pickle.dumps((list(remote_code.registered), work)))
+        (folder / JOB).write_bytes(pickle.dumps((list(remote_code.registered), work, tell is not None)))
         with (folder / LOG).open("wb") as log:
             launched = subprocess.Popen(
                 _command(folder, processes=processes, case=case),
@@ -79,7 +88,7 @@ def spread(work: Callable[..., T], *, processes: int, case: Case | None = None, 
                 start_new_session=True,  # Ctrl-C reaches only this process, which then ends the others
             )
         try:
-            _follow(launched, progress)
+            _follow(launched, progress, tell)
         finally:
             _end(launched)
         return _result(folder, launched.returncode)  # type: ignore[no-any-return]
@@ -100,13 +109,20 @@ def _environment(processes: int) -> dict[str, str]:
     return loopback | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
-def _follow(launched: subprocess.Popen[bytes], progress: Progress) -> None:
-    """Forward the main process's reports until all processes have ended."""
+def _follow(
+    launched: subprocess.Popen[bytes], progress: Progress, tell: Callable[[str], None] | None
+) -> None:
+    """Forward what the main process reports and tells until all processes have ended."""
     assert launched.stdout is not None
     for line in launched.stdout:
+        said = None
         with suppress(ValueError):  # printed by a library before the worker took over the pipe
-            done, total, note = json.loads(line)
-            progress(done, total, note)
+            said = json.loads(line)
+        match said:
+            case [int(done), int(total), str(note)]:
+                progress(done, total, note)
+            case str(told) if tell:
+                tell(told)
     launched.wait()
 
 
@@ -149,21 +165,20 @@ def _take_part(folder: Path) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     if not processes.is_main():
         reports.close()
-    trusted, work = pickle.loads((folder / JOB).read_bytes())
+    trusted, work, tells = pickle.loads((folder / JOB).read_bytes())
     for source in trusted:
         remote_code.register(source)
-    value = work(progress=_reporter(reports))
+    said: dict[str, Any] = {"tell": partial(_say, reports)} if tells else {}
+    value = work(progress=lambda done, total, note="": _say(reports, [done, total, note]), **said)
     if processes.is_main():
         (folder / RESULT).write_bytes(pickle.dumps(value))
     torch.distributed.destroy_process_group()
 
 
-def _reporter(reports: BinaryIO) -> Progress:
-    def report(done: int, total: int, note: str = "") -> None:
-        if processes.is_main():
-            reports.write(json.dumps([done, total, note]).encode() + b"\n")
-
-    return report
+def _say(reports: BinaryIO, what: list[Any] | str) -> None:
+    """Hand on a report of progress, or a line to tell; only the main process's count."""
+    if processes.is_main():
+        reports.write(json.dumps(what).encode() + b"\n")
 
 
 def _end_with_parent() -> None:
@@ -176,7 +191,8 @@ def _end_with_parent() -> None:
 def _main(folder: Path) -> None:
     try:
         _take_part(folder)
-    except Exception as error:  # noqa: BLE001  raised again in the main program
+    except Exception as caught:  # noqa: BLE001  raised again in the main program
+        error = processes.gone(caught) if processes.is_of_connection(caught) else caught
         try:
             pickled = pickle.dumps((error, traceback.format_exc()))
             pickle.loads(pickled)

@@ -118,7 +118,17 @@ def main_first() -> Iterator[None]:
 def _talking() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch's own errors of this kind are RuntimeErrors, or gloo's plain ones
-        raise WorkerError(
-            f"one of {count()} processes died: {str(error).splitlines()[0][:200]}", hint=IF_GONE
-        ) from error
+    except RuntimeError as error:
+        raise gone(error) from error
+
+
+def gone(error: BaseException) -> WorkerError:
+    """Return the error to show for one of a connection between processes."""
+    return WorkerError(f"one of {count()} processes died: {str(error).splitlines()[0][:200]}", hint=IF_GONE)
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Return whether a library raised an error because it could not reach another process."""
+    return isinstance(error, distributed.DistError) or (
+        type(error) is RuntimeError and "/gloo/" in str(error)  # gloo's own are plain
+    )

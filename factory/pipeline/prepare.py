@@ -346,7 +346,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     for message in texts.remarks:
         reporter.note(message)
     run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
-    run.tracking = _tracking(settled, reporter)
+    run.tracking = _tracking(settled)
     left = pending(run, source)
     check_weights_load(source, config, left)
     check_tasks(config.evaluate, search="evaluate" in left, run_code=request.run_task_code)
@@ -415,7 +415,7 @@ def _bucket(request: BuildRequest, reporter: Reporter, *, dry_run: bool) -> Stag
     return None
 
 
-def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
+def _tracking(settled: Settled) -> Tracking:
     """Return where the build is tracked, under a unique name, since folder names may repeat."""
     out = settled.out.absolute()
     decides = [
@@ -425,7 +425,7 @@ def _tracking(settled: Settled, reporter: Reporter) -> Tracking:
     ]
     suffix = hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]", "-", f"{out.name}-{suffix}")
-    return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs", reporter.note)
+    return Tracking(choose_tracker(settled.request.report_to), name, out.parent / "runs")
 
 
 def load_questions(request: Request, config: BuildConfig, reporter: Reporter) -> None:

@@ -95,7 +95,13 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
             source, run.config, processes=run.processes, pruned_parameters=pruned.num_parameters
         )
         progress = run.ticks("heal")
-        return spread(part, processes=processes, case="fsdp" if divided else None, progress=progress)
+        return spread(
+            part,
+            processes=processes,
+            case="fsdp" if divided else None,
+            progress=progress,
+            tell=run.reporter.note,
+        )
 
     return run.stage(
         HEAL,

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,9 +78,9 @@ def trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules["trackio"] = kept
 
 
-def report(tracking: Tracking) -> None:
+def report(tracking: Tracking, *, tell: Callable[[str], None]) -> None:
     """Train for two steps, and log once more when it is over."""
-    callback, state = Report(tracking), TrainerState(global_step=3)
+    callback, state = Report(tracking, tell), TrainerState(global_step=3)
     model = SimpleNamespace(num_parameters=lambda: 1)
     callback.on_train_begin(ARGUMENTS, state, None, model=model)
     for loss in (1.5, 1.25):
@@ -97,7 +97,7 @@ def test_trackio_is_chosen_if_it_is_installed_and_gets_the_losses_in_one_run(
     trackio: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert choose_tracker(None) == "trackio"
-    report(Tracking("trackio", "demo"))
+    report(Tracking("trackio", "demo"), tell=pytest.fail)
     begun, *rest = noted(trackio)
     assert {"project": PROJECT, "name": "demo", "resume": "allow"}.items() <= begun["init"].items()
     losses = [{"train/loss": loss, "train/global_step": 3} for loss in (1.5, 1.25)]
@@ -114,7 +114,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(
 ) -> None:
     monkeypatch.setenv("FAILS_IN", fails_in)
     warnings: list[str] = []
-    report(Tracking("trackio", "demo", warn=warnings.append))
+    report(Tracking("trackio", "demo"), tell=warnings.append)
     assert warnings == ["trackio failed; healing continues without it: no Hub"]
     assert [next(iter(note)) for note in noted(trackio)] == calls
 
@@ -136,7 +136,7 @@ def test_the_files_of_tensorboard_lie_in_a_folder_of_the_run(
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     arguments, state = SimpleNamespace(to_json_string=str), TrainerState()
-    callback = Report(Tracking("tensorboard", "demo", tmp_path / "runs", warn=pytest.fail))
+    callback = Report(Tracking("tensorboard", "demo", tmp_path / "runs"), tell=pytest.fail)
     callback.on_train_begin(arguments, state, None)
     callback.on_train_end(arguments, state, None)
     assert folders == [tmp_path / "runs" / "demo"]
@@ -152,14 +152,14 @@ def test_each_build_of_a_file_is_tracked_under_a_name_of_its_own(
         f"model: demo\ndrop: 0.3\nreport-to: none\nbuilds: {json.dumps([{'out': out} for out in outs])}\n"
     )
     names, again = (
-        [_tracking(one, SILENT).run_name for one in settle_all(asked("build.yaml"), SILENT)] for _ in range(2)
+        [_tracking(one).run_name for one in settle_all(asked("build.yaml"), SILENT)] for _ in range(2)
     )
     assert names == again  # a second attempt goes on with the run
     assert len(set(names)) == len(outs)
     assert all(re.fullmatch(r"x[\w-]*-[0-9a-f]{8}", name) for name in names), names
     requests = asked("demo", "--drop", "0.3", "--out", "a/x", "--seed", "1", "--report-to", "none")
     (other,) = settle_all(requests, SILENT)
-    assert _tracking(other, SILENT).run_name not in names
+    assert _tracking(other).run_name not in names
 
 
 def test_no_setting_of_a_build_depends_on_its_tracking() -> None:

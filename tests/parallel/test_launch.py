@@ -43,7 +43,7 @@ from tests.builders.models import save_family, save_llama
 from tests.builders.texts import rhymes
 from tests.places import ROOT
 from tests.waiting import HUNG_SECONDS, until
-from tests.workers import fail_in_the_second, vanish
+from tests.workers import fail_in_the_second, tell_and_report, vanish, vanish_while_a_library_waits
 
 HEALING = HealSettings(
     data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=4, sequence_length=64
@@ -281,10 +281,17 @@ def test_an_error_in_one_process_ends_all_and_is_raised_here() -> None:
     assert raised.value.hint == "give some"
 
 
-def test_a_process_that_is_gone_is_an_error_with_a_way_on() -> None:
+@pytest.mark.parametrize("work", [vanish, vanish_while_a_library_waits])
+def test_a_process_that_is_gone_is_an_error_with_a_way_on(work: Callable[..., None]) -> None:
     with pytest.raises(WorkerError, match="died") as raised:
-        spread(vanish, processes=2, progress=ignore)
+        spread(work, processes=2, progress=ignore)
     assert "`processes=1`" in raised.value.hint
+
+
+def test_what_the_main_process_tells_arrives_here() -> None:
+    told: list[str] = []
+    assert spread(tell_and_report, processes=2, progress=ignore, tell=told.append) == 2
+    assert told == ["slower: 1"]
 
 
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
