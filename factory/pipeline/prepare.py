@@ -107,7 +107,8 @@ def begin(
     config = _with_goal(settle(request, source, drop=_fraction(goal, source) or drop), goal)
     criterion = request.criterion or config.plan.criterion
     drops = request.drop if isinstance(request, SweepRequest) else [config.drop]
-    check_runtimes(source, config, drops=drops, criterion=criterion)
+    if doubt := check_runtimes(source, config, drops=drops, criterion=criterion):
+        reporter.note(doubt)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
     if isinstance(request, SweepRequest):
@@ -131,12 +132,19 @@ def begin(
     return source, run
 
 
-def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str) -> None:
-    """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone."""
-    from factory.serving.runtimes import limit
+def check_runtimes(
+    source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str
+) -> str | None:
+    """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone.
+
+    Returns:
+        A note if a runtime may not have the source's tokenizer, of which only the files are looked at.
+    """
+    from factory.hub.pull import tokenizer_folder
+    from factory.serving.runtimes import OWN_TOKENIZERS, limit, tokenizer_doubt
 
     if not config.plan.runtimes or source.remote_code:  # foreign code is not trusted yet
-        return
+        return None
     for drop in drops:
         layers = config.plan.layers or ()
         size = len(layers) or num_dropped(drop, source.num_layers)
@@ -154,6 +162,10 @@ def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float
                 f"{', '.join(config.plan.runtimes)}",
                 hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
             )
+    if not {OWN_TOKENIZERS, "all"} & {*config.plan.runtimes}:  # others read tokenizer.json
+        return None
+    folder = tokenizer_folder(source)
+    return tokenizer_doubt(source.config, config.plan.runtimes, folder) if folder else None
 
 
 def check_question_form(source: Source, config: BuildConfig) -> None:
@@ -250,7 +262,9 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
         config = _with_goal(settle(request, source, drop=drop), goal)
-        check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
+        criterion = config.plan.criterion
+        if doubt := check_runtimes(source, config, drops=[config.drop], criterion=criterion):
+            reporter.note(doubt)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     where = f"{request.origin.file}, line {request.origin.line}: " if request.origin else ""
