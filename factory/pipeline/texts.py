@@ -48,7 +48,7 @@ def open_texts(
             if evaluates or (measures and (_is_here(data) or data == config.measure.data))
         ],
     }
-    with _explained(wanted):
+    with _explained(wanted if evaluates else {**wanted, "eval_data": []}):  # for which there is no option
         evaluations = [open_text(data, split="validation") for data in wanted["eval_data"]]
         calibration = next(
             (open_text(data, split="validation") for data in wanted["calibration_data"]), NOTHING

@@ -166,6 +166,15 @@ def test_without_a_network_the_data_that_is_not_here_is_named_with_its_options(
     assert refused.value.hint.endswith(f"; or give a text on this machine with {options}")
 
 
+def test_without_a_network_only_options_that_the_command_has_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(HubError) as refused:
+        open_texts(BuildConfig(reference="m", drop=0.3), heals=False, evaluates=False)  # as `plan` does
+    assert refused.value.hint.endswith("; or give a text on this machine with `calibration_data`")
+
+
 def test_a_run_whose_texts_are_here_asks_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     text = str(folder / "text.jsonl")
