@@ -8,13 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from factory import __version__
 from factory.config.choices import ObjectiveName
 from factory.errors import StoreError
 
 AGAIN = "delete that folder and run the same command again"
+BUILD_AGAIN = "run the same `factory build` again, which writes it again from the finished stages"
 SINK_RATIO = 10  # of the norms of the first token and the others: 2.5 without a sink, 26 to 170 with one
 MAX_BYTES = 2**26  # of one file: a profile of 126 layers takes 1 MB, one of 1,000 takes 64
 
@@ -27,7 +28,10 @@ def canonical_json(value: object) -> str:
 def first_problem(error: ValidationError) -> str:
     """Return the first validation error with its location: "heal.rank: Input should be …"."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "value_error":  # of a check of ours
+        return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+    return f"{where or 'it'}: {problem['msg']}"
 
 
 def check_size(size_bytes: int) -> None:
@@ -59,8 +63,11 @@ class Artifact(BaseModel):
         (folder / self.file_name).write_text(self.text(), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path, *, again: str = AGAIN) -> Self:
         """Read the value that `write` wrote into `folder`.
+
+        Args:
+            again: Hint for a damaged file of this version.
 
         Raises:
             StoreError: The file is missing or malformed.
@@ -74,10 +81,10 @@ class Artifact(BaseModel):
             return cls.model_validate(value)
         except ValidationError as error:
             by = value.get("factory_version") if isinstance(value, dict) else None
-            hint = f"use factory {by}, which wrote it" if by not in (None, __version__) else AGAIN
+            hint = f"use factory {by}, which wrote it" if by not in (None, __version__) else again
             raise StoreError(f"cannot read {path}: {first_problem(error)}", hint=hint) from error
         except (OSError, ValueError, RecursionError) as error:
-            raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=AGAIN) from error
+            raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=again) from error
 
 
 class Origin(BaseModel):
@@ -260,6 +267,14 @@ class DistanceProfile(Artifact):
     other_norm: tuple[float, ...] | None = None
     data: DataSource
 
+    @model_validator(mode="after")
+    def _is_square(self) -> Self:
+        """Refuse a profile that was cut short."""
+        for matrix in (self.mean, self.stderr):
+            if {len(matrix), *map(len, matrix)} != {self.num_layers + 1}:
+                raise ValueError(f"it does not have the distances between {self.num_layers + 1} boundaries")
+        return self
+
     @property
     def sink(self) -> int | None:
         """Return the layer that makes the attention sink (arXiv 2309.17453), or None.
@@ -326,6 +341,15 @@ class PruningPlan(Artifact):
     order: tuple[int, ...] | None = None  # in which a greedy search dropped them
     passes: float | None = None  # of the whole model over the documents; None if no loss was computed
     num_documents: int | None = None  # of a search
+
+    @model_validator(mode="after")
+    def _is_a_cut(self) -> Self:
+        """Refuse layers that the model does not have, and an order of none."""
+        if not all(before < after for before, after in pairwise((-1, *self.dropped, self.num_layers))):
+            raise ValueError(f"its layers are not ascending numbers below {self.num_layers}")
+        if (self.runner_up_start is None) != (self.runner_up_distance is None):
+            raise ValueError("its runner-up has no distance, or the other way round")
+        return self
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -688,7 +712,7 @@ class Build(Artifact):
     merge_base: str | None = None  # weights that the adapter was added to: "source weights"
     merge_losses: dict[str, float] | None = None  # of the bases tried, on the held-out set of healing
     guard_losses: dict[str, float] | None = None  # of the files without and with healing, on that set
-    shipped: str  # "healed" or "pruned"
+    shipped: Literal["healed", "pruned"]
     decision: Decision | None = None  # None without healing, and of builds before it was recorded
     runtimes: tuple[Verdict, ...] = ()  # whether each runs this cut right
     source_parameters: int
@@ -705,6 +729,29 @@ class Build(Artifact):
     libraries: dict[str, str] = {}  # library → version, of all installed ones that the program could use
     seconds: dict[str, float]  # stage → wall time of making it
     device: str
+
+    @classmethod
+    def read(cls, folder: Path, *, again: str = BUILD_AGAIN) -> Self:
+        """Read the record of a build folder; see `Artifact.read`."""
+        return super().read(folder, again=again)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Refuse a record that was cut short, or whose parts are of different builds."""
+        for name in ("source", "pruned", self.shipped):
+            if name not in self.evaluations:
+                raise ValueError(f"it has no evaluation of the {name} model")
+        if len({len(one.losses) for one in self.evaluations.values()}) > 1:
+            raise ValueError("its evaluations are not of the same texts")
+        for number in (len(self.source.layer_parameters), len(self.source.layer_bytes), self.plan.num_layers):
+            if number != self.source.num_layers:
+                raise ValueError(f"it tells of {number} layers of a model of {self.source.num_layers}")
+        config = self.source.config
+        if not (
+            isinstance(config.get("model_type"), str) and type(config.get("num_hidden_layers", 0)) is int
+        ):
+            raise ValueError("the configuration of its source has no model_type, or no number of layers")
+        return self
 
     @property
     def dropped(self) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
     from factory.builds.publish import publish_with_notes
     from factory.builds.reproduce import comparison
     from factory.pipeline.build import build as run_stages
-    from factory.pipeline.prepare import pull_and_trust
+    from factory.pipeline.source import pull_and_trust
     from factory.pipeline.texts import check_tokens
 
     settled, run = prepared.settled, prepared.run

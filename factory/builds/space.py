@@ -17,6 +17,7 @@ from typing import Any
 
 from factory.artifacts import Build
 from factory.errors import FactoryError, HubError, ModelError, UsageError
+from factory.hub.errors import hub_errors
 from factory.hub.resolve import resolve
 from factory.resources import DEMO_MODEL, SPACE
 
@@ -153,7 +154,9 @@ def pair_environment(folder: Path, *, source: Path | None) -> Mapping[str, str]:
         return names | {"SOURCE_MODEL": str(_source_folder(build, source))}
     from huggingface_hub import try_to_load_from_cache
 
-    if not isinstance(try_to_load_from_cache(repo_id, "config.json", revision=commit), str):
+    with hub_errors(repo_id):
+        found = try_to_load_from_cache(repo_id, "config.json", revision=commit)
+    if not isinstance(found, str):
         raise HubError(
             f"{repo_id} at {commit[:12]} is not in the Hub's cache on this machine",
             hint="pass its folder with `source`, or run the same build again to download it",

@@ -85,7 +85,7 @@ def export(folder: Path, kind: str, converter: Path | None, as_json: bool) -> No
 @click.option("--json", "as_json", is_flag=True, help="Print the build's record as JSON.")
 def show(folder: Path, as_json: bool) -> None:
     """Show the result of a finished build again."""
-    from factory.artifacts import Build, DistanceProfile
+    from factory.artifacts import BUILD_AGAIN, Build, DistanceProfile
     from factory.cli.console import console
     from factory.cli.tables import show_result
     from factory.report.figures import terminal_heatmap
@@ -95,7 +95,7 @@ def show(folder: Path, as_json: bool) -> None:
         print_json(found.model_dump(mode="json"))
     else:
         screen = console()
-        profile = DistanceProfile.read(folder)
+        profile = DistanceProfile.read(folder, again=BUILD_AGAIN)
         heatmap = terminal_heatmap(profile, found.plan, width=min(screen.width, 100))
         screen.print(heatmap, soft_wrap=True)
         show_result(screen, found, folder=folder, url=None)

@@ -21,6 +21,19 @@ DATA_NOTATION = (
     "name is optional)"
 )
 DEFAULT_COLUMN = "text"
+CONTENTS = {
+    ".json": 'a .jsonl has one {"text": …} per line, a .json an array of them',
+    ".csv": "a .csv has a header, which names the columns, and rows",
+    ".parquet": "write one row for each document",
+}
+TEXTS = "a .txt or .md holds the text itself"
+FROM_OTHER_FORMATS = {
+    ".tsv": "save it as a .csv, with commas between the cells",
+    ".zip": "unpack it, and give the folder",
+    ".tar": "unpack it, and give the folder",
+    ".pdf": "save its text as a .txt",
+    ".docx": "save its text as a .txt",
+}
 WILD = frozenset("*?")  # what marks a pattern in a reference: a Hub data set may have [split]
 GLOB = WILD | {"["}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # non-ASCII letters could imitate another name
@@ -170,9 +183,16 @@ def check_files(path: Path, files: Sequence[Path]) -> None:
         raise DataError(f"data {str(path)!r} {problem}", hint=f"give {DATA_NOTATION}")
     for file in files:
         if not data_format(file.name):
-            raise DataError(f"data {str(file)!r} has an unsupported format", hint=f"give {DATA_NOTATION}")
+            hint = FROM_OTHER_FORMATS.get(file.suffix.lower(), f"give {DATA_NOTATION}")
+            raise DataError(f"data {str(file)!r} has an unsupported format", hint=hint)
     if not any(file.stat().st_size for file in files):
-        raise DataError(f"data {str(path)!r} is empty", hint='a .jsonl has one {"text": …} per line')
+        raise DataError(f"data {str(path)!r} is empty", hint=contents_of(files[0]))
+
+
+def contents_of(file: Path) -> str:
+    """Return a hint that says what a data file of this format holds."""
+    kind = data_format(file.name)
+    return next((hint for start, hint in CONTENTS.items() if kind.startswith(start)), TEXTS)
 
 
 def share_of(reference: str) -> tuple[str, float]:
@@ -237,5 +257,22 @@ def check_data(reference: str, *, several: str = "") -> None:
         or data_format(reference.rpartition("#")[0])
         or not HUB_DATA.fullmatch(reference)
     ):
-        hint = several if several and "," in reference else f"give {DATA_NOTATION}"
+        hint = several if several and "," in reference else _near(reference) or f"give {DATA_NOTATION}"
         raise DataError(f"data {reference[:200]!r} does not exist", hint=hint)
+
+
+def _near(reference: str) -> str:
+    """Return a hint at the file that a missing one is most like, or at its folder; empty without either."""
+    name = reference.rpartition("#")[0] or reference
+    path = local_path(name)
+    if not ({"#", "/"} & {*reference} or path.suffix):
+        return "give the path of a file or folder, or a data set on the Hub with its owner: owner/name"
+    if not (data_format(name) if "/" in name else path.suffix):  # rather a data set
+        return ""
+    if not path.parent.is_dir():
+        return f"there is no folder {str(path.parent)[:200]!r}"
+    # Unlike Path.glob, this skips hidden files, and folders that cannot be read.
+    found = sorted(glob("*", root_dir=path.parent))  # noqa: PTH207
+    stems = {each.partition(".")[0].lower(): path.parent / each for each in found}
+    near = difflib.get_close_matches(path.name.partition(".")[0].lower(), stems, n=1, cutoff=0.7)
+    return f"did you mean {str(stems[near[0]])!r}?" if near else ""

@@ -1,5 +1,6 @@
 """Describe a model from its file names, configuration and headers."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -7,14 +8,16 @@ from pathlib import Path
 from runpy import run_path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from factory.artifacts import Source
 from factory.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from factory.checkpoint.auxiliary import CONFIG, WEIGHTS_INDEX
+from factory.checkpoint.auxiliary import CONFIG, WEIGHTS_INDEX, check_json, is_auxiliary
 from factory.checkpoint.header import TensorInfo
-from factory.checkpoint.read import WEIGHTS
+from factory.checkpoint.read import WEIGHTS, is_shard_name
 from factory.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from factory.hub.remote_code import class_references
-from factory.hub.source_card import base_models_of, languages_of, licenses_of, short_text, texts_of
+from factory.hub.source_card import README, base_models_of, languages_of, licenses_of, short_text, texts_of
 from factory.model.architecture import sizes_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -62,6 +65,51 @@ def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] |
             "to them",
             hint=f"merge the adapter into the weights, or give a copy without {ADAPTER_CONFIG}",
         )
+
+
+def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
+    """Return the safetensors files that transformers would load, sorted."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
+    check_json(path.parent, [path.name])
+    try:
+        weights = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} is damaged", hint="choose another revision"
+        ) from error
+    strange = [name for name in weights if not is_shard_name(name)]
+    if strange:
+        raise CheckpointError(
+            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, not a safetensors file beside it",
+            hint="do not use this repository unless you trust its origin",
+        )
+    missing = [name for name in weights if name not in names]
+    if missing or not weights:
+        raise CheckpointError(
+            f"{repo_id} lacks {some(missing) or 'weights'}, named in its {WEIGHTS_INDEX}",
+            hint="the upload is incomplete: choose another revision",
+        )
+    return weights
+
+
+def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bool = False) -> set[str]:
+    """Return the names of weights, configuration, tokenizer, templates, licence texts, card and code.
+
+    Args:
+        sizes: Size of each file in bytes.
+        weights: Names of the weight files to include.
+        code: Include the model's own Python.
+    """
+    always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
+    return {
+        name
+        for name, size_bytes in sizes.items()
+        if name in always
+        or is_auxiliary(name, size_bytes)
+        or (code and name.endswith(".py") and "/" not in name)
+    }
 
 
 def is_adapter(names: Collection[str]) -> bool:

@@ -19,7 +19,7 @@ from factory.checkpoint.auxiliary import check_json
 from factory.errors import HubError
 from factory.hub.client import files_of, hub_api, patiently
 from factory.hub.errors import AGAIN, UNREACHABLE, endpoint, hub_errors
-from factory.hub.resolve import needed_files, weight_files
+from factory.hub.inspect import needed_files, weight_files
 from factory.hub.source_card import README
 from factory.store.files import sha256_of_file
 

@@ -1,7 +1,6 @@
 """Resolve a model reference to a source, from its configuration and headers; no weights are downloaded."""
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,17 +25,15 @@ from factory.checkpoint.adapter import (
 )
 from factory.checkpoint.auxiliary import (
     CONFIG,
-    WEIGHTS_INDEX,
     auxiliary_files,
     check_json,
     check_sizes,
-    is_auxiliary,
     names_in,
     read_config,
 )
 from factory.checkpoint.gguf_header import is_gguf, made_from
 from factory.checkpoint.header import TensorInfo, read_header
-from factory.checkpoint.read import WEIGHTS, is_shard_name, read_checkpoint, sha256_of_files
+from factory.checkpoint.read import read_checkpoint, sha256_of_files
 from factory.config.references import HUB_NAME, ModelReference, local_path
 from factory.config.settings import load_recipe
 from factory.errors import CheckpointError, FactoryError, UnknownModelError
@@ -49,8 +46,9 @@ from factory.hub.inspect import (
     describe,
     has_chat_template,
     is_adapter,
+    needed_files,
     needs_code,
-    some,
+    weight_files,
 )
 from factory.hub.remote_header import read_remote_headers
 from factory.hub.source_card import (
@@ -344,51 +342,6 @@ def _resolve_repository(
         remote_code=remote_code,
     )
     return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in cached_names)})
-
-
-def weight_files(repo_id: str, *, commit: str, names: Collection[str]) -> list[str]:
-    """Return the safetensors files that transformers would load, sorted."""
-    if WEIGHTS in names:
-        return [WEIGHTS]
-    path = Path(hf_hub_download(repo_id, WEIGHTS_INDEX, revision=commit))
-    check_json(path.parent, [path.name])
-    try:
-        weights = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{WEIGHTS_INDEX} of {repo_id} is damaged", hint="choose another revision"
-        ) from error
-    strange = [name for name in weights if not is_shard_name(name)]
-    if strange:
-        raise CheckpointError(
-            f"{WEIGHTS_INDEX} of {repo_id} names {str(strange[0])[:80]!r}, not a safetensors file beside it",
-            hint="do not use this repository unless you trust its origin",
-        )
-    missing = [name for name in weights if name not in names]
-    if missing or not weights:
-        raise CheckpointError(
-            f"{repo_id} lacks {some(missing) or 'weights'}, named in its {WEIGHTS_INDEX}",
-            hint="the upload is incomplete: choose another revision",
-        )
-    return weights
-
-
-def needed_files(sizes: Mapping[str, int], weights: Collection[str], *, code: bool = False) -> set[str]:
-    """Return the names of weights, configuration, tokenizer, templates, licence texts, card and code.
-
-    Args:
-        sizes: Size of each file in bytes.
-        weights: Names of the weight files to include.
-        code: Include the model's own Python.
-    """
-    always = {CONFIG, WEIGHTS_INDEX, README, *weights} - ({WEIGHTS_INDEX} if WEIGHTS in weights else set())
-    return {
-        name
-        for name, size_bytes in sizes.items()
-        if name in always
-        or is_auxiliary(name, size_bytes)
-        or (code and name.endswith(".py") and "/" not in name)
-    }
 
 
 def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:

@@ -8,8 +8,9 @@ from factory.builds.swap import output_folder
 from factory.config.criteria import CRITERIA
 from factory.config.request import PlanRequest
 from factory.pipeline.choosing import compare_stage, measure_stage, plan_stage
-from factory.pipeline.prepare import begin, pull_and_trust
+from factory.pipeline.prepare import begin
 from factory.pipeline.run import Reporter, Run
+from factory.pipeline.source import pull_and_trust
 from factory.pipeline.texts import check_tokens
 from factory.pruning.profile_files import read_profile
 from factory.pruning.sizes import left_without

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from factory.artifacts import Build, SizeGoal, Source, canonical_json, layer_ranges
 from factory.builds.folder import check_out
@@ -31,6 +30,7 @@ from factory.pipeline.build import pending, stages_of
 from factory.pipeline.costs.budget import within_budget
 from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
+from factory.pipeline.source import resolve_source
 from factory.pipeline.texts import (
     check_kinds,
     check_rendering,
@@ -40,7 +40,7 @@ from factory.pipeline.texts import (
     reads_text,
 )
 from factory.pruning.sizes import find_goal
-from factory.store.stage import ASSEMBLE, HEAL, PRUNE, STAGES, StageSpec
+from factory.store.stage import HEAL, PRUNE, STAGES
 from factory.store.store import Store, default_home
 from factory.text.text import Texts
 
@@ -107,7 +107,8 @@ def begin(
     config = _with_goal(settle(request, source, drop=_fraction(goal, source) or drop), goal)
     criterion = request.criterion or config.plan.criterion
     drops = request.drop if isinstance(request, SweepRequest) else [config.drop]
-    check_runtimes(source, config, drops=drops, criterion=criterion)
+    if doubt := check_runtimes(source, config, drops=drops, criterion=criterion):
+        reporter.note(doubt)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
     if isinstance(request, SweepRequest):
@@ -131,12 +132,19 @@ def begin(
     return source, run
 
 
-def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str) -> None:
-    """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone."""
-    from factory.serving.runtimes import limit
+def check_runtimes(
+    source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str
+) -> str | None:
+    """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone.
+
+    Returns:
+        A note if a runtime may not have the source's tokenizer, of which only the files are looked at.
+    """
+    from factory.hub.pull import tokenizer_folder
+    from factory.serving.runtimes import OWN_TOKENIZERS, limit, tokenizer_doubt
 
     if not config.plan.runtimes or source.remote_code:  # foreign code is not trusted yet
-        return
+        return None
     for drop in drops:
         layers = config.plan.layers or ()
         size = len(layers) or num_dropped(drop, source.num_layers)
@@ -154,6 +162,10 @@ def check_runtimes(source: Source, config: BuildConfig, *, drops: Sequence[float
                 f"{', '.join(config.plan.runtimes)}",
                 hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
             )
+    if not {OWN_TOKENIZERS, "all"} & {*config.plan.runtimes}:  # others read tokenizer.json
+        return None
+    folder = tokenizer_folder(source)
+    return tokenizer_doubt(source.config, config.plan.runtimes, folder) if folder else None
 
 
 def check_question_form(source: Source, config: BuildConfig) -> None:
@@ -163,74 +175,6 @@ def check_question_form(source: Source, config: BuildConfig) -> None:
             f"`apply_chat_template`: {source.name} has no chat template",
             hint="remove `apply_chat_template`, or give the chat version of the model",
         )
-
-
-def resolve_source(request: Request, reporter: Reporter, *, base: str | None = None) -> Source:
-    """Resolve the source that a request names, on the Hub if need be, without reading weights.
-
-    Args:
-        base: Reference to an adapter's base; None: the one that the adapter names.
-    """
-    from factory.hub.resolve import resolve_model
-    from factory.hub.source_card import README, unread_card
-
-    source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code, base=base)
-    if source.unmerged:
-        from factory.healing.assemble import check_adapter
-
-        check_adapter(source)
-    if source.folder and (reason := unread_card(source.folder)):
-        reporter.note(f"cannot read {source.folder / README}, so the licence is unknown: {reason}")
-    return source
-
-
-def pull_and_trust(
-    source: Source, reporter: Reporter, *, home: Path, in_use: list[IO[bytes] | None]
-) -> Source:
-    """Download the source's weights, and register its code with transformers if it is trusted.
-
-    An adapter is merged into its base, once for all builds.
-
-    Args:
-        home: Folder of the stages.
-        in_use: Receives an open file that keeps `factory gc` away from merged weights until it is closed.
-    """
-    from factory.hub.pull import pull
-    from factory.hub.remote_code import register
-
-    if source.folder is None:
-        reporter.started("pull")
-        source = pull(source, progress=lambda done, total: reporter.progressed("pull", done, total, ""))
-        origins = [source.lineage.adapter, source.lineage.base] if source.lineage else [source]
-        names = [f"{one.repo_id or one.name} at {one.commit[:12]}" for one in origins]
-        reporter.finished("pull", " and ".join(names), 0.0, False)
-    if source.remote_code:
-        register(source)
-    return _assembled(source, reporter, home=home, in_use=in_use) if source.unmerged else source
-
-
-def _assembled(source: Source, reporter: Reporter, *, home: Path, in_use: list[IO[bytes] | None]) -> Source:
-    """Merge a pulled adapter into its base, unless an earlier run did."""
-    assert source.lineage
-    origins = {"adapter": source.lineage.adapter, "base": source.lineage.base}
-    name = ASSEMBLE.name
-    spec = StageSpec(name, ASSEMBLE.version, {}, {part: one.commit for part, one in origins.items()})
-
-    def work(folder: Path) -> dict[str, str]:
-        from factory.healing.assemble import assemble
-
-        reporter.started(name)
-        made = assemble(
-            source, folder=folder, progress=lambda done, total: reporter.progressed(name, done, total, "")
-        )
-        made.write(folder)
-        return made.files
-
-    result = Store(home).make(spec, work, on_wait=lambda: reporter.waiting(name))
-    in_use.append(result.in_use)
-    summary = f"{origins['adapter'].title} merged into {origins['base'].title}"
-    reporter.finished(name, summary, result.seconds, result.reused)
-    return source.model_copy(update={"folder": result.folder, "unmerged": None})
 
 
 def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
@@ -250,7 +194,9 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
         config = _with_goal(settle(request, source, drop=drop), goal)
-        check_runtimes(source, config, drops=[config.drop], criterion=config.plan.criterion)
+        criterion = config.plan.criterion
+        if doubt := check_runtimes(source, config, drops=[config.drop], criterion=criterion):
+            reporter.note(doubt)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
         settled = Settled(request, source, config, out)
     where = f"{request.origin.file}, line {request.origin.line}: " if request.origin else ""

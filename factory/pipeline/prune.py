@@ -11,8 +11,8 @@ from factory.builds.pruned_folder import check_disk, find, remove_layers
 from factory.builds.swap import laying_out
 from factory.config.request import PruneRequest
 from factory.model.architecture import prune_config
-from factory.pipeline.prepare import pull_and_trust, resolve_source
 from factory.pipeline.run import Reporter
+from factory.pipeline.source import pull_and_trust, resolve_source
 from factory.pruning.criteria import plan_without
 from factory.store.store import default_home
 from factory.units import count

@@ -10,8 +10,9 @@ from factory.builds.swap import output_folder
 from factory.config.request import SweepRequest
 from factory.config.settings import num_dropped
 from factory.pipeline.choosing import measure_stage, plan_stage, refuse_wrong_backend
-from factory.pipeline.prepare import begin, pull_and_trust
+from factory.pipeline.prepare import begin
 from factory.pipeline.run import Reporter, Run
+from factory.pipeline.source import pull_and_trust
 from factory.pipeline.stages import (
     evaluate_stage,
     heal_stage,

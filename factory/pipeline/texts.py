@@ -1,6 +1,7 @@
 """Open the texts of a run, keep them apart and check them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any, TypedDict
 
 from factory.artifacts import DataSource, Source
 from factory.config.choices import STANDARD_LIBRARY
-from factory.config.references import local_data, share_of
+from factory.config.references import OF_THE_HUB, local_data, share_of
 from factory.config.settings import BuildConfig
-from factory.errors import DataError
+from factory.errors import DataError, HubError
 from factory.store.stage import STAGES
 from factory.text.overlap import Contents, Hashes, distinct, keep_apart, look
 from factory.text.text import NOTHING, SHUFFLE_BUFFER, Text, Texts, mixed, open_text
@@ -37,14 +38,22 @@ def open_texts(
             set, it is opened anyway, so that documents are divided as in a build.
     """
     heals = heals and config.has_adapter
-    evaluations = [
-        open_text(data, split="validation")
-        for data in config.evaluate.data
-        if evaluates or (measures and (_is_here(data) or data == config.measure.data))
-    ]
-    calibration = open_text(config.measure.data, split="validation") if measures else NOTHING
     names, shares = zip(*map(share_of, config.heal.data), strict=True)
-    healings = [open_text(name, split="train") for name in names] if heals else [NOTHING]
+    wanted = {
+        "calibration_data": [config.measure.data] if measures else [],
+        "heal_data": list(names) if heals else [],
+        "eval_data": [
+            data
+            for data in config.evaluate.data
+            if evaluates or (measures and (_is_here(data) or data == config.measure.data))
+        ],
+    }
+    with _explained(wanted if evaluates else {**wanted, "eval_data": []}):  # for which there is no option
+        evaluations = [open_text(data, split="validation") for data in wanted["eval_data"]]
+        calibration = next(
+            (open_text(data, split="validation") for data in wanted["calibration_data"]), NOTHING
+        )
+        healings = [open_text(name, split="train") for name in wanted["heal_data"]] or [NOTHING]
     # The most that an evaluation can read if half of a data set is excluded, and some to spare.
     maximum = 2 * (SHUFFLE_BUFFER + config.evaluate.num_documents) + SPARE
     look_at = partial(_hashes, maximum=maximum)
@@ -63,6 +72,26 @@ def open_texts(
     several = tuple(sources) if len(sources) > 1 else ()
     healed = mixed(sources, shares) if several else sources[0]
     return Texts(measured, healed, first, tuple(remarks), whole, tuple(also), several)
+
+
+@contextmanager
+def _explained(wanted: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Say in an error of the Hub which data sets cannot be read, and which options name others.
+
+    Args:
+        wanted: Option → references to texts.
+    """
+    try:
+        yield
+    except HubError as error:
+        remote = {data: option for option, texts in wanted.items() for data in texts if not _is_here(data)}
+        named = [data for data in remote if OF_THE_HUB.split(data)[0] in error.message]
+        which = "" if named else f"cannot read {' and '.join(remote)}: "
+        options = [f"`{option}`" for option, texts in wanted.items() if {*texts} & {*(named or remote)}]
+        raise HubError(
+            f"{which}{error.message}",
+            hint=f"{error.hint}; or give a text on this machine with {', '.join(options)}",
+        ) from error
 
 
 def _is_here(data: str) -> bool:

@@ -192,6 +192,23 @@ def verdicts(
     return tuple(_without_tokenizer(one, folder) for one in found)
 
 
+def tokenizer_doubt(config: Mapping[str, Any], runtimes: Collection[str], folder: Path) -> str | None:
+    """Return a line if one of these runtimes runs the layers right, but may not have the tokenizer.
+
+    Args:
+        config: Contents of the source's config.json.
+        runtimes: Keys of `RUNTIMES`, or "all".
+        folder: One with the source's tokenizer.
+    """
+    for one in verdicts(config, (), folder=folder):
+        if one.runs is None and one.reason and (one.runtime in runtimes or "all" in runtimes):
+            return (
+                f"`for_runtimes`: the layers will run right in {one.runtime}, but {one.reason}; "
+                "`factory export` will ask for llama.cpp's own `converter`"
+            )
+    return None
+
+
 def _without_tokenizer(one: Verdict, folder: Path | None) -> Verdict:
     """Return a verdict that says right only if the runtime is known to have the tokenizer."""
     from factory.serving.gguf_tokenizer import is_known

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from factory.artifacts import DataSource
-from factory.config.references import DATA_NOTATION, DEFAULT_COLUMN, check_files, data_files, data_format
+from factory.config.references import DEFAULT_COLUMN, check_files, contents_of, data_files, data_format
 from factory.errors import DataError
 from factory.store.files import sha256_of_file
 from factory.text.records import CHAT, NAMES, NULL, STRING, choose_column, document_of, is_chat_type, kind_of
@@ -94,7 +94,8 @@ def _read(path: Path, column: str, is_chat: bool) -> Iterator[str | None]:
             hint=f"column {column!r} is blank in every row: name another, {path}#COLUMN, or fill it",
         )
     if empty:
-        raise DataError(f"{path} contains no text", hint=f"give {DATA_NOTATION}")
+        file = data_files(path)[0]
+        raise DataError(f"{path} contains no {'rows' if _is_table(file) else 'text'}", hint=contents_of(file))
 
 
 def _documents(files: Sequence[Path], column: str, is_chat: bool) -> Iterator[str | None]:
@@ -132,7 +133,11 @@ def _read_errors(path: Path) -> Iterator[None]:
         csv.Error,
         ArrowException,
     ) as error:
-        hint = "is it a parquet file?" if _is_parquet(path) else "is it complete, and UTF-8?"
+        hint = "is it complete?"
+        if _is_parquet(path):
+            hint = "is it a parquet file?"
+        elif isinstance(error, UnicodeDecodeError):
+            hint = "save it as UTF-8; for one in Latin-1: iconv -f latin1 -t utf-8"
         problem = (str(error) or repr(error)).splitlines()[0]
         raise DataError(f"cannot read {path}: {problem}", hint=hint) from error
 

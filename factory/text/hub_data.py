@@ -30,6 +30,7 @@ STREAM_WAITS_SECONDS = (5.0, 15.0, 60.0, 120.0, 240.0)
 DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 DAMAGED_HINT = "one of its files is damaged: use another revision (owner/name@revision) or data set"
 READERS = ("datasets", "huggingface_hub", "pandas", "pyarrow")  # they can fail on settings in a card
+SPLIT_NAMES = ("train", "validation", "test")  # often typed as a configuration
 STRINGS = ("string", "large_string", "string_view")
 
 
@@ -158,9 +159,10 @@ def _open(repo_id: str, config: str | None, *, commit: str) -> "IterableDatasetD
             raise
         names = patiently(lambda: get_dataset_config_names(repo_id, revision=commit))
         problem = "has several configurations" if config is None else f"has no configuration {config!r}"
-        raise DataError(
-            f"data set {repo_id!r} {problem}", hint=choices([f"{repo_id}:{each}" for each in names])
-        ) from error
+        hint = choices([f"{repo_id}:{each}" for each in names])
+        if config in SPLIT_NAMES:
+            hint += f"; a split is written {repo_id}[{config}]"
+        raise DataError(f"data set {repo_id!r} {problem}", hint=hint) from error
     except RuntimeError as error:
         if not str(error).startswith("Dataset scripts"):
             raise

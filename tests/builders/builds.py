@@ -43,7 +43,7 @@ def a_source(**changes: Any) -> Source:
         "commit": COMMIT,
         "model_type": "mistral",
         "architecture": "MistralForCausalLM",
-        "config": {"num_hidden_layers": 32, "max_position_embeddings": 32_768},
+        "config": {"model_type": "mistral", "num_hidden_layers": 32, "max_position_embeddings": 32_768},
         "num_layers": 32,
         "num_parameters": 7_241_732_096,
         "layer_parameters": (218_112_000,) * 32,

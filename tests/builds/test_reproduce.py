@@ -243,7 +243,7 @@ def test_what_a_strangers_record_claims_is_not_believed(world: Hub, commands: Fo
     tasks = written["config"]["evaluate"] | {"tasks": ["./here.yaml"]}
     config = written["config"] | {"evaluate": tasks}
     assert "pass it with --tasks" in told(repeat(config=config))
-    assert "lacks the evaluation" in told(repeat(evaluations={}))
+    assert "it has no evaluation of the source model" in told(repeat(evaluations={}))
     world.storage.put("model", "mallory/deep", {"build.json": b"[" * 100_000})
     assert "damaged" in told(run(commands, folder, "build", "mallory/deep", "--reproduce"))
 

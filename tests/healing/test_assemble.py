@@ -17,7 +17,7 @@ from factory.errors import CheckpointError, FactoryError, HubError, Verification
 from factory.healing.assemble import assemble, check_adapter
 from factory.hub.pull import pull
 from factory.hub.resolve import resolve
-from factory.pipeline.prepare import pull_and_trust
+from factory.pipeline.source import pull_and_trust
 from tests.builders.models import save_llama, save_lora
 from tests.loopback_hub import Hub
 from tests.loopback_hub.client import Client

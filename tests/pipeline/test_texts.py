@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from factory.api.progress import Bars
 from factory.config.request import BuildRequest
 from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings, MeasureSettings
-from factory.errors import DataError, UsageError
+from factory.errors import DataError, HubError, UsageError
 from factory.hub.resolve import resolve
 from factory.model.tokenizer import load_tokenizer
 from factory.pipeline.prepare import check_question_form, prepare
@@ -138,3 +139,45 @@ def test_a_tokenizer_that_does_not_split_as_its_file_says_is_told(folder: Path, 
 def test_a_tokenizer_that_obeys_its_file_is_not_told(folder: Path) -> None:
     for model in (DEMO_MODEL, folder / "tiny"):
         assert split_otherwise(model, load_tokenizer(model)) is None
+
+
+@pytest.mark.parametrize(
+    ("here", "away", "options"),
+    [
+        (
+            (),
+            "allenai/c4:en and wikimedia/wikipedia:20231101.en",
+            "`calibration_data`, `heal_data`, `eval_data`",
+        ),
+        (("heal", "evaluate"), "allenai/c4:en", "`calibration_data`"),
+        (("measure", "evaluate"), "allenai/c4:en", "`heal_data`"),
+    ],
+)
+def test_without_a_network_the_data_that_is_not_here_is_named_with_its_options(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...], away: str, options: str
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # nothing answers there
+    text = str(folder / "text.jsonl")
+    local = {part: {"data": text if part == "measure" else [text]} for part in here}
+    config = BuildConfig.model_validate({"reference": "m", "drop": 0.3, **local})
+    with pytest.raises(HubError) as refused:
+        open_texts(config)
+    assert refused.value.message.startswith(f"cannot read {away}: no connection to http://127.0.0.1:1")
+    assert refused.value.hint.endswith(f"; or give a text on this machine with {options}")
+
+
+def test_without_a_network_only_options_that_the_command_has_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(HubError) as refused:
+        open_texts(BuildConfig(reference="m", drop=0.3), heals=False, evaluates=False)  # as `plan` does
+    assert refused.value.hint.endswith("; or give a text on this machine with `calibration_data`")
+
+
+def test_a_run_whose_texts_are_here_asks_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    text = str(folder / "text.jsonl")
+    sections = {"measure": {"data": text}, "heal": {"data": [text]}, "evaluate": {"data": [text]}}
+    texts = open_texts(BuildConfig.model_validate({"reference": "m", "drop": 0.3, **sections}))
+    assert {one.data.name for one in texts.whole} == {"text.jsonl"}

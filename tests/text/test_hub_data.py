@@ -122,6 +122,9 @@ def test_a_configuration_that_is_not_there_is_refused_with_those_there_are(hub: 
     assert missing.message == f"data set '{NAME}' has several configurations"
     assert wrong.message == f"data set '{NAME}' has no configuration 'nix'"
     assert missing.hint == wrong.hint == f"give {NAME}:one or {NAME}:two"
+    split = opened(client, f"{NAME}:train")
+    assert split.message == f"data set '{NAME}' has no configuration 'train'"
+    assert split.hint == f"{missing.hint}; a split is written {NAME}[train]"
     assert opened(client, f"{NAME}:one").value["documents"] == ["1"]
     assert opened(client, f"{NAME}:two#text").value["documents"] == ["2"]
 

@@ -104,7 +104,7 @@ def test_a_file_of_rows_without_text_is_refused_with_their_number(tmp_path: Path
 def test_a_file_of_blank_lines_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n")
-    with pytest.raises(DataError, match="contains no text"):
+    with pytest.raises(DataError, match="contains no rows"):
         look(open_text(str(path), split="train"))
 
 
