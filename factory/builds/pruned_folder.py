@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from factory import __version__
 from factory.artifacts import Checkpoint, Pruning, PruningPlan, Source
@@ -9,11 +10,13 @@ from factory.builds.swap import begin, check_beside, discard, is_writable, swap
 from factory.checkpoint.write import Progress
 from factory.errors import StoreError
 from factory.hub.pull import cache_demand
-from factory.pruning.prune import Thoroughness, prune
 from factory.pruning.sizes import left_without
 from factory.serving.runtimes import verdicts
 from factory.store.capacity import check_room, demands
 from factory.store.files import sync_files
+
+if TYPE_CHECKING:
+    from factory.pruning.prune import Thoroughness
 
 LONGEST_NAME = 240  # bytes; file systems allow 255, and the partial folder's name is longer
 SPARE_BYTES = 100_000_000  # for tokenizer and configuration
@@ -82,7 +85,7 @@ def check_disk(source: Source, plan: PruningPlan, *, out: Path) -> None:
 
 
 def remove_layers(
-    source: Source, plan: PruningPlan, *, out: Path, thoroughness: Thoroughness, progress: Progress
+    source: Source, plan: PruningPlan, *, out: Path, thoroughness: "Thoroughness", progress: Progress
 ) -> Pruning:
     """Write the source without the dropped layers, verify it, then replace `out` with it.
 
@@ -95,6 +98,8 @@ def remove_layers(
     Raises:
         FactoryError: Pruning failed, as `prune` describes; `out` is unchanged.
     """
+    from factory.pruning.prune import prune
+
     out = out.resolve()
     partial = begin(out)
     try:

@@ -1,6 +1,5 @@
 """Write a safetensors checkpoint: streamed, sharded, checksummed; never the whole model in memory."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,18 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from queue import SimpleQueue
 
 from factory.checkpoint.auxiliary import WEIGHTS_INDEX
-from factory.checkpoint.header import DTYPE_BITS, TensorInfo, damaged
-from factory.checkpoint.read import BLOCK_BYTES, WEIGHTS
+from factory.checkpoint.header import DTYPE_BITS, TensorInfo
+from factory.checkpoint.read import WEIGHTS, read_blocks
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.store.capacity import no_room
 from factory.units import size
 
 Transform = Callable[[str, TensorInfo], Iterable[bytes | memoryview] | None]
 Progress = Callable[[int, int], None]
-NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+SYNC_BYTES = 2**28  # written between two syncs
 
 
 def write_checkpoint(
@@ -164,76 +162,44 @@ def assemble(
 ) -> str:
     """Write a new file from stored tensors and values in memory, and return its sha256.
 
-    Nothing is synced to the disk, and no more than a block is held in memory. A thread reads the file right
-    behind the writer, while its blocks are in the system's cache, so the checksum takes hardly any time.
+    Only a few blocks are held in memory. Each is hashed in a thread while it is written and the next one is
+    read, so the checksum takes hardly any time. Another thread syncs meanwhile: left to itself, the system
+    would begin to write when gigabytes have accumulated, and the caller's final sync would wait for all.
 
     Args:
         path: File that does not exist yet.
-        parts: Contents after the header, in order.
+        parts: Contents after the header, in order; each is kept until the next but one is asked for.
         progress: Called with the bytes of each step after the header.
 
     Raises:
         CheckpointError: A source ends inside a tensor.
     """
-    steps: SimpleQueue[int] = SimpleQueue()
-    with ThreadPoolExecutor(max_workers=1) as behind, path.open("xb", buffering=0) as file:
-        digest = behind.submit(_sha256_behind, path, steps)
-        try:
-            for count in _write_all(file, memoryview(header)):
-                steps.put(count)
-            for part in parts:
-                for count in _write_all(file, part) if isinstance(part, memoryview) else _copy(file, part):
-                    steps.put(count)
-                    progress(count)
-        finally:
-            steps.put(0)
-        return digest.result()
-
-
-def _sha256_behind(path: Path, steps: SimpleQueue[int]) -> str:
-    """Hash a file while it is written; each step is the number of bytes added, and 0 ends it."""
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while added := steps.get():
-            while added:
-                count = file.readinto(block[:added])
-                if not count:
-                    raise damaged(path, "it was truncated while it was written")
-                digest.update(block[:count])
-                added -= count
+    digest = hashlib.sha256(header)
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(max_workers=2) as behind:
+        _write_all(file, header)
+        hashed, synced = (behind.submit(lambda: None) for _ in range(2))
+        unsynced_bytes = 0
+        for block in _blocks(parts):
+            hashed.result()
+            hashed = behind.submit(digest.update, block)
+            _write_all(file, block)
+            unsynced_bytes += len(block)
+            if unsynced_bytes >= SYNC_BYTES:
+                synced.result()
+                synced = behind.submit(os.fsync, file.fileno())
+                unsynced_bytes = 0
+            progress(len(block))
+        hashed.result()
+        synced.result()
     return digest.hexdigest()
 
 
-def _write_all(file: FileIO, values: memoryview) -> Iterator[int]:
+def _blocks(parts: Iterable[TensorInfo | memoryview]) -> Iterator[bytearray | memoryview]:
+    for part in parts:
+        yield from (part,) if isinstance(part, memoryview) else read_blocks(part)
+
+
+def _write_all(file: FileIO, block: bytes | bytearray | memoryview) -> None:
+    values = memoryview(block)
     while values:
-        count = file.write(values[:BLOCK_BYTES])
-        values = values[count:]
-        yield count
-
-
-def _copy(file: FileIO, tensor: TensorInfo) -> Iterator[int]:
-    with tensor.file.open("rb", buffering=0) as source:
-        position = tensor.start
-        in_kernel = hasattr(os, "copy_file_range")
-        while position < tensor.end:
-            wanted = min(BLOCK_BYTES, tensor.end - position)
-            count = _copy_in_kernel(source, file, position, wanted) if in_kernel else 0
-            if not count:  # continue with plain reads, which also detect a true end of the file
-                in_kernel = False
-                source.seek(position)
-                count = sum(_write_all(file, memoryview(source.read(wanted))))
-            if not count:
-                raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
-            position += count
-            yield count
-
-
-def _copy_in_kernel(source: FileIO, target: FileIO, position: int, wanted: int) -> int:
-    """Copy bytes inside the kernel and return their number; 0 if it cannot."""
-    try:
-        return os.copy_file_range(source.fileno(), target.fileno(), wanted, offset_src=position)
-    except OSError as error:
-        if error.errno not in NO_KERNEL_COPY:
-            raise
-        return 0
+        values = values[file.write(values) :]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from threading import local
 from typing import Any, Literal
 
 import torch
@@ -295,12 +296,16 @@ def merged_values(
     compute = torch.promote_types(dtype, torch.float32)
     if update:
         b, a = update.factors(compute)
+    own = local()  # to each worker, since fresh memory costs more time than the sums
 
     def add(block: torch.Tensor, start: int) -> memoryview:
+        merged = block if block.dtype == dtype else torch.empty_like(block, dtype=dtype)
         if update:
-            rows = b[start : start + len(block)]
-            block = torch.addmm(block.to(compute), rows, a, alpha=update.scale)
-        merged = block.to(dtype)
+            if not hasattr(own, "sums"):
+                own.sums = torch.empty((ROWS, *block.shape[1:]), dtype=compute)
+            sums = own.sums[: len(block)].copy_(block)
+            block = sums.addmm_(b[start : start + len(block)], a, alpha=update.scale)
+        merged.copy_(block)
         if not all(math.isfinite(value) for value in torch.aminmax(merged)):
             raise OverflowedError(
                 f"merging makes {tensor.name!r} infinite or NaN",
@@ -329,7 +334,9 @@ def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torc
         for start in range(0, len(weight), ROWS):
             yield weight[start : start + ROWS]
     else:
-        for block in read_blocks(tensor, block_bytes=ROWS * tensor.size_bytes // tensor.shape[0]):
+        block_bytes = ROWS * tensor.size_bytes // tensor.shape[0]
+        # One for each worker, one that is written, and one that is being read or hashed.
+        for block in read_blocks(tensor, block_bytes=block_bytes, num_held=WORKERS + 2):
             yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
 
 

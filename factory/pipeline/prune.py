@@ -1,7 +1,9 @@
 """Prune without measuring or healing: remove given layers and verify the result."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -38,9 +40,13 @@ def prepare_prune(request: PruneRequest, reporter: Reporter, *, dry_run: bool = 
 
     If the model's own code must run to check it, that is downloaded first, except in a dry run.
     """
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        # What takes seconds either way: loading torch, and reading a whole folder for its hash.
+        loading = beside.submit(import_module, "torch")
+        source = resolve_source(request, reporter)
+        loading.result()
     from factory.pruning.prune import compares_logits
 
-    source = resolve_source(request, reporter)
     plan = plan_without(request.layers, num_layers=source.num_layers)
     logits = compares_logits(source, thoroughness=request.verify)
     if find(source, plan, out=request.out, logits=logits, force=request.force) is None:

@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -520,36 +522,57 @@ def test_a_tensor_of_many_blocks_is_copied_whole(tmp_path: Path) -> None:
     assert torch.equal(written(tmp_path / "target")["b"], values)
 
 
-def test_where_the_kernel_does_not_copy_plain_reads_write_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_transformed_tensor_may_overwrite_its_parts_once_the_next_but_one_is_asked_for(
+    tmp_path: Path,
 ) -> None:
-    some_tensors(tmp_path / "source")
-    tensors = read_checkpoint(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    save_file({"a": torch.zeros(10 * BLOCK_BYTES, dtype=torch.uint8)}, tmp_path / FILE)
 
-    def refuse(*_: object, **__: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    def transform(name: str, tensor: TensorInfo) -> Iterator[memoryview]:
+        held = [bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)]
+        for number in range(10):
+            held[number % 2][:] = bytes([number]) * BLOCK_BYTES
+            yield memoryview(held[number % 2])
 
-    digests = []
-    for name, copy in (("kernel", None), ("refusing", refuse), ("ending", lambda *_, **__: 0)):
-        if copy:
-            monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
-        (tmp_path / name).mkdir()
-        digests.append(write_checkpoint(tensors.items(), folder=tmp_path / name))
-    assert digests[0] == digests[1] == digests[2]
+    sums = write_checkpoint(
+        read_checkpoint(tmp_path).items(), folder=tmp_path / "target", transform=transform
+    )
+    expected = torch.arange(10, dtype=torch.uint8).repeat_interleave(BLOCK_BYTES)
+    assert torch.equal(written(tmp_path / "target")["a"], expected)
+    assert sums == sha256_of_files(tmp_path / "target", [FILE])
 
 
+def test_what_is_written_is_synced_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "target").mkdir()
+    monkeypatch.setattr("factory.checkpoint.write.SYNC_BYTES", BLOCK_BYTES)
+    save_file({"a": torch.zeros(3 * BLOCK_BYTES, dtype=torch.uint8)}, tmp_path / FILE)
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_checkpoint(read_checkpoint(tmp_path).items(), folder=tmp_path / "target")
+    assert len(synced) == 3
+
+
+@pytest.mark.parametrize("syncing", [False, True], ids=["while writing", "while syncing"])
 def test_a_full_disk_is_an_error_that_says_how_much_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syncing: bool
 ) -> None:
-    def refuse(*_: object, **__: object) -> int:
+    def refuse(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     some_tensors(tmp_path / "source")
     (tmp_path / "target").mkdir()
     tensors = read_checkpoint(tmp_path / "source")
-    with pytest.raises(DiskSpaceError, match=r"full: \d+\.\d kB to write to .*B free"):
-        write_checkpoint(tensors.items(), folder=tmp_path / "target")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if syncing:  # where a disk reports what it could not allocate before
+        monkeypatch.setattr("factory.checkpoint.write.SYNC_BYTES", 1)
+        monkeypatch.setattr(os, "fsync", refuse)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(DiskSpaceError, match=r"(full|allows): \d+\.\d kB to write to .*B free"):
+            write_checkpoint(tensors.items(), folder=tmp_path / "target")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Beside the weights ------------------------------------------------------------------------------

@@ -131,6 +131,13 @@ def test_the_result_is_what_peft_makes_of_the_bf16_model(tmp_path: Path, setting
     assert_equals_peft(tmp_path, LLAMA, **settings)
 
 
+def test_a_weight_of_many_blocks_becomes_what_peft_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factory.healing.merge.ROWS", 2)
+    assert_equals_peft(tmp_path, LLAMA)
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
