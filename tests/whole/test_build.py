@@ -235,7 +235,9 @@ def test_one_build_that_fails_does_not_stop_those_after_it(forks: Forks, built: 
     (built / "three.yaml").write_text(f"{text}builds: [{{push-to: bob/x}}, {{no-heal: true, out: other}}]\n")
     done = factory("build", "three.yaml", home=built, **online)
     assert done.code == 1
-    assert done.stderr.startswith(f"error: {BUILD}: your token may not write to bob/x")
+    note, error = done.stderr.splitlines()[:2]
+    assert note == "note: three.yaml, line 8: --heal-steps has no effect: --no-heal skips healing"
+    assert error.startswith(f"error: {BUILD}: your token may not write to bob/x")
     assert "failed: your token" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("other")
 
