@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,22 +124,22 @@ def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256_of_file(folder / name), names), strict=True))
 
 
-def read_blocks(
-    tensor: TensorInfo, *, block_bytes: int = BLOCK_BYTES, num_held: int = 2
-) -> Iterator[bytearray]:
-    """Yield the values of a tensor in blocks, of which the last `num_held` are valid.
+def read_blocks(tensor: TensorInfo, *, held: Sequence[bytearray] = ()) -> Iterator[bytearray | memoryview]:
+    """Yield the values of a tensor in blocks, read in turn into the buffers `held`, all of one size.
 
-    Earlier ones are overwritten, since fresh memory costs as much time as reading into it.
+    So only the last `len(held)` blocks are valid: fresh memory can cost more time than reading into it.
 
     Raises:
         CheckpointError: The file ends inside the tensor.
     """
-    held = [bytearray(min(block_bytes, tensor.size_bytes)) for _ in range(num_held)]
+    held = held or [bytearray(BLOCK_BYTES)]
+    block_bytes = len(held[0])
     with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.start)
         for number, start in enumerate(range(0, tensor.size_bytes, block_bytes)):
             rest = tensor.size_bytes - start
-            block = held[number % num_held] if rest >= block_bytes else bytearray(rest)
+            whole = held[number % len(held)]
+            block = whole if rest >= block_bytes else memoryview(whole)[:rest]
             if file.readinto(block) < len(block):
                 raise damaged(tensor.file, f"it ends inside {tensor.name!r}; it changed during the build")
             yield block

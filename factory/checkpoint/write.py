@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from factory.checkpoint.auxiliary import WEIGHTS_INDEX
 from factory.checkpoint.header import DTYPE_BITS, TensorInfo
-from factory.checkpoint.read import WEIGHTS, read_blocks
+from factory.checkpoint.read import BLOCK_BYTES, WEIGHTS, read_blocks
 from factory.errors import CheckpointError, DiskSpaceError
 from factory.store.capacity import no_room
 from factory.units import size
@@ -43,7 +43,7 @@ def write_checkpoint(
         folder: Existing folder; weight files that an earlier attempt left in it are removed first.
         max_shard_bytes: Size above which a checkpoint is split; a single tensor never is.
         transform: Function that returns the new values of a tensor in parts, as many bytes as before, or
-            None to copy it.
+            None to copy it. For how long a part must stay as it is, see `assemble`.
         metadata: Metadata in each file's header; None: {"format": "pt"}.
         progress: Called with the bytes done and the total bytes.
 
@@ -168,7 +168,7 @@ def assemble(
 
     Args:
         path: File that does not exist yet.
-        parts: Contents after the header, in order; each is kept until the next but one is asked for.
+        parts: Contents after the header; each must stay as it is until the next but one is asked for.
         progress: Called with the bytes of each step after the header.
 
     Raises:
@@ -195,8 +195,13 @@ def assemble(
 
 
 def _blocks(parts: Iterable[TensorInfo | memoryview]) -> Iterator[bytearray | memoryview]:
+    held = deque(bytearray(BLOCK_BYTES) for _ in range(2))
     for part in parts:
-        yield from (part,) if isinstance(part, memoryview) else read_blocks(part)
+        if isinstance(part, memoryview):
+            yield part
+            continue
+        yield from read_blocks(part, held=held)
+        held.rotate(-(-part.size_bytes // BLOCK_BYTES))  # the next part begins with the older one
 
 
 def _write_all(file: FileIO, block: bytes | bytearray | memoryview) -> None:

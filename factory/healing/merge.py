@@ -336,7 +336,8 @@ def _blocks(tensor: TensorInfo, *, nf4: bool, transposed: bool) -> Iterator[torc
     else:
         block_bytes = ROWS * tensor.size_bytes // tensor.shape[0]
         # One for each worker, one that is written, and one that is being read or hashed.
-        for block in read_blocks(tensor, block_bytes=block_bytes, num_held=WORKERS + 2):
+        held = [bytearray(block_bytes) for _ in range(WORKERS + 2)]
+        for block in read_blocks(tensor, held=held):
             yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype]).view(-1, *tensor.shape[1:])
 
 

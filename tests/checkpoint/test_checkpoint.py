@@ -522,6 +522,18 @@ def test_a_tensor_of_many_blocks_is_copied_whole(tmp_path: Path) -> None:
     assert torch.equal(written(tmp_path / "target")["b"], values)
 
 
+def test_tensors_of_odd_and_even_numbers_of_blocks_keep_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    sizes = [BLOCK_BYTES * blocks + rest for blocks in (1, 2, 3) for rest in (0, 7, 0)]
+    values = {
+        f"t{number}": torch.full((size,), number, dtype=torch.uint8) for number, size in enumerate(sizes)
+    }
+    save_file(values, tmp_path / FILE)
+    sums = write_checkpoint(read_checkpoint(tmp_path).items(), folder=tmp_path / "target")
+    assert all(torch.equal(tensor, values[name]) for name, tensor in written(tmp_path / "target").items())
+    assert sums == sha256_of_files(tmp_path / "target", [FILE])
+
+
 def test_a_transformed_tensor_may_overwrite_its_parts_once_the_next_but_one_is_asked_for(
     tmp_path: Path,
 ) -> None:
