@@ -21,7 +21,7 @@ NUM_LAYERS = 3  # spread over the stack, since layers may differ
 MOST_BYTES = 4 * 10**9  # of all weights timed; larger ones would take too long
 TOKENS = 256  # in a pass on a CPU
 GPU_ROWS = (16, 1024)  # so many tokens that kernels take longer than launching them
-AGREE, AGREEING, MOST_SECONDS = 1.1, 4, 1.0  # times of so many passes differ less than by this factor
+AGREE, AGREEING, MOST_SECONDS = 1.2, 3, 0.3  # times of so many passes differ less than by this factor
 FOLDER = "paces"  # in the home folder
 # What transformers, peft and torch raise where a shape cannot be cut, run or trained like this.
 CANNOT = (
@@ -157,21 +157,11 @@ def _timed_training(
 ) -> tuple[float, float, float]:
     """Return the seconds of the layers' passes, of the loss and of an update, as in `HealTrainer`."""
     import torch
-    from peft import get_peft_model
 
     from factory.healing.head_loss import HeadLoss
-    from factory.healing.lora import find_targets, lora_config
-    from factory.model.config_proof import find_layers
 
-    prefix, layers = find_layers(model)
-    named = {f"{prefix}.{index}": layer for index, layer in enumerate(layers)}
     base, head = model.base_model, model.get_output_embeddings()
-    student = get_peft_model(
-        model, lora_config(find_targets(model, heal.modules), named, rank=heal.rank, dropout=0)
-    )
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
+    trained = _adapters(model, heal)
     rounded = torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda")
 
     def train() -> None:
@@ -188,6 +178,28 @@ def _timed_training(
         seconds(lambda: HeadLoss.apply(rows, teacher, ids.flatten(), weight, head, size)),  # type: ignore[no-untyped-call]
         seconds(torch.optim.AdamW(trained).step),
     )
+
+
+def _adapters(model: Any, heal: HealSettings) -> list[Any]:
+    """Add low-rank updates to the frozen layers as peft does, whose import takes seconds; return these."""
+    import torch
+
+    from factory.healing.lora import find_targets
+    from factory.model.config_proof import find_layers
+
+    model.requires_grad_(False)
+    ends = tuple(f".{name}" for name in find_targets(model, heal.modules).modules)
+    trained: list[Any] = []
+    for name, module in find_layers(model)[1].named_modules():
+        if not (f".{name}".endswith(ends) and isinstance(module, torch.nn.Linear)):
+            continue
+        down = torch.nn.Parameter(torch.full((module.in_features, heal.rank), 0.01, device=model.device))
+        up = torch.nn.Parameter(torch.zeros((heal.rank, module.out_features), device=model.device))
+        trained += [down, up]
+        module.register_forward_hook(
+            lambda _, args, output, down=down, up=up: output + (args[0].float() @ down @ up).to(output.dtype)
+        )
+    return trained
 
 
 class _Watch:
