@@ -15,7 +15,7 @@ HEAVY = (
 )
 BRIEF = {"rounds": 2, "prompt_tokens": 16, "new_tokens": 2}  # of `compare_speed`; one round has no spread
 SHORT = "--drop 0.4 --no-heal --tasks none --samples 2 --eval-documents 2 --sequence-length 16"
-TEXTS = "--calibration-data measured.jsonl --heal-data healed.jsonl --eval-data evaluated.jsonl"
+TEXTS = "--calibration-data measured.jsonl --eval-data evaluated.jsonl"
 QUICK = [*SHORT.split(), *TEXTS.split()]
 
 

@@ -477,7 +477,9 @@ def a_build_folder(folder: Path, build: Build, model: Path) -> Path:
 
 
 def demo_build(**changes: Any) -> Build:
-    source = resolve(str(DEMO_MODEL)).model_copy(update={"name": "demo"})
+    source, layers = resolve(str(DEMO_MODEL)), demo_healed().plan.num_layers
+    fewer = {name: getattr(source, name)[:layers] for name in ("layer_parameters", "layer_bytes")}
+    source = source.model_copy(update={"name": "demo", "num_layers": layers, **fewer})
     return demo_healed().model_copy(update={"source": source, **changes})
 
 
