@@ -42,3 +42,9 @@ def test_stages_without_an_estimate_change_nothing() -> None:
     left.started("pull")
     left.finished("pull", 100)
     assert left.left(elapsed=1, remaining=None) == 0
+
+
+def test_a_long_download_before_the_first_stage_adds_its_own_time() -> None:
+    left = TimeLeft(ESTIMATES)
+    left.started("pull")
+    assert left.left(elapsed=60, remaining=40) == 40 + sum(ESTIMATES.values())

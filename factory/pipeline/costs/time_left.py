@@ -37,8 +37,8 @@ class TimeLeft:
         order = list(self.estimates)
         place = order.index(self.running) if self.running else 0
         took = {stage: self.spent[stage] for stage in order[:place]}
-        if remaining is not None and elapsed > DOUBT:
-            took[self.running] = max(self.spent[self.running] + elapsed + remaining, 0)
+        if self.running and remaining is not None and elapsed > DOUBT:
+            took[self.running] = self.spent[self.running] + elapsed + remaining
         estimated = sum(self.estimates[stage] for stage in took)
         pace = (sum(took.values()) + DOUBT) / (estimated + DOUBT)
         here = pace * self.estimates.get(self.running, 0) - self.spent.get(self.running, 0) - elapsed
