@@ -30,14 +30,11 @@ OTHER_TASK = (8_000, 120)
 BYTES_PER_TOKEN = 4.0  # of UTF-8 text, roughly: 4.4 for English, 3 for Chinese and for code
 PROBE_SECONDS = 0.3  # a busy machine lets no single product of a tiny model through undisturbed
 MAX_WIDTH = 8192  # of the test product: wider ones run no faster and fill memory
-HELD_OUT_PASSES = (
-    12  # over the held-out sequences: at about ten checkpoints, before the first step and at the end
-)
+HELD_OUT_PASSES = 12  # at about ten checkpoints, before the first step and at the end
+HELD_OUT_SEQUENCES, HELD_OUT_SHARE = 64, 0.05  # at most, as `healing.data` keeps them; its import is slow
 SPEED_ROUNDS, PROMPT, NEW_TOKENS = 6, 256, 32  # of the comparison of speed, with its warm-up
-CPU_MEMORY_BYTES, LAUNCHES_SECONDS = (
-    1e10,
-    1e-3,
-)  # read per second; of a layer's kernels, in a pass over one token
+CPU_MEMORY_BYTES = 1e10  # read per second
+LAUNCHES_SECONDS = 1e-3  # of a layer's kernels, in a pass over one token
 PRUNED_BYTES, MERGED_BYTES = 7e8, 3e8  # written per second, with checksums
 CHECK_SECONDS = 1.0  # of a small checkpoint
 SEARCHED = 4  # whole passes over a sequence that trying one candidate takes: eight, from the cut on
@@ -71,7 +68,7 @@ def stage_seconds(
     whole = source.num_layers
     kept = whole - num_dropped(config.drop, whole)
     costs = _by_pace if machine.pace else _by_flops
-    cost = costs(source, config, machine)
+    cost = costs(source, config, machine, kept)
     _, bytes_after = left_about(source, whole - kept)
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
@@ -83,11 +80,11 @@ def stage_seconds(
     evaluated = sum(number * length for number, length in read) + task_tokens  # every window of each document
     results = 2 if config.has_adapter else 1
     steps, step_tokens = heal.num_steps, heal.batch_size * heal.sequence_length
-    held_out = HELD_OUT_PASSES * min(64 * heal.sequence_length, steps * step_tokens // 20)
+    held_out = HELD_OUT_PASSES * min(
+        HELD_OUT_SEQUENCES * heal.sequence_length, int(HELD_OUT_SHARE * steps * step_tokens)
+    )
     work = {
-        "measure": samples
-        * min(length, measure.sequence_length)
-        * cost.reading(whole),  # each one's beginning
+        "measure": samples * min(length, measure.sequence_length) * cost.reading(whole),
         "prune": CHECK_SECONDS + bytes_after / PRUNED_BYTES,
         "merge": CHECK_SECONDS + bytes_after / MERGED_BYTES,
         "evaluate": evaluated * (cost.reading(whole) + results * cost.reading(kept)),
@@ -116,13 +113,11 @@ class _Cost:
     update: float  # of the adapter, in each step
 
 
-def _by_pace(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
+def _by_pace(source: Source, config: BuildConfig, machine: Machine, kept: int) -> _Cost:
     pace, heal = machine.pace, config.heal
     assert pace is not None
-    whole = source.num_layers
-    kept = whole - num_dropped(config.drop, whole)
     sharers = machine.processes if not is_cpu(machine.device) else 1  # processes on a CPU share its cores
-    taught = OBJECTIVES[heal.objective].teacher_passes * whole * pace.layer
+    taught = OBJECTIVES[heal.objective].teacher_passes * source.num_layers * pace.layer
     return _Cost(
         reading=lambda n: (n * pace.layer + pace.head) / sharers,
         decoding=_decoding(source, machine),
@@ -131,11 +126,10 @@ def _by_pace(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
     )
 
 
-def _by_flops(source: Source, config: BuildConfig, machine: Machine) -> _Cost:
+def _by_flops(source: Source, config: BuildConfig, machine: Machine, kept: int) -> _Cost:
     backward = FORWARD_BACKWARD if is_cpu(machine.device) else WITH_RECOMPUTATION
-    before, kept = source.num_parameters, source.num_layers - num_dropped(config.drop, source.num_layers)
     after, rate = _kept_parameters(source, kept), machine.flops_per_second
-    taught = OBJECTIVES[config.heal.objective].teacher_passes * FORWARD * before
+    taught = OBJECTIVES[config.heal.objective].teacher_passes * FORWARD * source.num_parameters
     return _Cost(
         reading=lambda n: FORWARD * _kept_parameters(source, n) / rate,
         decoding=_decoding(source, machine),
