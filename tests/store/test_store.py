@@ -328,6 +328,16 @@ def test_garbage_passes_over_what_went_away_and_what_is_used_meanwhile(tmp_path:
     assert used.folder.is_dir()
 
 
+def test_times_that_estimates_start_from_are_garbage_once_they_are_old(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    paces = store.home / "paces"
+    paces.mkdir(parents=True)
+    (paces / f"{'0' * 16}.json").write_text("{}")
+    assert garbage(store) == []
+    assert [found for found, _ in collect_garbage(store.home, recent=True)] == [paces]
+    assert not paces.exists()
+
+
 def test_a_manifest_without_sums_is_damage(tmp_path: Path) -> None:
     folder = Store(tmp_path).make(spec(), write_hello).folder
     assert damage(folder) == []

@@ -15,14 +15,13 @@ from factory.config.objectives import OBJECTIVES
 from factory.config.settings import BuildConfig, HealSettings
 from factory.errors import FactoryError
 from factory.store.files import write_atomically
-from factory.store.locks import writing
+from factory.store.stage import PACES
 
 NUM_LAYERS = 3  # spread over the stack, since layers may differ
 MOST_BYTES = 4 * 10**9  # of all weights timed; larger ones would take too long
 TOKENS = 256  # in a pass on a CPU
 GPU_ROWS = (16, 1024)  # so many tokens that kernels take longer than launching them
 AGREE, AGREEING, MOST_SECONDS = 1.2, 3, 0.3  # times of so many passes differ less than by this factor
-FOLDER = "paces"  # in the home folder
 # What transformers, peft and torch raise where a shape cannot be cut, run or trained like this.
 CANNOT = (
     FactoryError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
@@ -62,7 +61,7 @@ def pace_of(source: Source, config: BuildConfig, *, home: Path) -> Pace | None:
         "device": device_name(best_device()),
         "torch": torch.__version__,
     }
-    path = home / FOLDER / f"{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:16]}.json"
+    path = home / PACES / f"{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:16]}.json"
     if (kept := _kept(path)) is not None:
         return kept
     if source.remote_code:
@@ -81,7 +80,7 @@ def pace_of(source: Source, config: BuildConfig, *, home: Path) -> Pace | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if watch.settled and home.is_dir():  # a dry run makes no folder
-        with writing(path.parent):
+        with suppress(OSError):  # taken again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(asdict(found)) + "\n")
     return found
