@@ -26,6 +26,7 @@ from factory.pipeline.costs.pace import (
     STAGE_SECONDS,
     START_SECONDS,
     Machine,
+    this_machine,
 )
 from factory.pipeline.costs.preview import preview
 from factory.pipeline.costs.probe import Pace, pace_of
@@ -278,6 +279,17 @@ def test_the_pace_of_a_model_is_timed_once_and_decides_the_estimate(tmp_path: Pa
     held_out = HELD_OUT_PASSES * (tokens // 20)
     expected = tokens * (2 * 2e-3 + 3e-2) + 10 * 2 * 0.1 + held_out * (2 * 1e-3 + 1e-2)
     assert shown.stage_seconds["heal"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_nothing_is_timed_for_work_of_a_few_seconds(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    source = resolve(str(tmp_path / "model"))
+    config = BuildConfig(reference="m", drop=0.5, heal_enabled=False)
+    little, much = (
+        this_machine(source, config, processes=1, flop=flop, home=tmp_path) for flop in (1e9, 1e15)
+    )
+    assert little.pace is None
+    assert much.pace is not None
 
 
 def test_a_model_too_large_to_be_timed_is_estimated_by_its_operations(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def within_budget(
             source,
             config,
             budget=request.budget or 0,
-            machine=this_machine(source, config, processes=processes, works=True, home=home),
+            machine=this_machine(source, config, processes=processes, flop=math.inf, home=home),
             pending=stages,
             kept=kept,
             **known,

@@ -24,11 +24,13 @@ TASK_SIZES = {
     "mmlu": (56_168, 700),
     "boolq": (6_540, 180),
     "gsm8k": (1_319, 8_000),  # mostly generated, bound by memory: 40,000 steps of 8 rows, 25 ms for 7B
-    "next_line": (1_600, 200),
+    "next_line": (1_600, 160),
 }
 OTHER_TASK = (8_000, 120)
 BYTES_PER_TOKEN = 4.0  # of UTF-8 text, roughly: 4.4 for English, 3 for Chinese and for code
 PROBE_SECONDS = 0.3  # a busy machine lets no single product of a tiny model through undisturbed
+SHORT_FLOP = 1e11  # work of seconds on any machine: timing that would take as long
+SLOW_FLOPS = 1e10  # per second; of a core with a tiny model
 MAX_WIDTH = 8192  # of the test product: wider ones run no faster and fill memory
 HELD_OUT_PASSES = 12  # at about ten checkpoints, before the first step and at the end
 HELD_OUT_SEQUENCES, HELD_OUT_SHARE = 64, 0.05  # at most, as `healing.data` keeps them; its import is slow
@@ -157,12 +159,18 @@ def _tokens(num_documents: int, text: Contents | None, *, unknown: int) -> tuple
     return number, text.num_bytes / text.num_documents / BYTES_PER_TOKEN
 
 
-def this_machine(source: Source, config: BuildConfig, *, processes: int, works: bool, home: Path) -> Machine:
-    """Return this machine, with its pace as timed if there is work."""
-    if not works:
+def this_machine(
+    source: Source, config: BuildConfig, *, processes: int, flop: float | None, home: Path
+) -> Machine:
+    """Return this machine, with its pace as timed if there is more than a little work.
+
+    Args:
+        flop: Work to do, roughly; None if there is none.
+    """
+    if flop is None:
         return Machine("", 0, 1.0, host_bytes=host_bytes())
-    pace = pace_of(source, config, home=home)
-    device, memory_total, rate = _measured(source, products=pace is None)
+    pace = pace_of(source, config, home=home) if flop > SHORT_FLOP else None
+    device, memory_total, rate = _measured(source, products=pace is None and flop > SHORT_FLOP)
     if processes > 1:
         rate *= 1 if is_cpu(device) else processes  # processes on a CPU share its cores
         device = f"{device}, {processes} processes"
@@ -170,7 +178,7 @@ def this_machine(source: Source, config: BuildConfig, *, processes: int, works: 
 
 
 def _measured(source: Source, *, products: bool) -> tuple[str, int, float]:
-    """Return the device, its memory in bytes, and its FLOP/s on products of this model's width, or 1."""
+    """Return the device, its memory in bytes, and its FLOP/s on products of this model's width, if asked."""
     import torch
 
     from factory.model.devices import best_device, compute_dtype, device_name
@@ -179,7 +187,7 @@ def _measured(source: Source, *, products: bool) -> tuple[str, int, float]:
     on_gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes()
     if not products:
-        return device_name(device), memory, 1.0
+        return device_name(device), memory, SLOW_FLOPS
     text_config = source.config.get("text_config") or source.config
     width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
     rows = 512 if device.type == "cpu" else 4096

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from factory.artifacts import Source
@@ -83,7 +84,12 @@ def preview(
     n = num_dropped(config.drop, source.num_layers)
     parameters_after, bytes_after = left_about(source, n)
     is_here = machine is None
-    machine = machine or this_machine(source, config, processes=processes, works=bool(pending), home=home)
+    seconds_on = partial(
+        stage_seconds, source, config, pending, calibration=calibration, evaluations=evaluations
+    )
+    if machine is None:
+        flop = sum(seconds_on(machine=Machine("CPU", 0, 1.0)).values()) if pending else None
+        machine = this_machine(source, config, processes=processes, flop=flop, home=home)
     device = machine.device
     needed = needs(
         source,
@@ -118,14 +124,7 @@ def preview(
         host_needed=needed.host,
         host_total=machine.host_bytes,
         device=device,
-        stage_seconds=stage_seconds(
-            source,
-            config,
-            pending,
-            machine=machine,
-            calibration=calibration,
-            evaluations=evaluations,
-        ),
+        stage_seconds=seconds_on(machine=machine),
     )
     check_room([disk, *others])
     if is_here:
