@@ -28,6 +28,7 @@ from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket
 from factory.pipeline.build import pending, stages_of
 from factory.pipeline.costs.budget import within_budget
+from factory.pipeline.costs.pace import too_short
 from factory.pipeline.costs.preview import Preview, preview
 from factory.pipeline.run import Reporter, Run
 from factory.pipeline.source import resolve_source
@@ -315,6 +316,8 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
         processes=run.processes,
         **known_lengths(texts, left),
     )
+    if request.processes is None:
+        run.undivided = too_short(config, shown.stage_seconds, processes=run.processes)
     return Prepared(settled, run, left, shown)
 
 

@@ -50,6 +50,7 @@ class Run:
     block_sizes: tuple[int, ...] = ()  # sizes that measuring must be certain about; empty: that of `drop`
     only_look: bool = False  # raise Missing instead of working
     processes: int = 1  # maximum for a stage; no result or key depends on it
+    undivided: frozenset[str] = frozenset()  # stages too short to start several processes for
     verified: set[Path] = field(default_factory=set)  # stage folders whose checksums were compared
     remade: set[str] = field(default_factory=set)  # keys whose dependents are made again too
     keys: dict[str, str] = field(default_factory=dict)

@@ -38,15 +38,17 @@ FIT_ONLY = {"num_steps": 100, "batch_size": 4}  # size of the held-out set if no
 
 
 def in_processes(run: Run, work: Callable[..., Artifact], *, name: str, model: Path) -> Artifact:
-    """Call `work(progress=…)` in all allowed processes, or in one if `model` does not fit on a GPU.
+    """Call `work(progress=…)` in all allowed processes, or in one.
 
-    A model that does not fit is spread over all GPUs by its layers.
+    One it is if the work is too short to be divided, or if `model` does not fit on a GPU: then its layers
+    are spread over all GPUs.
     """
     from factory.model.devices import best_device
     from factory.model.loading import fits
     from factory.parallel.launch import spread
 
-    together = run.processes > 1 and fits(model, best_device())
+    divided = run.processes > 1 and name.partition(" ")[0] not in run.undivided
+    together = divided and fits(model, best_device())
     return spread(work, processes=run.processes if together else 1, progress=run.ticks(name))
 
 
@@ -97,7 +99,7 @@ def heal_stage(run: Run, source: Source, plan: PruningPlan, pruned: Checkpoint) 
         progress = run.ticks("heal")
         return spread(
             part,
-            processes=processes,
+            processes=1 if "heal" in run.undivided and not divided else processes,
             case="fsdp" if divided else None,
             progress=progress,
             tell=run.reporter.note,

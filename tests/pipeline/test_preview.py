@@ -26,7 +26,10 @@ from factory.pipeline.costs.pace import (
     STAGE_SECONDS,
     START_SECONDS,
     Machine,
+    num_starts,
+    stage_seconds,
     this_machine,
+    too_short,
 )
 from factory.pipeline.costs.preview import preview
 from factory.pipeline.costs.probe import Pace, pace_of
@@ -290,6 +293,22 @@ def test_nothing_is_timed_for_work_of_a_few_seconds(tmp_path: Path) -> None:
     )
     assert little.pace is None
     assert much.pace is not None
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_work_is_divided_where_that_saves_more_than_starting_processes_takes(processes: int) -> None:
+    config = BuildConfig(reference="m", drop=0.5, heal=HealSettings(rank=4, num_steps=1000))
+    for speed in (1e-9, 1e-8, 1e-7, 1e-6, 1e-5):
+        pace = Pace(layer=speed, head=speed, trained_layer=speed, trained_head=speed, update=0)
+        alone, divided = (
+            stage_seconds(SOURCE, config, STAGES, machine=machine, calibration=None, evaluations=())
+            for machine in (Machine("GPU", 0, 1.0, pace=pace, processes=n) for n in (1, processes))
+        )
+        short = too_short(config, divided, processes=processes)
+        assert all(divided[stage] <= alone[stage] for stage in STAGES)
+        assert all((divided[stage] == alone[stage]) == (stage in short) for stage in num_starts(config))
+    assert too_short(config, alone, processes=1) == frozenset()
+    assert not short
 
 
 def test_a_model_too_large_to_be_timed_is_estimated_by_its_operations(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Estimate the time of each stage, from the work in it and the pace of a machine."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from factory.pipeline.costs.requirements import host_bytes
 from factory.pruning.sizes import left_about
 from factory.text.overlap import Contents
 
+PROCESSES_SECONDS = 25.0  # starting several of them for one stage, most of it imports
 START_SECONDS = 12.0  # importing torch, transformers, trl and lm-eval for the first time
 STAGE_SECONDS = 2.0  # loading a small model and opening the text
 LOADED_BYTES = 1e9  # per second
@@ -53,7 +54,7 @@ class Machine:
     disk_bytes: int = 0  # free, on a machine other than this
     host_bytes: int = 0  # 0: unknown
     pace: Pace | None = None  # of this model's layers, if they could be timed here
-    processes: int = 1  # that share the work
+    processes: int = 1  # that can share a stage's work, each as fast as one alone
 
 
 def stage_seconds(
@@ -65,7 +66,10 @@ def stage_seconds(
     calibration: Contents | None,
     evaluations: Sequence[Contents],
 ) -> dict[str, float]:
-    """Return the estimated time of each pending stage, without the start of the program."""
+    """Return the estimated time of each pending stage, without the start of the program.
+
+    A stage is divided among the machine's processes if that saves more time than starting them takes.
+    """
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     whole = source.num_layers
     kept = whole - num_dropped(config.drop, whole)
@@ -101,13 +105,34 @@ def stage_seconds(
         read_each = SEARCHED * kept + FINALISTS * config.plan.num_documents  # passes over a sequence
         work["search"] = rounds * read_each * config.plan.sequence_length * cost.reading(kept)
         models["search"] = 1
+    for stage, starts in num_starts(config).items():
+        if stage in work and machine.processes > 1:
+            divided = work[stage] / machine.processes + starts * PROCESSES_SECONDS
+            work[stage] = min(work[stage], divided)
     loading = STAGE_SECONDS + source.size_bytes / LOADED_BYTES
     return {stage: models.get(stage, 0) * loading + work.get(stage, 0) for stage in pending}
 
 
+def num_starts(config: BuildConfig) -> dict[str, int]:
+    """Return the stages that several processes can share, and how often each of them starts processes."""
+    models = 3 if config.has_adapter else 2
+    return {"measure": 1, "heal": 1, "evaluate": models * len(config.evaluate.data)}
+
+
+def too_short(config: BuildConfig, seconds: Mapping[str, float], *, processes: int) -> frozenset[str]:
+    """Return the stages that take less time in one process than several take to start and do them.
+
+    Args:
+        seconds: Of `stage_seconds`, on a machine of so many processes.
+    """
+    least = PROCESSES_SECONDS * processes / (processes - 1) if processes > 1 else 0
+    starts = num_starts(config)
+    return frozenset(stage for stage in starts if seconds.get(stage, 0) < starts[stage] * least)
+
+
 @dataclass(frozen=True)
 class _Cost:
-    """Seconds on a machine, all processes together."""
+    """Seconds in one process."""
 
     reading: Callable[[int], float]  # number of layers → a token, in passes of many
     decoding: Callable[[int], float]  # number of layers → a token after the other
@@ -118,12 +143,11 @@ class _Cost:
 def _by_pace(source: Source, config: BuildConfig, machine: Machine, kept: int) -> _Cost:
     pace, heal = machine.pace, config.heal
     assert pace is not None
-    sharers = machine.processes if not is_cpu(machine.device) else 1  # processes on a CPU share its cores
     taught = OBJECTIVES[heal.objective].teacher_passes * source.num_layers * pace.layer
     return _Cost(
-        reading=lambda n: (n * pace.layer + pace.head) / sharers,
+        reading=lambda n: n * pace.layer + pace.head,
         decoding=_decoding(source, machine),
-        training=(kept * pace.trained_layer + pace.trained_head + taught) / sharers,
+        training=kept * pace.trained_layer + pace.trained_head + taught,
         update=kept * pace.update,
     )
 
@@ -171,10 +195,10 @@ def this_machine(
         return Machine("", 0, 1.0, host_bytes=host_bytes())
     pace = pace_of(source, config, home=home) if flop > SHORT_FLOP else None
     device, memory_total, rate = _measured(source, products=pace is None and flop > SHORT_FLOP)
+    sharers = 1 if is_cpu(device) else processes  # processes on a CPU share its cores
     if processes > 1:
-        rate *= 1 if is_cpu(device) else processes  # processes on a CPU share its cores
         device = f"{device}, {processes} processes"
-    return Machine(device, memory_total, rate, host_bytes=host_bytes(), pace=pace, processes=processes)
+    return Machine(device, memory_total, rate, host_bytes=host_bytes(), pace=pace, processes=sharers)
 
 
 def _measured(source: Source, *, products: bool) -> tuple[str, int, float]:
