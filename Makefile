@@ -1,5 +1,6 @@
 # Two commands on a fresh machine: `make demo` builds the embedded model, `make test` runs the suite.
 # `make coverage` also reports the branches that no test takes, and is a quarter slower.
+# `make generated` rewrites golden files and generated pages.
 # `make docs` builds the documentation in site/ and checks its links.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
 	-n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test coverage check format docs clean
+.PHONY: demo test coverage generated check format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factory build demo --drop 0.3
@@ -20,6 +21,10 @@ test: $(VENV)/.installed-test
 
 coverage: $(VENV)/.installed-test
 	$(TESTS) --cov=factory --cov-report=term --cov-fail-under=90
+
+generated: $(VENV)/.installed-test
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/cli/test_help.py tests/cli/test_build_file.py tests/report/test_card.py
+	$(BIN)/python scripts/write_docs.py
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

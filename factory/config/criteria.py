@@ -16,7 +16,7 @@ class Criterion:
     card: str  # paragraph for the model card, with {num_documents} and {order} of the plan; may be empty
     scattered: bool = False  # may choose layers that lie apart; otherwise one block
     searches: bool = False  # measures the loss of the model without layers; otherwise the profile is enough
-    needs_influence: bool = False  # needs each layer's influence, which a profile from elsewhere may lack
+    needs: frozenset[str] = frozenset()  # measurements that a profile from elsewhere may lack
     nested: bool = False  # its choice of n layers starts its choice of more: one search serves all sizes
     terminal: str | None = None  # text after the dropped layers; None: " by " and the name
 
@@ -55,7 +55,7 @@ CRITERIA: Mapping[str, Criterion] = {
             card="The distance across blocks did not decide: the layers that each turn the states of a "
             "passage's tokens least were dropped, by the Block Influence of ShortGPT (Men and others).",
             scattered=True,
-            needs_influence=True,
+            needs=frozenset({"influence"}),
         ),
         Criterion(
             "loss",

@@ -76,6 +76,18 @@ class HealSettings(Settings):
 
     _several = field_validator("data", mode="before")(one_or_several)
 
+    @property
+    def for_trainer(self) -> dict[str, Any]:
+        """Return the settings that transformers' trainer takes as they are, by their names there."""
+        return {
+            "max_steps": self.num_steps,
+            "warmup_steps": self.warmup_steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.schedule,
+            "adam_beta2": self.second_moment_decay,
+            "max_length": self.sequence_length,
+        }
+
 
 class EvaluateSettings(Settings):
     """Settings for comparing the three models."""
@@ -226,13 +238,13 @@ def warmup_for(num_steps: int, usual: int) -> int:
 
 
 def _refuse_settings_of_another_objective(asked: Mapping[str, Any], chosen: Objective) -> None:
-    for other in OBJECTIVES.values():
-        for name in sorted(other.reads - chosen.reads):
-            if value := asked.get(f"heal.{name}"):
-                raise UsageError(
-                    f"`{name}={value:g}` without `heal={other.name}`: {chosen.name} does not use it",
-                    hint=f"remove `{name}`, or give `heal={other.name}`",
-                )
+    for name in sorted(frozenset().union(*(one.reads for one in OBJECTIVES.values())) - chosen.reads):
+        if value := asked.get(f"heal.{name}"):
+            readers = " or ".join(f"`heal={one.name}`" for one in OBJECTIVES.values() if name in one.reads)
+            raise UsageError(
+                f"`{name}={value:g}` without {readers}: {chosen.name} does not use it",
+                hint=f"remove `{name}`, or give {readers}",
+            )
 
 
 def _defaults(

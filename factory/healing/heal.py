@@ -347,20 +347,15 @@ def _trainer(
         mean_length = pyarrow.compute.mean(pyarrow.compute.list_value_length(train.data["input_ids"])).as_py()
         rows *= max(1, round(settings.sequence_length / mean_length))
     arguments = SFTConfig(
+        **settings.for_trainer,
         output_dir=str(trainer_folder(folder)),
-        max_steps=settings.num_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=rows // processes.count(),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        adam_beta2=settings.second_moment_decay,
-        warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
         router_aux_loss_coef=0.0,  # routers are not trained, and the loss is next-token loss only
         packing=student.packs,
         packing_strategy="bfd_split",  # plain bfd drops the tails of long documents
-        max_length=settings.sequence_length,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,  # see batch_size.py

@@ -63,8 +63,9 @@ def plan_for(request: PlanRequest, reporter: Reporter) -> tuple[DistanceProfile,
     source, run = begin(request, reporter, drop=request.drop, measures=measures)
     profile = read_profile(request.profile, source=source) if request.profile else None
     criteria = tuple(name for name in CRITERIA if wanted in ("all", name))
-    if wanted == "all" and profile and profile.influence is None:
-        criteria = tuple(name for name in criteria if not CRITERIA[name].needs_influence)
+    if wanted == "all" and profile:
+        lacking = {name for name, value in profile if value is None}
+        criteria = tuple(name for name in criteria if not CRITERIA[name].needs & lacking)
     if request.save:
         output_folder(request.save)
     if measures:

@@ -17,7 +17,7 @@ from factory.artifacts import (
     Source,
     SpeedComparison,
 )
-from factory.config.settings import BuildConfig, EvaluateSettings, HealSettings
+from factory.config.settings import BuildConfig, EvaluateSettings
 from factory.errors import OverflowedError
 from factory.evaluation.tasks import task_identity
 from factory.pipeline.costs.requirements import healing_processes
@@ -34,6 +34,12 @@ from factory.store.stage import (
 from factory.text.text import Text, Texts, text_identity
 from factory.units import count
 
+# Of healing's settings. Those added later are in a key only if they differ from their defaults, so that
+# what was healed before they existed is reused.
+IN_EVERY_KEY = {
+    *("objective", "modules", "layers", "seam_weight", "bits", "learning_rate", "rank", "dropout"),
+    *("num_steps", "warmup_steps", "batch_size", "sequence_length"),
+}
 FIT_ONLY = {"num_steps": 100, "batch_size": 4}  # size of the held-out set if nothing is trained
 
 
@@ -137,17 +143,14 @@ def _fit_seam(run: Run, source: Source, plan: PruningPlan, folder: Path) -> Seam
 
 def heal_parameters(config: BuildConfig) -> dict[str, Any]:
     """Return the settings that decide the adapter."""
-    values = without_data(config.heal)
+    heal = config.heal
+    values = without_data(heal)
     if not config.heal_enabled:
         return {name: values[name] for name in ("start", "bits", "sequence_length")} | {"trained": False}
-    if not config.fits_seam:
-        values.pop("start")  # added later, as the next: keys of earlier versions lack both
-    if not values["next_token_weight"]:
-        values.pop("next_token_weight")
-    for name in ("schedule", "second_moment_decay"):
-        if values[name] == HealSettings.model_fields[name].default:
-            values.pop(name)
-    return values
+    changed = {
+        name for name, field in type(heal).model_fields.items() if getattr(heal, name) != field.default
+    }
+    return {name: value for name, value in values.items() if name in IN_EVERY_KEY | changed}
 
 
 def merge_stage(run: Run, pruned: Checkpoint, adapter: Adapter) -> Checkpoint:
