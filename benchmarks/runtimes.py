@@ -32,7 +32,7 @@ from factory.errors import FactoryError
 from factory.hub.resolve import resolve
 from factory.pruning.config_forms import with_older_forms
 from factory.pruning.prune import prune
-from factory.serving import llama
+from factory.serving import llama_cpp
 from factory.serving.gguf_check import compare
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
 from factory.serving.runtimes import verdicts
@@ -134,7 +134,7 @@ def ask_llama(case: Case) -> Any:
         check_convertible(case.folder)
         # Not by the family: llama.cpp asks a model named Phi-3 for the tokens of Phi-3.
         write_gguf(case.folder, path, kind="F16", facts=Facts("tiny"))
-        return llama.ask(path, texts=[], runs=[(tokens, range(len(tokens))[-NUM_ROWS:])]).logits[0][None]
+        return llama_cpp.ask(path, texts=[], runs=[(tokens, range(len(tokens))[-NUM_ROWS:])]).logits[0][None]
     except FactoryError as error:
         sys.stderr.write(f"{case.name}, {case.cut}: {error}\n")
         return type(error).__name__
@@ -197,8 +197,8 @@ def main() -> None:
                     case.found[reader] = found[case.folder]
             readers.append(reader)
         here, *readers = readers
-        if llama.is_installed():
-            readers.append(f"llama.cpp (llama-cpp-python {llama.version()})")
+        if llama_cpp.is_installed():
+            readers.append(f"llama.cpp (llama-cpp-python {llama_cpp.version()})")
         for case in cases:
             case.expected = case.found[here]
             if readers and readers[-1].startswith("llama.cpp"):

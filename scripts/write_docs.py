@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: two pages, and the criteria in docs/choosing-layers.md.
+"""Write the generated parts of the documentation: two pages, the criteria, and the list of modules.
 
 python scripts/write_docs.py                   write them
 python scripts/write_docs.py --check           fail if a page is out of date
@@ -6,6 +6,7 @@ python scripts/write_docs.py --outcomes FILE   import a table that benchmarks/ar
 """
 
 import argparse
+import ast
 import importlib
 import json
 import re
@@ -24,6 +25,25 @@ OUTCOMES = DOCS / "supported-models.json"
 HELP_WIDTH = 90  # columns
 COMMAND_LINE_MODULES = ("factory.cli.main", "factory.cli")  # the first that exists
 NOTICE = "<!-- Written by scripts/write_docs.py. Change the source of the text, then run the script. -->"
+OWN_NAMES = ("__init__.py", "__main__.py")  # told by their folder
+FOLDERS = [  # from the command line down
+    f"factory/{name}".rstrip("/")
+    for name in (
+        *(
+            "cli",
+            "api",
+            "jobs",
+            "pipeline",
+            "builds",
+            "pruning",
+            "healing",
+            "evaluation",
+            "report",
+            "serving",
+        ),
+        *("demo", "parallel", "text", "hub", "model", "checkpoint", "store", "config", ""),
+    )
+]
 VERDICTS = ("exact", "exact, or refused", "to rounding", "refused", "unbuilt", "wrong")  # in the page's order
 
 CLI_HEAD = f"""{NOTICE}
@@ -148,9 +168,35 @@ def with_criteria(page: str) -> str:
         drops = re.sub(r"arXiv ([\d.]+)", r"[arXiv \1](https://arxiv.org/abs/\1)", criterion.summary)
         default = "; the default" if criterion is DEFAULT_CRITERION else ""
         rows.append(f"| `{criterion.name}` | {drops}{default} |")
+    return _filled(page, "criteria", "\n".join(rows))
+
+
+def with_modules(page: str) -> str:
+    """Return a page with the current list of modules, by folder, each with its first line."""
+    lines = ["```text"]
+    for folder in FOLDERS:
+        inside = sorted(path for path in (ROOT / folder).rglob("*.py") if path.name not in OWN_NAMES)
+        if folder == "factory":
+            inside = [path for path in inside if path.parent == ROOT / folder]
+        lines += ["", f"{folder}/   {_first_line(ROOT / folder / '__init__.py')}"]
+        names = [str(path.relative_to(ROOT / folder)) for path in inside]
+        width = max(map(len, names))
+        for name, path in zip(names, inside, strict=True):
+            about = f"  {name.ljust(width)}  {_first_line(path)}"
+            lines += textwrap.wrap(about, 118, subsequent_indent=" " * (width + 4), break_on_hyphens=False)
+    return _filled(page, "modules", "\n".join(["```text", *lines[2:], "```"]))
+
+
+def _first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.splitlines()[0].rstrip(".") if docstring else ""
+
+
+def _filled(page: str, name: str, text: str) -> str:
+    """Return a page with other text between the comments that mark a generated part."""
     return re.sub(
-        r"(<!-- criteria: .*? -->\n\n).*?(\n\n<!-- end of criteria -->)",
-        lambda found: found[1] + "\n".join(rows) + found[2],
+        rf"(<!-- {name}: .*? -->\n\n).*?(\n\n<!-- end of {name} -->)",
+        lambda found: found[1] + text + found[2],
         page,
         flags=re.DOTALL,
     )
@@ -183,11 +229,12 @@ def write_outcomes(known: dict[str, Any]) -> None:
 def pages() -> dict[Path, str]:
     """Return every page that is generated in full or in part, with its content."""
     known = json.loads(OUTCOMES.read_text(encoding="utf-8"))
-    choosing = DOCS / "choosing-layers.md"
+    choosing, architecture = DOCS / "choosing-layers.md", DOCS / "architecture.md"
     return {
         DOCS / "cli.md": cli_page(),
         DOCS / "supported-models.md": supported_page(known),
         choosing: with_criteria(choosing.read_text(encoding="utf-8")),
+        architecture: with_modules(architecture.read_text(encoding="utf-8")),
     }
 
 

@@ -16,7 +16,7 @@ from factory.builds.integrity import add_sums, check_weights
 from factory.builds.swap import laying_out
 from factory.errors import MachineError, ModelError, UsageError, VerificationError
 from factory.model.config_fields import read_config
-from factory.serving import llama
+from factory.serving import llama_cpp
 from factory.serving.converter import convert, find_converter
 from factory.serving.gguf_settings import FAMILIES
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
@@ -36,7 +36,7 @@ RUNTIME = "llama.cpp"
 KINDS = {"Q8_0": 1.6, "Q4_K_M": 1.4, "F16": 1.1}
 WRITTEN_HERE = ("Q8_0", "F16")  # the others by llama.cpp
 INSTALL = "pip install gguf"
-INSTALL_LLAMA = f"pip install {llama.PACKAGE}"
+INSTALL_LLAMA = f"pip install {llama_cpp.PACKAGE}"
 
 
 class Reporter(Protocol):
@@ -174,9 +174,9 @@ def _chosen_converter(target: _Target, given: Path | None) -> Path | None:
 def _check_packages(kind: str, converter: Path | None) -> None:
     if converter is None and find_spec("gguf") is None:
         raise MachineError("a GGUF is written with the package gguf, which is missing", hint=INSTALL)
-    if kind not in WRITTEN_HERE and not llama.is_installed():
+    if kind not in WRITTEN_HERE and not llama_cpp.is_installed():
         raise MachineError(
-            f"{kind} is made by llama.cpp itself, and {llama.PACKAGE} is not installed",
+            f"{kind} is made by llama.cpp itself, and {llama_cpp.PACKAGE} is not installed",
             hint=f"{INSTALL_LLAMA}, or choose {' or '.join(WRITTEN_HERE)}",
         )
 
@@ -187,7 +187,11 @@ def _known(target: _Target, path: Path) -> Gguf | None:
         return None
     beside = Ggufs.read(target.model)
     found = next((one for one in beside.files if one.name == path.name), None)
-    if found is None or beside.weights != target.weights or (found.check is None and llama.is_installed()):
+    if (
+        found is None
+        or beside.weights != target.weights
+        or (found.check is None and llama_cpp.is_installed())
+    ):
         return None
     return found if path.is_file() and sha256_of_file(path) == found.sha256 else None
 
@@ -198,7 +202,7 @@ def _make(target: _Target, path: Path, *, kind: str, converter: Path | None, rep
     shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
     place.mkdir()
     draft = place / path.name
-    checks = llama.is_installed()
+    checks = llama_cpp.is_installed()
     # 16 bits show what rounding to fewer could hide.
     first, first_kind = (place / f"{path.stem}.F16.gguf", "F16") if checks else (draft, kind)
     check = None
@@ -249,7 +253,7 @@ def _verify(target: _Target, first: Path, draft: Path, *, kind: str) -> GgufChec
     if kind == "F16":
         first.rename(draft)
         return check
-    llama.quantize(first, draft, kind=kind)
+    llama_cpp.quantize(first, draft, kind=kind)
     return check_gguf(draft, expected, kind=kind)
 
 

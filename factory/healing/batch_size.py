@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from factory.healing.graphs import PassGraphs
+from factory.healing.cuda_graphs import PassGraphs
 from factory.parallel import processes
 
 SHARE = 0.92  # of the available memory; the rest is lost to fragmentation

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from factory.config.settings import HealSettings
 from factory.errors import UnsupportedArchitectureError
 from factory.healing.callbacks import rises
-from factory.healing.graphs import PassGraphs
+from factory.healing.cuda_graphs import PassGraphs
 from factory.healing.head_loss import IGNORED, HeadLoss, backbone_of, head_of
 from factory.healing.packing import use_packed_attention
 from factory.model.layers import Call, bypassed, decoder_layers, record_forms

@@ -22,7 +22,7 @@ from factory.config.references import share_of
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import BuildConfig, build_name, num_dropped, settle
 from factory.config.tracking import Tracking, choose_tracker
-from factory.config.unread import unread
+from factory.config.unused_options import unread
 from factory.errors import UsageError
 from factory.evaluation.tasks import check_backend, check_tasks
 from factory.hub.bucket import StageBucket

@@ -11,7 +11,7 @@ from factory.artifacts import GgufCheck
 from factory.errors import VerificationError
 from factory.model.config_fields import read_config
 from factory.model.tokenizer import Encoder, load_encoder
-from factory.serving import llama
+from factory.serving import llama_cpp
 from factory.serving.gguf_settings import settings_of
 from factory.text.standard_library import documents
 
@@ -78,7 +78,7 @@ def check_gguf(path: Path, expected: Reference, *, kind: str) -> GgufCheck:
         VerificationError: Logits or tokens differ by more than rounding explains.
         ModelError: llama.cpp cannot load or run the file.
     """
-    answer = llama.ask(path, texts=expected.texts, runs=expected.runs)
+    answer = llama_cpp.ask(path, texts=expected.texts, runs=expected.runs)
     _check_tokens(expected, answer.tokens, name=path.name)
     found = compare(answer.logits, expected.logits)
     limit, agreement = BOUNDS[kind]
@@ -95,7 +95,7 @@ def check_gguf(path: Path, expected: Reference, *, kind: str) -> GgufCheck:
         num_positions=sum(len(positions) for _, positions in expected.runs),
         longest=max(len(tokens) for tokens, _ in expected.runs),
         num_texts=len(expected.texts),
-        llama=llama.version(),
+        llama=llama_cpp.version(),
     )
 
 

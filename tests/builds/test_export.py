@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from factory.artifacts import Build, DistanceProfile
 from factory.builds.folder import lay_out
 from factory.builds.integrity import check_nothing_added, check_whole
-from factory.serving import llama
+from factory.serving import llama_cpp
 from tests.builders.commands import HEAVY, QUICK
 from tests.builders.files import content_of, flip_a_bit
 from tests.builders.models import merging_tokenizer, save_family
@@ -23,7 +23,7 @@ from tests.loopback_hub import Hub
 
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
 needs_llama = pytest.mark.skipif(
-    find_spec("gguf") is None or not llama.is_installed(), reason="needs gguf and llama-cpp-python"
+    find_spec("gguf") is None or not llama_cpp.is_installed(), reason="needs gguf and llama-cpp-python"
 )
 
 

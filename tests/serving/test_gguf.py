@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from factory.errors import CheckpointError, FactoryError, ModelError, VerificationError
 from factory.model.tokenizer import load_tokenizer
-from factory.serving import llama
+from factory.serving import llama_cpp
 from factory.serving.gguf_check import check_gguf, compare, reference
 from factory.serving.gguf_write import Facts, check_convertible, write_gguf
 from tests.builders.models import merging_tokenizer
@@ -47,7 +47,7 @@ SCALED = {
 }
 IRREGULAR = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 needs_gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
-needs_llama = pytest.mark.skipif(not llama.is_installed(), reason="needs llama-cpp-python")
+needs_llama = pytest.mark.skipif(not llama_cpp.is_installed(), reason="needs llama-cpp-python")
 
 
 def save(folder: Path, model_type: str, **fields: Any) -> Path:
@@ -215,7 +215,7 @@ def test_llama_cpp_merges_letters_in_the_order_of_the_merges(tmp_path: Path) -> 
     path = written(sentencepiece_like(save(tmp_path, "llama", vocab_size=280)))
     texts = ["abc", "abcab t", "  tabc\n", "€"]
     expected = [load_tokenizer(tmp_path)(text).input_ids for text in texts]
-    assert llama.ask(path, texts=texts, runs=[]).tokens == expected
+    assert llama_cpp.ask(path, texts=texts, runs=[]).tokens == expected
 
 
 @needs_gguf
@@ -252,7 +252,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_with_its_reason(tmp_path:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(ModelError, match=r"llama.cpp cannot use broken.gguf: .*") as refused:
-        llama.ask(path, texts=["a"], runs=[])
+        llama_cpp.ask(path, texts=["a"], runs=[])
     assert isinstance(refused.value, FactoryError)
 
 

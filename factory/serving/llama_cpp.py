@@ -1,6 +1,6 @@
 """Run llama.cpp, by llama-cpp-python, in a process of its own, which a failed assertion there would end.
 
-python -m factory.serving.llama FOLDER reads FOLDER/order.json and writes FOLDER/answer.json and logits.
+python -m factory.serving.llama_cpp FOLDER reads FOLDER/order.json and writes FOLDER/answer.json and logits.
 """
 
 import ctypes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from factory.healing.graphs import PassGraphs
+from factory.healing.cuda_graphs import PassGraphs
 from tests.families import build, config_of
 
 LONGEST, ROWS = 12, 3

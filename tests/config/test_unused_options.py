@@ -7,7 +7,7 @@ import pytest
 from factory.config.options import HEALING
 from factory.config.request import BuildRequest, PlanRequest, Request, SweepRequest
 from factory.config.settings import settle
-from factory.config.unread import unread
+from factory.config.unused_options import unread
 from tests.builders.builds import a_source
 
 SOURCE = a_source(num_parameters=1_000_000, config={"max_position_embeddings": 4096})
