@@ -63,7 +63,7 @@ def messages() -> list[str]:
     return [message for _, message in re.findall(r"^\| (`+)(.+?)\1 \|", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("name", [*sorted(GENERATED), "choosing-layers.md"])
+@pytest.mark.parametrize("name", [*sorted(GENERATED), "choosing-layers.md", "architecture.md"])
 def test_a_generated_page_is_what_would_be_written_now(name: str) -> None:
     path = ROOT / "docs" / name
     assert path.read_text(encoding="utf-8") == pages()[path], "run `python scripts/write_docs.py`"
