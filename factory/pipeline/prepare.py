@@ -53,6 +53,7 @@ class Settled:
     source: Source
     config: BuildConfig
     out: Path
+    push_to: str | None  # owner/name to publish as
     repeats: Build | None = None  # the finished build that is reproduced
 
 
@@ -182,10 +183,9 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
     from factory.pruning.criteria import plan_without
 
     _check_stages(request.rerun)
-    if request.push_to:
-        full_name(request.push_to)  # without a login, fails now and not after hours
+    push_to = full_name(request.push_to) if request.push_to else None  # fails now if not logged in
     if request.reproduce:
-        settled = _settled_again(request, reporter)
+        settled = _settled_again(request, reporter, push_to=push_to)
     else:
         source = resolve_source(request, reporter)
         goal = find_goal(request, source)
@@ -198,11 +198,11 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
         if doubt := check_runtimes(source, config, drops=[config.drop], criterion=criterion):
             reporter.note(doubt)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
-        settled = Settled(request, source, config, out)
+        settled = Settled(request, source, config, out, push_to)
     where = f"{request.origin.file}, line {request.origin.line}: " if request.origin else ""
     for message in (*unread(request, settled.config), *_not_redone(request, settled.config)):
         reporter.note(f"{where}{message}")
-    if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
+    if push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
         reporter.note(note)
     return settled
 
@@ -232,7 +232,7 @@ def _not_redone(request: BuildRequest, config: BuildConfig) -> list[str]:
     ]
 
 
-def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
+def _settled_again(request: BuildRequest, reporter: Reporter, *, push_to: str | None) -> Settled:
     """Settle a request to reproduce a finished build."""
     found = read_build(request.reference)
     again = replace(request, model=source_reference(found))
@@ -245,19 +245,17 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     }
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
-    return Settled(request, source, config, out, repeats=found)
+    return Settled(request, source, config, out, push_to, repeats=found)
 
 
 def _check_apart(settled: Sequence[Settled]) -> None:
     """Refuse builds that would overwrite one another, however their paths are spelled."""
-    from factory.hub.push import full_name
-
     taken: dict[tuple[str, str], int] = {}
     for one in settled:
-        line, repository = one.request.origin.line if one.request.origin else 0, one.request.push_to
+        line = one.request.origin.line if one.request.origin else 0
         places = [("out", str(one.out), str(one.out.resolve()))]
-        if repository is not None:
-            places.append(("push_to", repository, full_name(repository).casefold()))
+        if one.push_to:
+            places.append(("push_to", str(one.request.push_to), one.push_to.casefold()))
         for key, written, place in places:
             if (key, place) in taken:
                 with one.request.located(key):
