@@ -145,10 +145,10 @@ def _disks(home: Path | None) -> Iterator[Finding]:
 
     from factory.store.capacity import demands
     from factory.store.locks import HOME
-    from factory.store.store import default_home
+    from factory.store.store import home_folder
 
     for what, folder, option in (
-        ("stages", home or default_home(), HOME),
+        ("stages", home_folder(home), HOME),
         ("Hub's cache", Path(HF_HUB_CACHE), "HF_HOME"),
     ):
         (disk,) = demands([(folder, option, 0)])
