@@ -1,7 +1,7 @@
 """Check what the file names and the configuration of a model say."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,6 @@ from factory.hub.source_card import README, base_models_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-Progress = Callable[[int, int], None]
 
 
 def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] | None = None) -> None:

@@ -124,7 +124,7 @@ class _Files:
     name: str
     card: Mapping[str, Any]
     sizes: Mapping[str, int]  # in bytes
-    folder: Path | None  # that holds all which are needed; None: on the Hub
+    folder: Path | None  # with all that is needed; None: they are on the Hub
     repo_id: str | None = None
     commit: str | None = None
     pin: str | None = None  # reference to the commit, unless that was given
