@@ -184,7 +184,7 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
     from factory.pruning.criteria import plan_without
 
     _check_stages(request.rerun)
-    push_to = full_name(request.push_to) if request.push_to else None  # fails now if not logged in
+    push_to = full_name(request.push_to) if request.push_to else None  # without a login, fails now
     if request.reproduce:
         settled = _settled_again(request, reporter, push_to=push_to)
     else:
