@@ -86,6 +86,11 @@ class Artifact(BaseModel):
         except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"cannot read {path}: {str(error).splitlines()[0]}", hint=again) from error
 
+    @classmethod
+    def find(cls, folder: Path) -> Self | None:
+        """Read the value that `write` wrote into `folder`; None if there is none."""
+        return cls.read(folder) if (folder / cls.file_name).is_file() else None
+
 
 class Origin(BaseModel):
     """A model on the Hub, or a folder, at the version that was used."""

@@ -142,10 +142,10 @@ def make(prepared: Prepared, reporter: Reporter) -> BuildResult:
     for name in sorted(kept_aside(out) - kept):
         reporter.note(f"your edits to the previous build are kept as {out / name}")
     publication = None
-    if request.push_to:
+    if settled.push_to:
         publication = publish_with_notes(
             out,
-            request.push_to,
+            settled.push_to,
             note=reporter.note,
             private=not request.public,
         )

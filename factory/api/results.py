@@ -53,10 +53,12 @@ class Shown:
 class Smaller(Shown):
     """A result that is a model."""
 
+    folder: Path
+
     @property
     def model_folder(self) -> Path:
         """Return the folder of the smaller model."""
-        raise NotImplementedError
+        return self.folder
 
     @cached_property
     def model(self) -> Any:
@@ -71,6 +73,29 @@ class Smaller(Shown):
         from factory.model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.model_folder)
+
+    def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
+        """Write the model for llama.cpp and Ollama, verified in llama.cpp where it is installed.
+
+        Args:
+            kind: "Q8_0", "Q4_K_M" or "F16".
+            converter: llama.cpp's `convert_hf_to_gguf.py`, for other families.
+
+        Raises:
+            ModelError: The model cannot be written, or llama.cpp would run it wrongly; nothing was kept.
+        """
+        from factory.api.progress import Bars
+        from factory.builds.export import export
+        from factory.report.notes import gguf_note
+
+        reporter = Bars()
+        try:
+            exported = export(self.folder, kind=kind, converter=converter, reporter=reporter)
+        finally:
+            reporter.stop()
+        if exported.record.check is None:
+            reporter.note(gguf_note(exported.record))
+        return exported.path
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,18 +177,6 @@ class BuildResult(Smaller):
 
         how = {"private": private, "accept_license": accept_license, **options}
         return publish_with_notes(self.folder, repository, note=Bars().note, **how)
-
-    def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
-        """Write the model for llama.cpp and Ollama, verified in llama.cpp where it is installed.
-
-        Args:
-            kind: "Q8_0", "Q4_K_M" or "F16".
-            converter: llama.cpp's `convert_hf_to_gguf.py`, for other families.
-
-        Raises:
-            ModelError: The model cannot be written, or llama.cpp would run it wrongly; nothing was kept.
-        """
-        return _export_gguf(self.folder, kind, converter)
 
 
 @dataclass(frozen=True, repr=False)
@@ -247,30 +260,6 @@ class PruneResult(Smaller):
             {"": "layers", "source": total, "result": kept},
             {"": "parameters", "source": before, "result": after},
         ]
-
-    @property
-    def model_folder(self) -> Path:
-        """Return the folder of the smaller model."""
-        return self.folder
-
-    def export_gguf(self, kind: str = "Q8_0", *, converter: Path | None = None) -> Path:
-        """Write the model for llama.cpp and Ollama; see `BuildResult.export_gguf`."""
-        return _export_gguf(self.folder, kind, converter)
-
-
-def _export_gguf(folder: Path, kind: str, converter: Path | None) -> Path:
-    from factory.api.progress import Bars
-    from factory.builds.export import export
-    from factory.report.notes import gguf_note
-
-    reporter = Bars()
-    try:
-        exported = export(folder, kind=kind, converter=converter, reporter=reporter)
-    finally:
-        reporter.stop()
-    if exported.record.check is None:
-        reporter.note(gguf_note(exported.record))
-    return exported.path
 
 
 @dataclass(frozen=True, repr=False)

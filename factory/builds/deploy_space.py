@@ -65,8 +65,10 @@ def deploy(folder: Path, *, name: str | None, hardware: str | None) -> Deploymen
         origin = patiently(lambda: api.model_info(source, revision=build.source.commit))
     space, changed = _open_space(api, repo_id, private=bool(model.private), hardware=hardware)
     publication, keeps_card = publish(
+        build,
         folder,
         published.repo_id,
+        before=published,
         space=repo_id,
         private=bool(model.private),
         message="Link the comparison Space",
@@ -106,12 +108,13 @@ def space_files(build: Build, publication: Publication) -> dict[str, bytes]:
 
 
 def _publication(folder: Path) -> Publication:
-    if not (folder / Publication.file_name).is_file():
+    found = Publication.find(folder)
+    if found is None:
         raise HubError(
             f"{folder} has not been published, but a Space loads its models from the Hub",
             hint=f"factory push {folder}",
         )
-    return Publication.read(folder)
+    return found
 
 
 def _source_on_the_hub(build: Build) -> str:

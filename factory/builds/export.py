@@ -183,15 +183,11 @@ def _check_packages(kind: str, converter: Path | None) -> None:
 
 def _known(target: _Target, path: Path) -> Gguf | None:
     """Return the record of a file that is there already: whole, of these weights, verified if it can be."""
-    if not (target.model / Ggufs.file_name).is_file():
+    beside = Ggufs.find(target.model)
+    if beside is None or beside.weights != target.weights:
         return None
-    beside = Ggufs.read(target.model)
     found = next((one for one in beside.files if one.name == path.name), None)
-    if (
-        found is None
-        or beside.weights != target.weights
-        or (found.check is None and llama_cpp.is_installed())
-    ):
+    if found is None or (found.check is None and llama_cpp.is_installed()):
         return None
     return found if path.is_file() and sha256_of_file(path) == found.sha256 else None
 
@@ -261,10 +257,8 @@ def _put_beside(target: _Target, record: Gguf, *, reporter: Reporter) -> bool:
     """Write record, Modelfile, card and checksums; return whether the Modelfile holds the chat template."""
     from factory.model.tokenizer import load_encoder
 
-    others: tuple[Gguf, ...] = ()
-    if (target.model / Ggufs.file_name).is_file():
-        before = Ggufs.read(target.model)
-        others = before.files if before.weights == target.weights else ()
+    before = Ggufs.find(target.model)
+    others = before.files if before and before.weights == target.weights else ()
     kept = [one for one in others if one.name != record.name and (target.model / one.name).is_file()]
     encoder = load_encoder(target.model)
     text, has_template = write_modelfile(encoder, record.name)
@@ -293,7 +287,7 @@ def _renewed_card(target: _Target, reporter: Reporter) -> Iterator[None]:
     if edited:
         reporter.note("the edited card was kept; it does not name the GGUF")
         return
-    known = Publication.read(target.folder) if (target.folder / Publication.file_name).is_file() else None
+    known = Publication.find(target.folder)
     write_card(
         target.build,
         target.model,

@@ -9,15 +9,22 @@ from factory.errors import ModelError
 
 
 def publish(
-    folder: Path, repository: str | None, *, space: str | None = None, **options: Any
+    build: Build,
+    folder: Path,
+    repository: str | None,
+    *,
+    before: Publication | None,
+    space: str | None = None,
+    **options: Any,
 ) -> tuple[Publication, bool]:
     """Publish a finished build: name the repository on its card, then upload everything in one commit.
 
     A card edited by hand is published unchanged.
 
     Args:
-        folder: Build folder.
+        folder: Folder of the build.
         repository: `owner/name`; None uses the build's name in the account that is logged in.
+        before: Its last publication.
         space: Comparison Space that the card links to; None keeps the present link, if any.
         options: Keyword arguments of `hub.push`.
 
@@ -28,14 +35,12 @@ def publish(
     from factory.hub.push import full_name, label, push
     from factory.report.card import renewed_card
 
-    build = Build.read(folder)
     check_nothing_added(folder)
     check_whole(build, folder)
     repo_id = full_name(build.name if repository is None else repository)
-    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
     pull_request = None
-    if known and known.repo_id == repo_id:
-        space, pull_request = space or known.space, known.pull_request
+    if before and before.repo_id == repo_id:
+        space, pull_request = space or before.space, before.pull_request
     with renewed_card(build, folder / "model", repo_id=repo_id, space=space) as is_edited:
         pushed = push(
             folder / "model", repo_id=repo_id, pull_request=pull_request, named=label(build), **options
@@ -68,8 +73,8 @@ def publish_with_notes(
     if accept_license is not None and (limits := check_publishable(build.source, accepted=accept_license)):
         note(limits)
     options["message"] = message or f"Publish {label(build)}"
-    before = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
-    publication, is_edited = publish(folder, repository, **options)
+    before = Publication.find(folder)
+    publication, is_edited = publish(build, folder, repository, before=before, **options)
     if publication == before:
         note("already up to date")
     if is_edited:

@@ -61,12 +61,12 @@ def is_auxiliary(name: str, size_bytes: int) -> bool:
     return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in AUXILIARY)
 
 
-def names_in(folder: Path) -> list[str]:
-    """List the files of a model's folder and of its subfolders for templates and licences, sorted."""
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Map the files of a model's folder, and of its subfolders for templates and licences, to their bytes."""
     inner = [p for p in folder.glob("*") if p.name == TEMPLATES or LICENSE_FOLDER.fullmatch(p.name)]
     folders = [folder, *filter(Path.is_dir, inner)]
-    files = [path for each in folders for path in each.glob("*") if path.is_file()]
-    return sorted(path.relative_to(folder).as_posix() for path in files)
+    files = sorted(path for each in folders for path in each.glob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def auxiliary_files(folder: Path) -> dict[str, Path]:
@@ -79,8 +79,8 @@ def auxiliary_files(folder: Path) -> dict[str, Path]:
         CheckpointError: A file is a link to somewhere else.
     """
     found = {}
-    for name in names_in(folder):
-        if not is_auxiliary(name, (folder / name).stat().st_size):
+    for name, size_bytes in sizes_in(folder).items():
+        if not is_auxiliary(name, size_bytes):
             continue
         target = (folder / name).resolve()
         if folder.resolve() not in target.parents and not _in_hub_cache(target, folder):
@@ -141,6 +141,23 @@ def _in_hub_cache(target: Path, folder: Path) -> bool:
     if target.parent == repository / "blobs":
         return True
     return bool(SHARED_BLOB.fullmatch(target.name)) and target.parent == cache / "blobs" / target.name[:2]
+
+
+def check_beside(sizes: Mapping[str, int], names: Iterable[str], *, folder: Path | None) -> None:
+    """Refuse files beside the weights, the named ones, that no model has.
+
+    Args:
+        sizes: Size of each file in bytes.
+        folder: Folder of the files; None if they are not downloaded, so that only their sizes are known.
+
+    Raises:
+        CheckpointError: A file is too large, or is a link out of the folder, or has too many parts.
+    """
+    names = sorted(names)
+    check_sizes({name: sizes[name] for name in names})
+    if folder:
+        auxiliary_files(folder)
+        check_json(folder, names)
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:

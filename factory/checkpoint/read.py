@@ -4,8 +4,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
+from factory.artifacts import canonical_json
 from factory.checkpoint.auxiliary import WEIGHTS_INDEX, check_json
 from factory.checkpoint.header import TensorInfo, check_count, damaged, read_header, unique_keys
 from factory.errors import CheckpointError
@@ -122,6 +124,12 @@ def sha256_of_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256_of_file(folder / name), names), strict=True))
+
+
+def content_hash(folder: Path, names: Iterable[str]) -> str:
+    """Return a hash of some files of a folder, as long as a commit's."""
+    hashed = sha256_of_files(folder, sorted(names))
+    return sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40]
 
 
 def read_blocks(tensor: TensorInfo, *, held: Sequence[bytearray] = ()) -> Iterator[bytearray | memoryview]:

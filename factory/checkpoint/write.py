@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
@@ -29,7 +29,6 @@ def write_checkpoint(
     folder: Path,
     max_shard_bytes: int = 5 * 10**9,
     transform: Transform | None = None,
-    metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
     """Copy tensors, under new names, into one file or shards with an index; equal input, equal bytes.
@@ -44,7 +43,6 @@ def write_checkpoint(
         max_shard_bytes: Size above which a checkpoint is split; a single tensor never is.
         transform: Function that returns the new values of a tensor in parts, as many bytes as before, or
             None to copy it. For how long a part must stay as it is, see `assemble`.
-        metadata: Metadata in each file's header; None: {"format": "pt"}.
         progress: Called with the bytes done and the total bytes.
 
     Returns:
@@ -70,7 +68,7 @@ def write_checkpoint(
     with _disk_errors(folder, total_bytes):
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            header = _header(shard, metadata={"format": "pt"} if metadata is None else metadata)
+            header = _header(shard)
             parts = _parts(shard, transform=transform)
             sums[name] = assemble(folder / name, parts, header=header, progress=report)
             weight_map.update((tensor, name) for tensor, _ in shard)
@@ -121,8 +119,8 @@ def _disk_errors(folder: Path, total_bytes: int) -> Iterator[None]:
         ) from error
 
 
-def _header(shard: list[tuple[str, TensorInfo]], *, metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+def _header(shard: list[tuple[str, TensorInfo]]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in shard:
         end = position + tensor.size_bytes

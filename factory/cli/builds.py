@@ -116,12 +116,12 @@ def verify(folder: Path, home: Path | None, accept: bool) -> None:
     from factory.builds.integrity import changed_in, check_all
     from factory.cli.console import console
     from factory.cli.tables import show_verified
-    from factory.store.store import Store, default_home
+    from factory.store.store import Store, home_folder
 
     build = Build.read(build_folder(folder))
     if accept:
         take(build, folder)
-    found = changed_in(build, folder, store=Store((home or default_home()).absolute()))
+    found = changed_in(build, folder, store=Store(home_folder(home)))
     show_verified(console(), found)
     check_all(found)
 
@@ -233,7 +233,7 @@ def card(folder: Path) -> None:
     from factory.report.card import write_card
 
     model = build_folder(folder) / "model"
-    known = Publication.read(folder) if (folder / Publication.file_name).is_file() else None
+    known = Publication.find(folder)
     names = {"repo_id": known.repo_id, "space": known.space} if known else {}
     click.echo(write_card(Build.read(folder), model, **names))
 
@@ -246,9 +246,9 @@ def list_stages(home: Path | None, as_json: bool) -> None:
     from factory.builds.garbage import contents
     from factory.cli.console import console
     from factory.cli.tables import show_contents
-    from factory.store.store import Store, default_home
+    from factory.store.store import Store, home_folder
 
-    found = contents(Store((home or default_home()).absolute()))
+    found = contents(Store(home_folder(home)))
     if as_json:
         print_json(found)
     else:
@@ -268,10 +268,10 @@ def collect_garbage(home: Path | None, dry_run: bool, recent: bool, as_json: boo
     """
     from factory.builds import garbage
     from factory.cli.console import printable
-    from factory.store.store import default_home
+    from factory.store.store import home_folder
     from factory.units import size
 
-    home = (home or default_home()).absolute()
+    home = home_folder(home)
     folders: list[dict[str, Any]] = []
     for folder, size_bytes in garbage.collect_garbage(home, recent=recent, dry_run=dry_run):
         folders.append({"folder": str(folder), "size_bytes": size_bytes})

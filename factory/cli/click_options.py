@@ -164,8 +164,8 @@ def _choices(kind: Any) -> list[Any]:
     return [value for part in parts for value in part] if all(parts) else []
 
 
-class Whole(click.IntRange):
-    """A whole number whose limits an error names, but not the help."""
+class _Limited(click.ParamType):  # type: ignore[type-arg]
+    """A number whose limits an error names, but not the help."""
 
     def _describe_range(self) -> str:
         return ""
@@ -177,24 +177,19 @@ class Whole(click.IntRange):
         super().fail(_with_limits(message, self), param, ctx)
 
 
-class Number(click.FloatRange):
-    """A number greater than, or at least, a limit, which an error names, but not the help."""
+class Whole(_Limited, click.IntRange):
+    """A whole number within limits."""
+
+
+class Number(_Limited, click.FloatRange):
+    """A number greater than, or at least, a limit."""
 
     def __init__(self, limit: Gt | Ge | None) -> None:
         minimum: Any = limit.gt if isinstance(limit, Gt) else limit.ge if limit else None
         super().__init__(minimum, min_open=isinstance(limit, Gt))
 
-    def _describe_range(self) -> str:
-        return ""
 
-    def fail(
-        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
-    ) -> NoReturn:
-        """Name the limit that a number exceeds."""
-        super().fail(_with_limits(message, self), param, ctx)
-
-
-def _with_limits(message: str, kind: click.IntRange | click.FloatRange) -> str:
+def _with_limits(message: str, kind: Any) -> str:
     """Return click's message about a number out of its range with the range in words."""
     number, outside, _ = message.partition(" is not in the range")
     if not outside:

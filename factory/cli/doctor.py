@@ -1,6 +1,5 @@
 """`factory doctor`: what this machine has, what keeps a build from running well, and a record of a fault."""
 
-import os
 import platform
 import shlex
 import shutil
@@ -116,7 +115,7 @@ def _device() -> Iterator[Finding]:
     import torch
 
     from factory.model.devices import best_device, device_name
-    from factory.pipeline.costs.requirements import check_four_bit
+    from factory.pipeline.costs.requirements import check_four_bit, host_bytes
 
     device = best_device()
     name = device_name(device)
@@ -133,11 +132,7 @@ def _device() -> Iterator[Finding]:
         yield Finding("4-bit weights", "bitsandbytes quantises here")
     except FactoryError as error:
         yield Finding("4-bit weights", "none", error.message, error.hint)
-    yield Finding("memory", f"{size(_memory())} in all")
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Finding("memory", f"{size(host_bytes())} in all")
 
 
 def _disks(home: Path | None) -> Iterator[Finding]:
@@ -145,10 +140,10 @@ def _disks(home: Path | None) -> Iterator[Finding]:
 
     from factory.store.capacity import demands
     from factory.store.locks import HOME
-    from factory.store.store import default_home
+    from factory.store.store import home_folder
 
     for what, folder, option in (
-        ("stages", home or default_home(), HOME),
+        ("stages", home_folder(home), HOME),
         ("Hub's cache", Path(HF_HUB_CACHE), "HF_HOME"),
     ):
         (disk,) = demands([(folder, option, 0)])

@@ -121,11 +121,11 @@ def main() -> None:
 def _fail_unforeseen(error: Exception) -> NoReturn:
     """Report an error of the program itself in two lines, and keep its traceback in a file."""
     from factory.cli.doctor import write_crash
-    from factory.store.store import default_home
+    from factory.store.store import home_folder
 
     what = " ".join(str(error).split())[:300]
     try:
-        path = write_crash(error, default_home())
+        path = write_crash(error, home_folder())
     except OSError:
         raise error from None
     _fail(

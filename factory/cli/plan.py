@@ -108,10 +108,10 @@ def _preview(prepared: "PreparedSweep", reporter: "StageLines") -> None:
     from factory.units import size
 
     source, run = prepared.source, prepared.run
-    cuts = sum(left_about(source, n)[1] for n in prepared.sizes)
+    cuts = sum(left_about(source, n)[1] for n in run.block_sizes)
     cuts *= 2 if run.config.heal_enabled else 1
     disk, *others = demands([(run.store.home, HOME, cuts), cache_demand(source)])
-    listed = ", ".join(map(str, prepared.sizes))
+    listed = ", ".join(map(str, run.block_sizes))
     reporter.out.print(f"  cuts         {listed} of {source.num_layers} layers", soft_wrap=True)
     reporter.out.print(
         f"  disk         {size(disk.needed)} at most, {size(disk.free)} free; "

@@ -187,13 +187,16 @@ def heal_settings_for(num_parameters: int, *, max_length: int, objective: Object
     )
 
 
-def settle(request: Request, source: Source, *, drop: float | None = None) -> BuildConfig:
+def settle(
+    request: Request, source: Source, *, drop: float | None = None, goal: SizeGoal | None = None
+) -> BuildConfig:
     """Decide every setting: the request overrides the recipe, which overrides the defaults.
 
     Args:
         request: Options that the user gave.
         source: Resolved model.
         drop: Fraction of the layers to drop; None: as requested.
+        goal: Size from which the fraction follows instead.
 
     Raises:
         UsageError: Settings exclude each other, or sequences are longer than the model was made for.
@@ -217,6 +220,8 @@ def settle(request: Request, source: Source, *, drop: float | None = None) -> Bu
     asked["heal_enabled"] = not getattr(request, "no_heal", False)
     if drop is not None:
         asked["drop"] = drop
+    if goal:
+        asked |= {"size": goal, "drop": goal.num_dropped / source.num_layers}
     fields = _defaults(recipe, source, longest=longest, objective=asked.get("heal.objective"))
     _refuse_settings_of_another_objective(asked, OBJECTIVES[fields["heal"]["objective"]])
     for path, value in asked.items():

@@ -256,9 +256,9 @@ def _data(value: Mapping[str, Any]) -> dict[str, LocalFiles]:
     return {text: found for text in texts if (found := LocalFiles.find(text))}
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield values other than lists and mappings with the last key above them; safe for cycles."""
-    left, seen = [(key, value)], set()
+    left, seen = [("", value)], set()
     while left:
         name, part = left.pop(0)
         if not isinstance(part, dict | list):

@@ -1,7 +1,7 @@
-"""Describe a model from its file names, configuration and headers."""
+"""Check what the file names and the configuration of a model say."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,19 +10,15 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from factory.artifacts import Source
 from factory.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from factory.checkpoint.auxiliary import CONFIG, WEIGHTS_INDEX, check_json, is_auxiliary
-from factory.checkpoint.header import TensorInfo
 from factory.checkpoint.read import WEIGHTS, is_shard_name
 from factory.errors import CheckpointError, UnsupportedArchitectureError, UsageError
 from factory.hub.remote_code import class_references
-from factory.hub.source_card import README, base_models_of, languages_of, licenses_of, short_text, texts_of
-from factory.model.architecture import sizes_of
+from factory.hub.source_card import README, base_models_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-Progress = Callable[[int, int], None]
 
 
 def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] | None = None) -> None:
@@ -37,11 +33,6 @@ def check_names(names: Collection[str], *, where: str, card: Mapping[str, Any] |
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
         pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
-        if ADAPTER_CONFIG in names:
-            raise CheckpointError(
-                f"{where} is an adapter itself, not a model",
-                hint="merge the adapters into one model first, and give that",
-            )
         if pickles:
             raise CheckpointError(
                 f"{where} has only pickled weights ({some(pickles)}), which can run code when read",
@@ -185,47 +176,3 @@ def needs_code(config: dict[str, Any], *, trusted: bool, pin: str | None = None)
             hint=f"read the code, then give {pin}",
         )
     return True
-
-
-def describe(
-    *,
-    name: str,
-    repo_id: str | None,
-    commit: str,
-    config: dict[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    size_bytes: int,
-    card: Mapping[str, Any],
-    has_chat_template: bool,
-    remote_code: bool,
-) -> Source:
-    sizes = sizes_of(config, tensors)
-    return Source(
-        name=name,
-        repo_id=repo_id,
-        commit=commit,
-        model_type=config["model_type"],
-        architecture=(config.get("architectures") or [""])[0],
-        config=config,
-        tensors={name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
-        num_layers=len(sizes.layer_bytes),
-        num_parameters=sizes.num_parameters,
-        layer_parameters=sizes.layer_parameters,
-        size_bytes=size_bytes,
-        layer_bytes=sizes.layer_bytes,
-        vocab_size=sizes.vocab_size,
-        dtype=sizes.dtype,
-        license=licenses_of(card.get("license")),
-        license_name=", ".join(texts_of(card.get("license_name"))) or None,
-        license_link=short_text(card.get("license_link")),
-        base_models=base_models_of(card.get("base_model")),
-        languages=languages_of(card.get("language")),
-        has_chat_template=has_chat_template,
-        remote_code=remote_code,
-    )
-
-
-def has_chat_template(names: Collection[str], tokenizer_config: Path) -> bool:
-    if any(name.startswith("chat_template.") for name in names):
-        return True
-    return tokenizer_config.is_file() and '"chat_template"' in tokenizer_config.read_text(encoding="utf-8")

@@ -26,9 +26,9 @@ from factory.config.references import HUB_NAME
 from factory.errors import HubError, UsageError
 from factory.hub.client import account_name, hub_api, patiently
 from factory.hub.errors import AGAIN, CLIENT_ERRORS, endpoint, explain, hub_errors, is_unknown, not_logged_in
+from factory.hub.source_card import README
 from factory.store.files import sha256_once, visible_files
 
-README = "README.md"
 THE_HUBS_OWN = {".gitattributes"}  # created with every repository
 
 

@@ -1,13 +1,12 @@
 """Resolve a model reference to a source, from its configuration and headers; no weights are downloaded."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
-    HfApi,
     get_cached_repo_tree,
     hf_hub_download,
     snapshot_download,
@@ -15,7 +14,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-from factory.artifacts import Lineage, Origin, Source, Unmerged, canonical_json
+from factory.artifacts import Lineage, Origin, Source, Unmerged
 from factory.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,15 +24,13 @@ from factory.checkpoint.adapter import (
 )
 from factory.checkpoint.auxiliary import (
     CONFIG,
-    auxiliary_files,
-    check_json,
-    check_sizes,
-    names_in,
+    check_beside,
     read_config,
+    sizes_in,
 )
 from factory.checkpoint.gguf_header import is_gguf, made_from
 from factory.checkpoint.header import TensorInfo, read_header
-from factory.checkpoint.read import read_checkpoint, sha256_of_files
+from factory.checkpoint.read import content_hash, read_checkpoint
 from factory.config.references import HUB_NAME, ModelReference, local_path
 from factory.config.settings import load_recipe
 from factory.errors import CheckpointError, FactoryError, UnknownModelError
@@ -43,8 +40,6 @@ from factory.hub.inspect import (
     TOKENIZER_CONFIG,
     check_adapter_names,
     check_names,
-    describe,
-    has_chat_template,
     is_adapter,
     needed_files,
     needs_code,
@@ -53,6 +48,7 @@ from factory.hub.inspect import (
 from factory.hub.remote_header import read_remote_headers
 from factory.hub.source_card import (
     README,
+    base_models_of,
     folder_name,
     languages_of,
     licenses_of,
@@ -60,6 +56,7 @@ from factory.hub.source_card import (
     short_text,
     texts_of,
 )
+from factory.model.architecture import sizes_of
 from factory.model.config_fields import packing, packing_method
 from factory.resources import DEMO_MODEL
 
@@ -97,14 +94,12 @@ def _find(model: ModelReference, *, trust_remote_code: bool) -> "Source | _Adapt
     if model.path:
         if not model.path.is_dir():
             raise _a_file(model.path)
-        if is_adapter(names_in(model.path)):
-            return _local_adapter(model.path)
-        return _resolve_folder(model.path, trust_remote_code=trust_remote_code)
+        return _read(_in_folder(model.path), trusted=trust_remote_code)
     repo_id = model.repo_id
     if model.alias:
         recipe = load_recipe(model.alias)
         if recipe.repo_id is None:
-            embedded = _resolve_folder(DEMO_MODEL)
+            embedded = _read_model(_in_folder(DEMO_MODEL))
             return embedded.model_copy(update={"name": recipe.alias, "license": recipe.license})
         repo_id = recipe.repo_id
     assert repo_id is not None
@@ -116,8 +111,132 @@ def _find_on_hub(
 ) -> "Source | _Adapter":
     with hub_errors(repo_id, revision=revision):
         return patiently(
-            lambda: _resolve_repository(repo_id, revision=revision, trust_remote_code=trust_remote_code)
+            lambda: _read(
+                _in_repository(repo_id, revision=revision, code=trust_remote_code), trusted=trust_remote_code
+            )
         )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a model or adapter: those of a folder, or of a repository at a commit."""
+
+    name: str
+    card: Mapping[str, Any]
+    sizes: Mapping[str, int]  # in bytes
+    folder: Path | None  # with all that is needed; None: they are on the Hub
+    repo_id: str | None = None
+    commit: str | None = None
+    pin: str | None = None  # reference to the commit, unless that was given
+
+    @property
+    def title(self) -> str:
+        """Return what messages call them."""
+        return self.repo_id or str(self.folder)
+
+    @property
+    def has_chat_template(self) -> bool:
+        if any(name.startswith("chat_template.") for name in self.sizes):
+            return True
+        return TOKENIZER_CONFIG in self.sizes and (
+            '"chat_template"' in self.path(TOKENIZER_CONFIG).read_text(encoding="utf-8")
+        )
+
+    @property
+    def given_folder(self) -> Path | None:
+        """Return the folder if it was referred to; a snapshot in the cache is for `pull` to verify."""
+        return self.folder.resolve() if self.folder and not self.repo_id else None
+
+    def path(self, name: str) -> Path:
+        """Return a file's path; on the Hub, it is downloaded first."""
+        if self.folder:
+            return self.folder / name
+        return Path(hf_hub_download(str(self.repo_id), name, revision=self.commit))
+
+    def remote_headers(self, names: Collection[str]) -> dict[str, TensorInfo]:
+        """Return the tensors of weight files on the Hub."""
+        sizes = {name: self.sizes[name] for name in names}
+        return read_remote_headers(hub_api(), str(self.repo_id), commit=str(self.commit), sizes=sizes)
+
+    def download_bytes(self, names: Collection[str]) -> int:
+        """Return the size of those files that a pull has to download."""
+        if self.folder:
+            return 0
+        cached = {name for name in names if try_to_load_from_cache(self.title, name, revision=self.commit)}
+        return sum(self.sizes[name] for name in names if name not in cached)
+
+
+def _in_folder(folder: Path) -> _Files:
+    return _Files(folder_name(folder), read_card(folder), sizes_in(folder), folder)
+
+
+def _in_repository(repo_id: str, *, revision: str | None, code: bool) -> _Files:
+    """Return the files of a repository; without a connection, those of a complete snapshot in the cache."""
+    api = hub_api()
+    commit = api.resolve_revision(repo_id, revision=revision).resolved
+    name, pin = repo_id.split("/")[1], None if revision == commit else f"{repo_id}@{commit}"
+    try:
+        info = api.model_info(repo_id, revision=commit, files_metadata=True)
+    except UNREACHABLE:
+        folder = _cached_snapshot(repo_id, commit=commit, code=code)
+        if folder is None:
+            raise
+        return replace(_in_folder(folder), name=name, repo_id=repo_id, commit=commit, pin=pin)
+    sizes = {name: file.size or 0 for name, file in files_of(info).items()}
+    card = dict(info.card_data.to_dict()) if info.card_data else {}  # type: ignore[no-untyped-call]
+    return _Files(name, card, sizes, None, repo_id, commit, pin)
+
+
+def _read(files: _Files, *, trusted: bool = False) -> "Source | _Adapter":
+    return _read_adapter(files) if is_adapter(files.sizes) else _read_model(files, trusted=trusted)
+
+
+def _read_model(files: _Files, *, trusted: bool = False) -> Source:
+    check_names(files.sizes, where=files.title, card=files.card)
+    beside = needed_files(files.sizes, ())
+    check_beside(files.sizes, beside, folder=files.folder)
+    config = read_config(files.path(CONFIG))
+    remote_code = needs_code(config, trusted=trusted, pin=files.pin)
+    if files.folder:
+        tensors = read_checkpoint(files.folder)
+    else:
+        weights = weight_files(files.title, commit=str(files.commit), names=files.sizes)
+        tensors = files.remote_headers(weights)
+    return _described(files, config, tensors, remote_code=remote_code)
+
+
+def _described(
+    files: _Files, config: dict[str, Any], tensors: Mapping[str, TensorInfo], *, remote_code: bool
+) -> Source:
+    weights = {tensor.file.name for tensor in tensors.values()}
+    size_bytes = sum(files.sizes[name] for name in weights)
+    hashed = needed_files(files.sizes, weights, code=remote_code) - {README}
+    sizes, card = sizes_of(config, tensors), files.card
+    return Source(
+        name=files.name,
+        repo_id=files.repo_id,
+        commit=files.commit or content_hash(files.path("."), hashed),
+        folder=files.given_folder,
+        model_type=config["model_type"],
+        architecture=(config.get("architectures") or [""])[0],
+        config=config,
+        tensors={name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
+        num_layers=len(sizes.layer_bytes),
+        num_parameters=sizes.num_parameters,
+        layer_parameters=sizes.layer_parameters,
+        size_bytes=size_bytes,
+        cached_bytes=size_bytes - files.download_bytes(weights),
+        layer_bytes=sizes.layer_bytes,
+        vocab_size=sizes.vocab_size,
+        dtype=sizes.dtype,
+        license=licenses_of(card.get("license")),
+        license_name=", ".join(texts_of(card.get("license_name"))) or None,
+        license_link=short_text(card.get("license_link")),
+        base_models=base_models_of(card.get("base_model")),
+        languages=languages_of(card.get("language")),
+        has_chat_template=files.has_chat_template,
+        remote_code=remote_code,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,49 +260,21 @@ class _Adapter:
         return f"{name}@{revision}" if revision and not local_path(name).is_dir() else name
 
 
-def _local_adapter(folder: Path, *, origin: Origin | None = None) -> _Adapter:
-    """Describe an adapter's folder, whose commit is a hash of the files that a merge reads."""
-    names = names_in(folder)
-    check_adapter_names(names, where=str(folder))
-    needed = sorted(needed_of_adapter({name: (folder / name).stat().st_size for name in names}))
-    check_sizes({name: (folder / name).stat().st_size for name in needed if name != ADAPTER_WEIGHTS})
-    auxiliary_files(folder)  # refuses links that point elsewhere
-    check_json(folder, needed)
-    hashed = canonical_json(list(sha256_of_files(folder, needed).items()))
-    commit = sha256(hashed.encode()).hexdigest()[:40]
+def _read_adapter(files: _Files) -> _Adapter:
+    check_adapter_names(files.sizes, where=files.title)
+    needed = needed_of_adapter(files.sizes)
+    check_beside(files.sizes, needed - {ADAPTER_WEIGHTS}, folder=files.folder)
+    commit = files.commit or content_hash(files.path("."), needed)
     return _Adapter(
-        origin=origin or Origin(name=folder_name(folder), commit=commit),
-        config=read_adapter_config(folder / ADAPTER_CONFIG),
-        tensors=read_header(folder / ADAPTER_WEIGHTS),
-        card=read_card(folder),
-        has_chat_template=has_chat_template(names, folder / TOKENIZER_CONFIG)
-        if brings_tokenizer(names)
-        else None,
-        download_bytes=0,
-        folder=folder.resolve(),
-    )
-
-
-def _remote_adapter(
-    api: HfApi, repo_id: str, *, commit: str, sizes: Mapping[str, int], card: Mapping[str, Any]
-) -> _Adapter:
-    check_adapter_names(sizes, where=repo_id)
-    needed = needed_of_adapter(sizes)
-    check_sizes({name: sizes[name] for name in needed if name != ADAPTER_WEIGHTS})
-    template = None
-    if brings_tokenizer(sizes):
-        template = has_chat_template(sizes, Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit)))
-    left = {name for name in needed if not try_to_load_from_cache(repo_id, name, revision=commit)}
-    return _Adapter(
-        origin=Origin(name=repo_id.split("/")[1], repo_id=repo_id, commit=commit),
-        config=read_adapter_config(Path(hf_hub_download(repo_id, ADAPTER_CONFIG, revision=commit))),
-        tensors=read_remote_headers(
-            api, repo_id, commit=commit, sizes={ADAPTER_WEIGHTS: sizes[ADAPTER_WEIGHTS]}
-        ),
-        card=card,
-        has_chat_template=template,
-        download_bytes=sum(sizes[name] for name in left),
-        folder=None,
+        origin=Origin(name=files.name, repo_id=files.repo_id, commit=commit),
+        card=files.card,
+        has_chat_template=files.has_chat_template if brings_tokenizer(files.sizes) else None,
+        config=read_adapter_config(files.path(ADAPTER_CONFIG)),
+        tensors=read_header(files.folder / ADAPTER_WEIGHTS)
+        if files.folder
+        else files.remote_headers([ADAPTER_WEIGHTS]),
+        download_bytes=files.download_bytes(needed),
+        folder=files.given_folder,
     )
 
 
@@ -238,7 +329,7 @@ def _base_of(adapter: _Adapter, reference: str | None) -> Source:
             f"the adapter {name} was made for {reference[:200]!r}, which is not here", hint=NAME_BASE
         )
     try:
-        base = _resolve_folder(folder) if is_here else _find_on_hub(repo_id, revision=revision or None)
+        base = _read(_in_folder(folder)) if is_here else _find_on_hub(repo_id, revision=revision or None)
         if isinstance(base, _Adapter):
             raise CheckpointError(
                 f"{reference} is an adapter itself",
@@ -265,83 +356,6 @@ def _a_file(path: Path) -> FactoryError:
         f"{path} is a GGUF, which holds rounded weights and no config.json",
         hint=f"give the model that it was made from{named}; `factory export` makes a GGUF of the result",
     )
-
-
-def _resolve_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
-    """Resolve a folder, whose commit is a hash of the model's files without the card."""
-    card = read_card(folder)
-    names = names_in(folder)
-    check_names(names, where=str(folder), card=card)
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    needed = sorted(needed_files(sizes, ()))
-    check_sizes({name: sizes[name] for name in needed})
-    auxiliary_files(folder)  # refuses links that point elsewhere
-    check_json(folder, needed)
-    config = read_config(folder / CONFIG)
-    remote_code = needs_code(config, trusted=trust_remote_code)
-    tensors = read_checkpoint(folder)
-    weights = sorted({tensor.file.name for tensor in tensors.values()})
-    hashed = sha256_of_files(folder, sorted(needed_files(sizes, weights, code=remote_code) - {README}))
-    source = describe(
-        name=folder_name(folder),
-        repo_id=None,
-        commit=sha256(canonical_json(list(hashed.items())).encode()).hexdigest()[:40],
-        config=config,
-        tensors=tensors,
-        size_bytes=sum((folder / name).stat().st_size for name in weights),
-        card=card,
-        has_chat_template=has_chat_template(names, folder / TOKENIZER_CONFIG),
-        remote_code=remote_code,
-    )
-    return source.model_copy(update={"folder": folder.resolve()})
-
-
-def _resolve_repository(
-    repo_id: str, *, revision: str | None, trust_remote_code: bool
-) -> "Source | _Adapter":
-    api = hub_api()
-    commit = api.resolve_revision(repo_id, revision=revision).resolved
-    try:
-        info = api.model_info(repo_id, revision=commit, files_metadata=True)
-    except UNREACHABLE:
-        folder = _cached_snapshot(repo_id, commit=commit, code=trust_remote_code)
-        if folder is None:
-            raise
-        if is_adapter(names_in(folder)):
-            origin = Origin(name=repo_id.split("/")[1], repo_id=repo_id, commit=commit)
-            return _local_adapter(folder, origin=origin)
-        # The same facts from the cache; `pull` then finds the files complete.
-        cached = _resolve_folder(folder, trust_remote_code=trust_remote_code and revision == commit)
-        update = {"name": repo_id.split("/")[1], "repo_id": repo_id, "commit": commit, "folder": None}
-        return cached.model_copy(update=update | {"cached_bytes": cached.size_bytes})
-    sizes = {name: file.size or 0 for name, file in files_of(info).items()}
-    card = dict(info.card_data.to_dict()) if info.card_data else {}  # type: ignore[no-untyped-call]
-    if is_adapter(sizes):
-        return _remote_adapter(api, repo_id, commit=commit, sizes=sizes, card=card)
-    check_names(sizes, where=repo_id, card=card)
-    check_sizes({name: sizes[name] for name in needed_files(sizes, ())})
-    config = read_config(Path(hf_hub_download(repo_id, CONFIG, revision=commit)))
-    pin = None if revision == commit else f"{repo_id}@{commit}"
-    remote_code = needs_code(config, trusted=trust_remote_code, pin=pin)
-    weights = weight_files(repo_id, commit=commit, names=sizes)
-    tokenizer_config = Path(TOKENIZER_CONFIG)
-    if TOKENIZER_CONFIG in sizes:
-        tokenizer_config = Path(hf_hub_download(repo_id, TOKENIZER_CONFIG, revision=commit))
-    cached_names = [name for name in weights if try_to_load_from_cache(repo_id, name, revision=commit)]
-    source = describe(
-        name=repo_id.split("/")[1],
-        repo_id=repo_id,
-        commit=commit,
-        config=config,
-        tensors=read_remote_headers(
-            api, repo_id, commit=commit, sizes={name: sizes[name] for name in weights}
-        ),
-        size_bytes=sum(sizes[name] for name in weights),
-        card=card,
-        has_chat_template=has_chat_template(sizes, tokenizer_config),
-        remote_code=remote_code,
-    )
-    return source.model_copy(update={"cached_bytes": sum(sizes[name] for name in cached_names)})
 
 
 def _cached_snapshot(repo_id: str, *, commit: str, code: bool) -> Path | None:

@@ -11,7 +11,6 @@ from factory.artifacts import canonical_json
 from factory.config.request import BuildRequest, file_text
 from factory.errors import DiskSpaceError, UsageError
 from factory.evaluation.tasks import task_identity
-from factory.hub.push import full_name
 from factory.jobs.hardware import OF_PEAK, Flavor, check_fits, flavor, parse_timeout
 from factory.jobs.submit import STATE, Order, is_over, jobs_of, user_name
 from factory.jobs.uploads import carried
@@ -133,7 +132,7 @@ def _checked(
 
 def _identity(settled: Settled, texts: Texts) -> str:
     """Return a canonical description of a build and its destination, equal for equal requests."""
-    config, push_to = settled.config, settled.request.push_to
+    config = settled.config
     used = [texts.calibration, *texts.evaluations, *([texts.healing] if config.has_adapter else [])]
     made_by = config.model_dump(
         mode="json",
@@ -143,7 +142,7 @@ def _identity(settled: Settled, texts: Texts) -> str:
         made_by.get(part, {}).pop("data", None)
     made_by["evaluate"]["tasks"] = [task_identity(task) for task in config.evaluate.tasks]
     names = [text_identity(text.data) for text in used]
-    return canonical_json([settled.source.commit, made_by, names, full_name(push_to) if push_to else None])
+    return canonical_json([settled.source.commit, made_by, names, settled.push_to])
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from factory.artifacts import Build, SizeGoal, Source, canonical_json, layer_ranges
+from factory.artifacts import Build, Source, canonical_json, layer_ranges
 from factory.builds.folder import check_out
 from factory.builds.publish import check_publishable
 from factory.builds.reproduce import (
@@ -42,7 +42,7 @@ from factory.pipeline.texts import (
 )
 from factory.pruning.sizes import find_goal
 from factory.store.stage import HEAL, PRUNE, STAGES
-from factory.store.store import Store, default_home
+from factory.store.store import Store, home_folder
 from factory.text.text import Texts
 
 
@@ -54,6 +54,7 @@ class Settled:
     source: Source
     config: BuildConfig
     out: Path
+    push_to: str | None  # owner/name to publish as
     repeats: Build | None = None  # the finished build that is reproduced
 
 
@@ -105,11 +106,8 @@ def begin(
     """
     source = resolve_source(request, reporter)
     goal = find_goal(request, source) if isinstance(request, PlanRequest) else None
-    config = _with_goal(settle(request, source, drop=_fraction(goal, source) or drop), goal)
-    criterion = request.criterion or config.plan.criterion
-    drops = request.drop if isinstance(request, SweepRequest) else [config.drop]
-    if doubt := check_runtimes(source, config, drops=drops, criterion=criterion):
-        reporter.note(doubt)
+    config = settle(request, source, drop=drop, goal=goal)
+    check_runtimes(request, source, config, reporter)
     check_weights_load(source, config, ("prune", *(("measure",) if measures else ())))
     sweeps = isinstance(request, SweepRequest)
     if isinstance(request, SweepRequest):
@@ -125,7 +123,7 @@ def begin(
     remarks = (*unread(request, config), *texts.remarks, *check_texts(texts))
     for message in (*remarks, *([note] if note else [])):
         reporter.note(message)
-    run = Run(config, Store((request.home or default_home()).absolute()), reporter, texts)
+    run = Run(config, Store(home_folder(request.home)), reporter, texts)
     if measures:
         from factory.parallel.launch import num_processes
 
@@ -134,19 +132,22 @@ def begin(
 
 
 def check_runtimes(
-    source: Source, config: BuildConfig, *, drops: Sequence[float], criterion: str
-) -> str | None:
+    request: BuildRequest | PlanRequest | SweepRequest,
+    source: Source,
+    config: BuildConfig,
+    reporter: Reporter,
+) -> None:
     """Refuse cuts that cannot run right where they must, by the sizes or the given layers alone.
 
-    Returns:
-        A note if a runtime may not have the source's tokenizer, of which only the files are looked at.
+    A runtime that may lack the source's tokenizer, of which only the files are looked at, is noted.
     """
     from factory.hub.pull import tokenizer_folder
     from factory.serving.runtimes import OWN_TOKENIZERS, limit, tokenizer_doubt
 
     if not config.plan.runtimes or source.remote_code:  # foreign code is not trusted yet
-        return None
-    for drop in drops:
+        return
+    criterion = request.criterion or config.plan.criterion
+    for drop in request.drop if isinstance(request, SweepRequest) else [config.drop]:
         layers = config.plan.layers or ()
         size = len(layers) or num_dropped(drop, source.num_layers)
         block = not layers and not (criterion in CRITERIA and CRITERIA[criterion].scattered)
@@ -164,9 +165,10 @@ def check_runtimes(
                 hint="omit `layers`, or `for_runtimes`; `factory plan` says where the result runs right",
             )
     if not {OWN_TOKENIZERS, "all"} & {*config.plan.runtimes}:  # others read tokenizer.json
-        return None
+        return
     folder = tokenizer_folder(source)
-    return tokenizer_doubt(source.config, config.plan.runtimes, folder) if folder else None
+    if folder and (doubt := tokenizer_doubt(source.config, config.plan.runtimes, folder)):
+        reporter.note(doubt)
 
 
 def check_question_form(source: Source, config: BuildConfig) -> None:
@@ -183,37 +185,26 @@ def _settled(request: BuildRequest, reporter: Reporter) -> Settled:
     from factory.pruning.criteria import plan_without
 
     _check_stages(request.rerun)
-    if request.push_to:
-        full_name(request.push_to)  # without a login, fails now and not after hours
+    push_to = full_name(request.push_to) if request.push_to else None  # without a login, fails now
     if request.reproduce:
-        settled = _settled_again(request, reporter)
+        settled = _settled_again(request, reporter, push_to=push_to)
     else:
         source = resolve_source(request, reporter)
-        goal = find_goal(request, source)
-        drop = _fraction(goal, source) or request.drop
+        drop = request.drop
         if request.layers:
             plan_without(request.layers, num_layers=source.num_layers)  # checks that the layers exist
             drop = len(request.layers) / source.num_layers
-        config = _with_goal(settle(request, source, drop=drop), goal)
-        criterion = config.plan.criterion
-        if doubt := check_runtimes(source, config, drops=[config.drop], criterion=criterion):
-            reporter.note(doubt)
+        goal = find_goal(request, source)
+        config = settle(request, source, drop=drop, goal=goal)
+        check_runtimes(request, source, config, reporter)
         out = request.out or Path("builds") / build_name(source.name, config.drop)
-        settled = Settled(request, source, config, out)
+        settled = Settled(request, source, config, out, push_to)
     where = f"{request.origin.file}, line {request.origin.line}: " if request.origin else ""
     for message in (*unread(request, settled.config), *_not_redone(request, settled.config)):
         reporter.note(f"{where}{message}")
-    if request.push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
+    if push_to and (note := check_publishable(settled.source, accepted=request.accept_license)):
         reporter.note(note)
     return settled
-
-
-def _fraction(goal: SizeGoal | None, source: Source) -> float | None:
-    return goal.num_dropped / source.num_layers if goal else None
-
-
-def _with_goal(config: BuildConfig, goal: SizeGoal | None) -> BuildConfig:
-    return config.model_copy(update={"size": goal}) if goal else config
 
 
 def _check_stages(names: Sequence[str]) -> None:
@@ -233,7 +224,7 @@ def _not_redone(request: BuildRequest, config: BuildConfig) -> list[str]:
     ]
 
 
-def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
+def _settled_again(request: BuildRequest, reporter: Reporter, *, push_to: str | None) -> Settled:
     """Settle a request to reproduce a finished build."""
     found = read_build(request.reference)
     again = replace(request, model=source_reference(found))
@@ -246,19 +237,17 @@ def _settled_again(request: BuildRequest, reporter: Reporter) -> Settled:
     }
     config = same_settings(found, files=files, tasks=request.tasks)
     out = request.out or Path("builds") / f"{build_name(source.name, config.drop)}-reproduced"
-    return Settled(request, source, config, out, repeats=found)
+    return Settled(request, source, config, out, push_to, repeats=found)
 
 
 def _check_apart(settled: Sequence[Settled]) -> None:
     """Refuse builds that would overwrite one another, however their paths are spelled."""
-    from factory.hub.push import full_name
-
     taken: dict[tuple[str, str], int] = {}
     for one in settled:
-        line, repository = one.request.origin.line if one.request.origin else 0, one.request.push_to
+        line = one.request.origin.line if one.request.origin else 0
         places = [("out", str(one.out), str(one.out.resolve()))]
-        if repository is not None:
-            places.append(("push_to", repository, full_name(repository).casefold()))
+        if one.push_to:
+            places.append(("push_to", str(one.request.push_to), one.push_to.casefold()))
         for key, written, place in places:
             if (key, place) in taken:
                 with one.request.located(key):
@@ -273,7 +262,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     """Check everything that a build needs: texts, tasks, tensors, disk, memory."""
     request, source, config = settled.request, settled.source, settled.config
     check_out(settled.out)
-    home = (request.home or default_home()).absolute()
+    home = home_folder(request.home)
     store = Store(home, _bucket(request, reporter, dry_run=dry_run))
     check_backend(config.evaluate)
     texts, note = open_inputs(settled)

@@ -16,7 +16,7 @@ from factory.model.architecture import prune_config
 from factory.pipeline.run import Reporter
 from factory.pipeline.source import pull_and_trust, resolve_source
 from factory.pruning.criteria import plan_without
-from factory.store.store import default_home
+from factory.store.store import home_folder
 from factory.units import count
 
 
@@ -53,16 +53,12 @@ def prepare_prune(request: PruneRequest, reporter: Reporter, *, dry_run: bool = 
         from factory.model.completeness import check_source
 
         if source.remote_code and not dry_run:
-            source = pull_and_trust(source, reporter, home=_home(request), in_use=[])
+            source = pull_and_trust(source, reporter, home=home_folder(request.home), in_use=[])
         check_source(source)
         if not (source.remote_code and dry_run):
             prune_config(source.config, kept=plan.kept)
         check_disk(source, plan, out=request.out)
     return PreparedPrune(request, source, plan, logits)
-
-
-def _home(request: PruneRequest) -> Path:
-    return (request.home or default_home()).absolute()
 
 
 def make_pruned(prepared: PreparedPrune, reporter: Reporter) -> tuple[Pruning, bool]:
@@ -72,7 +68,7 @@ def make_pruned(prepared: PreparedPrune, reporter: Reporter) -> tuple[Pruning, b
         The record, and whether the result already existed.
     """
     request, plan = prepared.request, prepared.plan
-    home = _home(request)
+    home = home_folder(request.home)
     with laying_out(request.out, on_wait=lambda: reporter.waiting("prune")):
         # Another run may have finished it in the meantime.
         found = find(prepared.source, plan, out=request.out, logits=prepared.logits, force=request.force)

@@ -35,22 +35,18 @@ class PreparedSweep:
     """A checked sweep."""
 
     source: Source
-    run: Run
+    run: Run  # whose block sizes are the numbers of layers to drop
     drops: tuple[float, ...]  # ascending, each a different number of layers
     out: Path
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of layers to drop."""
-        return [num_dropped(drop, self.source.num_layers) for drop in self.drops]
 
 
 def prepare_sweep(request: SweepRequest, reporter: Reporter) -> PreparedSweep:
     """Resolve, settle and check a sweep before it begins."""
     source, run = begin(request, reporter, drop=request.drop[0])
     by_size = {num_dropped(drop, source.num_layers): drop for drop in reversed(request.drop)}
+    run.block_sizes = tuple(sorted(by_size))
     out = output_folder(request.out or Path("sweeps") / source.name)
-    return PreparedSweep(source, run, tuple(by_size[size] for size in sorted(by_size)), out)
+    return PreparedSweep(source, run, tuple(by_size[size] for size in run.block_sizes), out)
 
 
 def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
@@ -74,7 +70,6 @@ def sweep(run: Run, source: Source, drops: Sequence[float]) -> Sweep:
     Args:
         drops: Ascending fractions, each a different number of layers.
     """
-    run.block_sizes = tuple(num_dropped(drop, source.num_layers) for drop in drops)
     profile = measure_stage(run, source)
     whole = evaluate_stage(run, "source", source)
     points = []

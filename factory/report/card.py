@@ -85,7 +85,8 @@ def is_edited(path: Path, build: Build) -> bool:
 
 def _beside(folder: Path) -> dict[str, Any]:
     """Return what lies in the model folder and belongs on the card."""
-    ggufs = Ggufs.read(folder).files if (folder / Ggufs.file_name).is_file() else ()
+    found = Ggufs.find(folder)
+    ggufs = found.files if found else ()
     return {"has_healing_figure": (folder / HEALING_FIGURE).is_file(), "ggufs": ggufs}
 
 

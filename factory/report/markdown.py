@@ -92,9 +92,9 @@ def number(value: float, *, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
 
 
-def signed(value: float, *, digits: int = 3) -> str:
+def signed(value: float) -> str:
     """Format a difference with its sign: "+0.391", "−0.012", "0.000"."""
-    shown = number(abs(value), digits=digits)
+    shown = number(abs(value))
     if math.isnan(value):
         return shown
     return shown if float(shown.replace("∞", "1")) == 0 else ("−" if value < 0 else "+") + shown

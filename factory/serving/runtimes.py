@@ -51,7 +51,7 @@ class Runtime:
 
 PLAIN = Rule()
 FROZEN_ROPE = Rule(other_ropes=("dynamic", "longrope"))  # an export keeps those of short texts
-SIXTH, FOURTH, SECOND = Rule(period=6), Rule(period=4), Rule(period=2)
+FOURTH, SECOND = Rule(period=4), Rule(period=2)
 
 
 def _each(names: str, rule: Rule = PLAIN) -> dict[str, Rule]:

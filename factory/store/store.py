@@ -33,9 +33,10 @@ MANIFEST = "stage.json"
 FETCHED = ".fetched"  # before PARTIAL: being fetched from elsewhere
 
 
-def default_home() -> Path:
-    """Return `$FACTORY_HOME`, or the platform's user cache directory."""
-    return Path(os.environ.get("FACTORY_HOME") or platformdirs.user_cache_dir("factory"))
+def home_folder(given: Path | None = None) -> Path:
+    """Return the given folder, `$FACTORY_HOME`, or the platform's user cache directory, as absolute."""
+    usual = os.environ.get("FACTORY_HOME") or platformdirs.user_cache_dir("factory")
+    return (given or Path(usual)).absolute()
 
 
 @dataclass(frozen=True)

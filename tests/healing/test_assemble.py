@@ -215,7 +215,7 @@ def client(served_hub: Hub, tmp_path: Path) -> Any:
 
 
 def test_an_adapter_on_the_hub_is_pulled_with_its_base_and_found_again_without_the_hub(
-    hub: Hub, client: Client, made: Path, adapter: Path
+    hub: Hub, client: Client, made: Path, adapter: Path, tmp_path: Path
 ) -> None:
     (adapter / "README.md").write_text("---\nlicense: mit\n---\n")
     (adapter / "optimizer.pt").write_bytes(b"x")
@@ -233,6 +233,9 @@ def test_an_adapter_on_the_hub_is_pulled_with_its_base_and_found_again_without_t
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     assert (there / "model.safetensors").is_file()
+    offline = Client(hub, tmp_path / "hub-home", HF_HUB_OFFLINE="1")
+    assert offline.call("parts_of_adapter", "me/tuned", token=None).value == found.value
+    offline.close()
     hub.put_model("org/base", made / "base", **{"README.md": b"moved on"})
     pinned = client.call("resolve", "me/tuned", base=f"org/base@{base}", token=None)
     assert pinned.value["commit"] == found.value["commit"]

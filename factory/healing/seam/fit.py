@@ -76,8 +76,8 @@ def fit_seams(
         HealingError: The states are not finite.
         UnsupportedArchitectureError: No cut has a layer before it, or no module there can be fitted.
     """
-    if (folder / SeamFit.file_name).is_file():
-        return SeamFit.read(folder)
+    if made := SeamFit.find(folder):
+        return made
     check_seams(dropped)
     encoder = load_encoder(source_folder)
     guard, sequences = divide(text, encoder, settings=settings, seed=seed)

@@ -10,7 +10,7 @@ from factory.config.criteria import CRITERIA
 from factory.config.objectives import OBJECTIVES
 from factory.config.settings import BuildConfig, num_dropped
 from factory.pipeline.costs.probe import Pace, pace_of
-from factory.pipeline.costs.requirements import host_bytes
+from factory.pipeline.costs.requirements import host_bytes, widths
 from factory.pruning.sizes import left_about
 from factory.text.overlap import Contents
 
@@ -212,8 +212,7 @@ def _measured(source: Source, *, products: bool) -> tuple[str, int, float]:
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_bytes()
     if not products:
         return device_name(device), memory, SLOW_FLOPS
-    text_config = source.config.get("text_config") or source.config
-    width = min(int(text_config.get("hidden_size") or text_config.get("n_embd") or 1024), MAX_WIDTH)
+    width = min(widths(source)[0], MAX_WIDTH)
     rows = 512 if device.type == "cpu" else 4096
     left = torch.ones(rows, width, device=device, dtype=compute_dtype(device))
     right = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(device))

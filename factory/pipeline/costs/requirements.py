@@ -103,7 +103,7 @@ def _disk(source: Source, config: BuildConfig, pending: Sequence[str], bytes_aft
 
 def _stages(source: Source, config: BuildConfig, pending: Sequence[str], parameters_after: int) -> list[int]:
     """Return the memory of each stage on a CPU, in fp32, beyond the libraries."""
-    width, inner = _widths(source)
+    width, inner = widths(source)
     kept = _num_kept(source, config)
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     logits = (min(LOSS_BATCH, evaluate.num_documents) + ROW_COPIES) * source.vocab_size
@@ -130,7 +130,7 @@ def _stages(source: Source, config: BuildConfig, pending: Sequence[str], paramet
 
 def _on_gpu(source: Source, config: BuildConfig, pending: Sequence[str]) -> list[int]:
     """Return the memory of each stage on a GPU, in bf16, beyond its context, with the smallest batches."""
-    width, inner = _widths(source)
+    width, inner = widths(source)
     heal, evaluate = config.heal, config.evaluate
     found = [0]
     if "evaluate" in pending:
@@ -158,7 +158,7 @@ def _num_kept(source: Source, config: BuildConfig) -> int:
 
 def _adapter_parameters(source: Source, config: BuildConfig) -> int:
     """Count the parameters of LoRA on each feed-forward part, and on attention's four matrices if chosen."""
-    width, inner = _widths(source)
+    width, inner = widths(source)
     attention = 8 * width if config.heal.modules == "all-linear" else 0
     feed_forward = experts_of(source)[1] // source.num_layers or 3 * (width + inner)
     return _num_kept(source, config) * config.heal.rank * (feed_forward + attention)
@@ -184,7 +184,7 @@ def _num_experts_parameters(source: Source, num_layers: int) -> int:
     return experts_of(source)[0] * num_layers // source.num_layers
 
 
-def _widths(source: Source) -> tuple[int, int]:
+def widths(source: Source) -> tuple[int, int]:
     """Return (hidden_size, intermediate_size)."""
     fields: dict[str, Any] = source.config.get("text_config") or source.config
     width = int(fields.get("hidden_size") or fields.get("n_embd") or 1024)
@@ -220,7 +220,7 @@ def healing_bytes(source: Source, config: BuildConfig) -> int:
     A 70B model without 40 % of its layers took 33.4 GB with two sequences of 4,096 tokens; distilled at the
     seam alone 38.5 GB with one of 2,048 and 39.9 GB with one of 4,096 (benchmarks/heal_speed.py).
     """
-    heal, kept, (width, inner) = config.heal, _num_kept(source, config), _widths(source)
+    heal, kept, (width, inner) = config.heal, _num_kept(source, config), widths(source)
     objective = OBJECTIVES[heal.objective]
     held = source.num_layers if objective.loads_source else kept
     experts = _num_experts_parameters(source, held)
