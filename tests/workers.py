@@ -15,16 +15,13 @@ from factory.parallel import processes
 Progress = Callable[[int, int, str], None]
 
 
-def fail_in_the_second(progress: Progress) -> int:
+def fail_in_the_second(progress: Progress, tell: Callable[[str], None]) -> None:
+    """Both tell how many they are; then the second fails."""
+    tell(f"{processes.count()} of us, {processes.index()}")
+    processes.gather([0])
     if processes.is_main():
         processes.gather([0])  # waits for the other
     raise DataError("'x' is no text", hint="give some")
-
-
-def tell_and_report(progress: Progress, tell: Callable[[str], None]) -> int:
-    progress(1, 2, "half")
-    tell(f"slower: {1 + processes.index()}")
-    return processes.count()
 
 
 def vanish(progress: Progress) -> None:

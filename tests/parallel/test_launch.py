@@ -43,7 +43,7 @@ from tests.builders.models import save_family, save_llama
 from tests.builders.texts import rhymes
 from tests.places import ROOT
 from tests.waiting import HUNG_SECONDS, until
-from tests.workers import fail_in_the_second, tell_and_report, vanish, vanish_while_a_library_waits
+from tests.workers import fail_in_the_second, vanish, vanish_while_a_library_waits
 
 HEALING = HealSettings(
     data="x", learning_rate=1e-2, rank=4, num_steps=12, warmup_steps=1, batch_size=4, sequence_length=64
@@ -88,14 +88,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def heal_it(
-    folder: Path, into: Path, *, progress: Progress, objective: str = "sft", dropped: Sequence[int] = ()
+    folder: Path,
+    into: Path,
+    *,
+    progress: Progress,
+    objective: str = "sft",
+    dropped: Sequence[int] = (),
+    num_steps: int = HEALING.num_steps,
 ) -> Adapter:
     return heal(
         Checkpoint(folder=folder / "model", num_layers=4, num_parameters=1, size_bytes=1, files={}),
         open_text(str(folder / "text.txt"), split="train"),
         source_folder=folder / "model",
         dropped=dropped,
-        settings=HEALING.model_copy(update={"objective": objective}),
+        settings=HEALING.model_copy(update={"objective": objective, "num_steps": num_steps}),
         seed=0,
         folder=into,
         progress=progress,
@@ -210,9 +216,11 @@ def heal_sharded(
         save = trainer.save_fsdp_model
         late = lambda *args, **more: (time.sleep(0.3), save(*args, **more))[1]  # noqa: E731
         patch.setattr(trainer, "save_fsdp_model", late)
-        return heal_it(folder, into, progress=progress, objective=objective, dropped=dropped), held
+        how = {"objective": objective, "dropped": dropped, "num_steps": SHARDED_STEPS}
+        return heal_it(folder, into, progress=progress, **how), held
 
 
+SHARDED_STEPS = 5
 DROPPED: dict[str, tuple[int, ...]] = {"sft": (), "distill": (1,)}  # by objective
 
 
@@ -250,7 +258,7 @@ def test_a_sharded_model_is_healed_as_a_whole_one_is(
     adapter, held = sharded[objective]
     assert adapter.experts
     assert adapter.target_modules
-    how = {"objective": objective, "dropped": DROPPED[objective]}
+    how = {"objective": objective, "dropped": DROPPED[objective], "num_steps": SHARDED_STEPS}
     check_same_adapter(adapter, heal_it(experts, experts / f"{objective} alone", progress=ignore, **how))
     assert held[0] == pytest.approx(held[1] / 2, rel=0.01)
 
@@ -275,10 +283,12 @@ def test_each_shipped_configuration_is_one_that_accelerate_reads(case: str) -> N
     assert read.main_process_port == 0
 
 
-def test_an_error_in_one_process_ends_all_and_is_raised_here() -> None:
+def test_what_the_main_process_tells_arrives_here_and_an_error_in_one_ends_all() -> None:
+    told: list[str] = []
     with pytest.raises(DataError, match="'x' is no text") as raised:
-        spread(fail_in_the_second, processes=2, progress=ignore)
+        spread(fail_in_the_second, processes=2, progress=ignore, tell=told.append)
     assert raised.value.hint == "give some"
+    assert told == ["2 of us, 0"]
 
 
 @pytest.mark.parametrize("work", [vanish, vanish_while_a_library_waits])
@@ -286,12 +296,6 @@ def test_a_process_that_is_gone_is_an_error_with_a_way_on(work: Callable[..., No
     with pytest.raises(WorkerError, match="died") as raised:
         spread(work, processes=2, progress=ignore)
     assert "`processes=1`" in raised.value.hint
-
-
-def test_what_the_main_process_tells_arrives_here() -> None:
-    told: list[str] = []
-    assert spread(tell_and_report, processes=2, progress=ignore, tell=told.append) == 2
-    assert told == ["slower: 1"]
 
 
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
