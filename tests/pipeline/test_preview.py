@@ -446,7 +446,7 @@ def test_a_large_vocabulary_needs_room_for_its_logits_on_a_gpu() -> None:
 
 
 def test_a_build_takes_what_was_said_within_a_quarter(tmp_path: Path) -> None:
-    quick = "--samples 4 --heal-steps 2 --limit 2 --eval-documents 2 --sequence-length 128"
+    quick = "--samples 4 --heal-steps 2 --tasks none --eval-documents 2 --sequence-length 128"
     estimate, peak = measured(["demo", "--drop", "0.3", *quick.split()], tmp_path)
     for name, said, took in rows(estimate, peak):
         assert said == pytest.approx(took, rel=0.25), name
