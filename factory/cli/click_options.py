@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 import click
 from annotated_types import Ge, Gt, Le
 
+from factory.cli.log import RunLog, verbose_option
 from factory.config import options as kinds
 from factory.config.options import GROUPS, Option
 from factory.config.request import Request
@@ -19,7 +20,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Command(click.Command):
-    """A command whose errors name it, and whose help shows options in groups."""
+    """A command whose errors name it, which may be verbose, and whose help shows options in groups."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(verbose_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, whose log lies in the home folder that it was given."""
+        log = ctx.find_object(RunLog)
+        if log and ctx.params.get("home"):
+            log.home = ctx.params["home"]
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; errors carry the context of this command."""
