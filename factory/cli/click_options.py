@@ -7,10 +7,12 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le
+from click.shell_completion import CompletionItem
 
 from factory.cli.log import RunLog, verbose_option
 from factory.config import options as kinds
 from factory.config.options import GROUPS, Option
+from factory.config.references import aliases
 from factory.config.request import Request
 from factory.errors import UsageError
 from factory.store.stage import STAGES
@@ -101,9 +103,15 @@ def request_options(request: type[Request]) -> Callable[[F], F]:
         for name, (kind, option) in reversed(request.options().items()):
             if name != "model":
                 command = _option(request, name, kind, option)(command)
-        return click.argument("model")(command)
+        return click.argument("model", shell_complete=_complete_model)(command)
 
     return decorate
+
+
+def _complete_model(_context: click.Context, _param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Return the aliases that begin with what was typed, and leave folders and files to the shell."""
+    found = [CompletionItem(alias) for alias in aliases() if alias.startswith(typed)]
+    return found or [CompletionItem(typed, type="file")]
 
 
 home_option = click.option(

@@ -16,6 +16,7 @@ from factory.cli.build import build, schema
 from factory.cli.builds import card, chat, collect_garbage, export, list_stages, push, show, space, verify
 from factory.cli.click_options import CONTEXT, Group
 from factory.cli.console import as_flags, finish, go_on, settle
+from factory.cli.installation.completion import completion
 from factory.cli.installation.doctor import doctor
 from factory.cli.installation.extension import extension
 from factory.cli.jobs import jobs_group
@@ -26,7 +27,15 @@ from factory.errors import FactoryError, UsageError
 from factory.store.capacity import READ_ONLY, no_memory, no_room
 
 LOG = logging.getLogger(__name__)
-ONLY_PRINT = ("plan", "show", "ls", "doctor", "schema", "jobs")  # commands without another result
+ONLY_PRINT = (
+    "plan",
+    "show",
+    "ls",
+    "doctor",
+    "schema",
+    "jobs",
+    "completion",
+)  # commands without another result
 LONG = re.compile(r"\S{400,}")  # longer than any word of our own
 FAULT = 70  # exit code of an error that nobody foresaw, as EX_SOFTWARE of sysexits.h
 
@@ -48,7 +57,7 @@ def cli(context: click.Context) -> None:
 
 COMMANDS = (
     *(build, plan, sweep, prune, push, export, show, verify, card, chat, space),
-    *(list_stages, collect_garbage, doctor, jobs_group, schema, extension),
+    *(list_stages, collect_garbage, doctor, jobs_group, schema, extension, completion),
 )
 
 
