@@ -21,7 +21,7 @@ from factory.pipeline.costs.preview import Preview
 from factory.pipeline.sweep import left_out, share_kept
 from factory.report.markdown import p_value
 from factory.report.notes import gguf_note, goal_note, notes, runtimes_note
-from factory.report.tables import loss_findings, quality_table, size_table
+from factory.report.tables import headline, loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
 if TYPE_CHECKING:
@@ -152,8 +152,11 @@ def _score(task: TaskScore, *, like: TaskScore) -> str:
 
 
 def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
-    """Show the tables, a one-line verdict, and what to type next."""
+    """Show the figures that matter most, the tables, a verdict on healing, and what to type next."""
     quality, sizes = result_tables(build)
+    out.print()
+    figures = "; ".join(f"{figure} {what.partition(': ')[0]}" for figure, what in headline(build))
+    say(out, Text(printable(figures), style="bold"), label=Text(f"{printable(build.name)}: ", style="bold"))
     out.print()
     out.print(quality)
     if build.comparisons:

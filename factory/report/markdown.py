@@ -115,6 +115,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
+def signed_percent(share: float) -> str:
+    """Format a relative change in percent: −0.265 → "−26%", 0.0 → "0%"."""
+    return signed(100 * share, digits=0) + "%"
+
+
 def origin_name(origin: Origin) -> Markup:
     """Return a link to a repository with its commit, or the name of a folder."""
     if origin.repo_id is None:
