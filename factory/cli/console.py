@@ -11,11 +11,20 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -96,8 +105,9 @@ class StageLines:
         self.out = out
         self.bars = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=14),
+            TimeElapsedColumn(),  # which moves even where a step takes minutes
+            TaskProgressColumn(),  # empty while the total is not known
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}{task.fields[build]}"),
             console=out,
@@ -112,9 +122,22 @@ class StageLines:
         self.last_line = self.began = time.monotonic()
         if self.time_left:
             self.time_left.started(stage)
+        self._show(stage)
+
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Show on a terminal that something is done that is no stage, and for how long, until it ends."""
+        self._show(doing)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def _show(self, doing: str) -> None:
+        self.stop()
         if self.out.is_terminal:
             self.bars.start()
-            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="", build="")
+            self.task = self.bars.add_task(f"{doing:<{STAGE_WIDTH}}", total=None, note="", build="")
 
     def progressed(self, stage: str, done: int, total: int, note: str) -> None:
         """Move the bar; without a terminal, print a line now and then."""

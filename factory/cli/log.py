@@ -117,6 +117,8 @@ class RunLog(logging.Handler):
     def start(self) -> None:
         """Receive what this program and its libraries log, and their warnings."""
         root = logging.getLogger()
+        for earlier in [one for one in root.handlers if isinstance(one, RunLog | Screen)]:
+            root.removeHandler(earlier)  # of another run in this process
         root.setLevel(logging.WARNING)
         logging.getLogger("factory").setLevel(logging.DEBUG)
         root.addHandler(self)
