@@ -24,6 +24,6 @@ def module(name: str) -> ModuleType:
 
 chat_template = module("chat_template")
 pair = module("pair")
-module("session")
+session = module("session")
 app = module("app")
 terminal = module("terminal")

@@ -238,7 +238,7 @@ class SweepResult(Shown):
 
     def figure(self) -> "Drawing":
         """Draw loss and task scores against the fraction dropped."""
-        from factory.report.figures import draw_sweep
+        from factory.report.sweep_figure import draw_sweep
 
         return draw_sweep(self.sweep)
 

@@ -16,7 +16,7 @@ from factory.errors import FactoryError, StoreError
 from factory.store.capacity import folder_bytes
 from factory.store.files import OLD, write_atomically
 from factory.store.locks import is_held, unless_locked, writing
-from factory.store.stage import KEY, PACES, STAGES
+from factory.store.stage import KEY, LOGS, PACES, STAGES
 from factory.store.store import MANIFEST, Store
 
 RECENT_SECONDS = 24 * 3600
@@ -87,8 +87,8 @@ def _made(path: Path) -> str:
 def collect_garbage(home: Path, *, recent: bool = False, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
     """Remove what no build uses and no process is working on; yield each folder with its size in bytes.
 
-    This covers stages, finished or partial, leftovers of interrupted writing beside a build, and the times
-    that estimates start from.
+    This covers stages, finished or partial, leftovers of interrupted writing beside a build, the times that
+    estimates start from, and logs.
 
     Args:
         recent: Also remove what was made or used within a day, and may still be wanted.
@@ -131,9 +131,8 @@ def _unused(home: Path) -> list[tuple[Path, Path]]:
         build = Path(_read_root(path)["build"])
         if build.exists() or not whole_beside(build):
             found += [(folder, lock_of(build)) for folder in leftovers(build)]
-    if (paces := home / PACES).is_dir():
-        found.append((paces, home / f"{PACES}.lock"))
-    return found
+    beside = [name for name in (PACES, LOGS) if (home / name).is_dir()]
+    return found + [(home / name, home / f"{name}.lock") for name in beside]
 
 
 def _roots(home: Path) -> list[dict[str, Any]]:

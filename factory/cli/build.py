@@ -104,11 +104,13 @@ def _without_home(values: dict[str, Any], exported: bool) -> dict[str, Any]:
 
 def _build(requests: Sequence[BuildRequest], *, dry_run: bool, as_json: bool) -> None:
     from factory.cli.console import StageLines, console
-    from factory.cli.tables import show_preview
-    from factory.pipeline.prepare import load_questions, prepare
 
     reporter = StageLines(console(stderr=as_json))
-    prepared = prepare(requests, reporter, dry_run=dry_run)
+    with reporter.busy("prepare"):
+        from factory.cli.tables import show_preview
+        from factory.pipeline.prepare import load_questions, prepare
+
+        prepared = prepare(requests, reporter, dry_run=dry_run)
     for one in prepared:
         if not (as_json and dry_run):
             title = f"{one.settled.source.name} → {one.settled.out}"

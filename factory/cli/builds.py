@@ -1,5 +1,7 @@
 """Commands on finished builds: show, verify, push, export, space, card, ls, gc."""
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ from annotated_types import Ge
 
 from factory.cli.click_options import CONTEXT, Command, Number, Place, Whole, home_option
 from factory.cli.console import print_json, remark
+from factory.cli.log import WORK
 from factory.config.references import build_folder
 from factory.errors import UsageError
 
+LOG = logging.getLogger(__name__)
 USUAL_NAME = "~/"  # stands for --deploy without a name; not a valid repository name
 license_option = click.option(
     "--accept-license",
@@ -34,9 +38,15 @@ def push(folder: Path, repository: str | None, **options: Any) -> None:
     BUILD is published in one commit. OWNER/NAME defaults to the source's name and the fraction, under your
     account. A new repository is private unless --public is given; an existing one keeps its visibility.
     """
-    from factory.builds.publish import publish_with_notes
+    from factory.cli.console import StageLines, console
 
-    click.echo(publish_with_notes(build_folder(folder), repository, note=remark, **options).url)
+    build_folder(folder)
+    with StageLines(console(stderr=True)).busy("publish"):
+        from factory.builds.publish import publish_with_notes
+
+        published = publish_with_notes(folder, repository, note=remark, **options)
+    LOG.info("published: %s", published.url, extra=WORK)
+    click.echo(published.url)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -65,15 +75,14 @@ def export(folder: Path, kind: str, converter: Path | None, as_json: bool) -> No
     with a Modelfile for Ollama, and named on the card; `factory push` publishes it with them. It is kept only
     if llama.cpp computes the same from it as transformers from the weights, within what its type rounds.
     """
-    from factory.builds.export import export as write
     from factory.cli.console import StageLines, console
-    from factory.cli.tables import show_exported
 
     reporter = StageLines(console(stderr=as_json))
-    try:
+    with reporter.busy("prepare"):
+        from factory.builds.export import export as write
+        from factory.cli.tables import show_exported
+
         exported = write(folder, kind=kind, converter=converter, reporter=reporter)
-    finally:
-        reporter.stop()
     if as_json:
         print_json(exported.record.model_dump(mode="json") | {"path": str(exported.path)})
     else:
@@ -163,21 +172,30 @@ def space(folder: Path, deploy: str | None, hardware: str | None, **options: Any
 def serve_page(folder: Path, *, port: int | None, source: Path | None, no_browser: bool) -> None:
     """Serve the page on this machine until it is interrupted."""
     from factory.builds.space import serve
+    from factory.cli.console import StageLines, console
+
+    reporter = StageLines(console(stderr=True))
 
     def ready(url: str) -> None:
+        reporter.stop()
+        LOG.info("serving: %s", url, extra=WORK)
         click.echo(f"{url}  (Ctrl-C stops it)")
         if not no_browser:
             click.launch(url)
 
-    serve(folder, source=source, port=port, ready=ready)
+    with reporter.busy("load both models"):
+        serve(folder, source=source, port=port, ready=ready)
 
 
 def deploy_space(folder: Path, *, name: str | None, hardware: str | None) -> None:
     """Deploy the page, and print its address, and on standard error what is left to do."""
-    from factory.builds.deploy_space import deploy
-    from factory.cli.console import printable
+    from factory.cli.console import StageLines, console, printable
 
-    deployed = deploy(folder, name=name, hardware=hardware)
+    with StageLines(console(stderr=True)).busy("deploy"):
+        from factory.builds.deploy_space import deploy
+
+        deployed = deploy(folder, name=name, hardware=hardware)
+    LOG.info("deployed: %s", deployed.url, extra=WORK)
     if not deployed.changed:
         click.echo("note: already up to date", err=True)
     if deployed.keeps_card:
@@ -215,9 +233,11 @@ def chat(folder: Path, **options: Any) -> None:
     Both models of BUILD answer each line, one after the other, without a network. A base model continues
     the line instead.
     """
+    build_folder(folder)
+    if sys.stderr.isatty():
+        click.echo("loading both models", err=True)
     from factory.builds.space import talk
 
-    build_folder(folder)
     talk(folder, **options)
 
 

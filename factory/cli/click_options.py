@@ -7,9 +7,12 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le
+from click.shell_completion import CompletionItem
 
+from factory.cli.log import RunLog, verbose_option
 from factory.config import options as kinds
 from factory.config.options import GROUPS, Option
+from factory.config.references import aliases
 from factory.config.request import Request
 from factory.errors import UsageError
 from factory.store.stage import STAGES
@@ -19,7 +22,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Command(click.Command):
-    """A command whose errors name it, and whose help shows options in groups."""
+    """A command whose errors name it, which may be verbose, and whose help shows options in groups."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(verbose_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, whose log lies in the home folder that it was given."""
+        log = ctx.find_object(RunLog)
+        if log and ctx.params.get("home"):
+            log.home = ctx.params["home"]
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; errors carry the context of this command."""
@@ -89,9 +103,15 @@ def request_options(request: type[Request]) -> Callable[[F], F]:
         for name, (kind, option) in reversed(request.options().items()):
             if name != "model":
                 command = _option(request, name, kind, option)(command)
-        return click.argument("model")(command)
+        return click.argument("model", shell_complete=_complete_model)(command)
 
     return decorate
+
+
+def _complete_model(_context: click.Context, _param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Return the aliases that begin with what was typed, and leave folders and files to the shell."""
+    found = [CompletionItem(alias) for alias in aliases() if alias.startswith(typed)]
+    return found or [CompletionItem(typed, type="file")]
 
 
 home_option = click.option(

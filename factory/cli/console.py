@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -10,15 +11,25 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from factory.cli.log import WORK
 from factory.config.request import BuildRequest, PlanRequest, PruneRequest, SweepRequest
 from factory.pipeline.costs.time_left import TimeLeft
 from factory.units import duration, rough_duration
@@ -33,8 +44,9 @@ NAMES = {
     *("gguf", "converter"),
 } - {"model"}
 OPTION = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`")  # an option in a message: `heal_steps=100`
+LOG = logging.getLogger(__name__)
 STAGE_WIDTH = 17
-PLAIN_SECONDS = 30.0  # least time between progress lines without a terminal
+PLAIN_SECONDS = 30.0  # least time between progress lines in the log, and without a terminal
 ENDED = 128 + signal.SIGPIPE  # exit code that a shell reports after a broken pipe
 
 
@@ -93,8 +105,9 @@ class StageLines:
         self.out = out
         self.bars = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=14),
+            TimeElapsedColumn(),  # which moves even where a step takes minutes
+            TaskProgressColumn(),  # empty while the total is not known
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}{task.fields[build]}"),
             console=out,
@@ -105,21 +118,38 @@ class StageLines:
 
     def started(self, stage: str) -> None:
         """Show that a stage runs."""
+        LOG.info("%s: started", stage, extra=WORK)
         self.last_line = self.began = time.monotonic()
         if self.time_left:
             self.time_left.started(stage)
+        self._show(stage)
+
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Show on a terminal that something is done that is no stage, and for how long, until it ends."""
+        self._show(doing)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def _show(self, doing: str) -> None:
+        self.stop()
         if self.out.is_terminal:
             self.bars.start()
-            self.task = self.bars.add_task(f"{stage:<{STAGE_WIDTH}}", total=None, note="", build="")
+            self.task = self.bars.add_task(f"{doing:<{STAGE_WIDTH}}", total=None, note="", build="")
 
     def progressed(self, stage: str, done: int, total: int, note: str) -> None:
         """Move the bar; without a terminal, print a line now and then."""
+        is_due = time.monotonic() - self.last_line > PLAIN_SECONDS
+        if is_due:
+            self.last_line = time.monotonic()
+            LOG.debug("%s: %d of %d %s", stage, done, total, note)
         if self.task is not None:
             of_task = next(task for task in self.bars.tasks if task.id == self.task)
             build = self._of_build(of_task.time_remaining, note)
             self.bars.update(self.task, completed=done, total=total, note=note, build=build)
-        elif time.monotonic() - self.last_line > PLAIN_SECONDS:
-            self.last_line = time.monotonic()
+        elif is_due:
             share = done / total if total else 0
             own = (self.last_line - self.began) * (1 - share) / share if share else None
             build = self._of_build(own, note)
@@ -134,6 +164,7 @@ class StageLines:
 
     def finished(self, stage: str, summary: str, seconds: float, reused: bool) -> None:
         """Print the final line of a stage."""
+        LOG.info("%s: %s, %.1f s, %s", stage, "reused" if reused else "done", seconds, summary, extra=WORK)
         self.stop()
         if self.time_left and not reused:
             self.time_left.finished(stage, seconds)
@@ -147,10 +178,12 @@ class StageLines:
 
     def waiting(self, stage: str) -> None:
         """Report that another run is making this stage."""
+        LOG.info("%s: another run is making it", stage, extra=WORK)
         self.out.print(f"  {stage:<{STAGE_WIDTH}}  another run is making it; waiting")
 
     def damaged(self, stage: str, file: str) -> None:
         """Report that a finished stage has changed."""
+        LOG.warning("%s: %s has changed since it was made", stage, file, extra=WORK)
         message = f"{printable(file)} has changed since it was made; making it again"
         say(self.out, message, label=f"  {stage:<{STAGE_WIDTH}}  ")
 
@@ -173,6 +206,7 @@ def printable(text: str) -> str:
 
 def remark(message: str) -> None:
     """Print a note on standard error, for something that is not an error."""
+    LOG.info("note: %s", message)
     say(console(stderr=True), f"note: {printable(as_flags(message))}")
 
 

@@ -4,9 +4,7 @@ import logging
 import os
 import re
 import sys
-import sysconfig
 import textwrap
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -16,20 +14,30 @@ import click
 from factory import __version__
 from factory.cli.build import build, schema
 from factory.cli.builds import card, chat, collect_garbage, export, list_stages, push, show, space, verify
-from factory.cli.click_options import CONTEXT, Command, Group
+from factory.cli.click_options import CONTEXT, Group
 from factory.cli.console import as_flags, finish, go_on, settle
-from factory.cli.doctor import doctor
+from factory.cli.installation.completion import completion
+from factory.cli.installation.doctor import doctor
+from factory.cli.installation.extension import extension
 from factory.cli.jobs import jobs_group
+from factory.cli.log import WORK, RunLog, hush_libraries, installed
 from factory.cli.plan import plan, sweep
 from factory.cli.prune import prune
-from factory.errors import FactoryError, StoreError, UsageError
+from factory.errors import FactoryError, UsageError
 from factory.store.capacity import READ_ONLY, no_memory, no_room
 
-ONLY_PRINT = ("plan", "show", "ls", "doctor", "schema", "jobs")  # commands without another result
+LOG = logging.getLogger(__name__)
+ONLY_PRINT = (
+    "plan",
+    "show",
+    "ls",
+    "doctor",
+    "schema",
+    "jobs",
+    "completion",
+)  # commands without another result
 LONG = re.compile(r"\S{400,}")  # longer than any word of our own
-NAME = "factory"
 FAULT = 70  # exit code of an error that nobody foresaw, as EX_SOFTWARE of sysexits.h
-OWNER = "(installed here)"  # not a valid account name, so that `hf` finds no updates
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -47,43 +55,9 @@ def cli(context: click.Context) -> None:
     _check_environment()
 
 
-@click.command("extension", cls=Command, context_settings=CONTEXT)
-def extension() -> None:
-    """Make `hf factory …` run this program.
-
-    `hf extensions install` would install a second copy with all its libraries; this command registers the
-    existing installation. Undo it with `hf extensions remove factory`.
-    """
-    from datetime import UTC, datetime
-
-    from huggingface_hub.cli.extensions import EXTENSIONS_ROOT, ExtensionManifest
-
-    from factory import __version__
-
-    program = Path(sysconfig.get_path("scripts")) / f"hf-{NAME}"
-    if not program.exists() and not program.with_suffix(".exe").exists():
-        raise StoreError(f"{program} does not exist", hint="in a clone of the repository: pip install .")
-    manifest = ExtensionManifest(
-        owner=OWNER,
-        repo=f"hf-{NAME}",
-        repo_id=f"hf-{NAME} {__version__}",
-        short_name=NAME,
-        executable_path=str(program if program.exists() else program.with_suffix(".exe")),
-        type="python",
-        installed_at=datetime.now(UTC),
-        description="Make a language model smaller, heal the cut, measure, publish.",
-    )
-    folder = EXTENSIONS_ROOT.expanduser() / f"hf-{NAME}"
-    try:
-        manifest.save(folder)
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror}", hint="make it writable") from error
-    click.echo(f"hf factory runs {manifest.executable_path}")
-
-
 COMMANDS = (
     *(build, plan, sweep, prune, push, export, show, verify, card, chat, space),
-    *(list_stages, collect_garbage, doctor, jobs_group, schema, extension),
+    *(list_stages, collect_garbage, doctor, jobs_group, schema, extension, completion),
 )
 
 
@@ -93,64 +67,47 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; the one place where errors become lines and exit codes."""
-    _hush_libraries()
+    hush_libraries()
     settle()
+    log = RunLog()
+    log.start()
     try:
         _refuse_launcher()
-        cli.main(prog_name=_typed_as(), standalone_mode=False)
+        cli.main(prog_name=_typed_as(), standalone_mode=False, obj=log)
         sys.stdout.flush()  # inside `try`, so that a failure becomes an error line
+        LOG.debug("done")
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.UsageError as error:
         _refuse(error)
     except FactoryError as error:
+        LOG.error("%s", error.message, exc_info=error)
         _fail(as_flags(error.message), as_flags(error.hint), code=error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", "the same command resumes from here", code=130)
-    except Exception as error:  # noqa: BLE001 - libraries wrap a full disk or memory in errors of their own
+    except Exception as error:
+        LOG.error("%s", error, exc_info=error)
         if full := no_memory(error):
             _fail(full, "free some memory; the same command resumes from here", code=1)
         if isinstance(error, OSError) and error.errno in READ_ONLY and error.filename:
             place = os.fsdecode(error.filename)
             _fail(f"{place}: {error.strerror}", "make it readable and writable, or give another path", code=1)
         if (reason := no_room(error)) is None:
-            _fail_unforeseen(error)
+            _fail_unforeseen(error, log)
         _fail(f"{reason}: {str(error).splitlines()[0]}", "free some space and repeat the command", code=1)
 
 
-def _fail_unforeseen(error: Exception) -> NoReturn:
-    """Report an error of the program itself in two lines, and keep its traceback in a file."""
-    from factory.cli.doctor import write_crash
-    from factory.store.store import home_folder
-
-    what = " ".join(str(error).split())[:300]
-    try:
-        path = write_crash(error, home_folder())
-    except OSError:
+def _fail_unforeseen(error: Exception, log: RunLog) -> NoReturn:
+    """Report an error of the program itself in two lines, and where its traceback is kept."""
+    LOG.critical("a fault of the program; installed: %s", installed(), extra=WORK)
+    if log.path is None:  # no folder to write it to
         raise error from None
+    what = " ".join(str(error).split())[:300]
     _fail(
         f"a fault of the program: {type(error).__name__}{f': {what}' if what else ''}",
-        f"the same command resumes from here; if it fails again, report it with {path}",
+        f"the same command resumes from here; if it fails again, report it with {log.path}",
         code=FAULT,
     )
-
-
-def _hush_libraries() -> None:
-    """Silence what libraries print for programmers, unless the environment asks for it.
-
-    Must be called before they are imported. Errors are still shown.
-    """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may not exist here
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # libraries with log handlers of their own
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    if logging.lastResort:  # the handler of all others: bitsandbytes, trl, peft, lm_eval, matplotlib …
-        logging.lastResort.setLevel(logging.ERROR)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for child processes
-    warnings.simplefilter("ignore")
 
 
 def _refuse(error: click.UsageError) -> None:
@@ -211,6 +168,7 @@ def _broken(label: str, text: str) -> str:
 
 def _end(text: str, *, code: int) -> NoReturn:
     """Print to standard error and exit with the code, whether or not anyone reads the text."""
+    LOG.debug("exit code %d", code)
     go_on()
     with suppress(OSError):
         sys.stderr.write(text)

@@ -27,14 +27,16 @@ def plan(as_json: bool, **values: Any) -> None:
 
     Nothing is cut. These are the criteria:
     """
-    from factory.api.functions import plan as make
     from factory.cli.console import StageLines, console
-    from factory.cli.tables import show_plans
-    from factory.report.figures import terminal_heatmap
 
-    reporter = StageLines(console(stderr=as_json))
     request = read_request(PlanRequest, values)
-    result = make(request, reporter=reporter)
+    reporter = StageLines(console(stderr=as_json))
+    with reporter.busy("prepare"):
+        from factory.api.functions import plan as make
+        from factory.cli.tables import show_plans
+        from factory.report.figures import terminal_heatmap
+
+        result = make(request, reporter=reporter)
     if as_json:
         print_json(result.plans.model_dump(mode="json"))
         return
@@ -80,13 +82,15 @@ def sweep(as_json: bool, **values: Any) -> None:
     ship. Builds with the same settings reuse the stages of the sweep. Cuts are healed if --heal is given.
     """
     from factory.cli.console import StageLines, console
-    from factory.cli.tables import show_sweep
-    from factory.pipeline.prepare import load_questions
-    from factory.pipeline.sweep import prepare_sweep, run_sweep
 
-    reporter = StageLines(console(stderr=as_json))
     request = read_request(SweepRequest, values)
-    prepared = prepare_sweep(request, reporter)
+    reporter = StageLines(console(stderr=as_json))
+    with reporter.busy("prepare"):
+        from factory.cli.tables import show_sweep
+        from factory.pipeline.prepare import load_questions
+        from factory.pipeline.sweep import prepare_sweep, run_sweep
+
+        prepared = prepare_sweep(request, reporter)
     _preview(prepared, reporter)
     load_questions(request, prepared.run.config, reporter)
     try:

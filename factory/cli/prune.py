@@ -25,11 +25,13 @@ def prune(dry_run: bool, as_json: bool, **values: Any) -> None:
     or the values of a few layers (other models). `factory build` also measures, heals and evaluates.
     """
     from factory.cli.console import StageLines, console
-    from factory.cli.tables import show_runtimes
-    from factory.pipeline.prune import make_pruned, prepare_prune
 
     reporter = StageLines(console(stderr=as_json))
-    prepared = prepare_prune(read_request(PruneRequest, values), reporter, dry_run=dry_run)
+    with reporter.busy("prepare"):
+        from factory.cli.tables import show_runtimes
+        from factory.pipeline.prune import make_pruned, prepare_prune
+
+        prepared = prepare_prune(read_request(PruneRequest, values), reporter, dry_run=dry_run)
     expected = _expected(prepared)
     for name, value in _lines(expected, prepared):
         reporter.out.print(f"{name:<11} {value}", soft_wrap=True)

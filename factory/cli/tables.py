@@ -18,16 +18,17 @@ from factory.config.references import EMBEDDED
 from factory.config.settings import BuildConfig
 from factory.errors import FactoryError
 from factory.pipeline.costs.preview import Preview
-from factory.pipeline.sweep import left_out, share_kept
+from factory.pipeline.sweep import kept_stderr, left_out, share_kept
 from factory.report.markdown import p_value
 from factory.report.notes import gguf_note, goal_note, notes, runtimes_note
-from factory.report.tables import loss_findings, quality_table, size_table
+from factory.report.tables import headline, loss_findings, quality_table, size_table
 from factory.units import count, duration, size
 
 if TYPE_CHECKING:
     from factory.builds.export import Exported
 
 
+UNCERTAIN = 0.1  # standard error of a share that is kept
 LONG_SECONDS = 3600  # from here on the preview names ways to a shorter build
 
 
@@ -152,8 +153,11 @@ def _score(task: TaskScore, *, like: TaskScore) -> str:
 
 
 def show_result(out: Console, build: Build, *, folder: Path, url: str | None) -> None:
-    """Show the tables, a one-line verdict, and what to type next."""
+    """Show the figures that matter most, the tables, a verdict on healing, and what to type next."""
     quality, sizes = result_tables(build)
+    out.print()
+    figures = "; ".join(f"{figure} {what.partition(': ')[0]}" for figure, what in headline(build))
+    say(out, Text(printable(figures), style="bold"), label=Text(f"{printable(build.name)}: ", style="bold"))
     out.print()
     out.print(quality)
     if build.comparisons:
@@ -248,28 +252,39 @@ def show_sweep(out: Console, sweep: Sweep, *, folder: Path) -> None:
     blank = [""] * len(loss_names) * healed
     table.add_row("0", "", *_losses(sweep.source), *blank, *_scores(sweep.source, sweep), "100%")
     for point in sweep.points:
-        kept = share_kept(point.best, sweep.source)
         table.add_row(
             f"{len(point.plan.dropped)} ({point.drop:.0%})",
             layer_ranges(point.plan.dropped),
             *_losses(point.pruned),
             *(_losses(point.healed) if point.healed else blank),
             *_scores(point.best, sweep),
-            "–" if math.isnan(kept) else f"{kept:.0%}",
+            _kept(point.best, sweep.source),
             style="bold" if point.drop == sweep.before_the_cliff else "",
         )
     out.print()
     out.print(table)
     out.print()
     largest = sweep.before_the_cliff
-    found = f"Largest cut before the cliff: {largest:.0%}" if largest else "Every cut is past the cliff"
+    safe = next((point for point in sweep.points if point.drop == largest), None)
+    found = "No cut is safe"
+    if safe:
+        found = f"Largest safe cut: {safe.drop:.0%}, which keeps {_kept(safe.best, sweep.source)}"
     if math.isnan(share_kept(sweep.source, sweep.source)):
         found = "The source is no better than guessing, so there is no cliff to find"
-    out.print(f"{found}; that is {sweep.rule}.", soft_wrap=True)
+    say(out, f"{found}.")
+    if any(kept_stderr(point.best, sweep.source) > UNCERTAIN for point in sweep.points):
+        say(out, "These shares are uncertain: more samples (a higher --limit, or none) make them certain.")
+    say(out, f"The largest safe cut is {sweep.rule}.")
     if names := left_out(sweep.source):
         out.print(f"Not counted, without a chance level: {printable(', '.join(names))}.", soft_wrap=True)
     for name, path in (("figure", folder / "sweep.png"), ("numbers", folder / Sweep.file_name)):
         out.print(Text.assemble((f"  {name:<12}", "dim"), str(path)), soft_wrap=True)
+
+
+def _kept(evaluation: Evaluation, source: Evaluation) -> str:
+    """Return the share that is kept with its standard error; a dash if the source has nothing to keep."""
+    kept = share_kept(evaluation, source)
+    return "–" if math.isnan(kept) else f"{kept:.0%} ± {kept_stderr(evaluation, source):.0%}"
 
 
 def _loss_names(source: Evaluation) -> list[str]:

@@ -1,6 +1,7 @@
 """Turn a request into a run: resolve the source, decide every setting, and check it all before the work."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ from factory.pruning.sizes import find_goal
 from factory.store.stage import HEAL, PRUNE, STAGES
 from factory.store.store import Store, home_folder
 from factory.text.text import Texts
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def begin(
     remarks = (*unread(request, config), *texts.remarks, *check_texts(texts))
     for message in (*remarks, *([note] if note else [])):
         reporter.note(message)
+    LOG.debug("settings: %s", config.model_dump_json())
     run = Run(config, Store(home_folder(request.home)), reporter, texts)
     if measures:
         from factory.parallel.launch import num_processes
@@ -281,6 +285,7 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
         settled = replace(settled, config=config)
     for message in texts.remarks:
         reporter.note(message)
+    LOG.debug("settings: %s", config.model_dump_json())
     run = Run(config, store, reporter, texts, rerun=frozenset(request.rerun))
     run.tracking = _tracking(settled)
     left = pending(run, source)

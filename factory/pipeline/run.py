@@ -1,5 +1,6 @@
 """Run stages: compute their keys, reuse finished ones, and report progress."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from factory.store.store import Store, damage
 from factory.text.text import Texts
 
 A = TypeVar("A", bound=Artifact)
+LOG = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -75,6 +77,7 @@ class Run:
         name = f"{stage.name} {label}".strip()
         libraries = {library: version(library) for library in stage.libraries}
         spec = StageSpec(stage.name, stage.version, {**parameters, "libraries": libraries}, inputs)
+        LOG.debug("%s: %s", name, self.store.folder(spec))
         rerun = stage.name in self.rerun or not self.remade.isdisjoint(inputs.values())
         made_from = {key: self.digests[key] for key in inputs.values() if key in self.digests}
         found = None if rerun else self.store.find(spec, made_from=made_from)

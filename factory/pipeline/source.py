@@ -1,5 +1,6 @@
 """Get the source of a run: resolve it, download it, and merge an adapter into its base."""
 
+import logging
 from pathlib import Path
 from typing import IO
 
@@ -8,6 +9,8 @@ from factory.config.request import Request
 from factory.pipeline.run import Reporter
 from factory.store.stage import ASSEMBLE, StageSpec
 from factory.store.store import Store
+
+LOG = logging.getLogger(__name__)
 
 
 def resolve_source(request: Request, reporter: Reporter, *, base: str | None = None) -> Source:
@@ -20,6 +23,7 @@ def resolve_source(request: Request, reporter: Reporter, *, base: str | None = N
     from factory.hub.source_card import README, unread_card
 
     source = resolve_model(request.reference, trust_remote_code=request.trust_remote_code, base=base)
+    LOG.debug("source: %s at %s", source.repo_id or source.folder, source.commit)
     if source.unmerged:
         from factory.healing.assemble import check_adapter
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from factory.artifacts import Evaluation, Source, Sweep, SweepPoint
+from factory.artifacts import Evaluation, Source, Sweep, SweepPoint, TaskScore
 from factory.builds.swap import output_folder
 from factory.config.request import SweepRequest
 from factory.config.settings import num_dropped
@@ -51,7 +51,7 @@ def prepare_sweep(request: SweepRequest, reporter: Reporter) -> PreparedSweep:
 
 def run_sweep(prepared: PreparedSweep, reporter: Reporter) -> Sweep:
     """Make and measure every cut, then write the result and its figure."""
-    from factory.report.figures import sweep_figure
+    from factory.report.sweep_figure import sweep_figure
 
     run = prepared.run
     source = pull_and_trust(prepared.source, reporter, home=run.store.home, in_use=run.in_use)
@@ -106,14 +106,43 @@ def share_kept(evaluation: Evaluation, source: Evaluation) -> float:
     NaN if the source has no such advantage.
     """
     shares = [
-        (after.value - after.chance) / (before.value - after.chance)
-        for after, before in zip(evaluation.tasks, source.tasks, strict=True)
-        if after.chance is not None and before.value - after.chance > 2 * (before.stderr or 0.0)
+        (after.value - chance) / (before.value - chance)
+        for after, before, chance in _counted(evaluation, source)
     ]
     if shares:
         return math.fsum(shares) / len(shares)
     advantage = 1 - source.loss.normalized
     return (1 - evaluation.loss.normalized) / advantage if advantage > 0 else math.nan
+
+
+def _counted(evaluation: Evaluation, source: Evaluation) -> list[tuple[TaskScore, TaskScore, float]]:
+    """Return the tasks on which the source is above chance: the score, the source's, and chance."""
+    return [
+        (after, before, after.chance)
+        for after, before in zip(evaluation.tasks, source.tasks, strict=True)
+        if after.chance is not None and before.value - after.chance > 2 * (before.stderr or 0.0)
+    ]
+
+
+def kept_stderr(evaluation: Evaluation, source: Evaluation) -> float:
+    """Return the standard error of `share_kept`, as if both models had met other samples: an upper bound.
+
+    The two err alike on the same samples, so the share itself is known better.
+    """
+    pairs = [
+        (after.value - chance, before.value - chance, after.stderr or 0.0, before.stderr or 0.0)
+        for after, before, chance in _counted(evaluation, source)
+    ]
+    if not pairs:
+        after, before = evaluation.loss, source.loss
+        error, of_source = (one.stderr * one.normalized / one.nats for one in (after, before))
+        pairs = [(1 - after.normalized, 1 - before.normalized, error, of_source)]
+    if not all(before > 0 for _, before, *_ in pairs):
+        return math.nan
+    errors = [
+        math.hypot(error, after / before * of_source) / before for after, before, error, of_source in pairs
+    ]
+    return math.hypot(*errors) / len(errors)
 
 
 def left_out(source: Evaluation) -> list[str]:

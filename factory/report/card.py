@@ -25,6 +25,7 @@ from factory.report.notes import goal_note, tie_note
 from factory.report.tables import (
     comparison,
     data_rows,
+    headline,
     loss_findings,
     precision,
     quality_table,
@@ -129,7 +130,11 @@ def render(
             space=space,
             source=build.evaluations["source"],
             shipped=build.evaluations[build.shipped],
+            headline=list(zip(*headline(build), strict=True)),
             quality=quality_table(build),
+            example="def read_lines(path):"
+            if build.calibration.name.startswith("stdlib:")
+            else "A glacier is",
             tasks=sorted(task_findings(build), key=_by_recovery),
             loss=comparison(build, build.shipped, "loss"),
             groups=worst_parts(build),

@@ -1,8 +1,7 @@
 """Draw the figures of card and terminal: angular distances, the chosen block, the healing curve."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,26 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from factory.artifacts import (
     Adapter,
     DistanceProfile,
-    Evaluation,
     PruningPlan,
-    Sweep,
-    TaskScore,
     is_block,
     layer_ranges,
 )
 from factory.config.objectives import OBJECTIVES, SFT
 
-INK = "#1f2328"
-GRID = "#d8dee4"
-LINE = "#2c5f8a"  # blue and vermilion are distinct in all common forms of colour blindness
-ACCENT = "#d1440c"
-SERIES = (LINE, "#8a5a00", "#7b3f8c", "#2f7d5b", "#5c6670")
+# On a transparent ground: each has a contrast of 3 or more with white and with the Hub's dark page.
+INK = "#6e7781"
+LINE = "#3d7fb8"  # blue and vermilion are distinct in all common forms of colour blindness
+ACCENT = "#d9480f"
 SHADES = "·░▒▓█"  # near to far
-DPI = 200  # 1,640 pixels wide: sharp at the card's 800
-NOTEBOOK_DPI = 90  # 740 pixels wide
+WIDTH = 6.2  # inches: narrow, so that labels can be read on a phone
+DPI = 250  # 1,550 pixels wide: sharp at the card's 775
+NOTEBOOK_DPI = 100  # 620 pixels wide
 # Fixed so that equal values give equal bytes on every machine; matplotlib includes the fonts.
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "hf-factory",
@@ -49,7 +46,9 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "xtick.color": INK,
     "ytick.color": INK,
-    "grid.color": GRID,
+    "axes.facecolor": "none",
+    "grid.color": INK,
+    "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "image.cmap": "viridis",
@@ -60,7 +59,7 @@ class Drawing(Figure):
     """A figure that notebooks display without pyplot."""
 
     def __init__(self, *, figsize: tuple[float, float]) -> None:
-        super().__init__(figsize=figsize, dpi=DPI, facecolor="white", layout="constrained")
+        super().__init__(figsize=figsize, dpi=DPI, facecolor="none", layout="constrained")
 
     def _repr_png_(self) -> bytes:
         image = BytesIO()
@@ -77,7 +76,7 @@ def distance_figure(profile: DistanceProfile, plan: PruningPlan, *, path_stem: P
     Returns:
         The PNG and the SVG file. Equal arguments give equal bytes.
     """
-    return _save(draw_distances(profile, plan), path_stem)
+    return save(draw_distances(profile, plan), path_stem)
 
 
 def draw_distances(profile: DistanceProfile, plan: PruningPlan) -> Drawing:
@@ -88,10 +87,10 @@ def draw_distances(profile: DistanceProfile, plan: PruningPlan) -> Drawing:
         plan: Dropped layers; a block is outlined, scattered layers are only shaded.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Drawing(figsize=(8.2, 4.7))
-        grid = figure.add_gridspec(2, 2, width_ratios=(1.45, 1))
-        _draw_heat_map(figure.add_subplot(grid[:, 0]), profile, plan)
-        _draw_best_by_size(figure.add_subplot(grid[0, 1]), profile, plan)
+        figure = Drawing(figsize=(WIDTH, 6.6))
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.6, 1))
+        _draw_heat_map(figure.add_subplot(grid[0, :]), profile, plan)
+        _draw_best_by_size(figure.add_subplot(grid[1, 0]), profile, plan)
         _draw_single_layers(figure.add_subplot(grid[1, 1]), profile, plan)
         return figure
 
@@ -105,7 +104,7 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
         The PNG and the SVG file. Equal arguments give equal bytes.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Drawing(figsize=(8.2, 3.2))
+        figure = Drawing(figsize=(WIDTH, 3.2))
         axes = figure.add_subplot()
         trained = OBJECTIVES[adapter.objective or SFT.name].curve_is_loss
         points = adapter.curve if trained else adapter.guard_curve
@@ -125,119 +124,7 @@ def healing_figure(adapter: Adapter, *, path_stem: Path) -> list[Path]:
             if trained
             else "Loss on held-out text while healing"
         )
-        return _save(figure, path_stem)
-
-
-def sweep_figure(sweep: Sweep, *, path_stem: Path) -> list[Path]:
-    """Save `draw_sweep`.
-
-    Returns:
-        The PNG and the SVG file. Equal arguments give equal bytes.
-    """
-    return _save(draw_sweep(sweep), path_stem)
-
-
-def draw_sweep(sweep: Sweep) -> Drawing:
-    """Draw loss / log V and task scores against the fraction dropped, as the paper's figures 1 and 4 do."""
-    tasks = _task_panels(sweep.source.tasks)
-    with matplotlib.rc_context(STYLE):
-        width = 4.1 * max(1 + len(tasks), 2)
-        figure = Drawing(figsize=(width, 3.6))
-        panels = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
-        losses = [partial(_normalized_loss, index=index) for index in range(len(sweep.source.losses))]
-        texts = [loss.data.name for loss in sweep.source.losses]
-        _draw_sweep(panels[0], sweep, losses, labels=texts if len(texts) > 1 else [""])
-        panels[0].axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-        _label_line(panels[0], 1.0, "guessing")
-        panels[0].set_ylabel("loss / log V")
-        panels[0].set_title("Loss on held-out text")
-        for axes, (name, indices) in zip(panels[1:], tasks.items(), strict=True):
-            _draw_tasks(axes, sweep, name, indices)
-        for axes in panels:
-            if sweep.before_the_cliff is not None:
-                axes.axvline(sweep.before_the_cliff, color=ACCENT, linewidth=1.1)
-            axes.grid(visible=True)
-            widest = max(point.drop for point in sweep.points)
-            axes.set_xlim(-0.03 * widest, 1.03 * widest)
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axes.set_xlabel("layers dropped; line: the largest cut before the cliff")
-            axes.legend(frameon=False)
-        return figure
-
-
-def _task_panels(tasks: Sequence[TaskScore]) -> dict[str, list[int]]:
-    """Group tasks by scale: shares of correct answers together, every other metric by itself."""
-    panels: dict[str, list[int]] = {}
-    for index, task in enumerate(tasks):
-        panels.setdefault("score" if task.is_share else f"{task.metric} {task.arrow}".rstrip(), []).append(
-            index
-        )
-    return panels
-
-
-def _draw_tasks(axes: Axes, sweep: Sweep, name: str, indices: Sequence[int]) -> None:
-    tasks = [sweep.source.tasks[index] for index in indices]
-    values = [partial(_task_score, index=index) for index in indices]
-    _draw_sweep(axes, sweep, values, labels=[task.label for task in tasks])
-    for chance in sorted({task.chance for task in tasks if task.chance is not None}):
-        axes.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-        _label_line(axes, chance, "chance")
-    axes.set_ylabel(name)
-    axes.set_title("Tasks")
-
-
-def _label_line(axes: Axes, height: float, label: str) -> None:
-    """Label a horizontal line above its right end."""
-    axes.annotate(
-        label,
-        (1, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-    )
-
-
-def _normalized_loss(evaluation: Evaluation, *, index: int) -> tuple[float, float]:
-    loss = evaluation.losses[index]
-    return loss.normalized, loss.stderr * loss.normalized / loss.nats
-
-
-def _task_score(evaluation: Evaluation, *, index: int) -> tuple[float, float]:
-    task = evaluation.tasks[index]
-    return task.value, task.stderr or 0.0
-
-
-def _draw_sweep(
-    axes: Axes,
-    sweep: Sweep,
-    values: Sequence[Callable[[Evaluation], tuple[float, float]]],
-    *,
-    labels: Sequence[str] = ("",),
-) -> None:
-    """Draw one line per value, dashed for pruned and solid for healed models, starting at the source."""
-    kinds: list[tuple[str, list[tuple[float, Evaluation]]]] = [
-        ("pruned", [(0.0, sweep.source), *((point.drop, point.pruned) for point in sweep.points)])
-    ]
-    healed = [(point.drop, point.healed) for point in sweep.points if point.healed]
-    if healed:
-        kinds.append(("healed", [(0.0, sweep.source), *healed]))
-    for place, (value, label) in enumerate(zip(values, labels, strict=True)):
-        for kind, evaluations in kinds:
-            points = [(drop, *value(evaluation)) for drop, evaluation in evaluations]
-            drops, centres, errors = (list(column) for column in zip(*points, strict=True))
-            axes.errorbar(
-                drops,
-                centres,
-                yerr=errors,
-                color=SERIES[place % len(SERIES)],
-                linestyle="-" if kind == "healed" or not healed else (0, (4, 2)),
-                linewidth=1.6,
-                marker="o",
-                markersize=3.5,
-                capsize=2,
-                label=", ".join(filter(None, [label, kind])),
-            )
+        return save(figure, path_stem)
 
 
 def terminal_heatmap(profile: DistanceProfile, plan: PruningPlan, *, width: int) -> str:
@@ -326,7 +213,7 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
         interpolation="none",
         extent=(-0.5, count - 0.5, 0.5, count - 0.5),
     )
-    cell = 270 / count  # points per layer, roughly
+    cell = 400 / count  # points per layer, roughly
     nearest = best_starts(profile)
     axes.plot(
         list(nearest.values()),
@@ -347,16 +234,44 @@ def _draw_heat_map(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> N
             f"dropped: {'layer' if len(plan.dropped) == 1 else 'layers'} {layer_ranges(plan.dropped)}"
         )
         axes.add_patch(outline)
+        _name_block(axes, plan, past=side)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("first layer of the block, ℓ")
     axes.set_ylabel("layers in the block, n")
-    axes.set_title("Angular distance across each block")
+    axes.set_title(_claim(plan, nearest) or "Angular distance across each block")
     bar = axes.figure.colorbar(
-        shown, cax=axes.inset_axes((0.53, 0.93, 0.43, 0.035)), orientation="horizontal", ticks=MaxNLocator(4)
+        shown, cax=axes.inset_axes((0.55, 0.93, 0.43, 0.035)), orientation="horizontal", ticks=MaxNLocator(4)
     )
     bar.outline.set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(0.51, 0.87), frameon=False, borderpad=0, handlelength=1.2)
+    bar.set_label("angular distance; 0: same direction")
+    axes.legend(loc="upper left", bbox_to_anchor=(0.53, 0.77), frameon=False, borderpad=0, handlelength=1.2)
+
+
+def _claim(plan: PruningPlan, nearest: dict[int, int]) -> str:
+    """Return what the map shows of the dropped block; empty if another block of its size is nearer."""
+    size = len(plan.dropped)
+    if not is_block(plan.dropped) or nearest.get(size) != plan.dropped[0]:
+        return ""
+    if size == 1:
+        return f"Layer {plan.dropped[0]} turns the state least of all layers but the last"
+    blocks = f"all blocks of {size} layers, the last layer kept"
+    return f"Layers {layer_ranges(plan.dropped)} turn the state least of {blocks}"
+
+
+def _name_block(axes: Axes, plan: PruningPlan, *, past: float) -> None:
+    """Write the dropped layers beside their frame, on the colours of the map."""
+    axes.annotate(
+        layer_ranges(plan.dropped),
+        (plan.dropped[0] - past / 2, len(plan.dropped)),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color="white",
+        fontweight="bold",
+        path_effects=[withStroke(linewidth=2, foreground="black")],
+    )
 
 
 def _draw_best_by_size(axes: Axes, profile: DistanceProfile, plan: PruningPlan) -> None:
@@ -420,7 +335,8 @@ def _mark_loss(axes: Axes, loss: float, label: str, *, color: str, above: bool) 
     )
 
 
-def _save(figure: Figure, path_stem: Path) -> list[Path]:
+def save(figure: Figure, path_stem: Path) -> list[Path]:
+    """Save a figure as PNG and SVG, and return both; equal figures give equal bytes."""
     png, svg = path_stem.with_name(path_stem.name + ".png"), path_stem.with_name(path_stem.name + ".svg")
     # By default the files contain the date and matplotlib's version.
     with matplotlib.rc_context(STYLE):

@@ -92,9 +92,9 @@ def number(value: float, *, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
 
 
-def signed(value: float) -> str:
+def signed(value: float, *, digits: int = 3) -> str:
     """Format a difference with its sign: "+0.391", "−0.012", "0.000"."""
-    shown = number(abs(value))
+    shown = number(abs(value), digits=digits)
     if math.isnan(value):
         return shown
     return shown if float(shown.replace("∞", "1")) == 0 else ("−" if value < 0 else "+") + shown
@@ -113,6 +113,11 @@ def with_error(value: float, stderr: float | None) -> str:
 def percent(share: float) -> str:
     """Format a share in percent: 0.785 → "79%"."""
     return f"{100 * share:.0f}%"
+
+
+def signed_percent(share: float) -> str:
+    """Format a relative change in percent: −0.265 → "−26%", 0.0 → "0%"."""
+    return signed(100 * share, digits=0) + "%"
 
 
 def origin_name(origin: Origin) -> Markup:

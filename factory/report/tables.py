@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from factory.artifacts import Build, Comparison, DataSource, Evaluation, TaskScore
-from factory.report.markdown import number, percent, rate, ratio, signed, with_error
-from factory.units import size
+from factory.report.markdown import number, percent, rate, ratio, signed, signed_percent, with_error
+from factory.units import count, size
 
 SIGNIFICANT = 2  # standard errors
 NUM_WORST = 5
@@ -15,7 +15,7 @@ NUM_WORST = 5
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the results: one text per model, and their change and recovery if known."""
+    """A row of the results: one text per model, and change and recovery of the one that ships if known."""
 
     label: str
     cells: list[str]
@@ -23,12 +23,27 @@ class Row:
     recovery: str = ""
 
 
-def quality_table(build: Build) -> list[list[str]]:
-    """Return header and rows: a column per model, then change and recovery if known.
+def headline(build: Build) -> list[tuple[str, str]]:
+    """Return the figures that matter most, each with what it is: size, speed, loss on the first text."""
+    before, after = build.source_parameters, build.result_parameters
+    figures = [(signed_percent(after / before - 1), f"parameters: {count(before)} → {count(after)}")]
+    if build.speed:
+        old, new = build.speed.source.decode_tokens_per_second, build.speed.result.decode_tokens_per_second
+        figures.append((ratio(new, old), f"speed of writing, on {build.speed.device}"))
+    source, shipped = (build.evaluations[name].loss for name in ("source", build.shipped))
+    losses = f"{number(source.nats)} → {number(shipped.nats)} nats per token"
+    figures.append((signed(shipped.nats - source.nats), f"loss on {source.data.name}: {losses}"))
+    return figures
 
-    A star marks values that differ from the source by more than chance.
+
+def quality_table(build: Build) -> list[list[str]]:
+    """Return header and rows: source, what ships, its change and recovery if known, and the third model.
+
+    What a narrow screen shows first is what matters most. A star marks values that differ from the source
+    by more than chance.
     """
-    names = [name for name in ("source", "pruned", "healed") if name in build.evaluations]
+    others = [name for name in ("pruned", "healed") if name in build.evaluations and name != build.shipped]
+    names = ["source", build.shipped, *others]
     models = [f"{name} (this model)" if name == build.shipped else name for name in names]
     findings = task_findings(build)
     rows = [
@@ -37,7 +52,12 @@ def quality_table(build: Build) -> list[list[str]]:
         *(task_row(build, names, finding) for finding in findings),
     ]
     return [
-        [row.label, *row.cells, *[row.change] * bool(build.comparisons), *[row.recovery] * bool(findings)]
+        [
+            *(row.label, *row.cells[:2]),
+            *[row.change] * bool(build.comparisons),
+            *[row.recovery] * bool(findings),
+            *row.cells[2:],
+        ]
         for row in rows
     ]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEY = re.compile("[0-9a-f]{16}")
 PACES = "paces"  # folder beside the stages: times of passes, for estimates; taken again where missing
+LOGS = "logs"  # folder beside the stages: what runs logged
 A = TypeVar("A", bound="Artifact")
 
 

@@ -72,8 +72,8 @@ LOOK: dict[str, Any] = {
 def vote(session: Session, choice: int) -> None:
     """Count a vote for the left (0), the right (1) or neither (2), and reveal the names."""
     if session.hides and session.turns and not session.halt:
-        session.tally[session.order[choice] if choice < 2 else 2] += 1
-        session.voted = True
+        session.choice = session.order[choice] if choice < 2 else 2
+        session.tally[session.choice] += 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Desk:
         """Let both models reply into `session`, and yield whether they are still writing."""
         if session.halt:
             session.halt.set()
-        if session.voted or blind != session.blind:
+        if session.choice is not None or blind != session.blind:
             session.start_round(blind=blind)
         halt = session.halt = Event()
         turn = Turn(prompt)
@@ -168,7 +168,7 @@ class Desk:
             *(part for side in (0, 1) for part in self.side(session, side)),
             gr.update(interactive=writing),
             gr.update(visible=asks),
-            status(session, writing),
+            status(self.pair, session, writing),
         ]
 
     def side(self, session: Session, side: int) -> tuple[str, Any, str]:
@@ -187,7 +187,7 @@ def page(pair: Sequence[Model], *, most_tokens: int) -> gr.Blocks:
         yield from stream(pair, conversations, sampling, in_step=in_step)
 
     desk = Desk(pair, GPU(duration=GPU_SECONDS)(generate) if GPU else generate)
-    with gr.Blocks(title=f"{pair[0].name} and {pair[1].name}", analytics_enabled=False) as demo:
+    with gr.Blocks(title=f"{pair[1].name} and its source", analytics_enabled=False) as demo:
         gr.Markdown(introduction(pair), elem_classes="title")
         with gr.Tabs():
             with gr.Tab("Compare"):
@@ -203,8 +203,8 @@ def introduction(pair: Sequence[Model]) -> str:
     source, pruned = pair
     less = 1 - pruned.num_parameters / source.num_parameters
     return (
-        f"# {source.name} and {pruned.name}\n"
-        f"The second is the first without some of its layers: {less * 100:.0f}% fewer parameters. "
+        f"# {pruned.name} and its source\n"
+        f"{pruned.name} is {source.name} without some of its layers: {less * 100:.0f}% fewer parameters. "
         "Both write at the same time on one device, so each is slower here than alone."
     )
 
@@ -217,7 +217,7 @@ def compare_tab(desk: Desk, most_tokens: int) -> None:
         names = [f"{side} is better" for side in SIDES] + ["No difference"]
         choices = [gr.Button(name, size="md", min_width=90) for name in names]
     counted = gr.HTML(
-        status(Session(), False),
+        status(desk.pair, Session(), False),
         elem_classes="status",
         js_on_load="element.setAttribute('role', 'status')",
     )
@@ -267,9 +267,7 @@ def pane_row(desk: Desk) -> list[Any]:
                 parts.append(gr.HTML(head, js_on_load=AS_GROUP.format(name=name)))
                 if desk.chats:
                     label = f"{name} conversation"
-                    parts.append(
-                        gr.Chatbot(text, label=label, show_label=False, height="22rem", buttons=["copy"])
-                    )
+                    parts.append(gr.Chatbot(text, label=label, show_label=False, buttons=["copy"]))
                 else:
                     parts.append(gr.HTML(text))
                 parts.append(gr.HTML(below))

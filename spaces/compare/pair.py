@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 MAX_PROMPT_TOKENS = 4096  # with more, one visitor could occupy the machine for minutes
 UPDATE_SECONDS = 0.05
 CONTEXT_TOKENS = 8  # of the prompt, decoded with the reply so that the space between them is right
-ROLES = ("Source", "Pruned")
+ROLES = {"Source": "SOURCE", "Smaller": "PRUNED"}  # → how its variables begin
 
 
 # The models ---------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def load_pair(environ: Mapping[str, str]) -> tuple[Model, Model]:
         raise SystemExit(f"{' and '.join(missing)} not set: give a Hub repository or a folder")
     four_bit = environ.get("LOAD_IN_4BIT", "").lower() in ("1", "true", "yes")
     source, pruned = (
-        load(role, environ[f"{role.upper()}_MODEL"], environ.get(f"{role.upper()}_REVISION"), four_bit)
-        for role in ROLES
+        load(role, environ[f"{name}_MODEL"], environ.get(f"{name}_REVISION"), four_bit)
+        for role, name in ROLES.items()
     )
     return source, pruned
 

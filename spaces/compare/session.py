@@ -29,20 +29,20 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     order: tuple[int, ...] = (0, 1)  # models on the left and on the right
     blind: bool = False
-    voted: bool = False
-    tally: list[int] = field(default_factory=lambda: [0, 0, 0])  # source, pruned, no difference
+    choice: int | None = None  # vote of this round: source, smaller, no difference
+    tally: list[int] = field(default_factory=lambda: [0, 0, 0])  # source, smaller, no difference
     halt: Event | None = None  # stops the current run
 
     @property
     def hides(self) -> bool:
         """Return whether the names are still hidden."""
-        return self.blind and not self.voted
+        return self.blind and self.choice is None
 
     def start_round(self, *, blind: bool) -> None:
         """Clear the conversation; in blind mode, shuffle the sides."""
         if self.halt:
             self.halt.set()
-        self.turns, self.voted, self.blind = [], False, blind
+        self.turns, self.choice, self.blind = [], None, blind
         self.order = tuple(random.sample((0, 1), 2)) if blind else (0, 1)
 
     def messages(self, index: int) -> list[dict[str, str]]:
@@ -55,6 +55,11 @@ class Session:
             elif turn is not self.turns[-1]:
                 messages.pop()
         return messages
+
+    def waits(self, index: int) -> bool:
+        """Return whether the first token of one model is still to come."""
+        reply = self.turns[-1].replies[index] if self.turns else None
+        return bool(self.halt and reply and not reply.text and not reply.error)
 
 
 # Display ------------------------------------------------------------------------------------------
@@ -69,9 +74,11 @@ def heading(pair: Sequence[Model], session: Session, side: int) -> str:
 
 def conversation(session: Session, side: int) -> list[dict[str, Any]]:
     """Return the messages of one side, as blocks, since gradio strips indentation from plain strings."""
+    index = session.order[side]
+    waiting = [{"role": "assistant", "content": "…"}] if session.waits(index) else []
     return [
         {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
-        for message in session.messages(session.order[side])
+        for message in (*session.messages(index), *waiting)
     ]
 
 
@@ -83,6 +90,8 @@ def completion(session: Session, side: int) -> str:
         turn = session.turns[-1]
         reply = turn.replies[session.order[side]]
         inner = f'<span class="prompt">{html.escape(turn.prompt)}</span>{html.escape(reply.text)}'
+        if session.waits(session.order[side]):
+            inner += '<span class="waits" aria-hidden="true"></span>'
     label = f'role="region" aria-label="{SIDES[side]} text"'
     return f'<div class="text" tabindex="0" {label}><pre>{inner}</pre></div>'
 
@@ -115,33 +124,59 @@ def amount(number: float, unit: str = "") -> str:
     return f"{number:.0f} {unit}".strip()
 
 
-def status(session: Session, writing: bool) -> str:
-    """Return the state, for screen readers, and the votes of this visitor."""
+def status(pair: Sequence[Model], session: Session, writing: bool) -> str:
+    """Return the state, for screen readers, what the vote was for, and the votes of this visitor."""
     doing = "Both are writing." if writing else "Both have written." if session.turns else ""
     votes = ""
     if session.blind or any(session.tally):
-        source, pruned, neither = session.tally
-        votes = f"Your votes: source {source}, pruned {pruned}, no difference {neither}."
-    if session.voted:
-        votes += " The names are shown above; your next prompt starts a new round."
-    return f'<p class="unseen">{doing}</p><p>{votes}</p>'
+        source, smaller, neither = session.tally
+        votes = f"Your votes: source {source}, smaller {smaller}, no difference {neither}."
+    return f'<p class="unseen">{doing}</p><p>{_revealed(pair, session)}{votes}</p>'
+
+
+def _revealed(pair: Sequence[Model], session: Session) -> str:
+    """Say what the vote of this round was for, where it was given."""
+    if session.choice is None:
+        return ""
+    if session.choice < 2:
+        model = pair[session.choice]
+        which = "the source" if session.choice == 0 else "the smaller model"
+        name, size = html.escape(model.name), amount(model.num_parameters)
+        return f"You chose <strong>{name}</strong>, {which} ({size} parameters). "
+    left = html.escape(pair[session.order[0]].name)
+    return f"You saw no difference; <strong>{left}</strong> was on the left. "
 
 
 def card_page(pair: Sequence[Model]) -> str | None:
-    """Return figures and results of the pruned model's card as HTML and Markdown; None without a card."""
+    """Return headline, results and figures of the smaller model's card; None without a card."""
     card = find_file(pair[1], "README.md")
     if card is None:
         return None
     text = card.read_text(encoding="utf-8")
     results = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    parts = [scrolling(results.group(1).strip())] if results else []
+    parts = [headline(text)] + ([scrolling(results.group(1).strip())] if results else [])
     for alt, name in re.findall(r"!\[([^]]*)\]\((figures/[\w.-]+\.png)\)", text):
         if path := find_file(pair[1], name):
             data = base64.b64encode(path.read_bytes()).decode()
             parts.append(
                 f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
             )
-    return "\n\n".join(parts) or None
+    return "\n\n".join(filter(None, parts)) or None
+
+
+def headline(card: str) -> str:
+    """Return the table below the title of a card as HTML that wraps; empty without one."""
+    found = re.search(r"^# [^\n]*\n+\|(.*)\|\n\|[:|-]*\|\n\|(.*)\|$", card, re.M)
+    if not found:
+        return ""
+    figures, names = (
+        [html.escape(re.sub(r"\\(.)", r"\1", html.unescape(cell.strip()))) for cell in line.split(" | ")]
+        for line in found.groups()
+    )
+    rows = (
+        f"<div><dd>{figure}</dd><dt>{name}</dt></div>" for figure, name in zip(figures, names, strict=False)
+    )
+    return f'<dl class="headline">{"".join(rows)}</dl>'
 
 
 def scrolling(text: str) -> str:

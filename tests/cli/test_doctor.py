@@ -43,7 +43,7 @@ def test_a_hub_that_does_not_answer_is_one_problem_with_a_hint(tmp_path: Path) -
 def test_little_room_is_a_problem_with_the_option_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("factory.cli.doctor.LITTLE_DISK", 10**18)
+    monkeypatch.setattr("factory.cli.installation.doctor.LITTLE_DISK", 10**18)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = CliRunner().invoke(cli, ["doctor", "--home", str(tmp_path)])
     assert f"✗ stages           {tmp_path}" in done.output
@@ -54,7 +54,9 @@ def test_little_room_is_a_problem_with_the_option_that_helps(
 def test_without_a_library_that_the_other_checks_need_it_is_named_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("factory.cli.doctor.requires", lambda _: ["click>=8", "no-such-library>=2"])
+    monkeypatch.setattr(
+        "factory.cli.installation.doctor.requires", lambda _: ["click>=8", "no-such-library>=2"]
+    )
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
     done = CliRunner().invoke(cli, ["doctor"])
     assert "✗ no-such-library  not installed" in done.output
@@ -67,7 +69,7 @@ def test_without_a_library_that_the_other_checks_need_it_is_named_alone(
 def test_what_a_build_does_not_need_is_no_problem_and_is_in_the_json_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("factory.cli.doctor.OPTIONAL", {"no-such-library": "`factory space`"})
+    monkeypatch.setattr("factory.cli.installation.doctor.OPTIONAL", {"no-such-library": "`factory space`"})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     listed = CliRunner().invoke(cli, ["doctor", "--home", str(tmp_path)]).output
     assert "- no-such-library  not installed; only for `factory space`" in listed
@@ -80,7 +82,7 @@ def test_what_a_build_does_not_need_is_no_problem_and_is_in_the_json_too(
 
 
 def test_a_program_that_was_never_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factory.cli.doctor.PACKAGE", "never-installed")
+    monkeypatch.setattr("factory.cli.installation.doctor.PACKAGE", "never-installed")
     done = CliRunner().invoke(cli, ["doctor"])
     assert "✗ never-installed  not installed" in done.output
     assert "in a clone of the repository: pip install ." in done.output

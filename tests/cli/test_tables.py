@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from factory.artifacts import DataSource
-from factory.cli.console import console, printable, say
+from factory.cli.console import StageLines, console, printable, say
 from factory.cli.tables import result_tables, show_contents, time_rows, verdict
 from factory.pipeline.costs.preview import Preview
 from factory.report.card import render
@@ -207,3 +207,18 @@ def test_a_sentence_is_broken_between_words_on_a_terminal_alone(terminal: bool, 
     say(screen, "two steps of a text", label="  heal  ")
     assert isinstance(screen.file, io.StringIO)
     assert [line.rstrip() for line in screen.file.getvalue().splitlines()] == lines
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, ["prepare", "measure", "0:00:00"]), (False, [])])
+def test_what_is_no_stage_is_shown_on_a_terminal_until_a_stage_takes_its_place(
+    is_terminal: bool, shown: list[str]
+) -> None:
+    screen = io.StringIO()
+    reporter = StageLines(Console(file=screen, force_terminal=is_terminal, width=80))
+    with reporter.busy("prepare"):
+        reporter.started("measure")
+        reporter.progressed("measure", 1, 2, "")
+        assert len(reporter.bars.tasks) == is_terminal
+    assert not reporter.bars.tasks
+    assert all(word in screen.getvalue() for word in shown)
+    assert bool(screen.getvalue()) == is_terminal

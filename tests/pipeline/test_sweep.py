@@ -23,9 +23,9 @@ from factory.cli.main import main
 from factory.cli.tables import show_sweep
 from factory.evaluation.speed import compare_speed
 from factory.hub.resolve import resolve
-from factory.pipeline.sweep import RULE, before_the_cliff, share_kept
+from factory.pipeline.sweep import RULE, before_the_cliff, kept_stderr, share_kept
 from factory.pruning.profile_files import read_profile
-from factory.report.figures import draw_sweep, sweep_figure
+from factory.report.sweep_figure import draw_sweep, sweep_figure
 from tests.builders.commands import BRIEF
 from tests.builders.models import save_llama
 from tests.builders.texts import rhymes
@@ -81,9 +81,22 @@ def test_without_a_task_that_the_source_can_do_the_loss_decides() -> None:
         assert share_kept(after, source) == pytest.approx(0.5)
 
 
+def test_the_error_of_what_is_kept_is_that_of_both_scores_over_the_margin() -> None:
+    source, after = evaluation(3.0, 0.75), evaluation(9.0, 0.50)
+    assert kept_stderr(after, source) == pytest.approx(math.hypot(0.01, 0.5 * 0.01) / 0.5)
+    assert kept_stderr(source, source) == pytest.approx(math.sqrt(2) * 0.01 / 0.5)
+    of_loss = (
+        math.hypot(0.01, 0.5 * 0.01) / 0.7
+    )  # of loss / log V, whose error is a tenth of that of the loss
+    assert kept_stderr(evaluation(6.5), evaluation(3.0)) == pytest.approx(of_loss)
+    two = evaluation(3.0, 0.75, 0.75)
+    assert kept_stderr(two, two) == pytest.approx(0.02 / 0.5 / 2)
+
+
 def test_a_source_that_only_guesses_has_no_cliff() -> None:
     source = evaluation(10.5)
     assert math.isnan(share_kept(evaluation(10.2), source))
+    assert math.isnan(kept_stderr(evaluation(10.2), source))
     assert before_the_cliff([point(0.1, evaluation(10.2))], source) is None
 
 
@@ -145,8 +158,9 @@ def test_each_scale_has_a_panel_and_what_does_not_count_is_named(
     assert "wiki word_perplexity ↓" in told
     assert "500.500 ± 0.010" in told
     assert "Not counted, without a chance level: wiki." in told
+    assert "Largest safe cut: 10%" in told
     with Image.open(sweep_figure(both, path_stem=tmp_path / "sweep")[0]) as figure:
-        assert figure.width == 3 * 4.1 * 200
+        assert figure.width == 3075
 
 
 # The commands -----------------------------------------------------------------------------------

@@ -275,7 +275,8 @@ def _derived(build: Build) -> set[str]:
     values = [math.exp(loss.nats) for one in build.evaluations.values() for loss in one.losses]
     for old, new in zip(source.losses, shipped.losses, strict=True):
         values += [new.nats - old.nats, math.exp(new.nats - old.nats)]
-    values += [build.result_parameters / build.source_parameters, build.result_bytes / build.source_bytes]
+    fewer = 1 - build.result_parameters / build.source_parameters
+    values += [fewer, 1 - fewer, build.result_bytes / build.source_bytes]
     values += [build.source_parameters - build.result_parameters, n, n / layers, layers - 1, layers - n - 1]
     for before, after in zip(source.tasks, shipped.tasks, strict=True):
         if before.chance is not None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import matplotlib
+import matplotlib.colors
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,16 @@ from PIL import Image
 
 from factory.artifacts import DataSource, DistanceProfile, LossPoint, PruningPlan
 from factory.pruning.criteria import plan
-from factory.report.figures import best_starts, distance_figure, healing_figure, terminal_heatmap
+from factory.report.figures import (
+    ACCENT,
+    INK,
+    best_starts,
+    distance_figure,
+    draw_distances,
+    healing_figure,
+    terminal_heatmap,
+)
+from factory.report.sweep_figure import SERIES
 from tests.builders.builds import an_adapter
 
 
@@ -47,8 +57,8 @@ def test_the_distance_figure_is_drawn_for_shallow_and_deep_models(
     png, svg = distance_figure(profile, chosen, path_stem=tmp_path / "angular-distance")
     assert [png.name, svg.name] == ["angular-distance.png", "angular-distance.svg"]
     with Image.open(png) as image:
-        assert image.width == 1640
-        assert image.convert("RGBA").getextrema()[3] == (255, 255)  # opaque: shows on a dark page too
+        assert image.width == 1550
+        assert image.convert("RGBA").getpixel((0, 0))[3] == 0  # on a light page and on a dark one
     assert svg.read_text(encoding="utf-8").rstrip().endswith("</svg>")
     assert svg.stat().st_size < 250_000
 
@@ -71,6 +81,32 @@ def test_equal_values_give_equal_bytes_without_a_date(tmp_path: Path) -> None:
         assert b"Software" not in one.read_bytes()
 
 
+def _contrast(colour: str, ground: str) -> float:
+    """The contrast of two colours, from 1 to 21, as WCAG 2.2 defines it."""
+    lights = []
+    for channels in (matplotlib.colors.to_rgb(colour), matplotlib.colors.to_rgb(ground)):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#0b0f19"])  # the second is the Hub's dark page
+def test_lines_and_text_can_be_told_from_a_light_and_a_dark_page(ground: str) -> None:
+    assert _contrast(INK, ground) >= 3.9
+    assert all(_contrast(colour, ground) >= 3 for colour in (ACCENT, *SERIES))
+
+
+def test_the_map_claims_what_holds_of_the_dropped_block_and_nothing_else() -> None:
+    profile = even_profile(12)
+    best = plan(profile, block_size=3)
+    claim = f"Layers {best.dropped[0]}–{best.dropped[-1]} turn the state least of all blocks of 3 layers"
+    assert draw_distances(profile, best).axes[0].get_title(loc="left").startswith(claim)
+    first = 0 if best.dropped[0] else 1
+    other = best.model_copy(update={"dropped": tuple(range(first, first + 3))})
+    title = draw_distances(profile, other).axes[0].get_title(loc="left")
+    assert title == "Angular distance across each block"
+
+
 def test_scattered_layers_are_drawn_without_a_block(tmp_path: Path) -> None:
     scattered = PruningPlan(criterion="influence", num_layers=12, dropped=(2, 7, 9))
     for path in distance_figure(even_profile(12), scattered, path_stem=tmp_path / "x"):
@@ -85,7 +121,7 @@ def test_the_healing_figure_is_drawn_for_short_curves_and_for_a_loss_that_rose(
     adapter = HEALED.model_copy(update=fields)
     png, svg = healing_figure(adapter, path_stem=tmp_path / "healing")
     with Image.open(png) as image:
-        assert image.width == 1640
+        assert image.width == 1550
     assert svg.stat().st_size > 0
 
 

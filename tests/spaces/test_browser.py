@@ -184,7 +184,7 @@ def send(page: Page, text: str = PROMPT) -> None:
 def test_one_prompt_goes_to_both_and_their_facts_are_shown(base_url: str, visit: Callable[..., Page]) -> None:
     page = visit(base_url)
     expect(page.get_by_role("heading", name="Source · demo")).to_be_visible()
-    expect(page.get_by_role("heading", name="Pruned · short")).to_be_visible()
+    expect(page.get_by_role("heading", name="Smaller · short")).to_be_visible()
     send(page)
     assert all(text.startswith(PROMPT) and len(text) > len(PROMPT) for text in texts(page))
     assert page.locator(".facts dt").all_inner_texts() == [
@@ -271,14 +271,16 @@ def test_blind_hides_the_names_until_the_vote_which_is_counted(
     assert not any(vote.is_visible() for vote in votes)
     send(page)
     assert facts(page) == ["?"] * 8
-    assert page.get_by_text(re.compile("Source|Pruned")).filter(visible=True).all_inner_texts() == []
+    assert page.get_by_text(re.compile("Source|Smaller|chose")).filter(visible=True).all_inner_texts() == []
     votes[0].click()
     heads = page.locator(".pane h2")
-    expect(heads.first).to_have_text(re.compile("Source · demo|Pruned · short"))
+    expect(heads.first).to_have_text(re.compile("Source · demo|Smaller · short"))
     winner = heads.first.inner_text().split()[0].lower()
-    counts = {"source": 0, "pruned": 0, "no difference": 0} | {winner: 1}
+    counts = {"source": 0, "smaller": 0, "no difference": 0} | {winner: 1}
     told = ", ".join(f"{name} {count}" for name, count in counts.items())
     expect(status(page)).to_contain_text(f"Your votes: {told}.")
+    told = "demo, the source" if winner == "source" else "short, the smaller model"
+    expect(status(page)).to_contain_text(f"You chose {told}")
     assert not any(vote.is_visible() for vote in votes)
     send(page)
     expect(page.get_by_role("heading", name="Right")).to_be_visible()

@@ -35,6 +35,7 @@ from factory.resources import DEMO_MODEL
 from tests.builders.builds import demo_healed, healing_discarded
 from tests.builders.models import END, byte_encoder, byte_tokenizer, save_llama
 from tests.compare import CHAT, SPACE, app, pair, terminal
+from tests.compare import session as display
 from tests.waiting import HUNG_SECONDS
 
 GREEDY = pair.Sampling(max_new_tokens=12, temperature=0)
@@ -128,7 +129,7 @@ def test_models_know_their_name_and_size(models: tuple[Any, Any], tiny: Path) ->
     source, pruned = models
     assert (source.role, source.name, source.num_parameters) == ("Source", "demo", 2_118_240)
     assert source.size_bytes // source.num_parameters == 4
-    assert (pruned.role, pruned.name) == ("Pruned", tiny.parent.name)
+    assert (pruned.role, pruned.name) == ("Smaller", tiny.parent.name)
 
 
 # Replies ------------------------------------------------------------------------------------------
@@ -343,6 +344,24 @@ def test_text_of_a_model_cannot_become_markup(models: tuple[Any, Any]) -> None:
     assert not re.search("<script|<b>|<i>", shown)
 
 
+def test_the_figures_below_the_title_of_a_card_come_first_on_the_page() -> None:
+    card = "# it\n\n| −26% | +0.3 |\n|:-:|:-:|\n| parameters: 2 → 1 | loss on a\\_b &lt;c |\n\nThis is\n"
+    shown = display.headline(card)
+    assert "<dd>−26%</dd><dt>parameters: 2 → 1</dt>" in shown
+    assert "<dd>+0.3</dd><dt>loss on a_b &lt;c</dt>" in shown
+    assert display.headline("# it\n\nThis is\n\n| a |\n|---|\n| b |\n") == ""
+
+
+def test_while_the_first_token_is_to_come_the_pane_shows_that_it_waits(models: tuple[Any, Any]) -> None:
+    session = app.Session(turns=[app.Turn("a", (pair.Reply(), pair.Reply("b")))])
+    assert 'class="waits"' not in app.completion(session, 0)
+    session.halt = threading.Event()
+    assert 'class="waits"' in app.completion(session, 0)
+    assert 'class="waits"' not in app.completion(session, 1)
+    assert app.conversation(session, 0)[-1]["content"][0]["text"] == "…"
+    assert session.messages(0)[-1]["role"] == "user"  # the model does not read it
+
+
 def test_the_card_gives_results_and_figures(models: tuple[Any, Any], tmp_path: Path) -> None:
     assert app.card_page(models) is None
     (tmp_path / "figures").mkdir()
@@ -536,7 +555,7 @@ def test_the_command_serves_the_page_and_ends_it_on_ctrl_c(tmp_path: Path, tiny:
     assert process.stdout is not None
     assert process.stdout.readline() == f"http://127.0.0.1:{port}  (Ctrl-C stops it)\n"
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=HUNG_SECONDS).read().decode()
-    assert "demo and b" in page
+    assert "b and its source" in page
     (child,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=HUNG_SECONDS)

@@ -1,14 +1,11 @@
-"""`factory doctor`: what this machine has, what keeps a build from running well, and a record of a fault."""
+"""`factory doctor`: what this machine has, and what keeps a build from running well."""
 
 import platform
-import shlex
 import shutil
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import click
@@ -17,8 +14,8 @@ from rich.text import Text
 
 from factory.cli.click_options import CONTEXT, Command, home_option
 from factory.cli.console import as_flags, console, print_json, say
+from factory.cli.log import PACKAGE
 from factory.errors import FactoryError
-from factory.store.files import write_atomically
 from factory.units import size
 
 OPTIONAL = {
@@ -30,7 +27,6 @@ OPTIONAL = {
     "flash-attn": "faster healing on a GPU",
 }
 MISSING = "not installed"
-PACKAGE = "hf-factory"
 LITTLE_DISK = 20_000_000_000  # bytes: a 7B model and its stages need more
 
 
@@ -172,23 +168,3 @@ def _hub() -> Finding:
             return Finding("Hub", f"{endpoint()}, logged in as {account_name()}")
     except FactoryError as error:
         return Finding("Hub", endpoint(), error.message, error.hint)
-
-
-def write_crash(error: Exception, home: Path) -> Path:
-    """Write command, versions and traceback to a file of its own below `home`, and return its path.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    folder = home / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}.log"
-    versions = sorted({f"{found.name} {found.version}" for found in distributions() if found.name})
-    parts = (
-        shlex.join(sys.argv),
-        f"Python {platform.python_version()} on {platform.platform()}",
-        "".join(traceback.format_exception(error)).rstrip(),
-        "\n".join(versions),
-    )
-    write_atomically(path, "\n\n".join(parts) + "\n")
-    return path

@@ -1,0 +1,1 @@
+"""Commands about this installation of the program: doctor, completion, extension."""
