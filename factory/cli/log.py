@@ -74,7 +74,7 @@ class Lines(logging.Formatter):
         record.seconds = record.relativeCreated / 1000
         try:
             return without_secrets(super().format(record))
-        except Exception:  # noqa: BLE001 - a library's arguments that do not fit its own message
+        except (TypeError, ValueError, LookupError):  # a library's arguments that do not fit its own message
             return without_secrets(f"{record.name}: {record.msg!r}")
 
 

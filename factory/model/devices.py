@@ -1,5 +1,6 @@
 """Choose devices and data types, and check whether a model fits."""
 
+import shutil
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def unused_gpu() -> str | None:
+    """Return a line on a GPU of this machine that is not used, and why; None if there is none."""
+    if torch.cuda.is_available():
+        return None
+    if shutil.which("nvidia-smi"):
+        return f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it"
+    return "the GPU of a Mac is not used" if torch.backends.mps.is_available() else None
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

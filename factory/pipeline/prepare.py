@@ -298,9 +298,12 @@ def _checked(settled: Settled, reporter: Reporter, *, dry_run: bool) -> Prepared
     if note and HEAL.name in left:
         reporter.note(note)
     if left or request.processes:
+        from factory.model.devices import unused_gpu
         from factory.parallel.launch import num_processes
 
         run.processes = num_processes(request.processes)
+        if unused := unused_gpu():
+            reporter.note(unused)
     shown = preview(
         source,
         config,

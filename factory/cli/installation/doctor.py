@@ -1,7 +1,6 @@
 """`factory doctor`: what this machine has, and what keeps a build from running well."""
 
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -110,7 +109,7 @@ def _version(name: str) -> str | None:
 def _device() -> Iterator[Finding]:
     import torch
 
-    from factory.model.devices import best_device, device_name
+    from factory.model.devices import best_device, device_name, unused_gpu
     from factory.pipeline.costs.requirements import check_four_bit, host_bytes
 
     device = best_device()
@@ -118,9 +117,8 @@ def _device() -> Iterator[Finding]:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         yield Finding("GPU", f"{torch.cuda.device_count()} × {name}, {size(total)} each")
-    elif shutil.which("nvidia-smi"):
-        problem = f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it"
-        yield Finding("GPU", "not used", problem, "install torch for its CUDA version: pytorch.org")
+    elif problem := unused_gpu():
+        yield Finding("GPU", "not used", problem, "pytorch.org says which torch uses which GPU")
     else:
         yield Finding("GPU", f"none; {name}")
     try:
