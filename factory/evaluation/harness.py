@@ -98,8 +98,11 @@ def vllm_arguments(folder: Path, *, num_gpus: int) -> dict[str, Any]:
     }
 
 
-def load_tasks(settings: EvaluateSettings) -> None:
+def load_tasks(settings: EvaluateSettings) -> list[str]:
     """Load all tasks with their data, so that missing data shows before the work.
+
+    Returns:
+        What may be wrong with the scores, a line each.
 
     Raises:
         DataError: The questions of a task cannot be read.
@@ -107,6 +110,7 @@ def load_tasks(settings: EvaluateSettings) -> None:
         UsageError: A task is unknown, a task file does not fit its data, or a score is requested twice.
     """
     requested: dict[str, str] = {}
+    remarks: dict[str, None] = {}
     for task in settings.tasks:
         name, loaded = load_task(task, shots=settings.num_fewshot.get(task))
         for row in rows_of(name, loaded):
@@ -116,6 +120,43 @@ def load_tasks(settings: EvaluateSettings) -> None:
                     hint="remove one of them",
                 )
             requested[row] = task
+        remarks |= dict.fromkeys(_remarks(task, loaded))
+    return list(remarks)
+
+
+def _remarks(task: str, loaded: Any) -> Iterator[str]:
+    """Yield what may be wrong with the scores of a task, which lm-eval 0.4.13 does not say."""
+    for part in loaded["tasks"].values():
+        if part.get_config("num_fewshot") and _shows_answers(part):
+            what = f"the examples of {task!r} come from the questions that it asks, answers included"
+            if is_task_file(task):
+                raise UsageError(
+                    what,
+                    hint="name the split in the file as `fewshot_split` and as `test_split`: then lm-eval "
+                    "leaves out the question itself",
+                )
+            yield what
+        if is_task_file(task) and (dates := list(dict.fromkeys(_dates(part.dataset)))):
+            names = ", ".join(map(repr, dates))
+            yield f"{task!r} has dates in {names}: lm-eval shows them with a time, as '1969-07-20 00:00:00'"
+
+
+def _shows_answers(part: Any) -> bool:
+    """Return whether the examples are drawn from the questions that are asked, without leaving one out."""
+    shots, config = part.fewshot_cfg, part.config
+    if shots.split is None and shots.samples is not None:
+        return False
+    drawn = shots.split or config.training_split or config.validation_split or config.test_split
+    asked = config.test_split or config.validation_split
+    return bool(drawn == asked and shots.split != config.test_split)
+
+
+def _dates(dataset: Any) -> Iterator[str]:
+    """Yield the columns of JSON that `datasets` took for dates, whose text is another then."""
+    for rows in dataset.values():
+        for name, feature in rows.features.items():
+            if str(getattr(feature, "dtype", "")).startswith("timestamp"):
+                yield name
 
 
 @lru_cache

@@ -383,6 +383,8 @@ def load_questions(request: Request, config: BuildConfig, reporter: Reporter) ->
     reporter.started("questions")
     try:
         with request.located("tasks"):
-            load_tasks(config.evaluate)
+            remarks = load_tasks(config.evaluate)
     finally:
         reporter.stop()
+    for message in remarks:
+        reporter.note(message)

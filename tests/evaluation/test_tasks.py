@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def refusal(task: Path, **changes: Any) -> str:
     with pytest.raises(FactoryError) as refused:
         load_tasks(EvaluateSettings(tasks=(str(task),), **changes))
     return refused.value.message
+
+
+def remarks(task: Path, **changes: Any) -> list[str]:
+    return load_tasks(EvaluateSettings(tasks=(str(task),), **changes))
 
 
 # One file ---------------------------------------------------------------------------------------
@@ -254,3 +259,38 @@ def test_a_perplexity_beyond_the_float_range_is_a_clear_error(model: Path, tmp_p
     )
     with pytest.raises(DataError, match=r"cannot compute the score of '.*wiki\.yaml': math range error"):
         scores(model, tmp_path / "into", task)
+
+
+# What lm-eval does not say ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("splits", "shown"),
+    [
+        ("", True),
+        ("fewshot_split: test\n", False),
+        ("fewshot_split: other\n", False),
+        ("fewshot_config: {samples: [{q: a, choices: [one, two], answer: 0}]}\n", False),
+    ],
+)
+def test_examples_that_may_hold_the_answer_to_a_question_are_refused(
+    tmp_path: Path, splits: str, shown: bool
+) -> None:
+    task = save_task(tmp_path, "shown", questions(6), CHOICES + splits)
+    shutil.copy(tmp_path / "shown.jsonl", tmp_path / "other.jsonl")
+    text = task.read_text().replace("    test: ", f"    other: {tmp_path / 'other.jsonl'}\n    test: ")
+    task.write_text(text)
+    name = str(task)
+    assert remarks(task, num_fewshot={name: 0}) == []
+    if shown:
+        assert "come from the questions that it asks" in refusal(task, num_fewshot={name: 2})
+    else:
+        assert remarks(task, num_fewshot={name: 2}) == []
+
+
+def test_answers_that_become_dates_are_told(tmp_path: Path) -> None:
+    rows = [
+        {"q": "when?", "choices": ["one", "two"], "answer": 0, "day": f"1969-07-{day}"} for day in (20, 21)
+    ]
+    (told,) = remarks(save_task(tmp_path, "dates", rows))
+    assert "has dates in 'day'" in told
