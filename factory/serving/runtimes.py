@@ -33,6 +33,7 @@ class Rule:
     named_by: tuple[int, ...] = ()  # numbers of layers that it takes for one model of the family
     windowless: bool = False  # it has no sliding window, so it is right up to that many tokens
     other_ropes: tuple[str, ...] = ()  # scalings of RoPE that it computes otherwise than transformers
+    by_head: bool = False  # it scales queries by the size of a head, whatever config.json says
     mixed: bool = False  # of a source with layers of both kinds, it needs one of each
     but: str | None = None  # a version that does better
     by_code: bool = False  # read in the runtime's code, not run
@@ -107,7 +108,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         "4.8.5",
         {"llama": Rule(other_ropes=("llama3",))}
         | _each("qwen2 qwen3", Rule(windowless=True))
-        | _each("gemma3 gemma3_text"),
+        | _each("gemma3 gemma3_text", Rule(by_head=True))
+        | {"gemma2": Rule(not_source="it leaves out the caps of scores and logits")},
     ),
     "onnx": Runtime(
         "ONNX (optimum-onnx)",
@@ -130,6 +132,7 @@ class _Decoder:
     num_layers: int = 0
     window: int | None = None  # tokens
     rope: str | None = None  # its scaling, by transformers' name
+    scaled_by_head: bool = True  # queries: by the size of a head
     full: Sequence[bool] | None = None  # per layer, as listed: of the other kind; None: nothing is listed
 
 
@@ -150,6 +153,7 @@ def _decoder(config: Mapping[str, Any]) -> _Decoder:
         num_layers=int(values["num_hidden_layers"]),
         window=int(slides) if slides else None,
         rope=_rope_type(config.get("text_config") or config),
+        scaled_by_head=values.get("query_pre_attn_scalar") in (None, values.get("head_dim")),
         full=full,
     )
 
@@ -316,6 +320,8 @@ def _mistake(rule: Rule, source: _Decoder, kept: Sequence[int]) -> str | None:
         return f"it takes a model of {len(kept)} layers for {'another' if named else 'a smaller'} one"
     if source.rope in rule.other_ropes:
         return f"it computes positions scaled by {source.rope} otherwise"
+    if rule.by_head and not source.scaled_by_head:
+        return "it scales queries by the size of a head, not by `query_pre_attn_scalar`"
     true = _true_kinds(rule, source)
     left = [true[layer] for layer in kept]
     if rule.mixed and len({*left}) < len({*true}):

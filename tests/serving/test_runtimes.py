@@ -30,7 +30,7 @@ def runs(config: dict[str, Any], dropped: Sequence[int]) -> dict[str, bool | Non
     return {verdict.runtime: verdict.runs for verdict in verdicts(config, dropped)}
 
 
-GEMMA = a_config("gemma3_text", 18, sliding_window=512)
+GEMMA = a_config("gemma3_text", 18, sliding_window=512, query_pre_attn_scalar=16)
 
 
 # What was tried with Gemma 3 270M: 6-11 keeps five windows and one full layer in turn, the others do not.
@@ -46,6 +46,14 @@ def test_gemma_is_right_where_the_kept_layers_follow_the_period_that_is_counted(
     assert found["vllm"]
     assert found["transformers-4"]
     assert found["ctranslate2"]
+
+
+def test_queries_that_are_not_scaled_by_the_size_of_a_head_are_wrong_in_ctranslate2() -> None:
+    large = GEMMA | {"query_pre_attn_scalar": 21}  # as 168 with heads of 128, in that of 27 B
+    assert runs(GEMMA, ())["ctranslate2"]
+    (found,) = [one for one in verdicts(large, ()) if one.runtime == "ctranslate2"]
+    assert (found.runs, "query_pre_attn_scalar" in (found.reason or "")) == (False, True)
+    assert runs(large, ())["mlx"]
 
 
 def test_a_llama_is_right_everywhere_after_any_cut() -> None:
@@ -103,7 +111,7 @@ def test_a_source_that_a_runtime_mistakes_is_told_apart() -> None:
 def test_a_limit_allows_the_parts_of_cuts_that_run_right_and_no_others(
     count: int, names: tuple[str, ...]
 ) -> None:
-    config = a_config("gemma3_text", 12, sliding_window=16)
+    config = a_config("gemma3_text", 12, sliding_window=16, query_pre_attn_scalar=16)
     wanted = set(RUNTIMES) if names == ("all",) else set(names)
     right = [
         set(cut)
