@@ -36,6 +36,7 @@ def test_the_terminal_follows_healing_in_two_processes(
             "drop": 0.4,
             "samples": 4,
             "heal_steps": 2,
+            "sequence_length": 64,
             "tasks": "none",
             "report_to": "none",
             "home": str(tmp_path / "home"),
