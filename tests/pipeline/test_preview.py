@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,19 @@ def test_the_pace_of_a_model_is_timed_once_and_decides_the_estimate(tmp_path: Pa
     held_out = HELD_OUT_PASSES * (tokens // 20)
     expected = tokens * (2 * 2e-3 + 3e-2) + 10 * 2 * 0.1 + held_out * (2 * 1e-3 + 1e-2)
     assert shown.stage_seconds["heal"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_passes_that_others_disturbed_make_no_estimate_longer_than_products_do() -> None:
+    config = BuildConfig(reference="m", drop=0.5, heal=HealSettings(rank=4, num_steps=10))
+
+    def seconds(pace: Pace | None) -> dict[str, float]:
+        machine = Machine("CPU", 0, 1e3, pace=pace)
+        return stage_seconds(SOURCE, config, STAGES, machine=machine, calibration=None, evaluations=())
+
+    slow = Pace(layer=1e3, head=1e3, trained_layer=1e3, trained_head=1e3, update=1e3, settled=False)
+    quick = Pace(layer=1e-3, head=0, trained_layer=1e-3, trained_head=0, update=0, settled=False)
+    assert seconds(slow) == seconds(None)
+    assert seconds(quick) == seconds(replace(quick, settled=True))
 
 
 def test_nothing_is_timed_for_work_of_a_few_seconds(tmp_path: Path) -> None:

@@ -73,8 +73,7 @@ def stage_seconds(
     measure, heal, evaluate = config.measure, config.heal, config.evaluate
     whole = source.num_layers
     kept = whole - num_dropped(config.drop, whole)
-    costs = _by_pace if machine.pace else _by_flops
-    cost = costs(source, config, machine, kept)
+    cost = _cost(source, config, machine, kept)
     _, bytes_after = left_about(source, whole - kept)
     sizes = [TASK_SIZES.get(task, OTHER_TASK) for task in evaluate.tasks]
     task_tokens = sum(min(requests, (evaluate.limit or requests) * 4) * tokens for requests, tokens in sizes)
@@ -140,6 +139,22 @@ class _Cost:
     update: float  # of the adapter, in each step
 
 
+def _cost(source: Source, config: BuildConfig, machine: Machine, kept: int) -> _Cost:
+    """Return the costs as timed; or as computed from products, if disturbed passes took longer than that."""
+    if machine.pace is None:
+        return _by_flops(source, config, machine, kept)
+    timed = _by_pace(source, config, machine, kept)
+    if machine.pace.settled:
+        return timed
+    computed = _by_flops(source, config, machine, kept)
+    return _Cost(
+        reading=lambda n: min(timed.reading(n), computed.reading(n)),
+        decoding=timed.decoding,
+        training=min(timed.training, computed.training),
+        update=computed.update,
+    )
+
+
 def _by_pace(source: Source, config: BuildConfig, machine: Machine, kept: int) -> _Cost:
     pace, heal = machine.pace, config.heal
     assert pace is not None
@@ -194,7 +209,8 @@ def this_machine(
     if flop is None:
         return Machine("", 0, 1.0, host_bytes=host_bytes())
     pace = pace_of(source, config, home=home) if flop > SHORT_FLOP else None
-    device, memory_total, rate = _measured(source, products=pace is None and flop > SHORT_FLOP)
+    products = flop > SHORT_FLOP and (pace is None or not pace.settled)
+    device, memory_total, rate = _measured(source, products=products)
     sharers = 1 if is_cpu(device) else processes  # processes on a CPU share its cores
     if processes > 1:
         device = f"{device}, {processes} processes"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Pace:
     trained_layer: float  # forward and backward pass with an adapter
     trained_head: float
     update: float  # of a layer's adapter, per optimiser step
+    settled: bool = True  # passes agreed; else others used the machine, and the times are too long
 
 
 def pace_of(source: Source, config: BuildConfig, *, home: Path) -> Pace | None:
@@ -79,7 +80,8 @@ def pace_of(source: Source, config: BuildConfig, *, home: Path) -> Pace | None:
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if watch.settled and home.is_dir():  # a dry run makes no folder
+    found = replace(found, settled=watch.settled)
+    if found.settled and home.is_dir():  # a dry run makes no folder
         with suppress(OSError):  # taken again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(asdict(found)) + "\n")
